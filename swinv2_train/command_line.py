@@ -1,0 +1,98 @@
+"""From a command line to a validated Config: Hydra composes, the gate checks, the user gets one message or a run.
+
+Hydra is used for composition alone (groups, experiments, overrides, ``--help``, ``--cfg job``, shell completion); it
+opens no output directory and no logger, so that it does nothing per rank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from swinv2_train.config import Config, ConfigError, load_config, unknown_key
+from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+
+
+def conf_dir() -> Path:
+    """The configuration tree: conf/ beside the package in a checkout, inside the package in a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def run_command(run: Callable[[Config], int]) -> None:
+    """Compose sys.argv into a Config and exit with run(config)'s exit code.
+
+    Exits with 2 and one message when the user's input is wrong, before anything else is done.
+    """
+
+    def command() -> int:
+        config = compose_argv()
+        return EXIT_DONE if config is None else run(config)
+
+    sys.exit(guarded(command))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback."""
+    try:
+        return command()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Exception:  # noqa: BLE001  the last place that can say what happened
+        traceback.print_exc()
+        return EXIT_FAILED
+
+
+def compose_argv() -> Config | None:
+    """The validated configuration that sys.argv composes, or None after ``--help`` and ``--cfg``."""
+    composed: list[DictConfig] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(composed.append)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a number
+        raise ConfigError(_explain(error)) from error
+    if len(composed) > 1:
+        raise ConfigError("--multirun starts one run after another in one process; start each with its own run_dir")
+    return load_config(composed[0]) if composed else None
+
+
+def compose_run(arguments: list[str], extra_keys: tuple[str, ...]) -> tuple[Config, dict[str, str]]:
+    """The configuration of the run that ``run_dir=DIR`` names, with the other KEY=VALUE arguments on top.
+
+    extra_keys: keys that are the command's own and no part of a configuration; returned as they were given.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if "run_dir" not in given:
+        raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
+    run_dir = Path(given["run_dir"]).resolve()
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"run_dir ({given['run_dir']}) holds no config.yaml; name the directory of a run")
+    overrides = [argument for argument in arguments if argument.partition("=")[0] not in extra_keys]
+    try:
+        with initialize_config_dir(str(run_dir), version_base="1.3"):
+            composed = compose("config", overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    return load_config(composed), {key: given[key] for key in extra_keys if key in given}
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's complaint in one line, with a remedy where the key is unknown."""
+    text = str(error).strip()
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        return unknown_key(unknown.group(1))
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

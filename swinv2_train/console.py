@@ -1,0 +1,210 @@
+"""The terminal that a run speaks on: our own lines and the progress display.  Libraries speak to a log file instead.
+
+Only rank 0 speaks; any rank may say in one line that it failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+_LINE_EVERY_SEC = 5.0
+
+
+class Console:
+    """Our own lines on the terminal (or pipe) that the process was started with.  Made by :func:`open_console`."""
+
+    def __init__(self, rank: int, log_path: Path, saved_stdout: int, saved_stderr: int) -> None:
+        self.rank = rank
+        self.log_path = log_path
+        self._saved = (saved_stdout, saved_stderr)
+        self._out = os.fdopen(saved_stdout, "w", buffering=1, errors="replace", closefd=False)
+        self._err = os.fdopen(saved_stderr, "w", buffering=1, errors="replace", closefd=False)
+        self._previous_hook = sys.excepthook
+        self._bar: Any = None  # a tqdm bar that must step aside for a line
+        self._closed = False
+
+    @property
+    def err(self) -> TextIO:
+        """The stderr that the process was started with, for the progress bar."""
+        return self._err
+
+    @property
+    def is_terminal(self) -> bool:
+        """True when a person watches: the original stderr is a terminal."""
+        return os.isatty(self._err.fileno())
+
+    def say(self, text: str) -> None:
+        """One line on stdout, from rank 0 only."""
+        if self.rank == 0:
+            self._write(self._out, text)
+
+    def fail(self, error: BaseException) -> None:
+        """Traceback to this rank's log, and one short line on stderr that names rank, error and log; from any rank."""
+        traceback.print_exception(error, file=sys.stderr)
+        sys.stderr.flush()
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+        self._write(self._err, f"rank {self.rank} failed: {what[:500]} (traceback in {self.log_path})")
+
+    def attach_bar(self, bar: Any) -> None:
+        """Lines are written above this tqdm bar from now on; None detaches it."""
+        self._bar = bar
+
+    def close(self) -> None:
+        """Give the process its own stdout, stderr and exception hook back."""
+        if self._closed:
+            return
+        self._closed = True
+        sys.excepthook = self._previous_hook
+        if hasattr(faulthandler, "unregister"):
+            faulthandler.unregister(signal.SIGUSR2)
+        _flush_streams()
+        for target, saved, stream in zip((1, 2), self._saved, (self._out, self._err), strict=True):
+            with contextlib.suppress(OSError):  # the reader of a pipe has gone
+                stream.flush()
+            os.dup2(saved, target)
+            os.close(saved)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        try:
+            if self._bar is not None:
+                self._bar.clear()
+            stream.write(text + "\n")
+            stream.flush()
+            if self._bar is not None:
+                self._bar.refresh()
+        except OSError as error:  # `train | head`: the reader has gone; the run goes on and speaks to its log
+            print(f"console lost ({error}): {text}", file=sys.stderr)
+
+    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self.fail(error.with_traceback(trace))
+
+
+def open_console(run_dir: Path, rank: int) -> Console:
+    """Keep the process's stdout and stderr for our own lines, and point descriptors 1 and 2 at the rank's log file.
+
+    What libraries and child processes print is appended to RUN_DIR/logs/rank_NNNNN.log.  An uncaught exception leaves its
+    traceback there and one line on the console; `kill -USR2 PID` and crashes leave the stacks of all threads there.
+    ``close()`` undoes it.
+    """
+    log_path = run_dir / "logs" / f"rank_{rank:05d}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    _flush_streams()
+    console = Console(rank, log_path, os.dup(1), os.dup(2))  # os.dup: not inherited by programs that we start
+    log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                line_buffering=True
+            )  # a file would be block buffered, and a killed rank's last words lost
+    os.write(2, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} pid {os.getpid()}\n".encode())
+    sys.excepthook = console._excepthook
+    faulthandler.enable(file=2)
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    return console
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
+            stream.flush()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Progress
+
+
+class Progress:
+    """A tqdm bar on a terminal, a line every few seconds elsewhere, with the same numbers."""
+
+    def __init__(self, mode: str, console: Console) -> None:
+        if mode == "auto":
+            mode = "bar" if console.is_terminal else "lines"
+        self.mode = mode
+        self.console = console
+        self._bar: Any = None
+        self._loss: float | None = None
+        self._images_per_sec: float | None = None
+        self._marks: deque[tuple[float, int]] = deque(maxlen=200)  # recent (time, step)
+        self._said_at = -math.inf
+        self._said_step = -1
+
+    def update(self, step: int, total: int, loss: float | None, images_per_sec: float | None) -> None:
+        if self.mode == "none":
+            return
+        self._loss = self._loss if loss is None else loss
+        self._images_per_sec = self._images_per_sec if images_per_sec is None else images_per_sec
+        now = time.monotonic()
+        self._marks.append((now, step))
+        if self.mode == "bar":
+            self._move_bar(step, total)
+        elif now - self._said_at >= _LINE_EVERY_SEC or (step >= total and step != self._said_step):
+            self.console.say(f"step {step}/{total}  {self._numbers(step, total)}")
+            self._said_at, self._said_step = now, step
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self.console.attach_bar(None)
+            self._bar.close()
+            self._bar = None
+
+    def _move_bar(self, step: int, total: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm  # here: not every run has a bar
+
+            size = os.get_terminal_size(self.console.err.fileno()) if self.console.is_terminal else (0, 0)
+            known = min(size) > 0  # some terminals do not tell their size, and tqdm would show nothing on them
+            self._bar = tqdm(
+                total=total, initial=step, file=self.console.err, mininterval=0.25,
+                dynamic_ncols=known, ncols=None if known else 80, nrows=None if known else 24,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}  {desc}",
+            )  # fmt: skip
+            self.console.attach_bar(self._bar)
+        self._bar.set_description_str(self._numbers(step, total), refresh=False)
+        self._bar.update(step - self._bar.n)
+        if step >= total:
+            self._bar.refresh()
+
+    def _numbers(self, step: int, total: int) -> str:
+        parts = []
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4f}")
+        if self._images_per_sec is not None:
+            parts.append(f"{self._images_per_sec:,.0f} images/s" if self._images_per_sec >= 10 else
+                         f"{self._images_per_sec:.2f} images/s")  # fmt: skip
+        (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
+        if last_step > first_step:
+            seconds = (last_time - first_time) / (last_step - first_step) * max(0, total - step)
+            parts.append(f"{duration_text(seconds)} left")
+        return "  ".join(parts)
+
+
+def duration_text(seconds: float) -> str:
+    """4:05, 1:02:03 or 3 days 4 h, for people."""
+    whole = round(seconds)
+    if whole >= 48 * 3600:
+        return f"{whole // 86400} days {whole % 86400 // 3600} h"
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

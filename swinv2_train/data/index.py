@@ -1,0 +1,192 @@
+"""The index of one tar shard: where each sample's bytes lie, found by reading every header once.
+
+webdataset 1.x silently loses the rest of a shard in three kinds of damage (a cut at a member border, a zeroed or corrupt
+header in the middle: reference/data-notes.md 2.2), so every header's checksum and the end of the file are checked here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+
+from swinv2_train.config import ConfigError
+
+BLOCK = 512
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""In order of preference when one sample holds several (as webdataset's "jpg;jpeg;png;webp")."""
+LABEL_EXTENSION = "cls"
+LABEL_MISSING = -1
+"""The sample has no .cls member."""
+LABEL_UNREADABLE = -2
+"""The .cls member is not a non-negative integer."""
+
+_KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
+_META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+_REGULAR = (b"0", b"\0", b"7")
+_REMEDY = "fetch or write it again"
+
+
+class ShardError(ConfigError):
+    """A shard, or the pattern that names shards, is wrong; never swallowed by the policy for damaged samples."""
+
+
+def index_dtype(key_bytes: int) -> np.dtype:
+    """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key."""
+    return np.dtype(
+        [("offset", "<i8"), ("size", "<i8"), ("label", "<i8"), ("extension", "S4"), ("key", f"S{max(key_bytes, 1)}")]
+    )
+
+
+def build_index(path: str) -> np.ndarray:
+    """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
+
+    Raises ShardError, naming the byte, for a file that is compressed or not a tar, is cut off, has a damaged header,
+    no end mark, non-zero bytes after the end mark, the same member twice, or members but no image.  A tar without any
+    member is legal (an index of length 0) and warned about.
+    """
+    images: dict[str, tuple[int, int, int]] = {}  # key -> (rank of the extension, offset, size)
+    labels: dict[str, int] = {}
+    keys: dict[str, None] = {}
+    seen: set[tuple[str, str]] = set()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for name, offset, size in _members(fd, path):
+            match = _KEY_AND_EXTENSION.match(name)
+            if match is None or _META_MEMBER.match(name):
+                continue
+            key, extension = match[1], match[2].lower()
+            if (key, extension) in seen:
+                raise ShardError(
+                    f"{path}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
+                    "keys must be unique within a shard: write it again"
+                )
+            seen.add((key, extension))
+            keys[key] = None
+            if extension in IMAGE_EXTENSIONS:
+                preference = IMAGE_EXTENSIONS.index(extension)
+                if key not in images or preference < images[key][0]:
+                    images[key] = (preference, offset, size)
+            elif extension == LABEL_EXTENSION:
+                labels[key] = _parse_label(os.pread(fd, min(size, 64), offset))
+    finally:
+        os.close(fd)
+    if not keys:
+        warnings.warn(f"{path}: the shard holds no samples", stacklevel=2)
+    elif not images:
+        found = ", ".join(sorted({extension for _, extension in seen})[:8])
+        raise ShardError(f"{path}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
+
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1)))
+    for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
+        preference, offset, size = images.get(key, (-1, -1, -1))
+        extension = IMAGE_EXTENSIONS[preference] if preference >= 0 else ""
+        index[row] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+    return index
+
+
+def _parse_label(text: bytes) -> int:
+    return int(text) if text.strip().isdigit() else LABEL_UNREADABLE
+
+
+def _members(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
+    """Name, byte offset and size of every regular file, in order (ustar, GNU and PAX headers)."""
+    file_size = os.fstat(fd).st_size
+    if file_size == 0:
+        raise ShardError(f"{path}: the file is empty (0 bytes); {_REMEDY}")
+    position = 0
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        header = os.pread(fd, BLOCK, position)
+        if len(header) < BLOCK:
+            raise ShardError(
+                f"{path}: cut off at byte {file_size}: there is no end mark, so samples are missing; {_REMEDY}"
+            )
+        if not any(header):
+            _check_tail(fd, path, position)
+            return
+        size = _check_header(header, path, position)
+        kind = header[156:157]
+        start = position + BLOCK
+        if kind == b"x":
+            pax = _pax_records(os.pread(fd, size, start), path, position)
+        elif kind == b"L":
+            long_name = os.pread(fd, size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        if kind not in (b"x", b"L", b"K", b"g"):  # a real member: the records before it speak of it
+            size = int(pax.get("size", size))
+        if start + size > file_size:
+            raise ShardError(
+                f"{path}: cut off at byte {file_size}: the member at byte {position} ends at {start + size}; {_REMEDY}"
+            )
+        position = start + -(-size // BLOCK) * BLOCK
+        if kind in (b"x", b"L", b"K", b"g"):
+            continue
+        if kind == b"S" or any(record.startswith("GNU.sparse") for record in pax):
+            raise ShardError(f"{path}: sparse member at byte {start - BLOCK}; write the shard without --sparse")
+        name = pax.get("path") or long_name or _header_name(header)
+        long_name, pax = None, {}
+        if kind in _REGULAR:
+            yield name, start, size
+
+
+def _check_header(header: bytes, path: str, position: int) -> int:
+    """Verify the checksum; return the size field."""
+    try:
+        stored = _number(header[148:156])
+        size = _number(header[124:136])
+    except ValueError:
+        stored, size = -1, 0
+    if stored == sum(header) - sum(header[148:156]) + 8 * 32 and size >= 0:
+        return size
+    if position > 0:
+        raise ShardError(f"{path}: damaged header at byte {position}: the samples after it are lost; {_REMEDY}")
+    if header[:2] == b"\x1f\x8b" or header[:3] == b"BZh" or header[:6] == b"\xfd7zXZ\0" or header[:4] == b"(\xb5/\xfd":
+        raise ShardError(f"{path}: a compressed tar has no random access; unpack it to a plain .tar")
+    raise ShardError(f"{path}: not a tar file (no valid header at byte 0); {_REMEDY}")
+
+
+def _check_tail(fd: int, path: str, position: int) -> None:
+    end_mark = position
+    while chunk := os.pread(fd, 1 << 20, position):  # "only zeros may follow"; a legal tail has up to 11,263 of them
+        if chunk.count(0) != len(chunk):
+            first = position + next(i for i, byte in enumerate(chunk) if byte)
+            raise ShardError(
+                f"{path}: non-zero bytes at byte {first}, after the end mark at {end_mark}: a damaged header or an "
+                f"appended tar hides samples; {_REMEDY}"
+            )
+        position += len(chunk)
+
+
+def _header_name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0":  # GNU's own format keeps other things in the prefix field
+        prefix = header[345:500].split(b"\0", 1)[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _number(field: bytes) -> int:
+    if field[0] & 0x80:  # base 256, for 8 GiB and more
+        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    text = field.split(b"\0", 1)[0].strip()
+    return int(text, 8) if text else 0
+
+
+def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
+    records: dict[str, str] = {}
+    start = 0
+    while start < len(data) and data[start] != 0:
+        space = data.find(b" ", start)
+        length = data[start:space]
+        if space < 0 or not length.isdigit() or int(length) <= len(length):
+            raise ShardError(f"{path}: damaged PAX header at byte {position}; {_REMEDY}")
+        record = data[space + 1 : start + int(length) - 1]
+        name, _, value = record.partition(b"=")
+        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        start += int(length)
+    return records

@@ -1,0 +1,123 @@
+"""The global order of samples: a pure function from a stream position to (epoch, shard, index in the shard).
+
+Every epoch is an exact permutation of the samples, whatever the number of ranks and workers, and positions run on over
+the epoch border, so one integer resumes a run anywhere.  Reading stays local: an epoch's permuted shards are cut into
+`lanes`, and within a lane only `window_shards` consecutive shards are shuffled together (reference/data-notes.md 2.5).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from swinv2_train.data.index import ShardError
+
+Location = tuple[int, int, int]
+"""(epoch, shard, index in the shard)"""
+
+_SHARD_STREAM, _BLOCK_STREAM = 0, 1  # spawn keys: the two uses of the seed never share random numbers
+
+
+@dataclass(frozen=True)
+class _Lane:
+    block_starts: list[int]
+    """First element of every block within the lane."""
+    blocks: list[list[tuple[int, int, int]]]
+    """Per block the (shard, first index, last index + 1) pieces that are shuffled together."""
+
+
+class GlobalOrder:
+    """Position -> (epoch, shard, index), a function of (counts, seed, lanes, window_shards) alone.
+
+    counts: samples per shard, zeros allowed.  Lanes x window_shards shards are mixed at a time.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, lanes: int, window_shards: int) -> None:
+        assert lanes >= 1 and window_shards >= 1, (lanes, window_shards)
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.seed, self.lanes, self.window_shards = seed, lanes, window_shards
+        self.num_samples = int(self.counts.sum())
+        if self.num_samples == 0:
+            raise ShardError("data.shards holds no samples at all; name shards that hold some")
+        self._layouts: OrderedDict[int, list[_Lane]] = OrderedDict()
+        self._shuffled: OrderedDict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def locate(self, position: int) -> Location:
+        """Where the sample at stream position `position` >= 0 lies."""
+        epoch, within = divmod(position, self.num_samples)
+        element, lane_number = divmod(within, self.lanes)
+        lane = self._layout(epoch)[lane_number]
+        block = bisect_right(lane.block_starts, element) - 1
+        shards, indices = self._block(epoch, lane_number, block)
+        element -= lane.block_starts[block]
+        return epoch, int(shards[element]), int(indices[element])
+
+    def locate_range(self, start: int, stop: int) -> list[Location]:
+        """locate() of every position in [start, stop)."""
+        return [self.locate(position) for position in range(start, stop)]
+
+    def _layout(self, epoch: int) -> list[_Lane]:
+        if epoch in self._layouts:
+            return self._layouts[epoch]
+        shards = _generator(self.seed, _SHARD_STREAM, epoch).permutation(len(self.counts))
+        ends = np.cumsum(self.counts[shards])
+        base, extra = divmod(self.num_samples, self.lanes)  # the first `extra` lanes are one sample longer
+        lanes = []
+        for number in range(self.lanes):
+            low = number * base + min(number, extra)
+            high = low + base + (number < extra)
+            pieces = []
+            for place in range(int(np.searchsorted(ends, low, side="right")), len(shards)):
+                first = int(ends[place] - self.counts[shards[place]])
+                if first >= high:
+                    break
+                start, stop = max(low, first), min(high, int(ends[place]))
+                if stop > start:
+                    pieces.append((int(shards[place]), start - first, stop - first))
+            blocks = [pieces[i : i + self.window_shards] for i in range(0, len(pieces), self.window_shards)]
+            starts = np.cumsum([0] + [sum(stop - start for _, start, stop in block) for block in blocks])
+            lanes.append(_Lane(starts[:-1].tolist(), blocks))
+        self._layouts[epoch] = lanes
+        if len(self._layouts) > 2:  # a batch touches at most two epochs, unless it is larger than one
+            self._layouts.popitem(last=False)
+        return lanes
+
+    def _block(self, epoch: int, lane: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        name = (epoch, lane, block)
+        if name in self._shuffled:
+            self._shuffled.move_to_end(name)
+            return self._shuffled[name]
+        pieces = self._layout(epoch)[lane].blocks[block]
+        shards = np.concatenate([np.full(stop - start, shard, np.int32) for shard, start, stop in pieces])
+        indices = np.concatenate([np.arange(start, stop, dtype=np.int32) for _, start, stop in pieces])
+        shuffle = _generator(self.seed, _BLOCK_STREAM, *name).permutation(len(shards))
+        self._shuffled[name] = (shards[shuffle], indices[shuffle])
+        if len(self._shuffled) > 2 * self.lanes:  # every lane stands in one block, or two at a border
+            self._shuffled.popitem(last=False)
+        return self._shuffled[name]
+
+
+def _generator(seed: int, *spawn_key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=spawn_key)))
+
+
+def rank_batch(order: GlobalOrder, start: int, global_batch_size: int, rank: int, world_size: int) -> list[Location]:
+    """Rank `rank`'s part of the global batch at positions [start, start + global_batch_size).
+
+    The batch is sorted by lane and cut into equal slices, so that a rank reads few lanes.
+    """
+    assert global_batch_size % world_size == 0, (global_batch_size, world_size)
+    positions = sorted(
+        range(start, start + global_batch_size), key=lambda position: (position % order.num_samples) % order.lanes
+    )
+    share = global_batch_size // world_size
+    return [order.locate(position) for position in positions[rank * share : (rank + 1) * share]]
+
+
+def global_batch(order: GlobalOrder, start: int, global_batch_size: int) -> list[Location]:
+    """All ranks' parts of the batch that begins at position `start`, in rank order (sorted by lane)."""
+    return rank_batch(order, start, global_batch_size, rank=0, world_size=1)

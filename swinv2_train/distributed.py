@@ -1,0 +1,223 @@
+"""The process group, from torchrun, from srun or alone, and the few collectives that the rooms above need.
+
+A single process also gets a real group of one, because DeepSpeed needs one.  Every function below works without a
+group too and then speaks for one process, so that tools and tests can use the same code.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from swinv2_train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among all ranks."""
+
+    rank: int
+    """0 .. world_size - 1 over all hosts."""
+    local_rank: int
+    """0 .. local_world_size - 1 on this host; also the number of its accelerator."""
+    world_size: int
+    """Processes of the run."""
+    local_world_size: int
+    """Processes of the run on this host."""
+    device: torch.device
+    """Where this rank computes."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that speaks and writes."""
+        return self.rank == 0
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the message names the ranks and what they said."""
+
+
+def init_distributed(timeout_sec: int) -> World:
+    """Join the process group that torchrun or srun announces, or make a group of one.
+
+    timeout_sec: seconds after which a waiting collective ends the run.  Uses NCCL with an accelerator, gloo without.
+    Also writes RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE to the environment, where DeepSpeed looks for them.
+    Raises ConfigError when the announced ranks make no sense.
+    """
+    environment = _announced_ranks()
+    rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+    local_rank, local_world_size = environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size):
+        raise ConfigError(
+            f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world_size} in the "
+            "environment do not fit together; start with torchrun or srun, or unset them to run one process"
+        )
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{local_world_size} processes on this host but {torch.cuda.device_count()} accelerators; "
+                "start at most one process for each (torchrun --nproc-per-node)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    world = World(rank, local_rank, world_size, local_world_size, device)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    timeout = datetime.timedelta(seconds=timeout_sec)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store(rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return world
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if _active():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    any_rank(False)  # an all_reduce, since NCCL's own barrier has to guess the device
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when flag is true on at least one."""
+    if not _active():
+        return flag
+    value = torch.tensor([int(flag)], dtype=torch.int32, device=_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks.  values: any shape, the same on every rank.  Returns a new tensor on values' own device."""
+    total = values.detach().clone()
+    if _active():
+        on_device = total.to(_device())
+        dist.all_reduce(on_device, op=dist.ReduceOp.SUM)
+        total = on_device.to(values.device)
+    return total
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """Rank src's object on every rank (pickled between ranks of this one run)."""
+    if not _active():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=src, device=_device())
+    return box[0]
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Raise on all ranks when any rank holds an error, so that none waits for it in the next collective.
+
+    error: what this rank caught, or None.  The message names the ranks and what each said; it is a ConfigError when
+    every error is one, else the rank's own error (where it has one) or a RankError.
+    """
+    if not _active():
+        if error is not None:
+            raise error
+        return
+    mine = None if error is None else (isinstance(error, ConfigError), _text_of(error))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    ranks_by_text: dict[str, list[int]] = {}
+    for rank, entry in enumerate(everyone):
+        if entry is not None:
+            ranks_by_text.setdefault(entry[1], []).append(rank)
+    if not ranks_by_text:
+        return
+    if all(entry is None or entry[0] for entry in everyone):
+        if len(ranks_by_text) == 1 and all(entry is not None for entry in everyone):
+            raise ConfigError(next(iter(ranks_by_text))) from error
+        raise ConfigError(_listed(ranks_by_text)) from error
+    raise RankError(_listed(ranks_by_text)) from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _device() -> torch.device:
+    """Where the group's collectives take their tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _text_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+
+
+def _listed(ranks_by_text: dict[str, list[int]]) -> str:
+    return "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {text}"
+        for text, ranks in ranks_by_text.items()
+    )
+
+
+def _announced_ranks() -> dict[str, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun, from srun (2 tasks or more), or alone."""
+    get = os.environ.get
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        names = {name: name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    elif "SLURM_PROCID" in os.environ and int(get("SLURM_NTASKS", "1")) > 1:
+        names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        os.environ.setdefault("MASTER_ADDR", _first_host(get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(get("SLURM_JOB_ID", "0")) % 20000))
+        tasks = re.match(r"\d+", get("SLURM_STEP_TASKS_PER_NODE") or get("SLURM_NTASKS_PER_NODE") or "")
+        os.environ["LOCAL_WORLD_SIZE"] = tasks.group() if tasks else os.environ["SLURM_NTASKS"]
+        names["LOCAL_WORLD_SIZE"] = "LOCAL_WORLD_SIZE"
+    else:
+        return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    try:
+        found = {name: int(os.environ[variable]) for name, variable in names.items() if variable in os.environ}
+    except ValueError as error:
+        raise ConfigError(f"{sorted(names.values())} in the environment must be whole numbers: {error}") from error
+    found.setdefault("LOCAL_RANK", 0)
+    found.setdefault("LOCAL_WORLD_SIZE", found["LOCAL_RANK"] + 1)
+    return found
+
+
+def _first_host(nodelist: str) -> str:
+    """node[003-007,9],other -> node003"""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
+
+
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The key-value store where the ranks find each other.
+
+    torchrun's agent hosts one store for all attempts of a job, and torch reuses the addresses that the ranks of the
+    last attempt left in it: with gloo every restart then fails to connect.  So each attempt has its own prefix.
+    """
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.FileStore(str(Path(tempfile.mkdtemp(prefix="swinv2_train_")) / "store"), 1)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} missing in the environment of rank {rank}; start with torchrun")
+    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        socket.gethostbyname(os.environ["MASTER_ADDR"]),
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0 and not agent_hosts_it,
+        timeout=timeout,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt_{attempt}", store)

@@ -1,0 +1,102 @@
+"""The one protocol behind which training runs: DeepSpeed's ZeRO stages, or plain torch as the numerical reference.
+
+deepspeed and fairscale are known to this folder alone, and imported only when an engine is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from swinv2_train.config import Config
+from swinv2_train.distributed import World
+from swinv2_train.engine.checks import NonFiniteError
+from swinv2_train.engine.deepspeed_config import check_engine
+from swinv2_train.engine.recompute import apply_recompute
+
+
+class Engine(Protocol):
+    """What the loop and the checkpoints need from an engine.  One optimizer step is
+
+        for micro_batch in micro_batches:           # accumulation_steps of them
+            outputs = engine.forward(**micro_batch)
+            engine.backward(outputs["loss"])
+        grad_norm = engine.step(lr)
+
+    All methods are collective: every rank calls them in the same order.
+    """
+
+    module: nn.Module
+    """The trained module with official parameter names.  Under ZeRO-3 its parameters are empty outside of forward."""
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """The module's outputs in training mode.  inputs: float32 or integer tensors on any device; moved here."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of loss / accumulation_steps.  loss: () mean over this rank's micro-batch."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip and update with lr x lr_scale in each group, then clear the gradients.
+
+        Returns the global gradient norm before clipping (of the mean over ranks and micro-batches).
+        Raises NonFiniteError on every rank, weights and optimizer state untouched, when that norm is not finite.
+        """
+        ...
+
+    def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """The module's outputs in evaluation mode without gradients.  Ranks must make equally many calls."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write weights, masters and optimizer state under directory; every rank its own part.  No commit here."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Restore what save wrote, bit for bit.  Raises ConfigError on every rank for a missing or damaged part, and
+        for another world size, engine, stage, precision or model."""
+        ...
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        """float32 masters and persistent buffers by official name, on rank 0 in CPU memory; None on other ranks."""
+        ...
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put full tensors (float32, any device; the same on every rank) into weights and masters, unrounded.
+
+        Raises ConfigError for missing, unexpected or misshapen names; nothing is changed then.
+        """
+        ...
+
+
+def build_engine(
+    module: nn.Module,
+    param_groups: list[dict[str, Any]],
+    config: Config,
+    world: World,
+    accumulation_steps: int,
+) -> Engine:
+    """The engine that config.engine names, holding the module on world.device.
+
+    module: constructed plainly, in float32, on the CPU; rank 0's values are given to all ranks.  (Models that do not
+    fit into one process's memory need construction under deepspeed.zero.Init, which belongs in front of this call.)
+    param_groups: from optim.build_param_groups.  accumulation_steps: backward passes per optimizer step.
+    The process group must be up.  Raises ConfigError for a combination that cannot be computed right.
+    """
+    check_engine(config.engine)
+    assert accumulation_steps >= 1, accumulation_steps
+    apply_recompute(module, config.model.recompute)
+    if config.engine.name == "local":
+        from swinv2_train.engine.local import LocalEngine
+
+        return LocalEngine(module, param_groups, config, world, accumulation_steps)
+    from swinv2_train.engine.zero import ZeroEngine
+
+    return ZeroEngine(module, param_groups, config, world, accumulation_steps)
+
+
+__all__ = ["Engine", "NonFiniteError", "apply_recompute", "build_engine", "check_engine"]

@@ -1,0 +1,64 @@
+"""Checks that all engines make before they take somebody's tensors or files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from swinv2_train.config import ConfigError
+
+
+class NonFiniteError(RuntimeError):
+    """The gradient norm is not finite.  Raised on every rank, before any weight has moved."""
+
+
+FACTS = "engine.json"
+"""The file beside an engine's state that says what wrote it."""
+
+
+def check_full_state(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError unless state has exactly these names and shapes."""
+    problems = []
+    for name in shapes.keys() - state.keys():
+        problems.append(f"{name} is missing")
+    for name in state.keys() - shapes.keys():
+        near = difflib.get_close_matches(name, shapes, n=1)
+        problems.append(f"{name} is not in the model" + (f" (near: {near[0]})" if near else ""))
+    for name in shapes.keys() & state.keys():
+        if tuple(state[name].shape) != shapes[name]:
+            problems.append(f"{name} has shape {tuple(state[name].shape)}, the model {shapes[name]}")
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ConfigError(f"the weights do not fit the model: {shown}{more}; build the model that they belong to")
+
+
+def write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    """Write beside an engine's state what wrote it."""
+    (directory / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def check_facts(directory: Path, facts: dict[str, Any]) -> None:
+    """Raise ConfigError when the state in directory was written by another engine, world size or model."""
+    path = directory / FACTS
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{directory}: no engine state here ({FACTS} is missing); is the path right?") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
+    if saved.get("world_size") != facts["world_size"]:
+        raise ConfigError(
+            f"{directory} was saved by {saved.get('world_size')} ranks, this run has {facts['world_size']}; "
+            f"start {saved.get('world_size')} ranks to resume it"
+        )
+    for key, value in facts.items():
+        if saved.get(key) != value:
+            raise ConfigError(
+                f"{directory}: saved with {key}={saved.get(key)}, this run has {key}={value}; resume with the same"
+            )

@@ -1,0 +1,127 @@
+"""Plain torch on one process in float32: what every other engine is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinv2_train.config import Config, ConfigError
+from swinv2_train.distributed import World
+from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, write_facts
+from swinv2_train.engine.startup import adamw
+
+
+class LocalEngine:
+    """The engine protocol with nothing between the module and torch.optim.AdamW."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        param_groups: list[dict[str, Any]],
+        config: Config,
+        world: World,
+        accumulation_steps: int,
+    ) -> None:
+        if world.world_size != 1:
+            raise ConfigError(
+                f"engine.name=local runs on one process, but there are {world.world_size}; set engine.name=deepspeed"
+            )
+        self.module = module.to(world.device)
+        self.optimizer = adamw(
+            param_groups,
+            lr=0.0,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            eps=config.optim.eps,
+            fused=world.device.type == "cuda" or None,
+        )
+        self._clip_grad_norm = config.optim.clip_grad_norm
+        self._accumulation_steps = accumulation_steps
+        self._num_backward = 0
+        self._device = world.device
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.module.train()
+        outputs: dict[str, Tensor] = self.module(**to_device(inputs, self._device))
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        assert self._num_backward < self._accumulation_steps, "step() is due"
+        (loss / self._accumulation_steps).backward()
+        self._num_backward += 1
+
+    def step(self, lr: float) -> float:
+        assert self._num_backward == self._accumulation_steps, "backward() is due"
+        self._num_backward = 0
+        # A parameter that had no part in the loss takes part in the step with a gradient of zero, as in ZeRO.
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        grad_norm = clip_(
+            [p.grad for group in self.optimizer.param_groups for p in group["params"]], self._clip_grad_norm
+        )
+        if not math.isfinite(grad_norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"the global gradient norm is {grad_norm}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    @torch.no_grad()
+    def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.module.eval()
+        try:
+            outputs: dict[str, Tensor] = self.module(**to_device(inputs, self._device))
+        finally:
+            self.module.train()
+        return outputs
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, directory / "local.pt")
+        write_facts(directory, self._facts())
+
+    def load(self, directory: Path) -> None:
+        path = directory / "local.pt"
+        check_facts(directory, self._facts())
+        try:
+            state = torch.load(path, map_location=self._device, weights_only=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        check_full_state(shapes, state)
+        self.module.load_state_dict(state)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"engine": "local", "world_size": 1, "groups": [g["name"] for g in self.optimizer.param_groups]}
+
+
+def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors on the device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def clip_(gradients: list[Tensor], max_norm: float) -> float:
+    """Scale the gradients in place so that their joint 2-norm is at most max_norm (0 = leave them).
+
+    Returns the norm before, accumulated in float64.  The factor is max_norm / (norm + 1e-6), as torch and DeepSpeed.
+    """
+    norm = math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients))
+    if max_norm > 0 and math.isfinite(norm) and norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / (norm + 1e-6))
+    return norm

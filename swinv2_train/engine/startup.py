@@ -1,0 +1,123 @@
+"""What is left out of the start of a run, and why that is safe.
+
+An untouched 2-rank ZeRO-3 start takes 34 s on 2 cores, nearly all of it imports and builds that training never uses:
+
+* torch's optimizers import torch._dynamo when the first parameter group is added, only to mark functions as "not to
+  be compiled".  The mark is cached in an attribute; we set it to the function itself.
+* DeepSpeed imports its Muon optimizer to compare types, and that import compiles three functions with torch.compile,
+  i.e. imports inductor; its ZeRO-3 hooks are marked as "not to be compiled".  During deepspeed.initialize both
+  decorators return the function as it is.
+* DeepSpeed builds the shm_comm extension with the C++ compiler (78 s when cold) for an operation of its inference
+  engine.  We tell it that the extension is not available.
+* DeepSpeed probes for accelerators; on a machine without one it is told so.
+
+None of this is wanted by eager training.  With SWINV2_TRAIN_KEEP_COMPILER=1 in the environment, or after
+allow_compiler(), torch.compile finds everything as torch ships it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_MARK = "__dynamo_disable"
+"""The attribute in which torch._disable_dynamo caches the marked function."""
+
+
+def compiler_is_kept() -> bool:
+    """True when the user wants torch.compile and pays for its import."""
+    return os.environ.get("SWINV2_TRAIN_KEEP_COMPILER", "0") == "1"
+
+
+def avoid_compiler() -> None:
+    """Keep torch._dynamo out of the optimizers' bookkeeping, recomputation and DeepSpeed's coordinator."""
+    if compiler_is_kept():
+        return
+    for function in _marked_functions():
+        vars(function).setdefault(_MARK, function)
+
+
+def allow_compiler() -> None:
+    """Undo avoid_compiler."""
+    for function in _marked_functions():
+        if vars(function).get(_MARK) is function:
+            delattr(function, _MARK)
+
+
+def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
+    """torch.optim.AdamW whose step does not import torch._dynamo (6.5 s) for a graph break that nobody compiles.
+
+    The type stays AdamW itself: DeepSpeed compares types exactly.
+    """
+    avoid_compiler()
+    optimizer = torch.optim.AdamW(groups, **settings)
+    if not compiler_is_kept():
+        plain_step = inspect.unwrap(torch.optim.AdamW.step)
+
+        def step(self: torch.optim.AdamW, closure: Callable[[], float] | None = None) -> Any:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                return plain_step(self, closure)
+
+        hooked: Any = torch.optim.Optimizer.profile_hook_step(step)
+        vars(optimizer)["step"] = types.MethodType(hooked, optimizer)
+    return optimizer
+
+
+def import_deepspeed() -> types.ModuleType:
+    """DeepSpeed, told what this machine has.  The only place that imports it."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def without_compilation() -> Iterator[None]:
+    """Inside, compiling a function and forbidding to compile it both leave it as it is."""
+    if compiler_is_kept():
+        yield
+        return
+    from deepspeed.runtime import compiler
+
+    originals = compiler.compile, torch.compiler.disable
+    compiler.compile = lambda *args, **kwargs: lambda function: function
+    torch.compiler.disable = _as_it_is
+    try:
+        yield
+    finally:
+        compiler.compile, torch.compiler.disable = originals
+
+
+def _as_it_is(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """A decorator, with or without arguments, that changes nothing."""
+    return (lambda inner: inner) if function is None else function
+
+
+def _marked_functions() -> list[Any]:
+    """The functions inside torch._disable_dynamo's wrappers that an eager ZeRO run calls."""
+    from torch.utils import checkpoint
+
+    optimizer = torch.optim.Optimizer
+    wrappers: list[Any] = [
+        optimizer.add_param_group,
+        optimizer.state_dict,
+        optimizer.load_state_dict,
+        optimizer.zero_grad,
+        checkpoint.checkpoint,
+        vars(checkpoint).get("_run_fn_with_dynamo_disabled"),
+    ]
+    coordinator = sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator")
+    if coordinator is not None:
+        owners = [coordinator, coordinator.PartitionedParameterCoordinator]
+        wrappers += [value for owner in owners for value in vars(owner).values()]
+    return [w.__wrapped__ for w in wrappers if inspect.isfunction(w) and hasattr(w, "__wrapped__")]

@@ -1,0 +1,271 @@
+"""DeepSpeed's ZeRO stages behind the engine protocol, with the precautions that 0.19.8 needs.
+
+Every comment that begins with "Trap" names something that was measured; tests/distributed/test_traps.py fails without
+the line below it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinv2_train.config import Config, ConfigError
+from swinv2_train.distributed import World, barrier, raise_together
+from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, write_facts
+from swinv2_train.engine.deepspeed_config import deepspeed_json
+from swinv2_train.engine.local import to_device
+from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, without_compilation
+
+TAG = "zero"
+"""The folder inside a checkpoint in which DeepSpeed's files lie."""
+
+
+class ZeroEngine:
+    """A DeepSpeed engine of any stage; its optimizer is torch.optim.AdamW, its learning rate ours."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        param_groups: list[dict[str, Any]],
+        config: Config,
+        world: World,
+        accumulation_steps: int,
+    ) -> None:
+        settings = deepspeed_json(config, world.world_size, accumulation_steps)
+        deepspeed = import_deepspeed()
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        optimizer_on_cpu = world.device.type == "cpu" or config.engine.offload_optimizer == "cpu"
+        with without_compilation():
+            optimizer = adamw(
+                param_groups,
+                lr=0.0,  # step() sets it
+                betas=(config.optim.betas[0], config.optim.betas[1]),
+                eps=config.optim.eps,
+                fused=None if optimizer_on_cpu else True,
+            )
+            self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        avoid_compiler()  # again: DeepSpeed's coordinator is imported now
+        self.module: nn.Module = self._ds.module
+        self._groups: list[dict[str, Any]] = self._ds.optimizer.param_groups
+        self._stage = config.engine.zero_stage
+        self._world = world
+        self._accumulation_steps = accumulation_steps
+        self._num_backward = 0
+        self._facts = {
+            "engine": "deepspeed",
+            "world_size": world.world_size,
+            "zero_stage": self._stage,
+            "precision": config.engine.precision,
+            "groups": [group["name"] for group in self._groups],
+            "num_parameters": sum(_numel(p) for p in self.module.parameters()),
+        }
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # One step
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self._ds.train()
+        outputs: dict[str, Tensor] = self._ds(**to_device(inputs, self._world.device))
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        assert self._num_backward < self._accumulation_steps, "step() is due"
+        if self._num_backward == 0:
+            self._forget_gradients()
+        self._ds.backward(loss)  # divides by the accumulation steps itself
+        self._num_backward += 1
+        if self._num_backward < self._accumulation_steps:
+            self._ds.step()  # inside the window it only counts
+
+    def step(self, lr: float) -> float:
+        assert self._num_backward == self._accumulation_steps, "backward() is due"
+        self._num_backward = 0
+        for group in self._groups:
+            group["lr"] = lr * group["lr_scale"]
+        if self._stage == 0:
+            grad_norm = self._stage_0_norm()
+            if not math.isfinite(grad_norm):
+                self._ds.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(f"the global gradient norm is {grad_norm}")
+            self._ds.step()
+            return grad_norm
+        self._ds.step()
+        grad_norm = float(self._ds.get_global_grad_norm())
+        # DeepSpeed's stages 1 to 3 look at the norm over all ranks first and do not take a step that is not finite.
+        if not self._ds.was_step_applied() or not math.isfinite(grad_norm):
+            raise NonFiniteError(f"the global gradient norm is {grad_norm}")
+        return grad_norm
+
+    @torch.no_grad()
+    def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self._ds.eval()
+        try:
+            outputs: dict[str, Tensor] = self._ds(**to_device(inputs, self._world.device))
+        finally:
+            self._ds.train()
+        return outputs
+
+    def _forget_gradients(self) -> None:
+        """Clear what the last window left in the persistent gradient buffers."""
+        optimizer = self._ds.optimizer
+        if self._stage == 3:
+            # Trap 4: the buffer is written only for parameters that got a gradient; the others would be trained with
+            # their last one again.
+            optimizer.grad_partitions_flat_buffer.zero_()
+            masters = optimizer.fp32_partitioned_groups_flat
+        elif self._stage in (1, 2):
+            masters = getattr(optimizer, "single_partition_of_fp32_groups", [])
+        else:
+            masters = []
+        for master in masters:  # with the optimizer on the CPU the masters' gradients persist too
+            if master.grad is not None:
+                master.grad.zero_()
+
+    def _stage_0_norm(self) -> float:
+        """2-norm over all gradients, which stage 0 has already averaged over ranks; accumulated in float64."""
+        squares = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.float64) ** 2
+            for p in self.module.parameters()
+            if p.grad is not None
+        ]
+        return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Sharded state
+
+    def save(self, directory: Path) -> None:
+        error = None
+        if self._world.is_main:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                write_facts(directory, self._facts)
+            except OSError as caught:
+                error = caught
+        raise_together(error)
+        # Trap 2: DeepSpeed's own `latest` may name a checkpoint that another rank has not finished.
+        # The commit is in checkpoint.py.
+        self._ds.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+        barrier()
+
+    def load(self, directory: Path) -> None:
+        assert self._num_backward == 0, "load between steps only"
+        raise_together(_caught(check_facts, directory, self._facts))
+        # Trap 8: DeepSpeed only warns about a missing checkpoint, and a rank that cannot read its part fails alone.
+        raise_together(_caught(self._check_parts, directory))
+        own_settings = [{k: v for k, v in group.items() if k != "params"} for group in self._groups]
+        error: BaseException | None = None
+        try:
+            path, _ = self._ds.load_checkpoint(str(directory), tag=TAG)
+            if path is None:
+                error = ConfigError(f"{directory / TAG}: DeepSpeed found no checkpoint there")
+        except (OSError, RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as caught:
+            error = caught
+        raise_together(error)
+        # Trap 3: the configuration says what a group's decay and scale are, not what a loader made of them; and no two
+        # groups may share one step counter.
+        self._groups = self._ds.optimizer.param_groups
+        for group, settings in zip(self._groups, own_settings, strict=True):
+            group.update(settings)
+        inner = getattr(self._ds.optimizer, "optimizer", self._ds.optimizer)
+        for state in inner.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+    def _check_parts(self, directory: Path) -> None:
+        """Raise ConfigError when a file that this rank will read is missing or not a whole archive."""
+        rank = self._world.rank
+        shared = directory / TAG / "mp_rank_00_model_states.pt"
+        own = sorted((directory / TAG).glob(f"*zero_pp_rank_{rank}_mp_rank_00_*.pt"))
+        files = own + ([shared] if self._stage < 3 else [])
+        expected = {0: 1, 1: 2, 2: 2, 3: 2}[self._stage]
+        if len(files) < expected:
+            raise ConfigError(
+                f"{directory / TAG}: the part of rank {rank} is missing (found {[f.name for f in files]}); "
+                "resume from another checkpoint"
+            )
+        for path in files:
+            try:
+                # Pickle inside, as all DeepSpeed checkpoints: only for files that this run's user wrote.
+                torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise ConfigError(
+                    f"{path}: cannot be read ({str(error).splitlines()[0]}); resume from another checkpoint"
+                ) from error
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Whole tensors
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            value = self._full_value(parameter)  # collective
+            if self._world.is_main:
+                state[name] = value
+        if not self._world.is_main:
+            return None
+        state.update({name: buffer.detach().cpu().clone() for name, buffer in self._buffers().items()})
+        return state
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        shapes = {name: _shape(p) for name, p in self.module.named_parameters()}
+        shapes.update({name: tuple(buffer.shape) for name, buffer in self._buffers().items()})
+        raise_together(_caught(check_full_state, shapes, state))
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                self._set_full_value(parameter, state[name].to(self._world.device, torch.float32))
+            for name, buffer in self._buffers().items():
+                buffer.copy_(state[name])
+
+    def _full_value(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 value of one parameter in CPU memory; every rank takes part."""
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
+
+        # Trap 9: outside of forward a ZeRO-3 parameter is an empty tensor, and using it is no error.
+        if parameter.requires_grad and self._stage > 0:
+            value = safe_get_full_fp32_param(parameter)
+            assert value is not None, "DeepSpeed holds no master of this parameter"
+            return value.detach().to("cpu", torch.float32, copy=True).view(_shape(parameter))
+        with GatheredParameters([parameter], enabled=self._stage == 3):
+            return parameter.detach().to("cpu", torch.float32, copy=True)
+
+    def _set_full_value(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Write one parameter: the weights in their own dtype, the master unrounded."""
+        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+            if self._stage < 3 or self._world.is_main:
+                parameter.copy_(value)
+        if parameter.requires_grad and self._stage > 0:
+            safe_set_full_fp32_param(parameter, value)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers by name."""
+        parameters = {name for name, _ in self.module.named_parameters()}
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in parameters}
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _caught(function: Any, *args: Any) -> ConfigError | None:
+    """The ConfigError that the call raises, or None."""
+    try:
+        function(*args)
+    except ConfigError as error:
+        return error
+    return None

@@ -1,0 +1,182 @@
+"""The training loop: one step is visible, and so is what happens between two steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swinv2_train.checkpoint import save_checkpoint
+from swinv2_train.config import Config
+from swinv2_train.data.loader import EvalLoader, TrainLoader
+from swinv2_train.distributed import World, any_rank
+from swinv2_train.engine import Engine, NonFiniteError
+from swinv2_train.log import RunLog
+from swinv2_train.metrics import Means, Throughput, device_peak_flops, max_over_ranks, mfu, peak_memory_gib, ranks_where
+from swinv2_train.runtime import StopRequest
+from swinv2_train.schedule import lr_at
+from swinv2_train.tasks import Task
+
+
+@dataclass
+class Run:
+    """Everything that one training run works with."""
+
+    config: Config
+    world: World
+    task: Task
+    engine: Engine
+    train_loader: TrainLoader
+    eval_loader: EvalLoader | None
+    log: RunLog
+    accumulation_steps: int
+    total_steps: int
+    warmup_steps: int
+    step: int
+    """Completed optimizer steps."""
+    images_seen: int
+    """Images of all completed steps, over all ranks."""
+    saved_step: int
+    """Step of the newest complete checkpoint; -1 when there is none."""
+
+
+def fit(run: Run, stop: StopRequest) -> bool:
+    """Train from run.step to run.total_steps, log, evaluate and save on the way.
+
+    Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way.
+    Raises NonFiniteError on all ranks, with the weights as they were, when a step's gradients are not finite.
+    """
+    config, train = run.config, run.config.train
+    speed = Throughput(train.global_batch_size)
+    keys = KeyRecord(Path(config.run_dir), run) if config.data.record_keys else None
+    batches = iter(run.train_loader)
+    num_bad = torch.zeros((), dtype=torch.float64)
+    while run.step < run.total_steps:
+        if any_rank(stop.requested is not None):
+            if run.saved_step != run.step:
+                save(run, None)
+            return False
+        lr = lr_at(run.step, run.total_steps, config.optim.schedule, run.warmup_steps, config.optim.lr)
+        losses = Means()
+        step_keys: list[str] = []
+        for _ in range(run.accumulation_steps):
+            with speed.waiting_for_data():
+                batch = next(batches)
+            loss = run.task.loss(run.engine.forward, batch)
+            run.engine.backward(loss)
+            losses.add({"train/loss": loss})
+            num_bad += batch["num_bad"]
+            step_keys += batch["keys"]
+        try:
+            grad_norm = run.engine.step(lr)
+        except NonFiniteError as error:
+            ranks = ranks_where(not bool(torch.isfinite(loss)), run.world)
+            raise NonFiniteError(
+                f"step {run.step + 1} was not taken: {error}; the last loss was not finite on ranks {ranks or 'none'}; "
+                f"the newest checkpoint is of step {run.saved_step}"
+            ) from error
+        run.step += 1
+        run.images_seen += train.global_batch_size
+        speed.step_done()
+        if keys is not None:
+            keys.write(run.step, step_keys)
+
+        last = run.step == run.total_steps
+        if due(run.step, train.log_every_steps) or last or run.step == 1:
+            values = losses.read() | {"train/lr": lr, "train/grad_norm": grad_norm}
+            log_step(run, values, speed.read(), num_bad)
+        else:
+            run.log.progress(run.step, run.total_steps)
+        with speed.paused():
+            if due(run.step, train.picture_every_steps) or last:
+                draw(run, batch)
+            scores: dict[str, float] = {}
+            if run.eval_loader is not None and (due(run.step, train.eval_every_steps) or last):
+                scores = evaluate(run.task, run.engine, run.eval_loader)
+                run.log.metrics(run.step, run.images_seen, scores)
+                run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            if due(run.step, train.checkpoint_every_steps) or last:
+                save(run, scores.get(train.keep_best) if train.keep_best else None)
+    return True
+
+
+def due(step: int, every: int | None) -> bool:
+    """True after every so many steps."""
+    return every is not None and step % every == 0
+
+
+def log_step(run: Run, values: dict[str, float], speed: dict[str, float], num_bad: torch.Tensor) -> None:
+    """One line of metrics: this step's loss over all ranks, the slowest rank's times and the fullest rank's memory."""
+    slowest = max_over_ranks(
+        {"mem/peak_gib": peak_memory_gib(run.world.device), "data/wait_sec": speed.get("data/wait_sec", 0.0)}, run.world
+    )
+    skipped = Means()
+    skipped.add({"data/skipped_images": num_bad * run.world.world_size})  # a mean over ranks of this is their sum
+    values |= speed | slowest | skipped.read()
+    images_per_sec = speed.get("perf/images_per_sec")
+    utilisation = mfu(
+        3 * 2 * run.task.multiply_adds,
+        images_per_sec,
+        device_peak_flops(run.world.device, run.config.engine.precision),
+        run.world.world_size,
+    )
+    run.log.metrics(run.step, run.images_seen, values | {"perf/mfu": utilisation})
+    run.log.progress(run.step, run.total_steps, values["train/loss"], images_per_sec)
+
+
+def evaluate(task: Task, engine: Engine, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The task's scores over one pass of an evaluation loader, over all ranks; every sample counts once."""
+    means = Means()
+    for batch in batches:
+        means.add(task.scores(engine.evaluate, batch), weight=batch["weight"].sum())
+    return means.read()
+
+
+def draw(run: Run, batch: dict[str, Any]) -> None:
+    """Write the task's picture of a few images: the evaluation's first ones, so that pictures compare over time."""
+    if run.eval_loader is not None:
+        batch = next(iter(run.eval_loader))
+    picture = run.task.picture(run.engine.evaluate, batch)
+    if picture is not None:
+        run.log.picture(run.config.task.name, run.step, picture)
+
+
+def save(run: Run, score: float | None) -> None:
+    """Write a checkpoint of this step; score is this step's value of train.keep_best, where it was measured."""
+    train = run.config.train
+    state = {
+        "step": run.step,
+        "images_seen": run.images_seen,
+        "data": run.train_loader.state_dict(run.images_seen),
+    }
+    best = (train.keep_best, score) if train.keep_best is not None and score is not None else None
+    save_checkpoint(Path(run.config.run_dir), run.engine, state, run.world, train.keep_checkpoints, best)
+    run.saved_step = run.step
+
+
+class KeyRecord:
+    """RUN_DIR/sample_keys/: one JSONL file per rank, {"step": int, "keys": [str, ...]} per step, flushed each line.
+
+    Opening it drops the lines of steps that are run again, so every step stands there once.
+    """
+
+    def __init__(self, run_dir: Path, run: Run) -> None:
+        path = run_dir / "sample_keys" / f"rank_{run.world.rank:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= run.step]
+        path.write_text("".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, keys: list[str]) -> None:
+        self._file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+        self._file.flush()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a file that end in a newline: a killed process may have torn the last one."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,76 @@
+"""SimMIM: predict the pixels of masked patches (arXiv:2111.09886), with the official code's numerics."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinv2_train.models.swin_v2 import SwinTransformerV2
+
+
+def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute error over masked pixels (SimMIM eq. 1, arXiv:2111.09886).
+
+    prediction, target: (B, C, H, W), normalised pixels.  mask: (B, 1, H, W), 1 (or a weight) where the pixel was
+    hidden.  Returns a float32 scalar, normalised over the hidden pixels of this batch; 0 when nothing is hidden.
+    """
+    error = (prediction.float() - target.float()).abs() * mask
+    return error.sum() / (mask.sum() + 1e-5) / target.shape[1]
+
+
+def norm_target(images: Tensor, window_px: int) -> Tensor:
+    """Normalise every pixel by mean and unbiased variance of the odd square window around it, per channel.
+
+    images: (B, C, H, W) -> the same shape.  Border windows hold fewer pixels.  The official SwinV2 pre-training uses a
+    window of 47 px.
+    """
+    pad = window_px // 2
+    mean = F.avg_pool2d(images, window_px, stride=1, padding=pad, count_include_pad=False)
+    square = F.avg_pool2d(images**2, window_px, stride=1, padding=pad, count_include_pad=False)
+    count = F.avg_pool2d(
+        torch.ones_like(images), window_px, stride=1, padding=pad, count_include_pad=True, divisor_override=1
+    )
+    variance = ((square - mean**2) * (count / (count - 1))).clamp(min=0)
+    return (images - mean) / (variance + 1e-6) ** 0.5
+
+
+class SimMIM(nn.Module):
+    """An encoder that sees mask tokens, and one linear layer that predicts the hidden pixels.
+
+    encoder_stride: pixels per side of one token of the encoder's last map (32 with patches of 4 px and 4 stages).
+    norm_target: side in pixels of the window that normalises the target, None for plain pixels.
+    Raises ValueError when the stride does not fit the encoder or the window is even.
+    """
+
+    def __init__(self, encoder: SwinTransformerV2, encoder_stride: int = 32, norm_target: int | None = None) -> None:
+        super().__init__()
+        stride = encoder.patch_size * 2 ** (len(encoder.depths) - 1)
+        if encoder_stride != stride:
+            raise ValueError(f"encoder_stride ({encoder_stride}) must be the encoder's {stride} px per last token")
+        if norm_target is not None and (norm_target < 3 or norm_target % 2 == 0):
+            raise ValueError(f"norm_target ({norm_target}) must be an odd number of pixels, 3 or more (official: 47)")
+        self.encoder = encoder
+        self.encoder_stride = encoder_stride
+        self.norm_target = norm_target
+        encoder.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
+        nn.init.trunc_normal_(encoder.mask_token, std=0.02)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(encoder.num_features, encoder_stride**2 * encoder.in_chans, kernel_size=1),
+            nn.PixelShuffle(encoder_stride),
+        )
+
+    def forward(self, images: Tensor, mask: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """images: (B, 3, H, W), normalised pixels.  mask: (B, H/p, W/p) bool, True where hidden.
+
+        weight: (B,), how much each image counts in the loss; None = 1.
+        Returns {"loss": (), "reconstruction": (B, 3, H, W)}, both float32.
+        """
+        features = self.encoder.forward_features(images, mask)[-1]
+        reconstruction = self.decoder(features).float()
+        target = images.float() if self.norm_target is None else norm_target(images.float(), self.norm_target)
+        pixels = mask.repeat_interleave(self.encoder.patch_size, 1).repeat_interleave(self.encoder.patch_size, 2)
+        hidden = pixels.unsqueeze(1).float()  # (B, 1, H, W)
+        if weight is not None:
+            hidden = hidden * weight.view(-1, 1, 1, 1)
+        return {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}

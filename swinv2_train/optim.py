@@ -1,0 +1,110 @@
+"""Parameter groups: which parameters decay, and with what share of the learning rate each one is trained.
+
+Works on official SwinV2 parameter names (``patch_embed.*``, ``layers.I.blocks.J.*``, ``layers.I.downsample.*``,
+``norm.*``, ``head.*``), alone or behind ``encoder.`` as in SimMIM.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from swinv2_train.config import ConfigError, OptimConfig
+
+ONE_D = "1d"
+"""The no-decay pattern that stands for every parameter with at most one dimension."""
+
+_LAYER = re.compile(r"layers\.(\d+)\.(?:blocks\.(\d+)\.)?")
+
+
+def build_param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Split the trainable parameters into groups of equal weight decay and learning-rate scale.
+
+    Returns a list of {"params": [Parameter, ...], "weight_decay": float, "lr_scale": float, "name": str}; every
+    trainable parameter is in exactly one group, in the order of module.named_parameters().  Group names are decay and
+    no_decay, or layer_3_decay and so on with layer decay.
+    Raises ConfigError for a no_decay pattern that matches nothing and for layer decay on a module without layers.
+    """
+    parameters = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert parameters, "the module has no trainable parameter"
+    num_dims = {name: len(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
+    without_decay = no_decay_names(num_dims, config.no_decay)
+    scales = lr_scales((name for name, _ in parameters), config.layer_decay)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters:
+        layer, lr_scale = scales[name]
+        group_name = "no_decay" if name in without_decay else "decay"
+        if config.layer_decay != 1.0:
+            group_name = f"layer_{layer}_{group_name}"
+        weight_decay = 0.0 if name in without_decay else config.weight_decay
+        group = groups.setdefault(
+            group_name, {"params": [], "weight_decay": weight_decay, "lr_scale": lr_scale, "name": group_name}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def no_decay_names(num_dims: dict[str, int], patterns: Iterable[str]) -> set[str]:
+    """Names of the parameters without weight decay.
+
+    num_dims: parameter name -> number of dimensions (as built: ZeRO-3 leaves shape == (0,)).  patterns: parts of names,
+    or "1d".  Raises ConfigError for a pattern that matches no parameter: it would silently decay what it was to spare.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern == ONE_D:
+            matches = {name for name, dims in num_dims.items() if dims <= 1}
+        else:
+            matches = {name for name in num_dims if pattern in name}
+        if not matches:
+            raise ConfigError(
+                f"optim.no_decay pattern '{pattern}' matches no parameter; names end in: "
+                f"{', '.join(_near_names(pattern, num_dims))}"
+            )
+        chosen |= matches
+    return chosen
+
+
+def lr_scales(names: Iterable[str], layer_decay: float) -> dict[str, tuple[int, float]]:
+    """Name -> (layer, lr_scale) with lr_scale = layer_decay ** (n - 1 - layer) and n = sum(depths) + 2.
+
+    Layer 0: patch_embed and mask_token.  Block (l, b): sum(depths[:l]) + b + 1.  What else stands in layers.l
+    (downsample, extra norms): the layer of the last block of l.  All the rest (norm, head, decoder): n - 1.
+    Source: microsoft/Swin-Transformer optimizer.py get_swin_layer.
+    """
+    names = list(names)
+    matches = {name: _LAYER.match(name.removeprefix("encoder.")) for name in names}
+    depths: dict[int, int] = {}
+    for match in matches.values():
+        if match and match[2] is not None:
+            depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
+    if layer_decay != 1.0 and not depths:
+        raise ConfigError(
+            f"optim.layer_decay ({layer_decay}) needs parameters named layers.I.blocks.J, but this model has none; set 1"
+        )
+    last = sum(depths.values()) + 1
+    scales = {}
+    for name in names:
+        match = matches[name]
+        short = name.removeprefix("encoder.")
+        if match:
+            before = sum(depth for stage, depth in depths.items() if stage < int(match[1]))
+            layer = before + (int(match[2]) + 1 if match[2] is not None else depths.get(int(match[1]), 0))
+        elif short.startswith("patch_embed.") or short == "mask_token":
+            layer = 0
+        else:
+            layer = last
+        scales[name] = (layer, layer_decay ** (last - layer))
+    return scales
+
+
+def _near_names(pattern: str, names: Iterable[str], limit: int = 6) -> list[str]:
+    """The ends of parameter names, the ones nearest to the pattern first."""
+    ends = dict.fromkeys(re.sub(r"^.*?(\w+\.\d+\.\w+|\w+\.\w+|\w+)$", r"\1", name) for name in names)
+    parts = {part for end in ends for part in end.split(".")}
+    near = set(difflib.get_close_matches(pattern.split(".")[-1] or pattern, parts, n=3, cutoff=0.5))
+    return sorted(ends, key=lambda end: not near & set(end.split(".")))[:limit]

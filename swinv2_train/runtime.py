@@ -1,0 +1,220 @@
+"""The process around a run: seeds, threads, stop signals, exit codes, and the record of where a run was started."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 3
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+RECORDED_PACKAGES = (
+    "swinv2-train", "torch", "deepspeed", "fairscale", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "pillow",
+    "simplejpeg", "timm", "safetensors",
+)  # fmt: skip
+_GIB = 1024**3
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Seeds and threads
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed python, numpy and torch (CPU and every CUDA device) with a number that belongs to (seed, rank).
+
+    Ranks get distinct streams, so dropout and stochastic depth differ between them.  To give every rank the same initial
+    weights, call it with rank 0 on all ranks before the model is built, and with the own rank afterwards.
+    """
+    words = np.random.SeedSequence([seed, rank]).generate_state(3, dtype=np.uint32)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def available_cores() -> int:
+    """CPU cores this process may use: its affinity mask, and the container's CPU quota (cgroup v2) where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, _, period = quota_file.read_text().strip().partition(" ")
+        if quota.isdigit() and period.isdigit() and int(quota) > 0:
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def set_threads(num_threads: int | None, local_world_size: int) -> int:
+    """Give torch num_threads CPU threads, or an equal share of this host's cores when None.  Returns the number.
+
+    torchrun sets OMP_NUM_THREADS=1 for more than one process per node; this call overrides it for torch.
+    """
+    threads = num_threads if num_threads is not None else max(1, available_cores() // max(1, local_world_size))
+    torch.set_num_threads(threads)
+    return threads
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stop on request
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a flag that the training loop reads between two steps.
+
+    A further signal only sets the flag again, so an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees its
+    own signals: the loop agrees over the ranks (``distributed.any_rank(stop.requested is not None)``).
+
+        with StopRequest() as stop:
+            ...
+            if any_rank(stop.requested is not None): save and leave with EXIT_STOPPED
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """Name of the last stop signal, e.g. "SIGTERM"; None while nobody has asked."""
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> Self:
+        """Install the handlers; main thread only (a rule of Python's signal module)."""
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def uninstall(self) -> None:
+        """Put the handlers back that were there before install."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+
+    def __enter__(self) -> Self:
+        return self.install()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.uninstall()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where a run was started
+
+
+def environment_record(world_size: int) -> dict[str, Any]:
+    """What a reader needs to repeat or to judge a run: versions, commit, hardware, number of ranks, time, command.
+
+    Versions come from the installed metadata (nothing is imported for them); null means not installed or not known.
+    """
+    record: dict[str, Any] = {
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "world_size": world_size,
+        "git": git_commit(),
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": available_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
+        "gpus": _gpus(),
+        "cuda": torch.version.cuda,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES},
+    }
+    return record
+
+
+def record_environment(run_dir: Path, world_size: int) -> dict[str, Any]:
+    """Append this start's record to RUN_DIR/environment.json, a list with one entry per start.  Call it on rank 0.
+
+    The file is replaced atomically.  An unreadable file (a torn copy, say) is kept beside it as environment.json.damaged.
+    """
+    path = run_dir / "environment.json"
+    record = environment_record(world_size)
+    starts = read_environment(run_dir)
+    if path.exists() and not starts:
+        path.replace(path.with_name("environment.json.damaged"))
+    starts.append(record)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(starts, indent=2) + "\n")
+    return record
+
+
+def read_environment(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of all starts of a run, oldest first; empty when the file is missing or unreadable."""
+    path = run_dir / "environment.json"
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_text())
+    except ValueError:
+        return []
+    return starts if isinstance(starts, list) else []
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, meets the old text or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_commit() -> dict[str, Any] | None:
+    """{"commit": hash, "dirty": bool} of the repository that tracks this very file; None for an installed copy."""
+    folder = Path(__file__).resolve().parent
+    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:  # a repository before its first commit
+        return None
+    return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command; None when git is missing, slow or says no."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], check=False, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [{"name": device.name, "memory_gib": round(device.total_memory / _GIB, 1)} for device in devices]

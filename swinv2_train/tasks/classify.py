@@ -1,0 +1,103 @@
+"""Image classification, from scratch or from a pre-trained encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swinv2_train.config import ClassifyConfig, Config, ConfigError, DataConfig, pair
+from swinv2_train.data.crop import centre_crop, random_flip, random_resized_crop
+from swinv2_train.data.shards import SampleError
+from swinv2_train.models import multiply_adds
+from swinv2_train.tasks import Forward, Normalise, build_model
+
+
+@dataclass(frozen=True)
+class ClassifyTransform:
+    """A crop of the image and its label: {"images": uint8 (3, H, W), "labels": int64 ()}."""
+
+    data: DataConfig
+    img_size: tuple[int, int]
+    num_classes: int
+    train: bool
+    needs_label: bool = True
+
+    def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Tensor]:
+        if label is None or not 0 <= label < self.num_classes:
+            raise SampleError(f"label {label} is not within 0..{self.num_classes - 1} (task.num_classes)")
+        if self.train:
+            data = self.data
+            image = random_resized_crop(image, self.img_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
+            image = random_flip(image, data.hflip, rng)
+        else:
+            image = centre_crop(image, self.img_size, self.data.eval_crop_pct, self.data.interpolation)
+        return {"images": image, "labels": torch.tensor(label)}
+
+
+class ClassifyTask:
+    """Cross-entropy with label smoothing; top-1 and top-5 accuracy in percent."""
+
+    def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
+        self.module = build_model(config.model, task.num_classes)
+        self.multiply_adds = multiply_adds(self.module)
+        self.label_smoothing = task.label_smoothing
+        self.num_classes = task.num_classes
+        self.normalise = Normalise(config.data.mean, config.data.std, device)
+        img_size = pair("model.img_size", config.model.img_size)
+        self.train_transform, self.eval_transform = (
+            ClassifyTransform(config.data, img_size, task.num_classes, train=train) for train in (True, False)
+        )
+
+    def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+        logits = forward(images=self.normalise(batch["images"])).float()  # (B, classes)
+        labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return _mean(losses, weight)
+
+    def scores(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
+        logits = forward(images=self.normalise(batch["images"])).float()
+        labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
+        ranking = logits.topk(min(5, self.num_classes), dim=1).indices  # (B, 5)
+        hits = (ranking == labels.unsqueeze(1)).float()
+        return {
+            "val/loss": _mean(F.cross_entropy(logits, labels, reduction="none"), weight),
+            "val/top1": 100 * _mean(hits[:, 0], weight),
+            "val/top5": 100 * _mean(hits.sum(dim=1), weight),
+        }
+
+    def picture(self, forward: Forward, batch: dict[str, Any]) -> None:
+        return None
+
+
+def encoder_weights(pretrained: Mapping[str, Tensor], fresh: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The classifier's weights with a SimMIM run's encoder in place of its own; the head stays fresh.
+
+    pretrained: official names behind ``encoder.``, with mask token and decoder, which are left behind.  fresh: the
+    classifier's own state.  Raises ConfigError naming source when an encoder weight is missing, left over or misshapen.
+    """
+    encoder = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in pretrained.items()
+        if name.startswith("encoder.") and name != "encoder.mask_token"
+    }
+    expected = {name for name in fresh if not name.startswith("head.")}
+    for name in sorted(expected ^ encoder.keys()):
+        side = "has no" if name in expected else "has, and this model has not,"
+        raise ConfigError(f"task.init_from ({source}) {side} {name}; use the model section that it was pre-trained with")
+    for name in sorted(expected):
+        if encoder[name].shape != fresh[name].shape:
+            raise ConfigError(
+                f"task.init_from ({source}): {name} is {tuple(encoder[name].shape)}, this model has "
+                f"{tuple(fresh[name].shape)}; use the model section that it was pre-trained with"
+            )
+    return {**fresh, **encoder}
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    return (values * weight).sum() / weight.sum().clamp(min=1e-12)

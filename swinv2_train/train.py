@@ -1,0 +1,205 @@
+"""``python -m swinv2_train.train experiment=NAME run_dir=DIR [KEY=VALUE ...]``: train, or go on where the run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swinv2_train import loop
+from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint, read_weights
+from swinv2_train.command_line import run_command
+from swinv2_train.config import ClassifyConfig, Config, ConfigError, read_config, save_config
+from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps
+from swinv2_train.data.shards import Manifest, open_manifest
+from swinv2_train.distributed import World, barrier, broadcast_object, init_distributed, shutdown_distributed
+from swinv2_train.engine import Engine, build_engine, check_engine
+from swinv2_train.log import RunLog, open_console
+from swinv2_train.optim import build_param_groups
+from swinv2_train.report import write_report
+from swinv2_train.runtime import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    StopRequest,
+    record_environment,
+    seed_everything,
+    set_threads,
+)
+from swinv2_train.schedule import total_steps, warmup_steps
+from swinv2_train.tasks import Task, build_task
+from swinv2_train.tasks.classify import encoder_weights
+
+
+def train(config: Config) -> int:
+    """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
+    check_engine(config.engine)
+    with StopRequest() as stop:
+        world = init_distributed(config.runtime.process_group_timeout_sec)
+        set_threads(config.runtime.num_threads, world.local_world_size)
+        run_dir = Path(config.run_dir)
+        newest = on_main(world, lambda: checked_newest(run_dir, config))
+        shards = open_shards(config, world)
+        total = total_steps(config.train, shards[0].num_samples)
+        if newest is not None and step_of(newest) >= total:
+            say_complete(world, run_dir, total)
+            return EXIT_DONE
+        seed_everything(config.seed, 0)  # the same initial weights on every rank
+        task = build_task(config, world.device)
+        on_main(world, lambda: open_run_dir(run_dir, config, world))
+        with open_console(run_dir, world.rank) as console:
+            log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
+            exit_code = EXIT_FAILED
+            try:
+                run = build_run(config, world, task, shards, log, newest)
+                exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
+                if exit_code == EXIT_STOPPED:
+                    log.say(f"stopped by {stop.requested or 'another rank'} after step {run.step}; the same command resumes")
+            except ConfigError:
+                raise
+            except Exception as error:
+                console.fail(error)
+                return EXIT_FAILED
+            finally:
+                log.close(exit_code)
+                if world.is_main:
+                    console.say(f"report: {write_report(run_dir)}")
+        shutdown_distributed()
+        return exit_code
+
+
+def build_run(
+    config: Config, world: World, task: Task, shards: tuple[Manifest, Manifest | None], log: RunLog, newest: Path | None
+) -> loop.Run:
+    """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start."""
+    batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
+    accumulation = accumulation_steps(batch, micro_batch, world.world_size)
+    engine = build_engine(task.module, build_param_groups(task.module, config.optim), config, world, accumulation)
+    seed_everything(config.seed, world.rank)
+    state = {"step": 0, "images_seen": 0}
+    if newest is not None:
+        state = load_checkpoint(newest, engine, world)
+        log.say(f"resuming from {newest}")
+    elif isinstance(config.task, ClassifyConfig) and config.task.init_from is not None:
+        checkpoint = load_encoder(config.task.init_from, engine)
+        log.say(f"encoder loaded from {checkpoint}")
+    loader = TrainLoader(
+        shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
+        state["images_seen"],
+    )  # fmt: skip
+    if newest is not None:
+        loader.check_state(state["data"])
+    evaluation = None
+    if shards[1] is not None:
+        evaluation = EvalLoader(
+            shards[1], config.data, task.eval_transform, micro_batch, world.rank, world.world_size
+        )
+    log.resume_at(state["step"])
+    total = total_steps(config.train, shards[0].num_samples)
+    log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
+    return loop.Run(
+        config=config,
+        world=world,
+        task=task,
+        engine=engine,
+        train_loader=loader,
+        eval_loader=evaluation,
+        log=log,
+        accumulation_steps=accumulation,
+        total_steps=total,
+        warmup_steps=warmup_steps(config.optim.schedule, config.train, shards[0].num_samples),
+        step=state["step"],
+        images_seen=state["images_seen"],
+        saved_step=-1 if newest is None else state["step"],
+    )
+
+
+def on_main(world: World, function: Callable[[], Any]) -> Any:
+    """Rank 0's result of a function on every rank; its ConfigError, too, is raised on every rank."""
+    outcome: tuple[Any, str | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = (function(), None)
+        except ConfigError as error:
+            outcome = (None, str(error))
+    result, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise ConfigError(problem)
+    return result
+
+
+def checked_newest(run_dir: Path, config: Config) -> Path | None:
+    """The newest complete checkpoint of run_dir; ConfigError when the directory belongs to another model or task."""
+    if not (run_dir / "config.yaml").exists():
+        if run_dir.exists() and not run_dir.is_dir():
+            raise ConfigError(f"run_dir ({run_dir}) is a file; name a directory")
+        return None
+    saved = read_config(run_dir / "config.yaml")
+    ours, theirs = (_identity(each) for each in (config, saved))
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise ConfigError(
+                f"run_dir ({run_dir}) holds a run with {key}={theirs.get(key)}, but this command has {key}={value}; "
+                "choose another run_dir, or the same model"
+            )
+    return newest_checkpoint(run_dir)
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What makes a run's weights: the task and the model without its memory policies."""
+    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if key != "recompute"}
+    classes = {"task.num_classes": config.task.num_classes} if isinstance(config.task, ClassifyConfig) else {}
+    return {"task.name": config.task.name, **classes, **model}
+
+
+def open_run_dir(run_dir: Path, config: Config, world: World) -> None:
+    """Make run_dir and write down what is run there, and where."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+        record_environment(run_dir, world.world_size)
+    except OSError as error:
+        raise ConfigError(f"run_dir ({run_dir}) cannot be written: {error}; choose another") from error
+
+
+def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None]:
+    """The manifests of training and evaluation shards; rank 0 first, who indexes what has no index yet."""
+    patterns = (config.data.shards, config.data.eval_shards)
+
+    def open_all() -> list[Manifest | None]:
+        return [None if pattern is None else open_manifest(pattern) for pattern in patterns]
+
+    training, evaluation = on_main(world, open_all)
+    return training, evaluation
+
+
+def load_encoder(source: str, engine: Engine) -> Path:
+    """Put the encoder of a SimMIM run into the engine's classifier, unrounded; returns the checkpoint it came from."""
+    pretrained, checkpoint = read_weights(Path(source))
+    fresh = engine.full_state_dict()
+    fresh = broadcast_object(fresh)
+    assert fresh is not None
+    engine.load_full_state_dict(encoder_weights(pretrained, fresh, source))
+    return checkpoint
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def say_complete(world: World, run_dir: Path, total: int) -> None:
+    if world.is_main:
+        print(f"{run_dir}: all {total} steps are done; report: {run_dir / 'report.html'}")
+    barrier()
+    shutdown_distributed()
+
+
+def main() -> None:
+    """The console script swinv2-train."""
+    run_command(train)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Shared by all tests: one thread, no accelerator probing, and the harness of real ranks."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: forked ranks must not inherit a pool of OpenMP threads that exists in the parent only.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+if "CUDA_VISIBLE_DEVICES" not in os.environ and not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_state() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_distributed():
+    """harness.run_distributed, for tests outside of tests/distributed."""
+    import harness
+
+    return harness.run_distributed

@@ -1,0 +1,123 @@
+"""DeepSpeed's JSON says everything that changes what is computed, and nobody overrides it unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from swinv2_train.config import (
+    Config,
+    ConfigError,
+    EngineConfig,
+    LogConfig,
+    OptimConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from swinv2_train.engine import check_engine
+from swinv2_train.engine.deepspeed_config import KNOWN_KEYS, deepspeed_json
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed_configs.json"
+ENGINE = EngineConfig("deepspeed", 3, "bf16", "none", 100_000_000, 50_000_000, 100_000, 1_000_000_000, True, {})
+
+
+def config(clip=5.0, **engine):
+    return Config(
+        seed=0,
+        run_dir="x",
+        train=TrainConfig(10, None, 64, 8, 1, 1, 1, None, None, 1),
+        model=None,
+        task=None,
+        data=None,
+        optim=OptimConfig(
+            1e-3, 0.05, [0.9, 0.999], 1e-8, clip, [], 1.0, ScheduleConfig("cosine", 0, None, 0.0, 0.0, [], 0.1)
+        ),
+        engine=dataclasses.replace(ENGINE, **engine),
+        log=LogConfig("disabled", "x", None, "none"),
+        runtime=RuntimeConfig(None, 60),
+    )
+
+
+CASES = {
+    "stage 3 bf16": {},
+    "stage 2 bf16, optimizer on the CPU": {"zero_stage": 2, "offload_optimizer": "cpu"},
+    "stage 1 fp32, one more key": {
+        "zero_stage": 1,
+        "precision": "fp32",
+        "deepspeed_overrides": {"zero_optimization": {"round_robin_gradients": True}, "wall_clock_breakdown": True},
+    },
+    "stage 0 fp32": {"zero_stage": 0, "precision": "fp32"},
+}
+
+
+def test_generated_json_equals_the_golden_file():
+    """A change here changes what runs compute: make the golden file anew only on purpose."""
+    made = {name: deepspeed_json(config(**case), world_size=4, accumulation_steps=2) for name, case in CASES.items()}
+    assert made == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("clip", [0.0, 5.0])
+def test_clipping_is_always_written(clip):
+    """Trap 1: without the key DeepSpeed clips at 1.0."""
+    assert deepspeed_json(config(clip), 4, 2)["gradient_clipping"] == clip
+
+
+def test_deepspeeds_in_place_linear_is_off():
+    """Trap 5: it adds the bias in place, which gives wrong gradients under selective recomputation."""
+    assert deepspeed_json(config(), 4, 2)["zero_optimization"]["memory_efficient_linear"] is False
+
+
+def test_stage_0_with_16_bit_is_refused():
+    """Trap 6: DeepSpeed takes a dummy optimizer step at start."""
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage \(0\) with engine\.precision \(bf16\).*zero_stage=1"):
+        check_engine(config(zero_stage=0).engine)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"gradient_cliping": 1.0}, r"gradient_cliping is no key that DeepSpeed reads.*did you mean gradient_clipping"),
+        ({"gradient_clipping": 1.0}, r"deepspeed_overrides\.gradient_clipping \(1\.0\) contradicts what we generate"),
+        ({"zero_optimization": {"stage": 2}}, r"zero_optimization\.stage \(2\) contradicts what we generate \(3\)"),
+        ({"optimizer": {"type": "Adam"}}, r"deepspeed_overrides\.optimizer: .*set optim\.\* instead"),
+        ({"fp16": {"enabled": True}}, r"set engine\.precision=bf16 or fp32 instead"),
+        ({"bf16": {"check_grad_overflow": False}}, r"bf16\.check_grad_overflow \(False\) contradicts"),
+    ],
+)
+def test_overrides_that_deepspeed_ignores_or_that_contradict_ours_are_refused(overrides, message):
+    """Trap 10: DeepSpeed ignores unknown top-level keys without a word."""
+    with pytest.raises(ConfigError, match=message):
+        check_engine(config(deepspeed_overrides=overrides).engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"name": "fsdp"}, "engine.name 'fsdp' is unknown"),
+        ({"precision": "fp16"}, "engine.precision 'fp16' is unknown"),
+        ({"zero_stage": 4}, r"engine\.zero_stage \(4\) must be 0, 1, 2 or 3"),
+        ({"offload_optimizer": "nvme"}, "offload_optimizer 'nvme' is unknown"),
+        ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": "cpu"}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"name": "local"}, "the local engine is the fp32 reference"),
+    ],
+)
+def test_engine_that_cannot_be_is_refused(engine, message):
+    with pytest.raises(ConfigError, match=message):
+        check_engine(config(**engine).engine)
+
+
+def test_known_keys_are_those_of_the_installed_deepspeed():
+    """A key that we let through but DeepSpeed does not read would be ignored silently."""
+    import importlib.util
+
+    root = Path(importlib.util.find_spec("deepspeed").origin).parent
+    folders = ("runtime", "comm", "profiling", "monitor", "autotuning", "compile", "inference", "utils", "datastates")
+    source = "\n".join(
+        path.read_text() for folder in folders for path in (root / folder).rglob("*.py") if "kernels" not in str(path)
+    )
+    missing = [key for key in KNOWN_KEYS if f'"{key}"' not in source and f"'{key}'" not in source]
+    assert not missing
