@@ -42,7 +42,7 @@ class Entry:
 def pack(
     entries: Sequence[Entry], out_prefix: str, samples_per_shard: int, seed: int, classes: Sequence[str] | None = None
 ) -> Manifest:
-    """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and (with classes) classes.txt.
+    """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and, if given, classes.txt.
 
     Raises ShardError when shards of that prefix exist, or when the folder's classes.txt speaks of other classes.
     """
@@ -76,7 +76,10 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
 
 
 def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:
-    """The images of a folder, zip or plain tar, and the class names (None without class folders).  Raises ShardError."""
+    """The images of a folder, zip or plain tar, and the class names (None without class folders).
+
+    Raises ShardError for a source that does not exist, is compressed, holds no images or mixes the two layouts.
+    """
     if source.is_dir():
         names = sorted(
             str(PurePosixPath(Path(folder).relative_to(source), file))
@@ -123,8 +126,8 @@ def _entries(
     if 0 < in_classes < len(images):
         loose = next(path for path in images if len(path.parts) == 1)
         raise ShardError(
-            f"SOURCE {source} holds {in_classes} images in class folders and {len(images) - in_classes} outside of them "
-            f"(e.g. {loose}); move them into their classes, or pack them apart"
+            f"SOURCE {source} holds {in_classes} images in class folders and {len(images) - in_classes} outside of them"
+            f" (e.g. {loose}); move them into their classes, or pack them apart"
         )
     classes = sorted({path.parts[0] for path in images}) if in_classes else None
     label_of = {name: label for label, name in enumerate(classes or [])}

@@ -7,14 +7,18 @@ pointer (without it the charts only lose the read-out).
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 34
+_COLOURS = ("#2563c9", "#d9730d", "#2e8b57", "#8e44ad")
 _MAX_POINTS = 300  # a chart is about 340 px wide
 
 
@@ -41,40 +45,23 @@ def chart(
     unit: shown after the title, e.g. "images/s".  from_zero: the y axis starts at 0.  x_range: lowest and highest step
     of the axis (None = as far as the points go), so that all charts of a run line up.
     """
-    lines = [
-        (index, s, [(float(x), float(y)) for x, y in zip(s.xs, s.ys, strict=True)]) for index, s in enumerate(series)
-    ]
-    lines = [(index, s, points) for index, s, points in lines if any(math.isfinite(y) for _, y in points)]
-    if not lines:
+    frame = _frame(series, from_zero, x_range)
+    if frame is None:
         return ""
-    xs = [x for _, _, points in lines for x, _ in points]
-    low, high, clipped = _y_range([[y for _, y in points if math.isfinite(y)] for _, _, points in lines], from_zero)
-    y_ticks = nice_ticks(low, high, 4)
-    low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
-    x_low, x_high = x_range if x_range is not None else (min(xs), max(xs))
-    if x_low == x_high:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
-    x_ticks = [t for t in nice_ticks(x_low, x_high, 5) if x_low <= t <= x_high and (t == int(t) or x_high - x_low > 5)]
-
-    def px(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
-
-    def py(y: float) -> float:
-        return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-
+    px, py, lines = frame.px, frame.py, frame.lines
     parts = []
-    for tick in y_ticks:
+    for tick in frame.y_ticks:
         y = py(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
     base = _HEIGHT - _BOTTOM
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
-    for tick in x_ticks:
+    for tick in frame.x_ticks:
         anchor = "end" if px(tick) > _WIDTH - 24 else "middle"
         parts.append(f'<text x="{px(tick):.1f}" y="{base + 15}" text-anchor="{anchor}">{tick_text(tick)}</text>')
     parts.append(f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 3}">step</text>')
 
-    clip = f"clip-{zlib.crc32(repr((title, x_low, x_high, low, high)).encode()):x}"  # one page holds many charts
+    clip = f"clip-{zlib.crc32(repr((title, frame)).encode()):x}"  # one page holds many charts
     parts.append(
         f'<clipPath id="{clip}"><rect x="{_LEFT - 4}" y="{_TOP - 4}" width="{_WIDTH - _LEFT - _RIGHT + 8}" '
         f'height="{base - _TOP + 8}"/></clipPath><g clip-path="url(#{clip})">'
@@ -87,7 +74,7 @@ def chart(
         if smooth:
             parts.append(f'<path class="raw {colour}" d="{_path(thin, px, py)}"/>')
             thin = _every(
-                list(zip([x for x, _ in points], running_mean([min(y, high) for _, y in points]), strict=True))
+                list(zip([x for x, _ in points], running_mean([min(y, frame.y_high) for _, y in points]), strict=True))
             )
         parts.append(f'<path class="line {colour}" d="{_path(thin, px, py)}"/>')
         if len(points) <= 30:
@@ -104,10 +91,16 @@ def chart(
     legend = "".join(
         f'<span class="key"><i class="c{index % 4}"></i>{_esc(s.label)}</span>' for index, s, _ in lines
     ) if len(lines) > 1 else ""  # fmt: skip
-    note = f'<span class="note">cut at the top; highest {value_text(clipped)}</span>' if clipped is not None else ""
+    note = (
+        f'<span class="note">cut at the top; highest {value_text(frame.cut_off)}</span>'
+        if frame.cut_off is not None
+        else ""
+    )
     unit_html = f' <span class="unit">{_esc(unit)}</span>' if unit else ""
     latest = ", ".join(f"{value_text(y)}" for y in last.values())
-    data = html.escape(json.dumps({"lines": read_out, "x": [x_low, x_high], "box": [_LEFT, _WIDTH - _RIGHT, _WIDTH]}))
+    data = html.escape(
+        json.dumps({"lines": read_out, "x": [frame.x_low, frame.x_high], "box": [_LEFT, _WIDTH - _RIGHT, _WIDTH]})
+    )
     return (
         f'<figure class="chart" data-chart="{data}"><figcaption><b>{_esc(title)}</b>{unit_html}'
         f'<output data-latest="{latest}">{latest}</output></figcaption>'
@@ -115,6 +108,47 @@ def chart(
         + "".join(parts)
         + f'</svg><div class="legend">{legend}{note}</div></figure>'
     )
+
+
+def curves_picture(charts: Sequence[tuple[str, Sequence[Series]]]) -> np.ndarray | None:
+    """The same charts side by side as one picture, uint8 (H, W, 3); None when no series has a finite point."""
+    frames = [(title, _frame(series, False, None)) for title, series in charts]
+    drawn = [(title, frame) for title, frame in frames if frame is not None]
+    if not drawn:
+        return None
+    from PIL import Image, ImageDraw, ImageFont  # here: only a picture needs it
+
+    scale, head = 2, 26  # head: pixels for the title
+    picture = Image.new("RGB", (scale * (_WIDTH * len(drawn) + 12), scale * (_HEIGHT + head)), "white")
+    draw = ImageDraw.Draw(picture)
+    font, title_font = (ImageFont.load_default(scale * size) for size in (11, 13))
+    for index, (title, frame) in enumerate(drawn):
+
+        def at(x: float, y: float, left: int = index * _WIDTH) -> tuple[float, float]:
+            return scale * (left + x), scale * (head + y)
+
+        draw.text(at(_LEFT, -head + 6), title, fill="black", font=title_font)
+        for tick in frame.y_ticks:
+            y = frame.py(tick)
+            draw.line([at(_LEFT, y), at(_WIDTH - _RIGHT, y)], fill="#dddddd", width=scale)
+            draw.text(at(_LEFT - 6, y), tick_text(tick), fill="#555555", font=font, anchor="rm")
+        for tick in frame.x_ticks:
+            draw.text(
+                at(frame.px(tick), _HEIGHT - _BOTTOM + 11), tick_text(tick), fill="#555555", font=font, anchor="mm"
+            )
+        for number, (colour_index, s, points) in enumerate(frame.lines):
+            colour = _COLOURS[colour_index % 4]
+            thin = [(x, min(y, frame.y_high)) for x, y in _thin(points)]
+            for (x0, y0), (x1, y1) in itertools.pairwise(thin):
+                if math.isfinite(y0) and math.isfinite(y1):
+                    draw.line([at(frame.px(x0), frame.py(y0)), at(frame.px(x1), frame.py(y1))], fill=colour, width=3)
+            for x, y in thin if len(points) <= 30 else ():
+                if math.isfinite(y):
+                    cx, cy = at(frame.px(x), frame.py(y))
+                    draw.ellipse([cx - 5, cy - 5, cx + 5, cy + 5], fill=colour)
+            if len(frame.lines) > 1:
+                draw.text(at(_LEFT + 90 * number, _HEIGHT - 10), s.label, fill=colour, font=font, anchor="lm")
+    return np.asarray(picture)
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
@@ -167,6 +201,46 @@ def running_mean(values: Sequence[float]) -> list[float]:
         count = counts[stop] - counts[start]
         means.append((sums[stop] - sums[start]) / count if count else math.nan)
     return means
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a chart shows and where: the lines with their colours, the ranges of the axes and their ticks."""
+
+    lines: list[tuple[int, Series, list[tuple[float, float]]]]
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    x_ticks: list[float]
+    y_ticks: list[float]
+    cut_off: float | None
+    """The highest value, when outliers are cut off at the top."""
+
+    def px(self, x: float) -> float:
+        return _LEFT + (x - self.x_low) / (self.x_high - self.x_low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def py(self, y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - self.y_low) / (self.y_high - self.y_low) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _frame(series: Sequence[Series], from_zero: bool, x_range: tuple[float, float] | None) -> _Frame | None:
+    """The frame around the series that have a finite point; None when none has."""
+    lines = []
+    for index, s in enumerate(series):
+        points = [(float(x), float(y)) for x, y in zip(s.xs, s.ys, strict=True)]
+        if any(math.isfinite(y) for _, y in points):
+            lines.append((index, s, points))
+    if not lines:
+        return None
+    xs = [x for _, _, points in lines for x, _ in points]
+    low, high, cut_off = _y_range([[y for _, y in points if math.isfinite(y)] for _, _, points in lines], from_zero)
+    y_ticks = nice_ticks(low, high, 4)
+    x_low, x_high = x_range if x_range is not None else (min(xs), max(xs))
+    if x_low == x_high:
+        x_low, x_high = x_low - 0.5, x_high + 0.5
+    x_ticks = [x for x in nice_ticks(x_low, x_high, 5) if x_low <= x <= x_high and x == int(x)]
+    return _Frame(lines, x_low, x_high, min(low, y_ticks[0]), max(high, y_ticks[-1]), x_ticks, y_ticks, cut_off)
 
 
 def _y_range(lines: Sequence[Sequence[float]], from_zero: bool) -> tuple[float, float, float | None]:
@@ -222,6 +296,8 @@ def _esc(text: str) -> str:
 
 
 CHART_CSS = """
+:root{--c0:#2563c9;--c1:#d9730d;--c2:#2e8b57;--c3:#8e44ad}
+@media (prefers-color-scheme:dark){:root{--c0:#6ea8fe;--c1:#f0a35e;--c2:#67c893;--c3:#c39bd3}}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:14px}
 .chart{margin:0;padding:10px 12px 6px;background:var(--card);border:1px solid var(--edge);border-radius:8px;min-width:0}
 .chart figcaption{display:flex;align-items:baseline;gap:5px;font-size:14px;margin-bottom:4px}

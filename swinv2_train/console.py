@@ -31,7 +31,7 @@ class Console:
         self._saved = (saved_stdout, saved_stderr)
         self._out = os.fdopen(saved_stdout, "w", buffering=1, errors="replace", closefd=False)
         self._err = os.fdopen(saved_stderr, "w", buffering=1, errors="replace", closefd=False)
-        self._previous_hook = sys.excepthook
+        self._previous_hooks = sys.excepthook, sys.breakpointhook
         self._bar: Any = None  # a tqdm bar that must step aside for a line
         self._closed = False
 
@@ -67,7 +67,7 @@ class Console:
         if self._closed:
             return
         self._closed = True
-        sys.excepthook = self._previous_hook
+        sys.excepthook, sys.breakpointhook = self._previous_hooks
         if hasattr(faulthandler, "unregister"):
             faulthandler.unregister(signal.SIGUSR2)
         _flush_streams()
@@ -97,12 +97,18 @@ class Console:
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self.fail(error.with_traceback(trace))
 
+    def _breakpointhook(self, *arguments: object, **more: object) -> None:
+        """breakpoint() talks to the terminal, although stdout is the log."""
+        import pdb
+
+        pdb.Pdb(stdin=sys.stdin, stdout=self._out).set_trace(sys._getframe(1))
+
 
 def open_console(run_dir: Path, rank: int) -> Console:
     """Keep the process's stdout and stderr for our own lines, and point descriptors 1 and 2 at the rank's log file.
 
-    What libraries and child processes print is appended to RUN_DIR/logs/rank_NNNNN.log.  An uncaught exception leaves its
-    traceback there and one line on the console; `kill -USR2 PID` and crashes leave the stacks of all threads there.
+    What libraries and child processes print is appended to RUN_DIR/logs/rank_NNNNN.log.  An uncaught exception leaves
+    its traceback there and one line on the console; `kill -USR2 PID` and crashes leave the stacks of all threads there.
     ``close()`` undoes it.
     """
     log_path = run_dir / "logs" / f"rank_{rank:05d}.log"
@@ -119,7 +125,7 @@ def open_console(run_dir: Path, rank: int) -> Console:
                 line_buffering=True
             )  # a file would be block buffered, and a killed rank's last words lost
     os.write(2, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} pid {os.getpid()}\n".encode())
-    sys.excepthook = console._excepthook
+    sys.excepthook, sys.breakpointhook = console._excepthook, console._breakpointhook
     faulthandler.enable(file=2)
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)

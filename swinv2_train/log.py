@@ -82,7 +82,7 @@ class RunLog:
             self._wandb.put({"step": step, "images_seen": images_seen, **numbers})
 
     def picture(self, name: str, step: int, array: np.ndarray) -> Path | None:
-        """Write an image, uint8 (H, W, 3), to RUN_DIR/pictures/NAME_STEP.png and to wandb.  Returns its path (rank 0)."""
+        """Write an image, uint8 (H, W, 3), to RUN_DIR/pictures/NAME_STEP.png and to wandb.  Returns its path."""
         if not self.is_main:
             return None
         from PIL import Image
@@ -100,7 +100,7 @@ class RunLog:
         return path
 
     def progress(self, step: int, total: int, loss: float | None = None, images_per_sec: float | None = None) -> None:
-        """Move the display to `step` of `total`; loss and images/s stay as they were when None.  Cheap: call it every step."""
+        """Move the display to `step` of `total`; loss and images/s stay as they were when None.  For every step."""
         if self._progress is not None:
             self._progress.update(step, total, loss, images_per_sec)
 
@@ -110,7 +110,7 @@ class RunLog:
             self.console.say(text)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the display, close the file, let wandb write what it holds (bounded: a minute).  exit_code goes to wandb."""
+        """End the display, close the file, give wandb a minute to write what it holds and tell it exit_code."""
         if self._progress is not None:
             self._progress.close()
         if self._file is not None:
@@ -165,9 +165,9 @@ def _number(value: float | None) -> float | int | None:
 class _WandbSink:
     """A wandb run fed by a thread of its own, so that neither its start (1 to 3 s) nor its network is ever waited for.
 
-    Each start of the process writes a new run file with the run id in RUN_DIR/wandb/run_id, so wandb shows a resumed run
-    as one.  The x axis is our own "step" value, not wandb's counter, which refuses to go back: steps that are run again
-    after a kill appear twice with the same numbers.
+    Each start of the process writes a new run file with the run id in RUN_DIR/wandb/run_id, so wandb shows a resumed
+    run as one.  The x axis is our own "step" value, not wandb's counter, which refuses to go back: steps that are run
+    again after a kill appear twice with the same numbers.
     """
 
     def __init__(self, run_dir: Path, config: LogConfig, run_config: dict[str, Any], console: Console) -> None:
@@ -217,6 +217,15 @@ class _WandbSink:
         id_path = folder / "run_id"
         if not id_path.exists():
             replace_text(id_path, secrets.token_hex(4) + "\n")
+        settings: dict[str, Any] = {
+            "console": "off",
+            "silent": True,
+            "save_code": False,
+            "x_disable_stats": self._config.wandb != "online",
+            "x_transaction_log_flush_interval": 2.0,  # seconds that a kill can cost the run file
+            "finish_timeout": _WANDB_CLOSE_SEC - 5,
+        }
+        known = wandb.Settings.model_fields  # the last two are younger than the oldest wandb that we accept
         run = wandb.init(
             mode="online" if self._config.wandb == "online" else "offline",
             project=self._config.wandb_project,
@@ -225,14 +234,7 @@ class _WandbSink:
             resume="allow",
             dir=str(self._run_dir),
             config=self._run_config,
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                save_code=False,
-                x_disable_stats=self._config.wandb != "online",
-                x_transaction_log_flush_interval=2.0,
-                finish_timeout=_WANDB_CLOSE_SEC - 5,
-            ),
+            settings=wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
         )
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")

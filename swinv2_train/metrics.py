@@ -1,7 +1,8 @@
 """Numbers about a run: means over all ranks, speed, share of the device's peak, memory.
 
 Names are the contract of metrics.jsonl: train/loss, train/lr, train/grad_norm, perf/images_per_sec, perf/step_sec,
-perf/mfu, data/wait_sec, data/skipped_images, mem/peak_gib, checkpoint/stall_sec, val/loss, val/top1, val/top5 (percent).
+perf/mfu, data/wait_sec, data/skipped_images, mem/peak_gib, checkpoint/stall_sec, val/loss, and val/top1 and
+val/top5 in percent.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Means:
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self) -> dict[str, float]:
-        """The means over all ranks since the last read, one collective; nan where the weights sum to 0.  Starts anew."""
+        """The means over all ranks since the last read, one collective; nan where the weights sum to 0."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -131,7 +132,7 @@ class Throughput:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory of this process so far in GiB: tensors allocated on a CUDA device, or resident memory on the CPU."""
+    """Highest memory of this process so far in GiB: tensors on a CUDA device, or resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
     status = Path("/proc/self/status")
@@ -143,9 +144,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / _GIB
 
 
-# Dense peak of the matrix units in TFLOP/s, without sparsity, from NVIDIA's data sheets.  bf16 is with fp32 accumulation
-# (what torch computes: half of the advertised figure on GeForce).  The first name found in the device's name counts, so
-# the special ones come first.
+# Dense peak of the matrix units in TFLOP/s, without sparsity, from NVIDIA's data sheets.  bf16 is with fp32
+# accumulation (what torch computes: half of the advertised figure on GeForce).  The first name found in the device's
+# name counts, so the special ones come first.
 _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     ("H200 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0}),
     ("H200", {"bf16": 989.5, "tf32": 494.5, "fp32": 67.0}),

@@ -14,9 +14,9 @@ _MIN_SIDE_PX = 96
 def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = ()) -> np.ndarray:
     """One picture with a row per sequence, white gaps between the images and, optionally, a label over each column.
 
-    rows: images uint8 (H, W, 3), all of one size, the same number in each row.  Images under 96 px are enlarged by a whole
-    factor (nearest neighbour), so that a 32 px image can be looked at.  Returns uint8 (H', W', 3); raises ValueError for
-    images or labels that do not form a grid.
+    rows: images uint8 (H, W, 3), all of one size, the same number in each row.  Images under 96 px are enlarged by a
+    whole factor (nearest neighbour), so that a 32 px image can be looked at.  Returns uint8 (H', W', 3); raises
+    ValueError for images or labels that do not form a grid.
     """
     if not rows or not rows[0]:
         raise ValueError("a picture needs at least one image")

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from swinv2_train.charts import CHART_CSS, CHART_JS, Series, chart, value_text
+from swinv2_train.charts import CHART_CSS, CHART_JS, Series, chart, curves_picture, value_text
 from swinv2_train.console import duration_text
 from swinv2_train.log import read_metrics
 from swinv2_train.runtime import read_environment, replace_text
@@ -35,7 +35,7 @@ _CHARTS: tuple[tuple[str, str, bool, bool, tuple[tuple[str, str], ...]], ...] = 
     ("Gradient norm", "before clipping", True, True, (("train/grad_norm", "norm"),)),
     ("Throughput", "images/s", True, False, (("perf/images_per_sec", "images/s"),)),
     ("Time per step", "s", True, False, (("perf/step_sec", "step"), ("data/wait_sec", "of it waiting for data"))),
-    ("Peak memory", "GiB, fullest rank", True, False, (("mem/peak_gib", "peak"),)),
+    ("Peak memory", "GiB", True, False, (("mem/peak_gib", "peak"),)),
     ("Model FLOP utilisation", "share of peak", True, False, (("perf/mfu", "MFU"),)),
 )
 # Shown in the tiles at the top, in this order, as far as the run has them: name, label, unit, decimals.
@@ -152,31 +152,19 @@ def write_report(run_dir: Path, total_steps: int | None = None) -> Path:
 
 
 def write_curves(run: RunRecord) -> Path | None:
-    """Loss and accuracy curves as one PNG, RUN_DIR/pictures/curves.png; None when there is nothing to draw."""
-    panels = []
-    for title, unit, _, _, names in _CHARTS[:3]:
-        curves = [(label, *run.curve(name)) for name, label in names]
-        curves = [(label, xs, ys) for label, xs, ys in curves if any(math.isfinite(y) for y in ys)]
-        if curves:
-            panels.append((f"{title} ({unit})" if unit else title, curves))
-    if not panels:
+    """Loss, accuracy and learning rate as one PNG, RUN_DIR/pictures/curves.png; None when there is nothing to draw."""
+    panels = [
+        (f"{title} ({unit})" if unit else title, [Series(label, *run.curve(name)) for name, label in names])
+        for title, unit, _, _, names in _CHARTS[:3]
+    ]
+    picture = curves_picture(panels)
+    if picture is None:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: it costs a second and only a report needs it
-    from matplotlib.figure import Figure
+    from PIL import Image
 
-    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, (title, curves) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        for label, xs, ys in curves:
-            axes.plot(xs, ys, label=label, marker="o" if len(xs) <= 30 else None, markersize=3)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if len(curves) > 1:
-            axes.legend()
     path = run.run_dir / "pictures" / _CURVES_PNG
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    Image.fromarray(picture).save(path)
     return path
 
 
@@ -406,10 +394,9 @@ def _esc(text: str) -> str:
 
 
 _PAGE_CSS = """
-:root{--page:#f6f7f9;--card:#fff;--text:#1c2430;--soft:#667085;--edge:#e3e6eb;--c0:#2563c9;--c1:#d9730d;--c2:#2e8b57;--c3:#8e44ad;
---good:#177245;--wait:#9a6700}
-@media (prefers-color-scheme:dark){:root{--page:#12161c;--card:#1a2028;--text:#e4e8ee;--soft:#98a2b3;--edge:#2c3440;
---c0:#6ea8fe;--c1:#f0a35e;--c2:#67c893;--c3:#c39bd3;--good:#67c893;--wait:#e2b340}}
+:root{--page:#f6f7f9;--card:#fff;--text:#1c2430;--soft:#667085;--edge:#e3e6eb;--good:#177245;--wait:#9a6700}
+@media (prefers-color-scheme:dark){
+:root{--page:#12161c;--card:#1a2028;--text:#e4e8ee;--soft:#98a2b3;--edge:#2c3440;--good:#67c893;--wait:#e2b340}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:24px 16px 48px}

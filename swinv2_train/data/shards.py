@@ -227,7 +227,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ShardError(f"{path} is not JSON ({error}); delete it, it is made again") from error
     if not isinstance(content, dict) or content.get("version") != _MANIFEST_VERSION:
         raise ShardError(f"{path} is not a manifest of version {_MANIFEST_VERSION}; delete it, it is made again")
-    return content["shards"]
+    shards: dict[str, Any] = content["shards"]
+    return shards
 
 
 def _merge_manifest(folder: Path, entries: dict[str, Any]) -> None:
@@ -267,7 +268,7 @@ def _sha256(path: str) -> str:
 
 
 class TarReader:
-    """Any sample by (shard, index): one ``pread`` each, at most `max_open` shards open.  Picklable, holds no position."""
+    """Any sample by (shard, index): one ``pread`` each, at most `max_open` shards open.  Picklable; has no position."""
 
     def __init__(self, manifest: Manifest, max_open: int = 64) -> None:
         assert max_open >= 1, max_open
@@ -293,7 +294,8 @@ class TarReader:
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key, without reading it."""
-        return self._shard(shard)[1]["key"][index].decode("utf-8", "surrogateescape")
+        key_bytes: bytes = self._shard(shard)[1]["key"][index]
+        return key_bytes.decode("utf-8", "surrogateescape")
 
     def offset(self, shard: int, index: int) -> int:
         """The byte in the shard at which the sample's image begins."""

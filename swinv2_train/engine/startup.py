@@ -9,6 +9,7 @@ An untouched 2-rank ZeRO-3 start takes 34 s on 2 cores, nearly all of it imports
   decorators return the function as it is.
 * DeepSpeed builds the shm_comm extension with the C++ compiler (78 s when cold) for an operation of its inference
   engine.  We tell it that the extension is not available.
+* DeepSpeed's BF16_Optimizer (stage 1) reports the memory, with a garbage collection, before and after every group.
 * DeepSpeed probes for accelerators; on a machine without one it is told so.
 
 None of this is wanted by eager training.  With SWINV2_TRAIN_KEEP_COMPILER=1 in the environment, or after
@@ -82,20 +83,23 @@ def import_deepspeed() -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def without_compilation() -> Iterator[None]:
-    """Inside, compiling a function and forbidding to compile it both leave it as it is."""
-    if compiler_is_kept():
-        yield
-        return
-    from deepspeed.runtime import compiler
+def quick_initialize() -> Iterator[None]:
+    """Around deepspeed.initialize: compiling a function and forbidding to compile it both leave it as it is, and
+    memory reports (a garbage collection each) are left out."""
+    from deepspeed.runtime import bf16_optimizer, compiler
 
-    originals = compiler.compile, torch.compiler.disable
-    compiler.compile = lambda *args, **kwargs: lambda function: function
-    torch.compiler.disable = _as_it_is
+    changes: list[tuple[Any, str, Any]] = [(bf16_optimizer, "see_memory_usage", lambda *args, **kwargs: None)]
+    if not compiler_is_kept():
+        changes.append((compiler, "compile", lambda *args, **kwargs: lambda function: function))
+        changes.append((torch.compiler, "disable", _as_it_is))
+    originals = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, replacement in changes:
+        setattr(owner, name, replacement)
     try:
         yield
     finally:
-        compiler.compile, torch.compiler.disable = originals
+        for (owner, name, _), original in zip(changes, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def _as_it_is(function: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from swinv2_train.distributed import World, barrier, raise_together
 from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, write_facts
 from swinv2_train.engine.deepspeed_config import deepspeed_json
 from swinv2_train.engine.local import to_device
-from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, without_compilation
+from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, quick_initialize
 
 TAG = "zero"
 """The folder inside a checkpoint in which DeepSpeed's files lie."""
@@ -43,7 +43,7 @@ class ZeroEngine:
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
         deepspeed.init_distributed(auto_mpi_discovery=False)
         optimizer_on_cpu = world.device.type == "cpu" or config.engine.offload_optimizer == "cpu"
-        with without_compilation():
+        with quick_initialize():
             optimizer = adamw(
                 param_groups,
                 lr=0.0,  # step() sets it
@@ -94,6 +94,7 @@ class ZeroEngine:
             grad_norm = self._stage_0_norm()
             if not math.isfinite(grad_norm):
                 self._ds.optimizer.zero_grad(set_to_none=True)
+                self._ds.micro_steps += 1  # as its step() would have counted, so that the next window starts in time
                 raise NonFiniteError(f"the global gradient norm is {grad_norm}")
             self._ds.step()
             return grad_norm
@@ -160,7 +161,7 @@ class ZeroEngine:
         raise_together(_caught(check_facts, directory, self._facts))
         # Trap 8: DeepSpeed only warns about a missing checkpoint, and a rank that cannot read its part fails alone.
         raise_together(_caught(self._check_parts, directory))
-        own_settings = [{k: v for k, v in group.items() if k != "params"} for group in self._groups]
+        own_settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self._groups]
         error: BaseException | None = None
         try:
             path, _ = self._ds.load_checkpoint(str(directory), tag=TAG)
@@ -239,14 +240,22 @@ class ZeroEngine:
 
     def _set_full_value(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Write one parameter: the weights in their own dtype, the master unrounded."""
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
             if self._stage < 3 or self._world.is_main:
                 parameter.copy_(value)
-        if parameter.requires_grad and self._stage > 0:
+        if not parameter.requires_grad or self._stage == 0:
+            return
+        if self._stage < 3:
             safe_set_full_fp32_param(parameter, value)
+            return
+        # Not safe_set_full_fp32_param: it fails where the elements do not divide evenly among the ranks.
+        size = parameter.ds_tensor.numel()
+        padded = value.new_zeros(size * self._world.world_size)
+        padded[: value.numel()] = value.flatten()
+        safe_set_local_fp32_param(parameter, padded.narrow(0, size * self._world.rank, size))
 
     def _buffers(self) -> dict[str, Tensor]:
         """Persistent buffers by name."""

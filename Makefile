@@ -1,0 +1,47 @@
+# Every task of the project.  `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PYTEST := $(BIN)/python -m pytest
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format types clean
+
+help:  ## list the tasks
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make .venv with everything pinned (constraints.txt)
+
+# torch first, and no build isolation: deepspeed and fairscale are source packages that look for torch when they are
+# built, and in an isolated build they would fetch one of their own.
+$(STAMP): setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy setuptools wheel packaging py-cpuinfo ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides
+	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+test: setup  ## the whole test suite
+	$(PYTEST)
+
+test-fast: setup  ## the quick part of the tests
+	$(PYTEST) -m "not slow"
+
+lint: setup  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup  ## check types of the package
+	$(BIN)/mypy
+
+clean:  ## remove caches and builds (not runs, data or .venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

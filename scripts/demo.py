@@ -1,0 +1,131 @@
+"""The whole way on real images: fetch and pack CIFAR-10, pre-train, fine-tune, evaluate, report.
+
+    make demo                                # or: python scripts/demo.py
+    make demo DEMO_ARGS="train.epochs=1"     # overrides; a key of one task goes to that task's run alone
+
+Two processes under torchrun, DeepSpeed ZeRO stage 3, bf16.  Ctrl-C leaves a complete checkpoint; run again, it goes on
+from there, or says that everything is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import fetch_cifar10
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.config import TASKS, known_keys
+from swinv2_train.console import duration_text
+from swinv2_train.log import read_metrics
+from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+
+DATA_DIR = Path("data/cifar10")
+PROCESSES = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code of the first phase that does not end well, or 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="folder of the two runs (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration overrides")
+    options = parser.parse_args(arguments)
+    pretrain, finetune = options.runs / "pretrain", options.runs / "finetune"
+    started = time.monotonic()
+
+    exit_code = fetch_cifar10.run(["--out", str(DATA_DIR), *source_option(options.overrides)])
+    if exit_code != EXIT_DONE:
+        return exit_code
+    phases = (
+        ("SimMIM pre-training", "cifar10_simmim", "simmim", pretrain, []),
+        ("Supervised fine-tuning", "cifar10_finetune", "classify", finetune, [f"task.init_from={pretrain}"]),
+    )
+    for title, experiment, task, run_dir, extra in phases:
+        print(f"\n{title} ({run_dir})", flush=True)
+        overrides = [f"experiment={experiment}", f"run_dir={run_dir}", *extra, *overrides_of(options.overrides, task)]
+        exit_code = run_ranks(["-m", "swinv2_train.train", *overrides])
+        if exit_code == EXIT_STOPPED:
+            newest = newest_checkpoint(run_dir)
+            saved = f"a complete checkpoint is {newest}; " if newest else ""
+            print(f"stopped; {saved}`make demo` goes on from there", flush=True)
+        if exit_code != EXIT_DONE:
+            return exit_code
+
+    print("\nEvaluation on the test images", flush=True)
+    scores = evaluate(finetune)
+    if scores is None:
+        return EXIT_FAILED
+    print_table(pretrain, finetune, scores, time.monotonic() - started)
+    print(f"\nreport: {finetune / 'report.html'}")
+    return EXIT_DONE
+
+
+def source_option(overrides: Sequence[str]) -> list[str]:
+    """data.source=PATH as an option of fetch_cifar10."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "data.source":
+            return ["--source", value]
+    return []
+
+
+def overrides_of(overrides: Sequence[str], task: str) -> list[str]:
+    """The overrides without those of keys that only the other tasks have."""
+    own = set(known_keys(TASKS[task]))
+    foreign = set(known_keys()) - own
+    return [override for override in overrides if override.partition("=")[0].lstrip("+~") not in foreign]
+
+
+def run_ranks(command: list[str]) -> int:
+    """torchrun in this process, so that its long failure reports stay away; returns the ranks' exit code."""
+    try:
+        torchrun(["--standalone", "--nproc-per-node", str(PROCESSES), *command])
+    except SignalException:  # Ctrl-C: torchrun has passed it on and waited for the ranks
+        return EXIT_STOPPED
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return next((code for code in (EXIT_USER_ERROR, EXIT_STOPPED) if code in codes), EXIT_FAILED)
+    return EXIT_DONE
+
+
+def evaluate(run_dir: Path) -> dict[str, float] | None:
+    """The scores that the evaluate command prints; None after it has failed."""
+    command = [sys.executable, "-m", "swinv2_train.evaluate", f"run_dir={run_dir}"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # torchrun's 1
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    return json.loads(done.stdout) if done.returncode == EXIT_DONE else None
+
+
+def print_table(pretrain: Path, finetune: Path, scores: dict[str, float], seconds: float) -> None:
+    """What was done and what came out, one line each."""
+    rows = [("phase", "steps", "images", "images/s", "loss first -> last")]
+    for title, run_dir in (("pre-training", pretrain), ("fine-tuning", finetune)):
+        lines = read_metrics(run_dir)
+        losses = [line["train/loss"] for line in lines if line.get("train/loss") is not None]
+        speeds = sorted(line["perf/images_per_sec"] for line in lines if line.get("perf/images_per_sec") is not None)
+        speed = f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-"
+        last = lines[-1]
+        rows.append(
+            (title, f"{last['step']:,}", f"{last['images_seen']:,}", speed, f"{losses[0]:.3f} -> {losses[-1]:.3f}")
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print()
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        f"\ntest images {scores['images']:,}   top-1 {scores['val/top1']:.2f} %   top-5 {scores['val/top5']:.2f} %   "
+        f"loss {scores['val/loss']:.4f}   (this call took {duration_text(seconds)})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Decoding and crops: every colour form becomes RGB, damage is noticed, the resize agrees with Pillow."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from swinv2_train.data.crop import centre_crop, random_box, random_flip, random_resized_crop, resize
+from swinv2_train.data.decode import DecodeError, decode_image
+
+
+def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A photograph-like picture: low frequencies and a little noise."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    return np.clip(np.asarray(small).astype(int) + rng.integers(-6, 7, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(tensor: torch.Tensor) -> np.ndarray:
+    assert tensor.dtype == torch.uint8 and tensor.shape[0] == 3
+    return tensor.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_lossless_formats_come_back_exactly(kind):
+    array = smooth(33, 47)
+    data = encode(Image.fromarray(array), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    assert np.array_equal(pixels(decode_image(data, kind.lower())), array)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_jpeg_equals_pillows_decoder(options):
+    data = encode(Image.fromarray(smooth(65, 50)), "JPEG", **options)
+    difference = pixels(decode_image(data, "jpg")).astype(int) - np.asarray(Image.open(io.BytesIO(data))).astype(int)
+    assert np.abs(difference).max() <= 3  # two builds of libjpeg-turbo
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_grey_is_repeated(kind):
+    data = encode(Image.fromarray(smooth(20, 30)).convert("L"), kind)
+    array = pixels(decode_image(data, kind.lower()))
+    assert np.array_equal(array[..., 0], array[..., 2]) and np.array_equal(
+        array[..., 0], np.asarray(Image.open(io.BytesIO(data)))
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1"])
+def test_alpha_and_palettes_become_rgb_without_a_warning(mode):
+    image = Image.fromarray(smooth(20, 30)).convert("RGB").convert(mode)
+    options = {"transparency": bytes(range(64)) + bytes(192)} if mode == "P" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        array = pixels(decode_image(encode(image, "PNG", **options), "png"))
+    assert np.array_equal(array, np.asarray(image.convert("RGB")))
+
+
+def test_cmyk_jpeg_becomes_the_same_rgb_as_pillows():
+    """ImageNet has some; libjpeg alone cannot convert them."""
+    data = encode(Image.fromarray(smooth(40, 40)).convert("CMYK"), "JPEG")
+    array = pixels(decode_image(data, "jpg"))
+    assert np.array_equal(array, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+    deep = np.linspace(0, 65535, 30 * 20).astype(np.uint16).reshape(20, 30)
+    array = pixels(decode_image(encode(Image.fromarray(deep), "PNG"), "png"))
+    assert np.array_equal(array[..., 1], (deep >> 8).astype(np.uint8))
+
+
+def test_the_bytes_decide_not_the_name():
+    array = smooth(10, 10)
+    assert np.array_equal(pixels(decode_image(encode(Image.fromarray(array), "PNG"), "jpg")), array)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("damage", ["half", "garbage", "empty"])
+def test_damaged_files_are_errors(kind, damage):
+    data = encode(Image.fromarray(smooth(120, 120)), kind)
+    broken = {"half": data[: len(data) // 2], "garbage": bytes(range(256)) * 4, "empty": b""}[damage]
+    with pytest.raises(DecodeError, match=f"not a readable .{kind.lower()} image"):
+        decode_image(broken, kind.lower())
+
+
+def test_zeros_inside_a_jpeg_scan_are_noticed():
+    """Only the strict decoder notices; the picture would be half grey."""
+    data = bytearray(encode(Image.fromarray(smooth(200, 200)), "JPEG", quality=75))
+    data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
+    with pytest.raises(DecodeError, match="not a readable .jpg image"):
+        decode_image(bytes(data), "jpg")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_with_too_many_pixels_are_refused_before_decoding(kind):
+    data = encode(Image.new("RGB", (300, 200)), kind)
+    assert decode_image(data, "png", max_pixels=60_000).shape == (3, 200, 300)
+    with pytest.raises(DecodeError, match="200 x 300 pixels, more than the 59999"):
+        decode_image(data, "png", max_pixels=59_999)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("box", [(3, 5, 100, 80), (0, 0, 20, 30), (50, 40, 60, 61)])
+def test_resize_agrees_with_pillow(interpolation, box):
+    top, left, height, width = box
+    array = smooth(120, 140)
+    image = torch.from_numpy(array).permute(2, 0, 1)
+    ours = pixels(resize(image[:, top : top + height, left : left + width], (48, 40), interpolation)).astype(int)
+    crop = Image.fromarray(array).crop((left, top, left + width, top + height))
+    theirs = np.asarray(crop.resize((40, 48), {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[interpolation]))
+    assert np.abs(ours - theirs).max() <= 2  # measured worst 1 here; another filter gives 20 and more
+    assert np.abs(ours - theirs).mean() < 0.1
+
+
+def test_random_boxes_keep_their_bounds_and_cover_the_image():
+    rng = np.random.default_rng(0)
+    hits = np.zeros((40, 60))
+    for _ in range(3000):
+        top, left, height, width = random_box(40, 60, (0.2, 1.0), (0.75, 4 / 3), rng)
+        assert 0 <= top <= top + height <= 40 and 0 <= left <= left + width <= 60
+        assert 0.17 < height * width / 2400 <= 1.0 and 0.7 < width / height < 1.42  # rounding to whole pixels
+        hits[top : top + height, left : left + width] += 1
+    assert hits.min() > 15  # the corners are covered least
+
+
+def test_a_box_that_never_fits_falls_back_to_the_centre():
+    assert random_box(10, 100, (1.0, 1.0), (0.75, 4 / 3), np.random.default_rng(0)) == (0, 43, 10, 13)
+
+
+def test_random_resized_crop_follows_the_generator_and_gives_the_size():
+    image = torch.from_numpy(smooth(50, 70)).permute(2, 0, 1)
+    arguments = (image, (32, 24), (0.67, 1.0), (0.75, 4 / 3), "bicubic")
+    first = random_resized_crop(*arguments, np.random.default_rng(1))
+    assert first.shape == (3, 32, 24) and first.dtype == torch.uint8
+    assert torch.equal(first, random_resized_crop(*arguments, np.random.default_rng(1)))
+    assert not torch.equal(first, random_resized_crop(*arguments, np.random.default_rng(2)))
+
+
+def test_a_crop_of_the_right_size_is_not_resampled():
+    image = torch.from_numpy(smooth(32, 32)).permute(2, 0, 1)
+    assert torch.equal(
+        random_resized_crop(image, (32, 32), (1.0, 1.0), (1.0, 1.0), "bicubic", np.random.default_rng(0)), image
+    )
+    assert torch.equal(centre_crop(image, (32, 32), 1.0, "bicubic"), image)
+
+
+def test_flips_are_mirrors_at_the_given_rate():
+    image = torch.arange(3 * 2 * 4, dtype=torch.uint8).view(3, 2, 4)
+    rng = np.random.default_rng(0)
+    flipped = sum(torch.equal(random_flip(image, 0.3, rng), image.flip(-1)) for _ in range(2000))
+    assert 0.25 < flipped / 2000 < 0.35
+    assert torch.equal(random_flip(image, 0.0, rng), image) and torch.equal(random_flip(image, 1.0, rng), image.flip(2))
+
+
+def test_centre_crop_resizes_the_shorter_side_then_cuts_the_centre():
+    """256/224 on a landscape image, against Pillow doing the same."""
+    array = smooth(90, 150)
+    ours = pixels(centre_crop(torch.from_numpy(array).permute(2, 0, 1), (56, 56), 0.875, "bicubic")).astype(int)
+    resized = Image.fromarray(array).resize((round(150 * 64 / 90), 64), Image.BICUBIC)
+    left = round((resized.width - 56) / 2)
+    assert np.abs(ours - np.asarray(resized.crop((left, 4, left + 56, 60)))).max() <= 2
+    assert centre_crop(torch.zeros(3, 30, 90, dtype=torch.uint8), (32, 48), 1.0, "bilinear").shape == (3, 32, 48)

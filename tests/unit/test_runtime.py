@@ -1,0 +1,150 @@
+"""Seeds, threads, stop signals and the record of a start."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from swinv2_train import runtime
+from swinv2_train.runtime import StopRequest, environment_record, read_environment, record_environment, seed_everything
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_one_seed_and_rank_give_one_stream_in_python_numpy_and_torch() -> None:
+    seed_everything(3, 1)
+    first = draw()
+    seed_everything(3, 1)
+    assert draw() == first
+
+
+@pytest.mark.parametrize(("seed", "rank"), [(3, 0), (4, 1), (1, 3)])
+def test_another_seed_or_rank_gives_another_stream(seed: int, rank: int) -> None:
+    """Ranks that share a stream would drop the same paths; (seed, rank) must not be their sum or product either."""
+    seed_everything(3, 1)
+    first = draw()
+    seed_everything(seed, rank)
+    assert all(a != b for a, b in zip(first, draw(), strict=True))
+
+
+def test_threads_are_an_equal_share_of_the_cores_unless_given() -> None:
+    before = torch.get_num_threads()
+    try:
+        cores = runtime.available_cores()
+        assert 1 <= cores <= (os.cpu_count() or 1)
+        assert runtime.set_threads(None, 1) == cores == torch.get_num_threads()
+        assert runtime.set_threads(None, 10 * cores) == 1 == torch.get_num_threads()
+        assert runtime.set_threads(2, 64) == 2 == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_stop_signal_only_sets_a_flag_also_the_second_time(name: str) -> None:
+    """A second Ctrl-C during a save must not tear the checkpoint."""
+    before = signal.getsignal(signal.Signals[name])
+    with StopRequest() as stop:
+        assert stop.requested is None
+        for _ in range(2):
+            os.kill(os.getpid(), signal.Signals[name])
+            assert stop.requested == name
+    assert signal.getsignal(signal.Signals[name]) is before
+
+
+def test_a_process_that_is_asked_to_stop_ends_in_its_own_way() -> None:
+    """A real process and a real signal from outside."""
+    code = """
+import sys, time
+from swinv2_train.runtime import EXIT_STOPPED, StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while stop.requested is None: time.sleep(0.01)
+    print("saved after", stop.requested, flush=True)
+sys.exit(EXIT_STOPPED)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert (out, process.returncode) == ("saved after SIGTERM\n", 3)
+
+
+def test_exit_codes_are_the_contract() -> None:
+    codes = (runtime.EXIT_DONE, runtime.EXIT_FAILED, runtime.EXIT_USER_ERROR, runtime.EXIT_STOPPED)
+    assert codes == (0, 1, 2, 3)
+
+
+def test_environment_json_is_a_list_with_one_record_for_each_start(tmp_path: Path) -> None:
+    record_environment(tmp_path / "run", world_size=2)
+    record_environment(tmp_path / "run", world_size=4)
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [start["world_size"] for start in starts] == [2, 4]
+    assert starts[0]["versions"]["torch"] == torch.__version__
+    assert starts[0]["argv"] == sys.argv and starts[0]["cpu_cores"] >= 1 and starts[0]["memory_gib"] > 0
+    assert starts == read_environment(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["environment.json"]
+
+
+def test_a_damaged_environment_file_is_kept_aside_and_does_not_stop_the_run(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text('[{"torn')
+    assert read_environment(tmp_path) == []
+    record_environment(tmp_path, world_size=1)
+    assert len(read_environment(tmp_path)) == 1
+    assert (tmp_path / "environment.json.damaged").read_text() == '[{"torn'
+
+
+def test_versions_are_looked_up_without_importing_the_packages() -> None:
+    """Importing deepspeed or wandb for its version would cost seconds of every start."""
+    code = """
+import sys
+from swinv2_train.runtime import environment_record
+versions = environment_record(1)["versions"]
+assert versions["deepspeed"] and versions["wandb"], versions
+assert not {"deepspeed", "wandb", "webdataset", "fairscale"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_record_names_the_commit_of_the_code_not_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(other), *command], check=True)
+    commit = subprocess.run(
+        ["git", "-C", str(other), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    monkeypatch.chdir(other)
+    git = environment_record(1)["git"]
+    assert git is None or git["commit"] != commit
+    # and for code that is tracked, the commit and whether it was changed
+    (other / "runtime.py").write_text("tracked")
+    subprocess.run(["git", "-C", str(other), "add", "runtime.py"], check=True)
+    subprocess.run(["git", "-C", str(other), *identity, "commit", "-q", "-m", "y"], check=True)
+    monkeypatch.setattr(runtime, "__file__", str(other / "runtime.py"))
+    clean = runtime.git_commit()
+    assert clean is not None and len(clean["commit"]) == 40 and clean["dirty"] is False
+    (other / "runtime.py").write_text("changed")
+    assert runtime.git_commit() == {"commit": clean["commit"], "dirty": True}
+
+
+def test_replace_text_leaves_the_old_file_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        runtime.replace_text(path, "new \ud800")
+    assert path.read_text() == "old"
