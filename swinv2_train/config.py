@@ -179,6 +179,7 @@ class OptimConfig:
     layer_decay: float
     """Factor of the learning rate per layer, counted from the head; 1 = none (arXiv:2111.09883 appendix A2)."""
     schedule: ScheduleConfig
+    """How the learning rate goes over the run."""
 
 
 @dataclass
@@ -279,7 +280,7 @@ def known_keys(task: type[TaskConfig] | None = None) -> list[str]:
 def near_names(key: str, names: typing.Iterable[str]) -> str:
     """A remedy for an unknown dotted key: its nearest known names, by the whole path or by the last part alone."""
     names = list(names)
-    near = difflib.get_close_matches(key, names, n=3, cutoff=0.7)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     leaf = key.rsplit(".", 1)[-1]
     near += [name for name in names if name.rsplit(".", 1)[-1] == leaf and name not in near]
     return f"did you mean {' or '.join(near[:3])}?" if near else "`--cfg job` prints every key"

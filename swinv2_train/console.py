@@ -99,7 +99,7 @@ class Console:
 
     def _breakpointhook(self, *arguments: object, **more: object) -> None:
         """breakpoint() talks to the terminal, although stdout is the log."""
-        import pdb
+        import pdb  # noqa: T100  this is what breakpoint() is for
 
         pdb.Pdb(stdin=sys.stdin, stdout=self._out).set_trace(sys._getframe(1))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from swinv2_train.config import ConfigError
 
@@ -200,19 +201,19 @@ def _first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
 
 
-def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
     """The key-value store where the ranks find each other.
 
     torchrun's agent hosts one store for all attempts of a job, and torch reuses the addresses that the ranks of the
     last attempt left in it: with gloo every restart then fails to connect.  So each attempt has its own prefix.
     """
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        return dist.FileStore(str(Path(tempfile.mkdtemp(prefix="swinv2_train_")) / "store"), 1)
+        return FileStore(str(Path(tempfile.mkdtemp(prefix="swinv2_train_")) / "store"), 1)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} missing in the environment of rank {rank}; start with torchrun")
     agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = TCPStore(
         socket.gethostbyname(os.environ["MASTER_ADDR"]),
         int(os.environ["MASTER_PORT"]),
         world_size,
@@ -220,4 +221,4 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Stor
         timeout=timeout,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+    return PrefixStore(f"attempt_{attempt}", store)

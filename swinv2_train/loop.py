@@ -47,8 +47,8 @@ class Run:
 def fit(run: Run, stop: StopRequest) -> bool:
     """Train from run.step to run.total_steps, log, evaluate and save on the way.
 
-    Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way.
-    Raises NonFiniteError on all ranks, with the weights as they were, when a step's gradients are not finite.
+    Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way, and
+    the loaders are closed.  Raises NonFiniteError on all ranks, with the weights as they were, when a step's gradients are not finite.
     """
     config, train = run.config, run.config.train
     speed = Throughput(train.global_batch_size)
@@ -59,7 +59,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
         if any_rank(stop.requested is not None):
             if run.saved_step != run.step:
                 save(run, None)
-            return False
+            break
         lr = lr_at(run.step, run.total_steps, config.optim.schedule, run.warmup_steps, config.optim.lr)
         losses = Means()
         step_keys: list[str] = []
@@ -101,7 +101,10 @@ def fit(run: Run, stop: StopRequest) -> bool:
                 run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
             if due(run.step, train.checkpoint_every_steps) or last:
                 save(run, scores.get(train.keep_best) if train.keep_best else None)
-    return True
+    run.train_loader.close()
+    if run.eval_loader is not None:
+        run.eval_loader.close()
+    return run.step == run.total_steps
 
 
 def due(step: int, every: int | None) -> bool:

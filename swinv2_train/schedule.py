@@ -13,7 +13,7 @@ from swinv2_train.config import ConfigError, ScheduleConfig, TrainConfig
 
 
 def total_steps(config: TrainConfig, num_samples: int) -> int:
-    """Optimizer steps of the whole run: max_steps, or where that is null ceil(epochs x num_samples / global_batch_size).
+    """Optimizer steps of the whole run: max_steps, or if null ceil(epochs x num_samples / global_batch_size).
 
     num_samples: images of the training shards.
     """

@@ -62,9 +62,9 @@ def train(config: Config) -> int:
                 console.fail(error)
                 return EXIT_FAILED
             finally:
-                log.close(exit_code)
+                log.close(EXIT_DONE if exit_code == EXIT_STOPPED else exit_code)
                 if world.is_main:
-                    console.say(f"report: {write_report(run_dir)}")
+                    console.say(f"report: {write_report(run_dir, total)}")
         shutdown_distributed()
         return exit_code
 
@@ -164,13 +164,27 @@ def open_run_dir(run_dir: Path, config: Config, world: World) -> None:
 
 
 def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None]:
-    """The manifests of training and evaluation shards; rank 0 first, who indexes what has no index yet."""
-    patterns = (config.data.shards, config.data.eval_shards)
+    """The manifests of training and evaluation shards; rank 0 indexes what has no index yet.
 
-    def open_all() -> list[Manifest | None]:
-        return [None if pattern is None else open_manifest(pattern) for pattern in patterns]
+    Raises ConfigError for missing or damaged shards, and for labels that the task has no class for.
+    """
 
-    training, evaluation = on_main(world, open_all)
+    def open_one(key: str, pattern: str | None) -> Manifest | None:
+        if pattern is None:
+            return None
+        manifest = open_manifest(pattern, key)
+        labels = manifest.label_range
+        if isinstance(config.task, ClassifyConfig) and labels is not None and labels[1] >= config.task.num_classes:
+            raise ConfigError(
+                f"task.num_classes ({config.task.num_classes}) is too small: {key} has labels from {labels[0]} to "
+                f"{labels[1]}; set task.num_classes={labels[1] + 1} or more"
+            )
+        return manifest
+
+    training, evaluation = on_main(
+        world,
+        lambda: (open_one("data.shards", config.data.shards), open_one("data.eval_shards", config.data.eval_shards)),
+    )
     return training, evaluation
 
 

@@ -82,7 +82,7 @@ def _child(fn: Callable[..., Any], args: tuple[Any, ...], sender: Any, rank: int
         code = 0
         if init:
             shutdown_distributed()
-    except BaseException:  # reported to the parent, whatever it is
+    except BaseException:  # noqa: BLE001  reported to the parent, whatever it is
         if code:
             sender.send_bytes(pickle.dumps(("error", traceback.format_exc())))
     finally:

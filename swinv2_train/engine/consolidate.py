@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,10 +33,29 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
             return {name: tensor.float() for name, tensor in state.items()}
         from swinv2_train.engine.startup import import_deepspeed
 
-        import_deepspeed()
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        with _quiet():
+            import_deepspeed()
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        merged = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=TAG)
+            merged = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=TAG)
         return {name: tensor.float() for name, tensor in merged.items()}
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
         raise ConfigError(f"{directory}: the weights cannot be read ({error}); name another checkpoint") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed's prints, bars and compiler probes, which write to the descriptors themselves, go nowhere inside."""
+    sys.stdout.flush()
+    saved = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+        os.close(nowhere)

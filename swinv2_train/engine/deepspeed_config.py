@@ -50,7 +50,7 @@ def check_engine(config: EngineConfig) -> None:
     if config.name == "local":
         if config.precision != "fp32":
             raise ConfigError(
-                f"engine.precision ({config.precision}) with engine.name=local: the local engine is the fp32 reference; "
+                f"engine.precision ({config.precision}) with engine.name=local, which is the fp32 reference; "
                 "set engine.precision=fp32 or engine.name=deepspeed"
             )
         return
@@ -58,8 +58,9 @@ def check_engine(config: EngineConfig) -> None:
         raise ConfigError(f"engine.zero_stage ({config.zero_stage}) must be 0, 1, 2 or 3")
     if config.zero_stage == 0 and config.precision == "bf16":
         raise ConfigError(
-            "engine.zero_stage (0) with engine.precision (bf16): DeepSpeed takes a dummy optimizer step at start there, "
-            "which shifts Adam's bias correction and the losses by 0.1; set engine.zero_stage=1 or engine.precision=fp32"
+            "engine.zero_stage (0) with engine.precision (bf16): DeepSpeed takes a dummy optimizer step at "
+            "its start, which shifts Adam's bias correction and the losses by 0.1; "
+            "set engine.zero_stage=1 or engine.precision=fp32"
         )
     if config.offload_optimizer not in ("none", "cpu"):
         raise ConfigError(f"engine.offload_optimizer '{config.offload_optimizer}' is unknown; choose none or cpu")

@@ -51,7 +51,7 @@ class LocalEngine:
 
     def backward(self, loss: Tensor) -> None:
         assert self._num_backward < self._accumulation_steps, "step() is due"
-        (loss / self._accumulation_steps).backward()
+        torch.autograd.backward(loss / self._accumulation_steps)
         self._num_backward += 1
 
     def step(self, lr: float) -> float:

@@ -78,8 +78,10 @@ def import_deepspeed() -> types.ModuleType:
     import deepspeed
     from deepspeed import ops
 
+    module: types.ModuleType = deepspeed
+
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    return module
 
 
 @contextlib.contextmanager

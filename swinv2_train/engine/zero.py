@@ -170,15 +170,10 @@ class ZeroEngine:
         except (OSError, RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as caught:
             error = caught
         raise_together(error)
-        # Trap 3: the configuration says what a group's decay and scale are, not what a loader made of them; and no two
-        # groups may share one step counter.
+        # Trap 3: the configuration says what a group's decay and scale are, not what a loader made of them.
         self._groups = self._ds.optimizer.param_groups
         for group, settings in zip(self._groups, own_settings, strict=True):
             group.update(settings)
-        inner = getattr(self._ds.optimizer, "optimizer", self._ds.optimizer)
-        for state in inner.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
 
     def _check_parts(self, directory: Path) -> None:
         """Raise ConfigError when a file that this rank will read is missing or not a whole archive."""
@@ -227,12 +222,12 @@ class ZeroEngine:
 
     def _full_value(self, parameter: nn.Parameter) -> Tensor:
         """The float32 value of one parameter in CPU memory; every rank takes part."""
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         # Trap 9: outside of forward a ZeRO-3 parameter is an empty tensor, and using it is no error.
         if parameter.requires_grad and self._stage > 0:
-            value = safe_get_full_fp32_param(parameter)
+            value: Tensor | None = safe_get_full_fp32_param(parameter)
             assert value is not None, "DeepSpeed holds no master of this parameter"
             return value.detach().to("cpu", torch.float32, copy=True).view(_shape(parameter))
         with GatheredParameters([parameter], enabled=self._stage == 3):
@@ -240,8 +235,8 @@ class ZeroEngine:
 
     def _set_full_value(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Write one parameter: the weights in their own dtype, the master unrounded."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         with GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
             if self._stage < 3 or self._world.is_main:
@@ -252,7 +247,7 @@ class ZeroEngine:
             safe_set_full_fp32_param(parameter, value)
             return
         # Not safe_set_full_fp32_param: it fails where the elements do not divide evenly among the ranks.
-        size = parameter.ds_tensor.numel()
+        size: int = vars(parameter)["ds_tensor"].numel()
         padded = value.new_zeros(size * self._world.world_size)
         padded[: value.numel()] = value.flatten()
         safe_set_local_fp32_param(parameter, padded.narrow(0, size * self._world.rank, size))

@@ -102,7 +102,7 @@ def test_overrides_that_deepspeed_ignores_or_that_contradict_ours_are_refused(ov
         ({"zero_stage": 4}, r"engine\.zero_stage \(4\) must be 0, 1, 2 or 3"),
         ({"offload_optimizer": "nvme"}, "offload_optimizer 'nvme' is unknown"),
         ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": "cpu"}, "needs engine.zero_stage 1, 2 or 3"),
-        ({"name": "local"}, "the local engine is the fp32 reference"),
+        ({"name": "local"}, "engine.name=local, which is the fp32 reference"),
     ],
 )
 def test_engine_that_cannot_be_is_refused(engine, message):

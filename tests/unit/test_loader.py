@@ -389,6 +389,7 @@ print(sum(len(b["keys"]) for b in islice(stream, 40)), flush=True)
     assert process.returncode == 0 and not any(_alive(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_main_process_even_when_it_is_killed_or_exits_in_mid_stream(tmp_path):
     """Leaving with live workers must neither hang (they ignore SIGTERM) nor leave orphans."""
     process, pids = _start(tmp_path / "exits", "sys.exit(3)")

@@ -82,7 +82,8 @@ def test_every_trainable_parameter_is_in_one_group_and_frozen_ones_in_none():
 
 def test_no_decay_rule_that_matches_nothing_is_rejected_with_near_names():
     with pytest.raises(
-        ConfigError, match=r"optim\.no_decay pattern 'logit_scales' matches no parameter; names end in: attn\.logit_scale"
+        ConfigError,
+        match=r"optim\.no_decay pattern 'logit_scales' matches no parameter; names end in: attn\.logit_scale",
     ):
         build_param_groups(SimMIMLike(), config(no_decay=("1d", "logit_scales")))
 

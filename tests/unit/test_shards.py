@@ -320,3 +320,16 @@ def test_processes_that_index_at_once_agree_and_lose_no_entry(tmp_path):
     assert digests[:8] == digests[8:16] == digests[16:24] == digests[24:]
     assert sorted(json.loads((tmp_path / "manifest.json").read_text())["shards"]) == [f"{name}.tar" for name in names]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_shards_in_a_read_only_folder_are_indexed_in_the_users_cache(tmp_path, monkeypatch):
+    """Shared data sets on clusters are read-only; root ignores modes, so the answer of access() is exchanged."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    path = write_plain_tar(folder / "t.tar", [("a.png", image_bytes(0))])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    manifest = open_manifest(str(path))
+    assert TarReader(manifest).read(0, 0).image == image_bytes(0)
+    assert list(folder.iterdir()) == [path]
+    assert open_manifest(str(path)) == manifest and len(list((tmp_path / "cache").rglob("manifest.json"))) == 1

@@ -158,5 +158,3 @@ def train(engine: Any, world: Any, steps: int, micros: int = 1, first: int = 0, 
         norm = engine.step(1e-2 * (1 + step % 3))
         history.append([float(all_reduce_sum(loss)) / world.world_size, norm])
     return history
-
-

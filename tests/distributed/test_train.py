@@ -1,0 +1,230 @@
+"""The train and evaluate commands as a user starts them: torchrun, two ranks, ZeRO-3, real shards, real signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.data.shards import write_shards
+from swinv2_train.log import read_metrics
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "model.embed_dim=16", "model.depths=[1,2]", "model.num_heads=[1,2]", "train.global_batch_size=16",
+    "train.micro_batch_size=4", "train.log_every_steps=1", "train.checkpoint_every_steps=4", "train.eval_every_steps=null",
+    "log.wandb=disabled", "runtime.num_threads=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[str, ...]:
+    """Overrides that name 3 training shards of 20 labelled images and one evaluation shard of 10."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+
+    def samples(count: int):
+        for i in range(count):
+            label = i % 10
+            pixels = rng.integers(0, 100, (32, 32, 3)) + 15 * label
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
+            yield f"image_{i:04d}", buffer.getvalue(), "png", label
+
+    write_shards(samples(60), str(folder / "train"), 20)
+    write_shards(samples(10), str(folder / "test"), 10)
+    return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")
+
+
+def start(*overrides: str, ranks: int = 2, module: str = "swinv2_train.train") -> subprocess.Popen[str]:
+    """The command in a session of its own, as a terminal or scheduler would start it."""
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    command += [module, *overrides]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_sec: float = 240) -> tuple[int, str]:
+    """Exit code and output; a process that hangs is killed with all its ranks and fails the test."""
+    try:
+        output, _ = process.communicate(timeout=timeout_sec)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not any(line["step"] >= step for line in read_metrics(run_dir)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.05)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    return [int(pid) for pid in children.stdout.split()]
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
+    return {line["step"]: (line["train/loss"], line["train/grad_norm"]) for line in read_metrics(run_dir)}
+
+
+def keys_per_step(run_dir: Path) -> dict[int, list[str]]:
+    """All ranks' sample keys of every step, sorted."""
+    found: dict[int, list[str]] = {}
+    for path in (run_dir / "sample_keys").glob("*"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            found.setdefault(record["step"], []).extend(record["keys"])
+    return {step: sorted(keys) for step, keys in found.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards, tmp_path_factory) -> Path:
+    """A SimMIM run of 12 steps that nobody disturbs."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, output = finish(
+        start("experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=12", "data.record_keys=true",
+              "train.picture_every_steps=6", "model.drop_path_rate=0.2", *SMALL, *shards)
+    )  # fmt: skip
+    assert code == 0, output
+    return run_dir
+
+
+def test_a_run_leaves_what_the_contract_promises(uninterrupted):
+    """RUN_DIR of DESIGN section 3."""
+    assert (uninterrupted / "config.yaml").exists() and (uninterrupted / "report.html").exists()
+    starts = json.loads((uninterrupted / "environment.json").read_text())
+    assert starts[0]["world_size"] == 2
+    lines = read_metrics(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(line["images_seen"] == 16 * line["step"] for line in lines)
+    assert {"train/loss", "train/lr", "train/grad_norm", "mem/peak_gib", "data/wait_sec"} <= lines[-1].keys()
+    assert "val/loss" in lines[-1] and lines[-1]["perf/images_per_sec"] > 0
+    assert [p.name for p in sorted((uninterrupted / "pictures").glob("simmim_*.png"))] == [
+        "simmim_00000006.png",
+        "simmim_00000012.png",
+    ]
+    assert [p.name for p in sorted((uninterrupted / "checkpoints").iterdir())] == ["step_00000008", "step_00000012"]
+    assert not (uninterrupted / "wandb").exists()
+
+
+def test_every_sample_is_used_once_per_epoch(uninterrupted):
+    """60 samples, 12 steps of 16: positions run on over the border of the epochs."""
+    keys = keys_per_step(uninterrupted)
+    flat = [key for step in sorted(keys) for key in keys[step]]
+    assert len(flat) == 192 and all(len(keys[step]) == 16 for step in keys)
+    counts = {key: flat.count(key) for key in flat}
+    assert len(counts) == 60 and set(counts.values()) == {3, 4}
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_an_interrupted_run_goes_on_bit_for_bit(how, uninterrupted, shards, tmp_path):
+    """Killed without a word, or stopped by Ctrl-C: the same command gives the same losses, norms and images."""
+    run_dir = tmp_path / "run"
+    command = (
+        "experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=12", "data.record_keys=true",
+        "train.picture_every_steps=6", "model.drop_path_rate=0.2", *SMALL, *shards,
+    )  # fmt: skip
+    process = start(*command)
+    wait_for_step(run_dir, 6, process)
+    if how == "SIGKILL":
+        for pid in [*ranks_of(process), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        finish(process)
+        assert newest_checkpoint(run_dir) == run_dir / "checkpoints" / "step_00000004"
+    else:
+        process.send_signal(signal.SIGINT)  # torchrun passes it on to the ranks
+        _, output = finish(process)
+        newest = newest_checkpoint(run_dir)
+        assert newest is not None and int(newest.name[5:]) >= 6, output
+        assert "stopped by SIGINT after step" in output
+    code, output = finish(start(*command))
+    assert code == 0, output
+    assert "resuming from" in output
+    assert losses(run_dir) == losses(uninterrupted)
+    assert keys_per_step(run_dir) == keys_per_step(uninterrupted)
+    assert len(json.loads((run_dir / "environment.json").read_text())) == 2
+
+    code, output = finish(start(*command))
+    assert code == 0 and "all 12 steps are done" in output
+
+
+def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterrupted, shards, tmp_path):
+    """Pre-train, fine-tune, evaluate: the encoder's weights arrive, and the command's scores are those of the run."""
+    run_dir = tmp_path / "run"
+    code, output = finish(
+        start("experiment=cifar10_finetune", f"run_dir={run_dir}", f"task.init_from={uninterrupted}", "optim.lr=0",
+              "train.max_steps=1", "optim.schedule.warmup_lr=0", *SMALL, *shards)
+    )  # fmt: skip
+    assert code == 0, output
+    assert f"encoder loaded from {uninterrupted}/checkpoints/step_00000012" in output
+    from swinv2_train.checkpoint import read_weights
+
+    pretrained, _ = read_weights(uninterrupted)
+    finetuned, _ = read_weights(run_dir)
+    assert set(finetuned) - {"head.weight", "head.bias"} == {
+        name.removeprefix("encoder.") for name in pretrained if name.startswith("encoder.") and "mask_token" not in name
+    }
+    for name, tensor in finetuned.items():
+        if not name.startswith("head."):
+            assert (tensor == pretrained[f"encoder.{name}"]).all(), name  # unrounded, and a step of lr 0 moved nothing
+
+    code, output = finish(start(f"run_dir={run_dir}", ranks=1, module="swinv2_train.evaluate"))
+    assert code == 0, output
+    scores = json.loads(output)
+    assert scores["images"] == 10 and scores["checkpoint"].endswith("step_00000001")
+    assert scores["val/loss"] == pytest.approx(read_metrics(run_dir)[-1]["val/loss"], rel=0.02)  # bf16 against fp32
+
+
+def test_wrong_use_of_a_run_directory_exits_with_2_and_one_message(uninterrupted, shards, tmp_path):
+    """Another model in the same run_dir, and data that is not there: found before any training."""
+    other = ("experiment=cifar10_simmim", f"run_dir={uninterrupted}", "model.depths=[1,1]", "engine=zero1")
+    code, output = finish(start(*SMALL, *shards, *other, ranks=1))
+    assert code == 2, output
+    assert (
+        output.startswith("error: run_dir")
+        and "model.depths=[1, 2], but this command has model.depths=[1, 1]" in output
+    )
+    assert len(output.splitlines()) == 1
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, output = finish(
+        start("experiment=cifar10_simmim", f"run_dir={tmp_path / 'run'}", f"data.shards={empty}/*.tar", ranks=1)
+    )
+    assert code == 2 and output.startswith("error: data.shards") and len(output.splitlines()) == 1, output
+    assert not (tmp_path / "run").exists()
+    code, output = finish(
+        start("experiment=cifar10_finetune", f"run_dir={tmp_path / 'run'}", *shards, "task.num_classes=4", ranks=1)
+    )
+    assert code == 2 and "task.num_classes (4) is too small" in output, output
+
+
+def test_sizes_that_do_not_fit_exit_with_2_before_training(shards, tmp_path):
+    """Window and batch that do not divide; under torchrun rank 0 alone says it."""
+    run = ("experiment=cifar10_simmim", f"run_dir={tmp_path / 'run'}", *shards)
+    code, output = finish(start(*run, "model.window_size=3", ranks=1))
+    assert code == 2 and "window_size 3 does not tile the 8 tokens of stage 1" in output, output
+    code, output = finish(start(*run, "train.global_batch_size=100", "train.micro_batch_size=32"))
+    message = (
+        "train.global_batch_size (100) is not a multiple of micro_batch_size (32) x world_size (2); nearest: 64, 128"
+    )
+    assert code != 0 and output.count(message) == 1, output

@@ -1,0 +1,164 @@
+"""The one gate: every experiment composes, and wrong input of any kind gives one message that names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from swinv2_train.command_line import compose_argv, compose_run, conf_dir
+from swinv2_train.config import (
+    TASKS,
+    ClassifyConfig,
+    Config,
+    ConfigError,
+    SimMIMConfig,
+    known_keys,
+    load_config,
+    read_config,
+    save_config,
+)
+
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+MINIMAL = ("run_dir=somewhere", "data.shards=x.tar")
+
+
+@pytest.fixture
+def compose(monkeypatch):
+    """compose(*overrides): the configuration of a command line."""
+
+    def compose_arguments(*overrides: str) -> Config:
+        monkeypatch.setattr(sys, "argv", ["train", *overrides])
+        config = compose_argv()
+        assert config is not None
+        return config
+
+    return compose_arguments
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment, compose):
+    shards = () if experiment.startswith("cifar10") else ("data.shards=x.tar",)
+    config = compose(f"experiment={experiment}", *shards)
+    assert isinstance(config.task, (SimMIMConfig, ClassifyConfig))
+
+
+@pytest.mark.parametrize("group", ["model", "engine", "task", "data", "optim", "log"])
+def test_every_option_of_every_group_composes(group, compose):
+    """An option that nobody composes rots."""
+    for path in sorted((conf_dir() / group).glob("*.yaml")):
+        if path.stem == "common":
+            continue
+        extra = ("task.mask_unit_px=8",) if path.stem == "demo" else ()
+        compose(*MINIMAL, f"{group}={path.stem}", *extra)
+
+
+def test_command_line_beats_experiment_beats_defaults(compose):
+    plain, experiment = compose(*MINIMAL), compose("experiment=cifar10_simmim")
+    assert plain.train.global_batch_size != experiment.train.global_batch_size
+    assert compose("experiment=cifar10_simmim", "train.global_batch_size=96").train.global_batch_size == 96
+
+
+def test_every_key_has_a_docstring_and_no_default():
+    """conf/ holds every value once; the dataclass says what it means."""
+    source = Path(sys.modules["swinv2_train.config"].__file__ or "").read_text()
+    for cls in (Config, *TASKS.values(), *(t for t in typing.get_type_hints(Config).values())):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        for field in dataclasses.fields(cls):
+            assert field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING, field.name
+            documented = re.search(rf'^    {field.name}: .+\n    """.+"""$', source, re.MULTILINE)
+            assert documented or cls is Config, f"{cls.__name__}.{field.name} has no one-line docstring"
+
+
+WRONG = {
+    "typo in a known section": (("optim.lrr=1",), r"unknown key optim.lrr: did you mean optim.lr\?"),
+    "typo behind a plus": (("+optim.lrr=1",), r"unknown key optim.lrr: did you mean optim.lr\?"),
+    "key in the wrong place": (("+micro_batch_size=3",), r"unknown key .*did you mean train.micro_batch_size\?"),
+    "key of the other task": (("task.num_classes=3",), r"unknown key task.num_classes: it belongs to task=classify"),
+    "wrong type": (("optim.lr=fast",), r"optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+    "a number for a group": (("optim=4",), r"group override must be a string"),
+    "a section as a value": (("+train.max_steps.x=4",), r"train.max_steps"),
+    "value out of range": (("optim.lr=-1",), r"optim.lr \(-1.0\) must be at least 0"),
+    "not a number": (("optim.lr=nan",), r"optim.lr \(nan\) must be at least 0"),
+    "unknown choice": (("engine.precision=fp8",), r"engine.precision \(fp8\) is none of fp32, bf16"),
+    "no such experiment": (("experiment=cifar11",), r"Could not find 'experiment/cifar11'.*cifar10_simmim"),
+    "no such model": (("model=colossal",), r"Could not find 'model/colossal'.*giant"),
+    "no length": (("train.epochs=null",), r"train.max_steps and train.epochs are both null; set one"),
+    "mask unit": (("task.mask_unit_px=20",), r"task.mask_unit_px \(20\) must be a multiple .* divide model.img_size"),
+    "size as text": (("model.img_size=big",), r"model.img_size \('big'\) must be a positive whole number or a pair"),
+    "three sizes": (("model.img_size=[1,2,3]",), r"model.img_size \(\[1, 2, 3\]\) must be"),
+    "crop the wrong way round": (("data.crop_scale=[1,0.5]",), r"data.crop_scale \(\[1.0, 0.5\]\) must be \[low, high\]"),
+    "two means": (("data.mean=[0,0]",), r"data.mean \(\[0.0, 0.0\]\) must hold 3 numbers"),
+    "best without evaluation": (("train.keep_best=val/top1",), r"train.keep_best \(val/top1\) needs data.eval_shards"),
+    "broken grammar": (("optim.lr=[",), r"no viable alternative"),
+    "override without plus": (("engine.deepspeed_overrides.aio=1",), r"add it with a plus: \+engine.deepspeed_overrides"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_message_that_names_the_key(case, compose):
+    overrides, message = WRONG[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose(*MINIMAL, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "missing"), [((), "data.shards"), (("data.shards=x",), "run_dir")])
+def test_missing_value_names_the_key_and_how_to_set_it(given, missing, compose):
+    with pytest.raises(ConfigError, match=rf"{missing} has no value; set it on the command line: {missing}=VALUE"):
+        compose(*given)
+
+
+def test_unknown_key_in_an_experiment_file_is_rejected(tmp_path, monkeypatch, compose):
+    """Hydra itself lets an experiment file add keys without a word."""
+    folder = tmp_path / "conf"
+    shutil.copytree(conf_dir(), folder)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  weight_decays: 0.1\n")
+    monkeypatch.setattr("swinv2_train.command_line.conf_dir", lambda: folder)
+    with pytest.raises(ConfigError, match=r"unknown key optim.weight_decays: did you mean optim.weight_decay\?"):
+        compose(*MINIMAL, "experiment=mine")
+
+
+def test_saved_configuration_comes_back_through_the_gate(tmp_path, compose):
+    """config.yaml in the run directory is what evaluation and a resume read."""
+    config = compose("experiment=cifar10_finetune", "+engine.deepspeed_overrides.comms_logger.enabled=true")
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    text = (tmp_path / "config.yaml").read_text().replace("label_smoothing", "label_smoothin")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="unknown key task.label_smoothin: did you mean task.label_smoothing"):
+        read_config(tmp_path / "config.yaml")
+
+
+def test_run_command_line_takes_overrides_on_the_runs_own_configuration(tmp_path, compose):
+    """evaluate run_dir=DIR data.eval_shards=... : Hydra's grammar, the run's values."""
+    save_config(compose("experiment=cifar10_finetune", "optim.lr=0.25"), tmp_path / "config.yaml")
+    config, extra = compose_run([f"run_dir={tmp_path}", "data.eval_shards=other.tar", "checkpoint=c"], ("checkpoint",))
+    assert (config.optim.lr, config.data.eval_shards, extra) == (0.25, "other.tar", {"checkpoint": "c"})
+    with pytest.raises(ConfigError, match="unknown key data.eval_shard: did you mean data.eval_shards"):
+        compose_run([f"run_dir={tmp_path}", "data.eval_shard=x"], ())
+    with pytest.raises(ConfigError, match="holds no config.yaml"):
+        compose_run([f"run_dir={tmp_path / 'nowhere'}"], ())
+
+
+def test_known_keys_holds_the_contract():
+    """Keys that other people's scripts stand on (DESIGN section 3)."""
+    keys = set(known_keys())
+    assert keys >= {
+        "seed", "run_dir", "train.max_steps", "train.global_batch_size", "train.micro_batch_size",
+        "train.log_every_steps", "train.checkpoint_every_steps", "optim.lr", "optim.weight_decay", "data.shards",
+        "data.num_workers", "data.record_keys", "data.on_bad_sample", "model.img_size", "model.window_size",
+        "model.recompute", "engine.name", "engine.zero_stage", "engine.precision", "log.wandb", "data.source",
+    }  # fmt: skip
+
+
+def test_gate_refuses_what_no_command_line_composed():
+    with pytest.raises(ConfigError, match=r"task.name \(None\) is none of simmim, classify"):
+        load_config(OmegaConf.create({}))
