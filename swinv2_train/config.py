@@ -14,7 +14,7 @@ import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,9 +30,9 @@ class ConfigError(ValueError):
 
 @dataclass
 class TrainConfig:
-    max_steps: Optional[int]
+    max_steps: int | None
     """Optimizer steps of the whole run; null = as many as epochs says."""
-    epochs: Optional[float]
+    epochs: float | None
     """Passes over the training shards, ceil(epochs x samples / global_batch_size) steps; max_steps goes before it."""
     global_batch_size: int
     """Images per optimizer step over all ranks and accumulation steps."""
@@ -44,9 +44,9 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int
     """The newest complete checkpoints that are kept."""
-    keep_best: Optional[str]
+    keep_best: str | None
     """Also keep the best checkpoint by this validation metric, e.g. val/top1 (higher is better) or val/loss (lower)."""
-    eval_every_steps: Optional[int]
+    eval_every_steps: int | None
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: int
     """Steps between pictures of the task (SimMIM reconstructions)."""
@@ -64,20 +64,20 @@ class ModelConfig:
     """Attention window in tokens: one number, or [height, width]."""
     pretrained_window_sizes: list[int]
     """Window of each stage at which the log-CPB was trained; 0 = the present window (section 3.3)."""
-    embed_dim: Optional[int]
+    embed_dim: int | None
     """Channels of stage 1; null = the size's own."""
-    depths: Optional[list[int]]
+    depths: list[int] | None
     """Blocks per stage; null = the size's own."""
-    num_heads: Optional[list[int]]
+    num_heads: list[int] | None
     """Heads per stage; null = the size's own."""
     mlp_ratio: float
     """Hidden width of the MLP over its input width."""
     drop_path_rate: float
     """Stochastic depth rate of the last block; rises linearly from 0."""
-    extra_norm_period: Optional[int]
-    """A LayerNorm on the main branch after every so many blocks; 0 = none, null = the size's own (6 for huge, giant)."""
+    extra_norm_period: int | None
+    """A LayerNorm on the main branch after every so many blocks; 0 = none, null = the size's own (huge, giant: 6)."""
     recompute: str
-    """Activation checkpointing: none, blocks (recompute each block) or offload (fairscale, block inputs in CPU memory)."""
+    """Activation checkpointing: none, blocks (recompute each) or offload (fairscale: block inputs in CPU memory)."""
 
 
 @dataclass
@@ -92,7 +92,7 @@ class SimMIMConfig(TaskConfig):
     """Side of a masked square in pixels (arXiv:2111.09886 section 3.2: 32)."""
     mask_ratio: float
     """Share of squares that is hidden (0.6)."""
-    norm_target: Optional[int]
+    norm_target: int | None
     """Side in pixels of the sliding window that normalises the target; null = plain pixels (official SwinV2: 47)."""
 
 
@@ -102,15 +102,15 @@ class ClassifyConfig(TaskConfig):
     """Classes; labels run from 0 to num_classes - 1."""
     label_smoothing: float
     """Mass of the target that is spread over all classes."""
-    init_from: Optional[str]
-    """Run directory (or checkpoint directory) of a SimMIM run whose encoder is loaded at the start; null = from scratch."""
+    init_from: str | None
+    """Run or checkpoint directory of a SimMIM run whose encoder is loaded at the start; null = from scratch."""
 
 
 @dataclass
 class DataConfig:
     shards: str
     """Training shards: a path with {00..11} braces or * wildcards; several patterns separated by ::"""
-    eval_shards: Optional[str]
+    eval_shards: str | None
     """Evaluation shards, in the same notation; null = no evaluation."""
     num_workers: int
     """Loader processes per rank; 0 decodes in the training process."""
@@ -140,7 +140,7 @@ class DataConfig:
     """replace stops the run above this share of damaged samples."""
     record_keys: bool
     """Write the sample keys of every step to RUN_DIR/sample_keys/."""
-    source: Optional[str]
+    source: str | None
     """Where the demo's images come from: a folder or archive; null = the data set's own sources."""
 
 
@@ -148,9 +148,9 @@ class DataConfig:
 class ScheduleConfig:
     name: str
     """cosine, linear, multistep or constant, after a linear warm-up."""
-    warmup_steps: Optional[int]
+    warmup_steps: int | None
     """Steps of warm-up; null = as many as warmup_epochs says."""
-    warmup_epochs: Optional[float]
+    warmup_epochs: float | None
     """Epochs of warm-up; warmup_steps goes before it."""
     warmup_lr: float
     """Learning rate at step 0."""
@@ -212,7 +212,7 @@ class LogConfig:
     """offline, online or disabled."""
     wandb_project: str
     """Project under which wandb files the run."""
-    wandb_name: Optional[str]
+    wandb_name: str | None
     """Name of the wandb run; null = the run directory's name."""
     progress: str
     """auto (a bar on a terminal, lines elsewhere), bar, lines or none."""
@@ -220,7 +220,7 @@ class LogConfig:
 
 @dataclass
 class RuntimeConfig:
-    num_threads: Optional[int]
+    num_threads: int | None
     """CPU threads per rank; null = cores / ranks on this host."""
     process_group_timeout_sec: int
     """A collective that waits longer than this ends the run."""
@@ -307,7 +307,9 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
         if key in known or key.startswith("engine.deepspeed_overrides."):
             continue
         if key + "." in sections:
-            raise ConfigError(f"{key} is a section, not a value; set one of its keys, such as {_first_below(key, known)}")
+            raise ConfigError(
+                f"{key} is a section, not a value; set one of its keys, such as {_first_below(key, known)}"
+            )
         raise ConfigError(unknown_key(key, task))
 
 
@@ -431,7 +433,9 @@ def check_config(config: Config) -> None:
         _within("task.num_classes", config.task.num_classes, 1, math.inf)
         _within("task.label_smoothing", config.task.label_smoothing, 0, 1)
     if train.keep_best is not None and data.eval_shards is None:
-        raise ConfigError(f"train.keep_best ({train.keep_best}) needs data.eval_shards; set it, or train.keep_best=null")
+        raise ConfigError(
+            f"train.keep_best ({train.keep_best}) needs data.eval_shards; set it, or train.keep_best=null"
+        )
 
 
 def pair(key: str, value: Any) -> tuple[int, int]:

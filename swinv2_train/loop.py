@@ -47,8 +47,9 @@ class Run:
 def fit(run: Run, stop: StopRequest) -> bool:
     """Train from run.step to run.total_steps, log, evaluate and save on the way.
 
-    Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way, and
-    the loaders are closed.  Raises NonFiniteError on all ranks, with the weights as they were, when a step's gradients are not finite.
+    Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way and
+    the loaders are closed.  Raises NonFiniteError on all ranks, with the weights as they were, when a step's gradients
+    are not finite.
     """
     config, train = run.config, run.config.train
     speed = Throughput(train.global_batch_size)

@@ -84,7 +84,7 @@ def lr_scales(names: Iterable[str], layer_decay: float) -> dict[str, tuple[int, 
             depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
     if layer_decay != 1.0 and not depths:
         raise ConfigError(
-            f"optim.layer_decay ({layer_decay}) needs parameters named layers.I.blocks.J, but there are none; set it to 1"
+            f"optim.layer_decay ({layer_decay}) needs parameters named layers.I.blocks.J, but finds none; set it to 1"
         )
     last = sum(depths.values()) + 1
     scales = {}

@@ -1,4 +1,4 @@
-"""``python -m swinv2_train.train experiment=NAME run_dir=DIR [KEY=VALUE ...]``: train, or go on where the run stopped."""
+"""``python -m swinv2_train.train experiment=NAME run_dir=DIR [KEY=VALUE ...]``: train, or go on where it stopped."""
 
 from __future__ import annotations
 
@@ -55,10 +55,12 @@ def train(config: Config) -> int:
                 run = build_run(config, world, task, shards, log, newest)
                 exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
-                    log.say(f"stopped by {stop.requested or 'another rank'} after step {run.step}; the same command resumes")
+                    log.say(
+                        f"stopped by {stop.requested or 'another rank'} after step {run.step}; the same command resumes"
+                    )
             except ConfigError:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  whatever it is, the rank's log gets it and the console one line
                 console.fail(error)
                 return EXIT_FAILED
             finally:
@@ -77,7 +79,7 @@ def build_run(
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
     engine = build_engine(task.module, build_param_groups(task.module, config.optim), config, world, accumulation)
     seed_everything(config.seed, world.rank)
-    state = {"step": 0, "images_seen": 0}
+    state: dict[str, Any] = {"step": 0, "images_seen": 0}
     if newest is not None:
         state = load_checkpoint(newest, engine, world)
         log.say(f"resuming from {newest}")
@@ -92,9 +94,7 @@ def build_run(
         loader.check_state(state["data"])
     evaluation = None
     if shards[1] is not None:
-        evaluation = EvalLoader(
-            shards[1], config.data, task.eval_transform, micro_batch, world.rank, world.world_size
-        )
+        evaluation = EvalLoader(shards[1], config.data, task.eval_transform, micro_batch, world.rank, world.world_size)
     log.resume_at(state["step"])
     total = total_steps(config.train, shards[0].num_samples)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")

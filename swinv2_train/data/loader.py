@@ -31,7 +31,8 @@ _SAMPLE_STREAM = 2  # spawn key of the per-sample random numbers; order.py uses 
 class Transform(Protocol):
     """A picklable function from one image to the tensors of one batch row, all of fixed shape."""
 
-    needs_label: bool
+    @property
+    def needs_label(self) -> bool: ...
 
     def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """image: uint8 (3, H, W).  May raise SampleError."""

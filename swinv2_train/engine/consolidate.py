@@ -1,4 +1,4 @@
-"""An engine's sharded state on disk as one dictionary of float32 tensors, whatever the number of ranks that wrote it."""
+"""An engine's sharded state on disk as one dictionary of float32 tensors, whatever number of ranks wrote it."""
 
 from __future__ import annotations
 

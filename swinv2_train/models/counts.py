@@ -18,7 +18,7 @@ def multiply_adds(model: SwinTransformerV2) -> int:
     A training step is about three times this, and a FLOP count twice as many operations.
     """
     tokens = model.sizes[0][0] * model.sizes[0][1]
-    total = tokens * model.embed_dim * (model.in_chans * model.patch_size**2 + 1)
+    total: int = tokens * model.embed_dim * (model.in_chans * model.patch_size**2 + 1)
     for i, (size, depth) in enumerate(zip(model.sizes, model.depths, strict=True)):
         tokens, dim = size[0] * size[1], model.embed_dim * 2**i
         window = min(model.window_size[0], size[0]) * min(model.window_size[1], size[1])

@@ -41,9 +41,7 @@ class Float32LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        normed = F.layer_norm(
-            input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
+        normed = F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
         return normed.to(input.dtype)
 
 
@@ -148,6 +146,8 @@ class PatchMerging(nn.Module):
 class Stage(nn.Module):
     """The blocks of one resolution and, except after the last stage, the merging behind them."""
 
+    downsample: PatchMerging | None
+
     def __init__(self, blocks: Sequence[SwinBlock], downsample: PatchMerging | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -195,6 +195,7 @@ class SwinTransformerV2(nn.Module):
         self._check_lengths(pretrained_window_sizes)
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.mask_token: nn.Parameter | None
         self.register_parameter("mask_token", None)  # SimMIM gives the encoder one
         rates = torch.linspace(0, drop_path_rate, sum(self.depths), device="cpu").tolist()
         self.layers = nn.ModuleList()
@@ -235,7 +236,9 @@ class SwinTransformerV2(nn.Module):
             )
         for i, heads in enumerate(self.num_heads):
             if self.embed_dim * 2**i % heads:
-                raise ValueError(f"num_heads[{i}] ({heads}) does not divide the stage's {self.embed_dim * 2**i} channels")
+                raise ValueError(
+                    f"num_heads[{i}] ({heads}) does not divide the stage's {self.embed_dim * 2**i} channels"
+                )
 
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Stage outputs before merging, (B, C*2^i, H_i, W_i) each, the last one normed.
@@ -247,10 +250,12 @@ class SwinTransformerV2(nn.Module):
             raise ValueError(f"images are {tuple(images.shape[-2:])} px, the model was built for {self.img_size}")
         x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))  # (B, H*W, C)
         if mask is not None:
+            assert self.mask_token is not None, "only an encoder inside SimMIM has a mask token"
             hidden = mask.flatten(1).unsqueeze(-1)  # (B, H*W, 1)
             x = torch.where(hidden, self.mask_token.to(x.dtype), x)
         outputs = []
-        for i, stage in enumerate(self.layers):
+        for stage in self.layers:
+            assert isinstance(stage, Stage)
             for block in stage.blocks:
                 x = block(x)
             outputs.append(x)
@@ -270,6 +275,7 @@ def stage_sizes(
 ) -> list[tuple[int, int]]:
     """The map (rows, cols) of every stage; ValueError when patches, merging or windows do not tile the image."""
     sizes = []
+    coarsest = patch_size * 2 ** (num_stages - 1)
     for i in range(num_stages):
         stride = patch_size * 2**i
         for axis, name in ((0, "height"), (1, "width")):
@@ -278,7 +284,7 @@ def stage_sizes(
             if remainder or length == 0:
                 raise ValueError(
                     f"img_size {name} {img_size[axis]} is not a multiple of patch_size {patch_size} x 2^{i} = {stride} "
-                    f"(stage {i + 1} of {num_stages}); nearest: {_nearest(img_size[axis], patch_size * 2 ** (num_stages - 1))}"
+                    f"(stage {i + 1} of {num_stages}); nearest: {_nearest(img_size[axis], coarsest)}"
                 )
             if length % window:
                 raise ValueError(

@@ -20,11 +20,19 @@ Forward = Callable[..., Any]
 class Task(Protocol):
     """The module that is trained, and what a batch of its samples means."""
 
-    module: nn.Module
-    train_transform: Transform
-    eval_transform: Transform
-    multiply_adds: int
-    """Of one image's forward pass."""
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def train_transform(self) -> Transform: ...
+
+    @property
+    def eval_transform(self) -> Transform: ...
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one image's forward pass."""
+        ...
 
     def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
         """The loss of a training batch, () float32: the mean over its images, weighted by batch["weight"]."""

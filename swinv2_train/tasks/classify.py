@@ -89,7 +89,9 @@ def encoder_weights(pretrained: Mapping[str, Tensor], fresh: Mapping[str, Tensor
     expected = {name for name in fresh if not name.startswith("head.")}
     for name in sorted(expected ^ encoder.keys()):
         side = "has no" if name in expected else "has, and this model has not,"
-        raise ConfigError(f"task.init_from ({source}) {side} {name}; use the model section that it was pre-trained with")
+        raise ConfigError(
+            f"task.init_from ({source}) {side} {name}; use the model section that it was pre-trained with"
+        )
     for name in sorted(expected):
         if encoder[name].shape != fresh[name].shape:
             raise ConfigError(

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 
 SMALL = (
     "model.embed_dim=16", "model.depths=[1,2]", "model.num_heads=[1,2]", "train.global_batch_size=16",
-    "train.micro_batch_size=4", "train.log_every_steps=1", "train.checkpoint_every_steps=4", "train.eval_every_steps=null",
-    "log.wandb=disabled", "runtime.num_threads=1",
+    "train.micro_batch_size=4", "train.log_every_steps=1", "train.checkpoint_every_steps=4",
+    "train.eval_every_steps=null", "log.wandb=disabled", "runtime.num_threads=1",
 )  # fmt: skip
 
 

@@ -11,8 +11,10 @@ import torch
 
 
 def reference_features(state, images, *, patch, depths, heads, window, pretrained, norm_period=0, mask=None):
-    """Normed last map (B, C, h, w) of float64 images (B, 3, H, W); window and pretrained: (rows, cols), int per stage."""
-    x = torch.nn.functional.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch)
+    """Normed last map (B, C, h, w) of float64 images (B, 3, H, W); window: (rows, cols), pretrained: int per stage."""
+    x = torch.nn.functional.conv2d(
+        images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch
+    )
     x = layer_norm(x.permute(0, 2, 3, 1), state, "patch_embed.norm")  # (B, H, W, C)
     if mask is not None:
         keep = (~mask).to(x.dtype)[..., None]
@@ -20,7 +22,9 @@ def reference_features(state, images, *, patch, depths, heads, window, pretraine
     for i, depth in enumerate(depths):
         for j in range(depth):
             name = f"layers.{i}.blocks.{j}"
-            x = x + layer_norm(attention(x, state, f"{name}.attn", heads[i], window, pretrained[i], j % 2 == 1), state, f"{name}.norm1")
+            x = x + layer_norm(
+                attention(x, state, f"{name}.attn", heads[i], window, pretrained[i], j % 2 == 1), state, f"{name}.norm1"
+            )
             x = x + layer_norm(mlp(x, state, f"{name}.mlp"), state, f"{name}.norm2")
             if norm_period and (j + 1) % norm_period == 0:
                 x = layer_norm(x, state, f"{name}.norm3")
@@ -44,13 +48,15 @@ def mlp(x, state, name):
 
 
 def attention(x, state, name, heads, window, pretrained, shifted):
-    """Attention in windows of a cyclically shifted map; tokens that the shift brought together do not see each other."""
+    """Attention in windows of a cyclically shifted map; tokens that the shift brought together stay apart."""
     _, rows, cols, dim = x.shape
     window = (min(window[0], rows), min(window[1], cols))
     shift = tuple(w // 2 if shifted and n > w else 0 for w, n in zip(window, (rows, cols), strict=True))
     out = torch.zeros_like(x)
     d = dim // heads
-    scale = torch.exp(torch.minimum(state[f"{name}.logit_scale"].view(-1), torch.tensor(math.log(100.0), dtype=x.dtype)))
+    scale = torch.exp(
+        torch.minimum(state[f"{name}.logit_scale"].view(-1), torch.tensor(math.log(100.0), dtype=x.dtype))
+    )
     for top in range(0, rows, window[0]):
         for left in range(0, cols, window[1]):
             shifted_cells = [(r, c) for r in range(top, top + window[0]) for c in range(left, left + window[1])]

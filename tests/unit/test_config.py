@@ -94,11 +94,17 @@ WRONG = {
     "mask unit": (("task.mask_unit_px=20",), r"task.mask_unit_px \(20\) must be a multiple .* divide model.img_size"),
     "size as text": (("model.img_size=big",), r"model.img_size \('big'\) must be a positive whole number or a pair"),
     "three sizes": (("model.img_size=[1,2,3]",), r"model.img_size \(\[1, 2, 3\]\) must be"),
-    "crop the wrong way round": (("data.crop_scale=[1,0.5]",), r"data.crop_scale \(\[1.0, 0.5\]\) must be \[low, high\]"),
+    "crop the wrong way round": (
+        ("data.crop_scale=[1,0.5]",),
+        r"data.crop_scale \(\[1.0, 0.5\]\) must be \[low, high\]",
+    ),
     "two means": (("data.mean=[0,0]",), r"data.mean \(\[0.0, 0.0\]\) must hold 3 numbers"),
     "best without evaluation": (("train.keep_best=val/top1",), r"train.keep_best \(val/top1\) needs data.eval_shards"),
     "broken grammar": (("optim.lr=[",), r"no viable alternative"),
-    "override without plus": (("engine.deepspeed_overrides.aio=1",), r"add it with a plus: \+engine.deepspeed_overrides"),
+    "override without plus": (
+        ("engine.deepspeed_overrides.aio=1",),
+        r"add it with a plus: \+engine.deepspeed_overrides",
+    ),
 }
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from unit.reference_swin_v2 import reference_features
 
 from swinv2_train.models import SIZES, SwinTransformerV2, count_parameters, multiply_adds, swin_v2
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.swin_v2 import Float32LayerNorm
-from unit.reference_swin_v2 import reference_features
+
 
 def random_model(**settings) -> SwinTransformerV2:
     """A float64 model whose norms and scales are not at their initial values, so that every term counts."""
@@ -24,16 +25,20 @@ def random_model(**settings) -> SwinTransformerV2:
 
 
 CASES = {
-    "square, shifted": dict(img_size=32, window_size=4, depths=(2, 2), num_heads=(2, 4)),
-    "window as large as the map": dict(img_size=16, window_size=8, depths=(2,), num_heads=(2,)),
-    "window larger than the last map": dict(img_size=32, window_size=8, depths=(2, 2), num_heads=(1, 2)),
-    "non-square map": dict(img_size=(16, 32), window_size=4, depths=(2, 2), num_heads=(2, 4)),
-    "non-square window": dict(img_size=(16, 48), window_size=(2, 6), depths=(2, 1), num_heads=(2, 4)),
-    "pretrained window": dict(
-        img_size=32, window_size=8, depths=(2, 2), num_heads=(2, 4), pretrained_window_sizes=(4, 2)
-    ),
-    "extra norms": dict(img_size=16, window_size=4, depths=(4,), num_heads=(2,), extra_norm_period=2),
-    "three stages": dict(img_size=32, window_size=2, depths=(1, 2, 2), num_heads=(2, 2, 2)),
+    "square, shifted": {"img_size": 32, "window_size": 4, "depths": (2, 2), "num_heads": (2, 4)},
+    "window as large as the map": {"img_size": 16, "window_size": 8, "depths": (2,), "num_heads": (2,)},
+    "window larger than the last map": {"img_size": 32, "window_size": 8, "depths": (2, 2), "num_heads": (1, 2)},
+    "non-square map": {"img_size": (16, 32), "window_size": 4, "depths": (2, 2), "num_heads": (2, 4)},
+    "non-square window": {"img_size": (16, 48), "window_size": (2, 6), "depths": (2, 1), "num_heads": (2, 4)},
+    "pretrained window": {
+        "img_size": 32,
+        "window_size": 8,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "pretrained_window_sizes": (4, 2),
+    },
+    "extra norms": {"img_size": 16, "window_size": 4, "depths": (4,), "num_heads": (2,), "extra_norm_period": 2},
+    "three stages": {"img_size": 32, "window_size": 2, "depths": (1, 2, 2), "num_heads": (2, 2, 2)},
 }
 
 
@@ -69,7 +74,11 @@ def test_forward_and_every_gradient_equal_an_independent_float64_implementation(
     for name, parameter in model.named_parameters():
         largest = state[name].grad.abs().max().clamp(min=1.0)
         torch.testing.assert_close(
-            parameter.grad / largest, state[name].grad / largest, msg=lambda m, n=name: f"{n}: {m}", atol=2e-4, rtol=1e-3
+            parameter.grad / largest,
+            state[name].grad / largest,
+            msg=lambda m, n=name: f"{n}: {m}",
+            atol=2e-4,
+            rtol=1e-3,
         )
 
 
@@ -161,11 +170,14 @@ def test_drop_path_drops_whole_branches_per_sample_and_keeps_the_mean():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(img_size=250), r"img_size height 250 is not a multiple of patch_size 4 .* nearest: 224, 256"),
-        (dict(img_size=224, window_size=8), r"window_size 8 does not tile the 28 tokens of stage 2.*windows that do: 7, "),
-        (dict(img_size=(256, 0)), r"img_size .* must be a positive int or a \(height, width\) pair"),
-        (dict(depths=(2, 2)), r"must have one entry per stage"),
-        (dict(num_heads=(5, 6, 12, 24)), r"num_heads\[0\] \(5\) does not divide the stage's 96 channels"),
+        ({"img_size": 250}, r"img_size height 250 is not a multiple of patch_size 4 .* nearest: 224, 256"),
+        (
+            {"img_size": 224, "window_size": 8},
+            r"window_size 8 does not tile the 28 tokens of stage 2.*windows that do: 7, ",
+        ),
+        ({"img_size": (256, 0)}, r"img_size .* must be a positive int or a \(height, width\) pair"),
+        ({"depths": (2, 2)}, r"must have one entry per stage"),
+        ({"num_heads": (5, 6, 12, 24)}, r"num_heads\[0\] \(5\) does not divide the stage's 96 channels"),
     ],
 )
 def test_sizes_that_do_not_fit_are_rejected_with_a_remedy(settings, message):
@@ -185,10 +197,12 @@ def test_unknown_size_lists_the_known_ones():
 
 
 def test_bf16_weights_give_gradients_near_float32():
-    """DeepSpeed keeps bf16 weights.  Bias, scale, softmax and norms stay in float32: torch's own bf16 CPU LayerNorm loses
-    most of its bias gradient over many tokens, which this bound catches (measured worst 0.06; torch's norm gives 0.9)."""
+    """DeepSpeed keeps bf16 weights.  Bias, scale, softmax and norms stay in float32: torch's own bf16 CPU LayerNorm
+    loses most of its bias gradient over many tokens, which this bound catches (measured worst 0.06; so, 0.9)."""
     torch.manual_seed(0)
-    model = swin_v2("demo", img_size=32, window_size=4, num_classes=10, pretrained_window_sizes=(0, 0), drop_path_rate=0.0)
+    model = swin_v2(
+        "demo", img_size=32, window_size=4, num_classes=10, pretrained_window_sizes=(0, 0), drop_path_rate=0.0
+    )
     images = torch.randn(64, 3, 32, 32) + 1
     labels = torch.arange(64) % 10
     gradients = {}
