@@ -128,4 +128,7 @@ def print_table(pretrain: Path, finetune: Path, scores: dict[str, float], second
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (KeyboardInterrupt, SignalException):  # outside of a training phase nothing needs saving
+        sys.exit(EXIT_STOPPED)

@@ -45,7 +45,7 @@ class TrainConfig:
     keep_checkpoints: int
     """The newest complete checkpoints that are kept."""
     keep_best: str | None
-    """Also keep the best checkpoint by this validation metric, e.g. val/top1 (higher is better) or val/loss (lower)."""
+    """Also keep the best checkpoint by val/top1, val/top5 or val/loss, saved at each evaluation; null = newest alone."""
     eval_every_steps: int | None
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: int
@@ -242,6 +242,9 @@ class Config:
     runtime: RuntimeConfig
 
 
+SCORES = {"simmim": ("val/loss",), "classify": ("val/loss", "val/top1", "val/top5")}
+"""What each task measures on the evaluation shards."""
+
 TASKS: dict[str, type[TaskConfig]] = {"simmim": SimMIMConfig, "classify": ClassifyConfig}
 
 
@@ -432,6 +435,8 @@ def check_config(config: Config) -> None:
     if isinstance(config.task, ClassifyConfig):
         _within("task.num_classes", config.task.num_classes, 1, math.inf)
         _within("task.label_smoothing", config.task.label_smoothing, 0, 1)
+    if train.keep_best is not None:
+        _one_of("train.keep_best", train.keep_best, SCORES[config.task.name])
     if train.keep_best is not None and data.eval_shards is None:
         raise ConfigError(
             f"train.keep_best ({train.keep_best}) needs data.eval_shards; set it, or train.keep_best=null"

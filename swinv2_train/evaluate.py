@@ -18,6 +18,7 @@ from swinv2_train.command_line import compose_run, guarded
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.loader import EvalLoader
 from swinv2_train.distributed import init_distributed, shutdown_distributed
+from swinv2_train.engine.checks import check_full_state
 from swinv2_train.metrics import Means
 from swinv2_train.runtime import EXIT_DONE, set_threads
 from swinv2_train.tasks import build_task
@@ -36,10 +37,8 @@ def evaluate(config: Config, source: Path) -> dict[str, Any]:
     assert manifest is not None
     task = build_task(config, world.device)
     weights, checkpoint = read_weights(source)
-    try:
-        task.module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(f"{checkpoint} does not fit the model of {config.run_dir}: {error}") from error
+    check_full_state({name: tuple(value.shape) for name, value in task.module.state_dict().items()}, weights)
+    task.module.load_state_dict(weights)
     module = task.module.to(world.device).eval()
     loader = EvalLoader(
         manifest, config.data, task.eval_transform, config.train.micro_batch_size, world.rank, world.world_size

@@ -100,8 +100,9 @@ def fit(run: Run, stop: StopRequest) -> bool:
                 scores = evaluate(run.task, run.engine, run.eval_loader)
                 run.log.metrics(run.step, run.images_seen, scores)
                 run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-            if due(run.step, train.checkpoint_every_steps) or last:
-                save(run, scores.get(train.keep_best) if train.keep_best else None)
+            score = scores.get(train.keep_best) if train.keep_best else None
+            if due(run.step, train.checkpoint_every_steps) or last or score is not None:
+                save(run, score)
     run.train_loader.close()
     if run.eval_loader is not None:
         run.eval_loader.close()

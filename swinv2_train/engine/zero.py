@@ -42,6 +42,13 @@ class ZeroEngine:
         deepspeed = import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
         deepspeed.init_distributed(auto_mpi_discovery=False)
+        if config.engine.zero_stage == 3:
+            # Gather and release a block at a time: hooks on each of its 15 modules cost more than a small block itself.
+            from deepspeed.utils import set_z3_leaf_modules
+
+            from swinv2_train.models.swin_v2 import SwinBlock
+
+            set_z3_leaf_modules(module, [SwinBlock], raise_if_not_found=False)
         optimizer_on_cpu = world.device.type == "cpu" or config.engine.offload_optimizer == "cpu"
         with quick_initialize():
             optimizer = adamw(

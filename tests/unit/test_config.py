@@ -99,7 +99,11 @@ WRONG = {
         r"data.crop_scale \(\[1.0, 0.5\]\) must be \[low, high\]",
     ),
     "two means": (("data.mean=[0,0]",), r"data.mean \(\[0.0, 0.0\]\) must hold 3 numbers"),
-    "best without evaluation": (("train.keep_best=val/top1",), r"train.keep_best \(val/top1\) needs data.eval_shards"),
+    "best without evaluation": (("train.keep_best=val/loss",), r"train.keep_best \(val/loss\) needs data.eval_shards"),
+    "best by what is not measured": (
+        ("train.keep_best=val/top1",),
+        r"train.keep_best \(val/top1\) is none of val/loss",
+    ),
     "broken grammar": (("optim.lr=[",), r"no viable alternative"),
     "override without plus": (
         ("engine.deepspeed_overrides.aio=1",),
