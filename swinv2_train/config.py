@@ -45,7 +45,7 @@ class TrainConfig:
     keep_checkpoints: int
     """The newest complete checkpoints that are kept."""
     keep_best: str | None
-    """Also keep the best checkpoint by val/top1, val/top5 or val/loss, saved at each evaluation; null = newest alone."""
+    """Also keep the best checkpoint by val/top1, val/top5 or val/loss, as measured at each evaluation; null = none."""
     eval_every_steps: int | None
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: int

@@ -1,0 +1,22 @@
+"""The demo's own decisions: which override goes to which run, and where the images come from."""
+
+from __future__ import annotations
+
+import demo
+
+
+def test_overrides_of_one_task_go_to_its_run_alone():
+    """`make demo DEMO_ARGS=...` must not fail in the phase that does not know a key."""
+    overrides = ["train.max_steps=3", "task.mask_ratio=0.5", "task.label_smoothing=0", "+engine.deepspeed_overrides.x=1"]
+    assert demo.overrides_of(overrides, "simmim") == [overrides[0], overrides[1], overrides[3]]
+    assert demo.overrides_of(overrides, "classify") == [overrides[0], overrides[2], overrides[3]]
+
+
+def test_a_mistyped_key_reaches_the_gate():
+    """It is dropped by neither phase, so the gate can name it."""
+    assert demo.overrides_of(["task.mask_ration=0.5"], "classify") == ["task.mask_ration=0.5"]
+
+
+def test_source_of_the_images_is_the_configurations_key():
+    assert demo.source_option(["seed=1", "data.source=/some/where"]) == ["--source", "/some/where"]
+    assert demo.source_option(["seed=1"]) == []
