@@ -7,7 +7,7 @@ import demo
 
 def test_overrides_of_one_task_go_to_its_run_alone():
     """`make demo DEMO_ARGS=...` must not fail in the phase that does not know a key."""
-    overrides = ["train.max_steps=3", "task.mask_ratio=0.5", "task.label_smoothing=0", "+engine.deepspeed_overrides.x=1"]
+    overrides = ["train.max_steps=3", "task.mask_ratio=0.5", "task.label_smoothing=0", "+engine.x=1"]
     assert demo.overrides_of(overrides, "simmim") == [overrides[0], overrides[1], overrides[3]]
     assert demo.overrides_of(overrides, "classify") == [overrides[0], overrides[2], overrides[3]]
 
