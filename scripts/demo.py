@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.command_line import compose_overrides, guarded
 from swinv2_train.config import TASKS, known_keys
 from swinv2_train.console import duration_text
 from swinv2_train.log import read_metrics
@@ -31,6 +33,8 @@ from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER
 
 DATA_DIR = Path("data/cifar10")
 PROCESSES = 2
+SAVE_SEC = 120
+"""How long a stopped rank may take to end its step and save."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,21 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pretrain, finetune = options.runs / "pretrain", options.runs / "finetune"
     started = time.monotonic()
 
-    exit_code = fetch_cifar10.run(["--out", str(DATA_DIR), *source_option(options.overrides)])
+    phases = (
+        ("SimMIM pre-training", pretrain, ["experiment=cifar10_simmim", f"run_dir={pretrain}"], "simmim"),
+        (
+            "Supervised fine-tuning",
+            finetune,
+            ["experiment=cifar10_finetune", f"run_dir={finetune}", f"task.init_from={pretrain}"],
+            "classify",
+        ),
+    )
+    commands = [[*command, *overrides_of(options.overrides, task)] for _, _, command, task in phases]
+    configs = [compose_overrides(command) for command in commands]  # wrong input is said before anything is fetched
+
+    source = configs[0].data.source
+    exit_code = fetch_cifar10.run(["--out", str(DATA_DIR), *(() if source is None else ("--source", source))])
     if exit_code != EXIT_DONE:
         return exit_code
-    phases = (
-        ("SimMIM pre-training", "cifar10_simmim", "simmim", pretrain, []),
-        ("Supervised fine-tuning", "cifar10_finetune", "classify", finetune, [f"task.init_from={pretrain}"]),
-    )
-    for title, experiment, task, run_dir, extra in phases:
+    for (title, run_dir, _, _), command in zip(phases, commands, strict=True):
         print(f"\n{title} ({run_dir})", flush=True)
-        overrides = [f"experiment={experiment}", f"run_dir={run_dir}", *extra, *overrides_of(options.overrides, task)]
-        exit_code = run_ranks(["-m", "swinv2_train.train", *overrides])
+        exit_code = run_ranks(["-m", "swinv2_train.train", *command])
         if exit_code == EXIT_STOPPED:
             newest = newest_checkpoint(run_dir)
-            saved = f"a complete checkpoint is {newest}; " if newest else ""
-            print(f"stopped; {saved}`make demo` goes on from there", flush=True)
+            print(f"stopped; {newest or 'nothing'} is complete; `make demo` goes on from there", flush=True)
         if exit_code != EXIT_DONE:
             return exit_code
 
@@ -69,15 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def source_option(overrides: Sequence[str]) -> list[str]:
-    """data.source=PATH as an option of fetch_cifar10."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "data.source":
-            return ["--source", value]
-    return []
-
-
 def overrides_of(overrides: Sequence[str], task: str) -> list[str]:
     """The overrides without those of keys that only the other tasks have."""
     own = set(known_keys(TASKS[task]))
@@ -87,8 +89,11 @@ def overrides_of(overrides: Sequence[str], task: str) -> list[str]:
 
 def run_ranks(command: list[str]) -> int:
     """torchrun in this process, so that its long failure reports stay away; returns the ranks' exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says so itself; train sets its threads anyway
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    grace = ["--shutdown-timeout", str(SAVE_SEC)]
     try:
-        torchrun(["--standalone", "--nproc-per-node", str(PROCESSES), *command])
+        torchrun(["--standalone", "--nproc-per-node", str(PROCESSES), *grace, *command])
     except SignalException:  # Ctrl-C: torchrun has passed it on and waited for the ranks
         return EXIT_STOPPED
     except ChildFailedError as error:
@@ -129,6 +134,6 @@ def print_table(pretrain: Path, finetune: Path, scores: dict[str, float], second
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(guarded(main))
     except (KeyboardInterrupt, SignalException):  # outside of a training phase nothing needs saving
         sys.exit(EXIT_STOPPED)

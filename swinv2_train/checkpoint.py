@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,9 +77,32 @@ def save_checkpoint(
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint with the highest step, or None.  Call on rank 0 and broadcast."""
-    complete = _complete_checkpoints(run_dir)
-    return complete[-1] if complete else None
+    """The complete checkpoint with the highest step, or None when none was ever completed.  Call it on rank 0.
+
+    A damaged one (a COMPLETE file, but a file missing or of another size) is passed over with a warning on stderr; when
+    no whole one is left, that is a ConfigError: starting anew would overwrite the run's history.
+    """
+    complete, damaged = _complete_checkpoints(run_dir)
+    if damaged and not complete:
+        raise ConfigError(
+            f"no checkpoint of {run_dir} is whole; {damaged[-1]}; restore its files, or start anew in another run_dir"
+        )
+    newest = complete[-1] if complete else None
+    for problem in damaged:
+        print(f"warning: damaged checkpoint passed over for {newest}: {problem}", file=sys.stderr)
+    return newest
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that path means: RUN_DIR for its newest complete one, or RUN_DIR/checkpoints/step_N itself.
+
+    Raises ConfigError when there is none, or when it is not whole.  Call on rank 0 and broadcast.
+    """
+    checkpoint = path if _NAME.fullmatch(path.name) else newest_checkpoint(path)
+    if checkpoint is None:
+        raise ConfigError(f"{path} holds no complete checkpoint; name the directory of a run that has saved one")
+    _read_marker(checkpoint)
+    return checkpoint
 
 
 def load_checkpoint(path: Path, engine: Saveable, world: World) -> dict[str, Any]:
@@ -104,19 +128,11 @@ def load_checkpoint(path: Path, engine: Saveable, world: World) -> dict[str, Any
     return state
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], Path]:
-    """The float32 weights of a run's newest complete checkpoint, or of one checkpoint, by official name, on the CPU.
-
-    path: RUN_DIR, or RUN_DIR/checkpoints/step_N.  Any number of ranks may have written it.  Also returns the
-    checkpoint's path.  Raises ConfigError when there is no complete checkpoint.
-    """
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a checkpoint by official name, on the CPU; any number of ranks may have written it."""
     from swinv2_train.engine.consolidate import read_weights as read_engine_weights
 
-    checkpoint = path if _NAME.fullmatch(path.name) else newest_checkpoint(path)
-    if checkpoint is None:
-        raise ConfigError(f"{path} holds no complete checkpoint; name the directory of a run that has saved one")
-    _read_marker(checkpoint)
-    return read_engine_weights(checkpoint / "engine"), checkpoint
+    return read_engine_weights(checkpoint / "engine")
 
 
 def remove_unfinished(run_dir: Path) -> list[Path]:
@@ -211,9 +227,9 @@ def _read_marker(path: Path) -> dict[str, Any]:
     return marker
 
 
-def _complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, the oldest first."""
-    found = []
+def _complete_checkpoints(run_dir: Path) -> tuple[list[Path], list[str]]:
+    """Complete checkpoints, the oldest first; and what is wrong with those that were complete once."""
+    found, damaged = [], []
     folder = run_dir / "checkpoints"
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
@@ -221,14 +237,16 @@ def _complete_checkpoints(run_dir: Path) -> list[Path]:
             continue
         try:
             _read_marker(path)
-        except ConfigError:
+        except ConfigError as error:
+            if (path / COMPLETE).exists():
+                damaged.append(str(error))
             continue  # absent, by the definition above
         found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(found)], sorted(damaged)
 
 
 def _retain(run_dir: Path, keep: int) -> None:
-    complete = _complete_checkpoints(run_dir)
+    complete, _ = _complete_checkpoints(run_dir)
     stay = set(complete[-keep:])
     rated = []
     for path in complete:

@@ -6,20 +6,22 @@ opens no output directory and no logger, so that it does nothing per rank.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from swinv2_train.config import Config, ConfigError, load_config, unknown_key
+from swinv2_train.config import Config, ConfigError, load_config, one_line, unknown_key
 from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 
 
@@ -60,10 +62,8 @@ def compose_argv() -> Config | None:
     """The validated configuration that sys.argv composes, or None after ``--help`` and ``--cfg``."""
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
-    try:
+    with _composition_errors():
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(composed.append)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a number
-        raise ConfigError(_explain(error)) from error
     if len(composed) > 1:
         raise ConfigError("--multirun starts one run after another in one process; start each with its own run_dir")
     return load_config(composed[0]) if composed else None
@@ -81,18 +81,33 @@ def compose_run(arguments: list[str], extra_keys: tuple[str, ...]) -> tuple[Conf
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"run_dir ({given['run_dir']}) holds no config.yaml; name the directory of a run")
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in extra_keys]
-    try:
-        with initialize_config_dir(str(run_dir), version_base="1.3"):
-            composed = compose("config", overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+    with _composition_errors(), initialize_config_dir(str(run_dir), version_base="1.3"):
+        composed = compose("config", overrides)
     return load_config(composed), {key: given[key] for key in extra_keys if key in given}
+
+
+def compose_overrides(overrides: list[str]) -> Config:
+    """The validated configuration of a list of overrides, as the train command would compose it."""
+    with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose("train", overrides)
+    return load_config(composed)
+
+
+@contextlib.contextmanager
+def _composition_errors() -> Iterator[None]:
+    """What Hydra and YAML complain about becomes a ConfigError of one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(_explain(error)) from error  # ValueError: a group set to a number
 
 
 def _explain(error: Exception) -> str:
     """Hydra's complaint in one line, with a remedy where the key is unknown."""
-    text = str(error).strip()
+    text = one_line(error)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         return unknown_key(unknown.group(1))
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return text

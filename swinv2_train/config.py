@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -242,6 +243,9 @@ class Config:
     runtime: RuntimeConfig
 
 
+ABOVE_0, BELOW_1 = math.ulp(0.0), 1.0 - math.ulp(0.5)
+"""The open ends of ranges."""
+
 SCORES = {"simmim": ("val/loss",), "classify": ("val/loss", "val/top1", "val/top5")}
 """What each task measures on the evaluation shards."""
 
@@ -365,10 +369,10 @@ def check_config(config: Config) -> None:
     _one_of("data.on_bad_sample", data.on_bad_sample, ("error", "replace"))
     _one_of("log.wandb", config.log.wandb, ("offline", "online", "disabled"))
     _one_of("log.progress", config.log.progress, ("auto", "bar", "lines", "none"))
+    _within("seed", config.seed, 0, 2**63 - 1)
     for key, value, low in (
-        ("seed", config.seed, 0),
         ("train.max_steps", train.max_steps, 1),
-        ("train.epochs", train.epochs, 1e-9),
+        ("train.epochs", train.epochs, ABOVE_0),
         ("train.global_batch_size", train.global_batch_size, 1),
         ("train.micro_batch_size", train.micro_batch_size, 1),
         ("train.log_every_steps", train.log_every_steps, 1),
@@ -379,7 +383,7 @@ def check_config(config: Config) -> None:
         ("model.patch_size", config.model.patch_size, 1),
         ("model.embed_dim", config.model.embed_dim, 1),
         ("model.extra_norm_period", config.model.extra_norm_period, 0),
-        ("model.mlp_ratio", config.model.mlp_ratio, 1e-9),
+        ("model.mlp_ratio", config.model.mlp_ratio, ABOVE_0),
         ("data.num_workers", data.num_workers, 0),
         ("data.prefetch_batches", data.prefetch_batches, 1),
         ("data.lanes", data.lanes, 1),
@@ -401,31 +405,39 @@ def check_config(config: Config) -> None:
         ("runtime.process_group_timeout_sec", config.runtime.process_group_timeout_sec, 1),
     ):
         _within(key, value, low, math.inf)
+    for key, value in (("data.hflip", data.hflip), ("data.max_bad_fraction", data.max_bad_fraction)):
+        _within(key, value, 0, 1)
     for key, value in (
         ("model.drop_path_rate", config.model.drop_path_rate),
-        ("data.hflip", data.hflip),
-        ("data.eval_crop_pct", data.eval_crop_pct),
-        ("data.max_bad_fraction", data.max_bad_fraction),
-        ("optim.layer_decay", optim.layer_decay),
+        *(("optim.betas", beta) for beta in optim.betas),
     ):
-        _within(key, value, 0, 1)
+        _within(key, value, 0, BELOW_1)
+    for key, value in (("data.eval_crop_pct", data.eval_crop_pct), ("optim.layer_decay", optim.layer_decay)):
+        _within(key, value, ABOVE_0, 1)
+    for key, values in (
+        ("model.depths", config.model.depths),
+        ("model.num_heads", config.model.num_heads),
+    ):
+        if values is not None and (not values or min(values) < 1):
+            raise ConfigError(f"{key} ({values}) must hold one positive number per stage")
     _range_pair("data.crop_scale", data.crop_scale, 1.0)
     _range_pair("data.crop_ratio", data.crop_ratio, math.inf)
-    for key, values, length in (
+    for key, numbers, length in (
         ("data.mean", data.mean, 3),
         ("data.std", data.std, 3),
         ("optim.betas", optim.betas, 2),
     ):
-        if len(values) != length:
-            raise ConfigError(f"{key} ({values}) must hold {length} numbers")
-    if min(data.std) <= 0:
-        raise ConfigError(f"data.std ({data.std}) must be greater than 0")
+        if len(numbers) != length:
+            raise ConfigError(f"{key} ({numbers}) must hold {length} numbers")
+    for mean, std in zip(data.mean, data.std, strict=True):
+        _within("data.mean", mean, -math.inf, math.inf)
+        _within("data.std", std, ABOVE_0, math.inf)
     for milestone in schedule.milestones:
         _within("optim.schedule.milestones", milestone, 0, 1)
     img_size = pair("model.img_size", config.model.img_size)
     pair("model.window_size", config.model.window_size)
     if isinstance(config.task, SimMIMConfig):
-        _within("task.mask_ratio", config.task.mask_ratio, 0, 1)
+        _within("task.mask_ratio", config.task.mask_ratio, ABOVE_0, 1)
         unit = config.task.mask_unit_px
         if unit < 1 or unit % config.model.patch_size or any(side % unit for side in img_size):
             raise ConfigError(
@@ -462,9 +474,11 @@ def _one_of(key: str, value: Any, options: tuple[Any, ...]) -> None:
 
 
 def _within(key: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (low <= value <= high):  # also refuses NaN
-        bound = f"from {low:g} to {high:g}" if high != math.inf else f"at least {low:g}"
-        raise ConfigError(f"{key} ({value}) must be {bound}")
+    if value is not None and not (low <= value <= high and math.isfinite(value)):  # also refuses NaN
+        least = "more than 0" if low == ABOVE_0 else f"at least {low:g}"
+        most = "less than 1" if high == BELOW_1 else f"at most {high:g}"
+        bounds = [text for text, bound in ((least, low), (most, high)) if math.isfinite(bound)]
+        raise ConfigError(f"{key} ({value}) must be {' and '.join(bounds) or 'a finite number'}")
 
 
 def _range_pair(key: str, values: list[float], high: float) -> None:
@@ -473,13 +487,21 @@ def _range_pair(key: str, values: list[float], high: float) -> None:
         raise ConfigError(f"{key} ({values}) must be [low, high] with 0 < low <= high{limit}")
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the validated configuration as YAML, loadable by the same gate."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+def config_yaml(config: Config) -> str:
+    """The validated configuration as YAML, loadable by the same gate."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def read_config(path: Path) -> Config:
-    """Read a configuration written by :func:`save_config` through the gate."""
+    """Read a configuration written as :func:`config_yaml` through the gate."""
     if not path.is_file():
         raise ConfigError(f"{path} is not there; run_dir must be the directory of a run")
-    return load_config(typing.cast(DictConfig, OmegaConf.load(path)))
+    try:
+        return load_config(typing.cast(DictConfig, OmegaConf.load(path)))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

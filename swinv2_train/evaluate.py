@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from swinv2_train.checkpoint import read_weights
+from swinv2_train import loop
+from swinv2_train.checkpoint import find_checkpoint, read_weights
 from swinv2_train.command_line import compose_run, guarded
-from swinv2_train.config import Config, ConfigError
+from swinv2_train.config import Config, ConfigError, config_yaml
 from swinv2_train.data.loader import EvalLoader
 from swinv2_train.distributed import init_distributed, shutdown_distributed
 from swinv2_train.engine.checks import check_full_state
-from swinv2_train.metrics import Means
+from swinv2_train.engine.local import to_device
 from swinv2_train.runtime import EXIT_DONE, set_threads
 from swinv2_train.tasks import build_task
 from swinv2_train.train import on_main, open_shards
@@ -36,18 +37,16 @@ def evaluate(config: Config, source: Path) -> dict[str, Any]:
     _, manifest = open_shards(config, world)
     assert manifest is not None
     task = build_task(config, world.device)
-    weights, checkpoint = read_weights(source)
+    checkpoint = on_main(world, lambda: find_checkpoint(source))
+    weights = read_weights(checkpoint)
     check_full_state({name: tuple(value.shape) for name, value in task.module.state_dict().items()}, weights)
     task.module.load_state_dict(weights)
     module = task.module.to(world.device).eval()
     loader = EvalLoader(
         manifest, config.data, task.eval_transform, config.train.micro_batch_size, world.rank, world.world_size
     )
-    means = Means()
-    with torch.inference_mode():
-        for batch in loader:
-            means.add(task.scores(module, batch), weight=batch["weight"].sum())
-    scores = means.read()
+    with torch.no_grad():
+        scores = loop.evaluate(task, lambda **inputs: module(**to_device(inputs, world.device)), loader)
     on_main(world, lambda: print(json.dumps({"checkpoint": str(checkpoint), "images": manifest.num_samples, **scores})))
     shutdown_distributed()
     return scores
@@ -61,7 +60,10 @@ def main() -> None:
         sys.exit(EXIT_DONE)
 
     def command() -> int:
-        config, extra = compose_run(arguments, ("checkpoint",))
+        config, extra = compose_run([a for a in arguments if a not in ("--cfg", "job")], ("checkpoint",))
+        if "--cfg" in arguments:
+            print(config_yaml(config), end="")
+            return EXIT_DONE
         evaluate(config, Path(extra.get("checkpoint") or config.run_dir))
         return EXIT_DONE
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swinv2_train.checkpoint import save_checkpoint
-from swinv2_train.config import Config
+from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.loader import EvalLoader, TrainLoader
-from swinv2_train.distributed import World, any_rank
+from swinv2_train.distributed import World, any_rank, highest, raise_together
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.log import RunLog
 from swinv2_train.metrics import Means, Throughput, device_peak_flops, max_over_ranks, mfu, peak_memory_gib, ranks_where
-from swinv2_train.runtime import StopRequest
+from swinv2_train.runtime import StopRequest, replace_text
 from swinv2_train.schedule import lr_at
-from swinv2_train.tasks import Task
+from swinv2_train.tasks import Forward, Task
 
 
 @dataclass
@@ -57,16 +59,19 @@ def fit(run: Run, stop: StopRequest) -> bool:
     batches = iter(run.train_loader)
     num_bad = torch.zeros((), dtype=torch.float64)
     while run.step < run.total_steps:
-        if any_rank(stop.requested is not None):
+        with speed.waiting_for_data():
+            micro_batches, problem = fetch(batches, run.accumulation_steps)
+        state = highest(FAILED if problem else STOP if stop.requested else GO)  # the same on every rank
+        if state == FAILED:
+            raise_together(problem)
+        if state == STOP:
             if run.saved_step != run.step:
                 save(run, None)
             break
         lr = lr_at(run.step, run.total_steps, config.optim.schedule, run.warmup_steps, config.optim.lr)
         losses = Means()
         step_keys: list[str] = []
-        for _ in range(run.accumulation_steps):
-            with speed.waiting_for_data():
-                batch = next(batches)
+        for batch in micro_batches:
             loss = run.task.loss(run.engine.forward, batch)
             run.engine.backward(loss)
             losses.add({"train/loss": loss})
@@ -97,7 +102,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
                 draw(run, batch)
             scores: dict[str, float] = {}
             if run.eval_loader is not None and (due(run.step, train.eval_every_steps) or last):
-                scores = evaluate(run.task, run.engine, run.eval_loader)
+                scores = evaluate(run.task, run.engine.evaluate, run.eval_loader)
                 run.log.metrics(run.step, run.images_seen, scores)
                 run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
             score = scores.get(train.keep_best) if train.keep_best else None
@@ -107,6 +112,17 @@ def fit(run: Run, stop: StopRequest) -> bool:
     if run.eval_loader is not None:
         run.eval_loader.close()
     return run.step == run.total_steps
+
+
+GO, STOP, FAILED = 0, 1, 2
+
+
+def fetch(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], ConfigError | None]:
+    """The next batches (fewer at the end), or what is wrong with this rank's data, for all ranks to hear together."""
+    try:
+        return list(islice(batches, count)), None
+    except ConfigError as error:
+        return [], error
 
 
 def due(step: int, every: int | None) -> bool:
@@ -133,21 +149,27 @@ def log_step(run: Run, values: dict[str, float], speed: dict[str, float], num_ba
     run.log.progress(run.step, run.total_steps, values["train/loss"], images_per_sec)
 
 
-def evaluate(task: Task, engine: Engine, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+def evaluate(task: Task, forward: Forward, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """The task's scores over one pass of an evaluation loader, over all ranks; every sample counts once."""
     means = Means()
-    for batch in batches:
-        means.add(task.scores(engine.evaluate, batch), weight=batch["weight"].sum())
-    return means.read()
+    remaining = iter(batches)
+    while True:
+        found, problem = fetch(remaining, 1)
+        if any_rank(problem is not None):
+            raise_together(problem)
+        if not found:  # on all ranks at once: they have equally many batches
+            return means.read()
+        means.add(task.scores(forward, found[0]), weight=found[0]["weight"].sum())
 
 
 def draw(run: Run, batch: dict[str, Any]) -> None:
     """Write the task's picture of a few images: the evaluation's first ones, so that pictures compare over time."""
+    if not run.task.has_picture:
+        return
     if run.eval_loader is not None:
         batch = next(iter(run.eval_loader))
     picture = run.task.picture(run.engine.evaluate, batch)
-    if picture is not None:
-        run.log.picture(run.config.task.name, run.step, picture)
+    run.log.picture(run.config.task.name, run.step, picture)
 
 
 def save(run: Run, score: float | None) -> None:
@@ -159,7 +181,9 @@ def save(run: Run, score: float | None) -> None:
         "data": run.train_loader.state_dict(run.images_seen),
     }
     best = (train.keep_best, score) if train.keep_best is not None and score is not None else None
+    started = time.perf_counter()
     save_checkpoint(Path(run.config.run_dir), run.engine, state, run.world, train.keep_checkpoints, best)
+    run.log.metrics(run.step, run.images_seen, {"checkpoint/stall_sec": time.perf_counter() - started})
     run.saved_step = run.step
 
 
@@ -173,7 +197,7 @@ class KeyRecord:
         path = run_dir / "sample_keys" / f"rank_{run.world.rank:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= run.step]
-        path.write_text("".join(kept))
+        replace_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, keys: list[str]) -> None:

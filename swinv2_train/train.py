@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from swinv2_train import loop
-from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint, read_weights
+from swinv2_train.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, read_weights
 from swinv2_train.command_line import run_command
-from swinv2_train.config import ClassifyConfig, Config, ConfigError, read_config, save_config
+from swinv2_train.config import ClassifyConfig, Config, ConfigError, config_yaml, read_config
 from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps
 from swinv2_train.data.shards import Manifest, open_manifest
-from swinv2_train.distributed import World, barrier, broadcast_object, init_distributed, shutdown_distributed
-from swinv2_train.engine import Engine, build_engine, check_engine
-from swinv2_train.log import RunLog, open_console
+from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
+from swinv2_train.engine import build_engine, check_engine
+from swinv2_train.log import Console, RunLog, open_console
 from swinv2_train.optim import build_param_groups
 from swinv2_train.report import write_report
 from swinv2_train.runtime import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_STOPPED,
+    EXIT_USER_ERROR,
     StopRequest,
     record_environment,
+    replace_text,
     seed_everything,
     set_threads,
 )
@@ -38,54 +41,71 @@ def train(config: Config) -> int:
     with StopRequest() as stop:
         world = init_distributed(config.runtime.process_group_timeout_sec)
         set_threads(config.runtime.num_threads, world.local_world_size)
+        accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         run_dir = Path(config.run_dir)
         newest = on_main(world, lambda: checked_newest(run_dir, config))
         shards = open_shards(config, world)
         total = total_steps(config.train, shards[0].num_samples)
         if newest is not None and step_of(newest) >= total:
-            say_complete(world, run_dir, total)
+            on_main(world, lambda: say_complete(run_dir, total))
+            shutdown_distributed()
             return EXIT_DONE
         seed_everything(config.seed, 0)  # the same initial weights on every rank
         task = build_task(config, world.device)
-        on_main(world, lambda: open_run_dir(run_dir, config, world))
+        groups = build_param_groups(task.module, config.optim)
+        source = on_main(world, lambda: initial_checkpoint(config)) if newest is None else None
+        on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
         with open_console(run_dir, world.rank) as console:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code = EXIT_FAILED
             try:
-                run = build_run(config, world, task, shards, log, newest)
+                run = build_run(config, world, task, groups, shards, log, newest, source)
+                on_main(world, lambda: write_run_files(run_dir, config, world))
                 exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     log.say(
-                        f"stopped by {stop.requested or 'another rank'} after step {run.step}; the same command resumes"
+                        f"stopped by {stop.requested or 'a signal'} after step {run.step}; the same command resumes"
                     )
             except ConfigError:
+                exit_code = EXIT_USER_ERROR
                 raise
-            except Exception as error:  # noqa: BLE001  whatever it is, the rank's log gets it and the console one line
+            except Exception as error:  # noqa: BLE001  the rank's log gets it whole and the console one line
                 console.fail(error)
                 return EXIT_FAILED
             finally:
                 log.close(EXIT_DONE if exit_code == EXIT_STOPPED else exit_code)
-                if world.is_main:
-                    console.say(f"report: {write_report(run_dir, total)}")
+                if world.is_main and exit_code != EXIT_USER_ERROR:
+                    write_report_of(run_dir, total, console)
         shutdown_distributed()
         return exit_code
 
 
 def build_run(
-    config: Config, world: World, task: Task, shards: tuple[Manifest, Manifest | None], log: RunLog, newest: Path | None
+    config: Config,
+    world: World,
+    task: Task,
+    param_groups: list[dict[str, Any]],
+    shards: tuple[Manifest, Manifest | None],
+    log: RunLog,
+    newest: Path | None,
+    source: Path | None,
 ) -> loop.Run:
-    """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start."""
+    """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
+
+    source: the SimMIM checkpoint whose encoder a new run starts from.
+    """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
-    engine = build_engine(task.module, build_param_groups(task.module, config.optim), config, world, accumulation)
+    engine = build_engine(task.module, param_groups, config, world, accumulation)
     seed_everything(config.seed, world.rank)
     state: dict[str, Any] = {"step": 0, "images_seen": 0}
     if newest is not None:
         state = load_checkpoint(newest, engine, world)
         log.say(f"resuming from {newest}")
-    elif isinstance(config.task, ClassifyConfig) and config.task.init_from is not None:
-        checkpoint = load_encoder(config.task.init_from, engine)
-        log.say(f"encoder loaded from {checkpoint}")
+    elif source is not None:
+        fresh = broadcast_object(engine.full_state_dict())
+        engine.load_full_state_dict(encoder_weights(read_weights(source), fresh, str(source)))
+        log.say(f"encoder loaded from {source}")
     loader = TrainLoader(
         shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
         state["images_seen"],
@@ -116,24 +136,32 @@ def build_run(
 
 
 def on_main(world: World, function: Callable[[], Any]) -> Any:
-    """Rank 0's result of a function on every rank; its ConfigError, too, is raised on every rank."""
-    outcome: tuple[Any, str | None] = (None, None)
+    """Rank 0's result of a function on every rank; what it raises, every rank raises.
+
+    A file that cannot be read or written is the user's to mend, so an OSError becomes a ConfigError.
+    """
+    result: Any = None
+    problem: str | None = None
     if world.is_main:
         try:
-            outcome = (function(), None)
-        except ConfigError as error:
-            outcome = (None, str(error))
-    result, problem = broadcast_object(outcome)
+            result = function()
+        except (ConfigError, OSError) as error:
+            problem = str(error)
+        except Exception:
+            broadcast_object((None, f"rank 0 failed:\n{traceback.format_exc()}", False))
+            raise
+    result, problem, expected = broadcast_object((result, problem, True))
     if problem is not None:
-        raise ConfigError(problem)
+        raise ConfigError(problem) if expected else RuntimeError(problem)
     return result
 
 
 def checked_newest(run_dir: Path, config: Config) -> Path | None:
-    """The newest complete checkpoint of run_dir; ConfigError when the directory belongs to another model or task."""
-    if not (run_dir / "config.yaml").exists():
-        if run_dir.exists() and not run_dir.is_dir():
-            raise ConfigError(f"run_dir ({run_dir}) is a file; name a directory")
+    """The newest complete checkpoint of run_dir; ConfigError when it belongs to another model or task."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir ({run_dir}) is a file; name a directory")
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
         return None
     saved = read_config(run_dir / "config.yaml")
     ours, theirs = (_identity(each) for each in (config, saved))
@@ -143,7 +171,7 @@ def checked_newest(run_dir: Path, config: Config) -> Path | None:
                 f"run_dir ({run_dir}) holds a run with {key}={theirs.get(key)}, but this command has {key}={value}; "
                 "choose another run_dir, or the same model"
             )
-    return newest_checkpoint(run_dir)
+    return newest
 
 
 def _identity(config: Config) -> dict[str, Any]:
@@ -153,14 +181,20 @@ def _identity(config: Config) -> dict[str, Any]:
     return {"task.name": config.task.name, **classes, **model}
 
 
-def open_run_dir(run_dir: Path, config: Config, world: World) -> None:
-    """Make run_dir and write down what is run there, and where."""
+def write_run_files(run_dir: Path, config: Config, world: World) -> None:
+    """What is run here, and where: written when nothing can be refused any more."""
+    replace_text(run_dir / "config.yaml", config_yaml(config))
+    record_environment(run_dir, world.world_size)
+
+
+def initial_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that task.init_from means; ConfigError when there is none or it is no SimMIM run of this model."""
+    if not isinstance(config.task, ClassifyConfig) or config.task.init_from is None:
+        return None
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-        record_environment(run_dir, world.world_size)
-    except OSError as error:
-        raise ConfigError(f"run_dir ({run_dir}) cannot be written: {error}; choose another") from error
+        return find_checkpoint(Path(config.task.init_from))
+    except ConfigError as error:
+        raise ConfigError(f"task.init_from: {error}") from error
 
 
 def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None]:
@@ -188,26 +222,25 @@ def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None
     return training, evaluation
 
 
-def load_encoder(source: str, engine: Engine) -> Path:
-    """Put the encoder of a SimMIM run into the engine's classifier, unrounded; returns the checkpoint it came from."""
-    pretrained, checkpoint = read_weights(Path(source))
-    fresh = engine.full_state_dict()
-    fresh = broadcast_object(fresh)
-    assert fresh is not None
-    engine.load_full_state_dict(encoder_weights(pretrained, fresh, source))
-    return checkpoint
-
-
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def say_complete(world: World, run_dir: Path, total: int) -> None:
-    if world.is_main:
-        print(f"{run_dir}: all {total} steps are done; report: {run_dir / 'report.html'}")
-    barrier()
-    shutdown_distributed()
+def say_complete(run_dir: Path, total: int) -> None:
+    """Nothing is left to do; a report that a kill prevented is written now."""
+    if not (run_dir / "report.html").exists():
+        write_report(run_dir, total)
+    print(f"{run_dir}: all {total} steps are done; report: {run_dir / 'report.html'}")
+
+
+def write_report_of(run_dir: Path, total: int, console: Console) -> None:
+    """Write the report; a report that fails must not change how the run ended."""
+    try:
+        console.say(f"report: {write_report(run_dir, total)}")
+    except Exception as error:  # noqa: BLE001  the run's own outcome counts
+        traceback.print_exc()
+        console.say(f"warning: no report ({type(error).__name__}: {error}); traceback in {console.log_path}")
 
 
 def main() -> None:

@@ -87,7 +87,11 @@ def expand_pattern(pattern: str, key: str = "data.shards") -> list[str]:
     for part in pattern.split("::"):
         if "://" in part or part.startswith("pipe:"):
             raise ShardError(f"{key} '{part}' is not a local path; copy the shards to a disk and name that")
-        for candidate in braceexpand(os.path.expanduser(part)):
+        try:
+            candidates = list(braceexpand(os.path.expanduser(part)))
+        except ValueError as error:  # a brace without its partner
+            raise ShardError(f"{key} '{part}': {error}; a range is written {{00..11}}") from error
+        for candidate in candidates:
             if os.path.isdir(candidate):
                 raise ShardError(
                     f"{key} '{part}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')}"

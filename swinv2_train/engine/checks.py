@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,19 @@ def check_full_state(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, 
         shown = "; ".join(sorted(problems)[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConfigError(f"the weights do not fit the model: {shown}{more}; build the model that they belong to")
+
+
+def groups_text(param_groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[str]:
+    """Each parameter group in a word, with a digest of its members: flat buffers are laid out by them.
+
+    names: parameter name by id.
+    """
+    texts = []
+    for group in param_groups:
+        members = " ".join(names[id(parameter)] for parameter in group["params"])
+        digest = hashlib.sha256(members.encode()).hexdigest()[:8]
+        texts.append(f"{group['name']} ({len(group['params'])} parameters, {digest})")
+    return texts
 
 
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:

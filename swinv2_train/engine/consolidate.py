@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
             merged = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=TAG)
         return {name: tensor.float() for name, tensor in merged.items()}
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{directory}: the weights cannot be read ({error}); name another checkpoint") from error
 
 

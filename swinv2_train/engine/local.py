@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, write_facts
+from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, groups_text, write_facts
 from swinv2_train.engine.startup import adamw
 
 
@@ -43,6 +44,7 @@ class LocalEngine:
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
         self._device = world.device
+        self._groups = groups_text(param_groups, {id(p): name for name, p in module.named_parameters()})
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         self.module.train()
@@ -93,10 +95,10 @@ class LocalEngine:
         check_facts(directory, self._facts())
         try:
             state = torch.load(path, map_location=self._device, weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
@@ -107,7 +109,7 @@ class LocalEngine:
         self.module.load_state_dict(state)
 
     def _facts(self) -> dict[str, Any]:
-        return {"engine": "local", "world_size": 1, "groups": [g["name"] for g in self.optimizer.param_groups]}
+        return {"engine": "local", "world_size": 1, "groups": self._groups}
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ An untouched 2-rank ZeRO-3 start takes 34 s on 2 cores, nearly all of it imports
 * DeepSpeed's BF16_Optimizer (stage 1) reports the memory, with a garbage collection, before and after every group.
 * DeepSpeed probes for accelerators; on a machine without one it is told so.
 
-None of this is wanted by eager training.  With SWINV2_TRAIN_KEEP_COMPILER=1 in the environment, or after
-allow_compiler(), torch.compile finds everything as torch ships it.
+None of this is wanted by eager training.  With SWINV2_TRAIN_KEEP_COMPILER=1 in the environment,
+torch.compile finds everything as torch ships it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,6 @@ def avoid_compiler() -> None:
         return
     for function in _marked_functions():
         vars(function).setdefault(_MARK, function)
-
-
-def allow_compiler() -> None:
-    """Undo avoid_compiler."""
-    for function in _marked_functions():
-        if vars(function).get(_MARK) is function:
-            delattr(function, _MARK)
 
 
 def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World, barrier, raise_together
-from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, write_facts
+from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, groups_text, write_facts
 from swinv2_train.engine.deepspeed_config import deepspeed_json
 from swinv2_train.engine.local import to_device
 from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, quick_initialize
@@ -38,6 +38,8 @@ class ZeroEngine:
         world: World,
         accumulation_steps: int,
     ) -> None:
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = groups_text(param_groups, names)  # before DeepSpeed puts its flat buffers into them
         settings = deepspeed_json(config, world.world_size, accumulation_steps)
         deepspeed = import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
@@ -71,7 +73,7 @@ class ZeroEngine:
             "world_size": world.world_size,
             "zero_stage": self._stage,
             "precision": config.engine.precision,
-            "groups": [group["name"] for group in self._groups],
+            "groups": groups,
             "num_parameters": sum(_numel(p) for p in self.module.parameters()),
         }
 

@@ -19,6 +19,7 @@ BIAS_RANGE = 16.0
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or a table made under inference mode would spoil later training
 def relative_position_index(window: tuple[int, int], device: torch.device) -> Tensor:
     """Row of the bias table for every pair of tokens of a window: (N, N) int64."""
     rows, cols = window
@@ -30,6 +31,7 @@ def relative_position_index(window: tuple[int, int], device: torch.device) -> Te
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or a table made under inference mode would spoil later training
 def log_spaced_coordinates(window: tuple[int, int], pretrained: tuple[int, int], device: torch.device) -> Tensor:
     """Relative coordinates of the bias table, ((2h-1)(2w-1), 2) float32.
 
@@ -45,6 +47,7 @@ def log_spaced_coordinates(window: tuple[int, int], pretrained: tuple[int, int],
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or a table made under inference mode would spoil later training
 def shift_mask(
     size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> Tensor | None:
@@ -123,7 +126,7 @@ class WindowAttention(nn.Module):
         table = BIAS_RANGE * torch.sigmoid(self.cpb_mlp(coordinates))  # ((2rows-1)(2cols-1), h)
         index = relative_position_index(self.window_size, device)
         tokens = index.shape[0]
-        return table.t().index_select(1, index.flatten()).view(-1, tokens, tokens)
+        return table[index.flatten()].t().reshape(-1, tokens, tokens)  # indexing: its gradient is deterministic on CUDA
 
     def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
         """windows: (B*nW, N, C), grouped by image.  mask: (nW, N, N) additive or None.  Returns (B*nW, N, C)."""

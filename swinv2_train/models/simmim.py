@@ -22,8 +22,16 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def norm_target(images: Tensor, window_px: int) -> Tensor:
     """Normalise every pixel by mean and unbiased variance of the odd square window around it, per channel.
 
-    images: (B, C, H, W) -> the same shape.  Border windows hold fewer pixels.  The official SwinV2 pre-training uses a
-    window of 47 px.
+    images: (B, C, H, W) -> the same shape.  The official SwinV2 pre-training uses a window of 47 px.
+    """
+    mean, std = local_statistics(images, window_px)
+    return (images - mean) / std
+
+
+def local_statistics(images: Tensor, window_px: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (unbiased, never 0) of the square window around every pixel, per channel.
+
+    images: (B, C, H, W) -> two of the same shape.  Border windows hold fewer pixels.
     """
     pad = window_px // 2
     mean = F.avg_pool2d(images, window_px, stride=1, padding=pad, count_include_pad=False)
@@ -32,7 +40,7 @@ def norm_target(images: Tensor, window_px: int) -> Tensor:
         torch.ones_like(images), window_px, stride=1, padding=pad, count_include_pad=True, divisor_override=1
     )
     variance = ((square - mean**2) * (count / (count - 1))).clamp(min=0)
-    return (images - mean) / (variance + 1e-6) ** 0.5
+    return mean, (variance + 1e-6) ** 0.5
 
 
 class SimMIM(nn.Module):

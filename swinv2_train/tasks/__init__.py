@@ -42,8 +42,11 @@ class Task(Protocol):
         """Weighted means over an evaluation batch, () each, by metric name (val/loss, ...)."""
         ...
 
-    def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray | None:
-        """Something to look at, uint8 (H, W, 3), from a few images of a batch; None when the task has no picture."""
+    @property
+    def has_picture(self) -> bool: ...
+
+    def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
+        """Something to look at, uint8 (H, W, 3), from a few images of a batch; for tasks that have pictures."""
         ...
 
 

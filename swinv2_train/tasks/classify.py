@@ -43,6 +43,8 @@ class ClassifyTransform:
 class ClassifyTask:
     """Cross-entropy with label smoothing; top-1 and top-5 accuracy in percent."""
 
+    has_picture = False
+
     def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
         self.module = build_model(config.model, task.num_classes)
         self.multiply_adds = multiply_adds(self.module)
@@ -71,8 +73,8 @@ class ClassifyTask:
             "val/top5": 100 * _mean(hits.sum(dim=1), weight),
         }
 
-    def picture(self, forward: Forward, batch: dict[str, Any]) -> None:
-        return None
+    def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
+        raise AssertionError("classification has no picture")
 
 
 def encoder_weights(pretrained: Mapping[str, Tensor], fresh: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

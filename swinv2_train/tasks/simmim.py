@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swinv2_train.config import Config, DataConfig, SimMIMConfig, pair
+from swinv2_train.config import Config, ConfigError, DataConfig, SimMIMConfig, pair
 from swinv2_train.data.crop import centre_crop, random_flip, random_resized_crop
 from swinv2_train.data.masks import simmim_mask
 from swinv2_train.models import SimMIM, multiply_adds
+from swinv2_train.models.simmim import local_statistics
 from swinv2_train.pictures import grid
 from swinv2_train.tasks import Forward, Normalise, build_model
 
@@ -45,11 +46,16 @@ class SimMIMTransform:
 class SimMIMTask:
     """Predict hidden squares of pixels from the rest of the image."""
 
+    has_picture = True
+
     def __init__(self, config: Config, task: SimMIMConfig, device: torch.device) -> None:
         encoder = build_model(config.model, num_classes=0)
         self.multiply_adds = multiply_adds(encoder)
         stride = encoder.patch_size * 2 ** (len(encoder.depths) - 1)
-        self.module = SimMIM(encoder, stride, task.norm_target)
+        try:
+            self.module = SimMIM(encoder, stride, task.norm_target)
+        except ValueError as error:
+            raise ConfigError(f"task: {error}") from error
         self.normalise = Normalise(config.data.mean, config.data.std, device)
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
@@ -69,7 +75,11 @@ class SimMIMTask:
         few = {name: batch[name][:PICTURE_IMAGES] for name in ("images", "mask", "weight")}
         outputs = self._outputs(forward, few)
         original = few["images"].to(outputs["reconstruction"].device)
-        predicted = self.normalise.pixels(outputs["reconstruction"])
+        reconstruction = outputs["reconstruction"]
+        if self.module.norm_target is not None:  # the prediction is relative to each pixel's surroundings
+            mean, std = local_statistics(self.normalise(few["images"]), self.module.norm_target)
+            reconstruction = reconstruction * std + mean
+        predicted = self.normalise.pixels(reconstruction)
         scale = self.module.encoder.patch_size
         hidden = few["mask"].repeat_interleave(scale, 1).repeat_interleave(scale, 2).unsqueeze(1).to(original.device)
         masked = torch.where(hidden, torch.full_like(original, 127), original)

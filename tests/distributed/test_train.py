@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
 from swinv2_train.data.shards import write_shards
 from swinv2_train.log import read_metrics
 
@@ -138,7 +139,7 @@ def test_every_sample_is_used_once_per_epoch(uninterrupted):
     assert len(counts) == 60 and set(counts.values()) == {3, 4}
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "SIGTERM"])
 def test_an_interrupted_run_goes_on_bit_for_bit(how, uninterrupted, shards, tmp_path):
     """Killed without a word, or stopped by Ctrl-C: the same command gives the same losses, norms and images."""
     run_dir = tmp_path / "run"
@@ -154,11 +155,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(how, uninterrupted, shards, tmp_
         finish(process)
         assert newest_checkpoint(run_dir) == run_dir / "checkpoints" / "step_00000004"
     else:
-        process.send_signal(signal.SIGINT)  # torchrun passes it on to the ranks
+        process.send_signal(getattr(signal, how))  # torchrun passes it on to the ranks
         _, output = finish(process)
         newest = newest_checkpoint(run_dir)
         assert newest is not None and int(newest.name[5:]) >= 6, output
-        assert "stopped by SIGINT after step" in output
+        assert f"stopped by {how} after step" in output
     code, output = finish(start(*command))
     assert code == 0, output
     assert "resuming from" in output
@@ -179,10 +180,7 @@ def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterr
     )  # fmt: skip
     assert code == 0, output
     assert f"encoder loaded from {uninterrupted}/checkpoints/step_00000012" in output
-    from swinv2_train.checkpoint import read_weights
-
-    pretrained, _ = read_weights(uninterrupted)
-    finetuned, _ = read_weights(run_dir)
+    pretrained, finetuned = (read_weights(find_checkpoint(run)) for run in (uninterrupted, run_dir))
     assert set(finetuned) - {"head.weight", "head.bias"} == {
         name.removeprefix("encoder.") for name in pretrained if name.startswith("encoder.") and "mask_token" not in name
     }
@@ -230,3 +228,62 @@ def test_sizes_that_do_not_fit_exit_with_2_before_training(shards, tmp_path):
         "train.global_batch_size (100) is not a multiple of micro_batch_size (32) x world_size (2); nearest: 64, 128"
     )
     assert code != 0 and output.count(message) == 1, output
+
+
+def test_sigusr1_saves_and_exits_with_3(shards, tmp_path):
+    """What a scheduler sends before it preempts; one process, where the exit code is the command's own."""
+    run_dir = tmp_path / "run"
+    command = ("experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=500", *SMALL, *shards)
+    process = start(*command, "train.checkpoint_every_steps=1000", ranks=1)
+    wait_for_step(run_dir, 2, process)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)  # a second one must not tear the checkpoint
+    code, output = finish(process)
+    assert code == 3, output
+    newest = newest_checkpoint(run_dir)
+    assert newest is not None and read_metrics(run_dir)[-1]["step"] == int(newest.name[5:])
+    assert read_metrics(run_dir)[-1]["checkpoint/stall_sec"] > 0
+    config = (run_dir / "config.yaml").read_text()
+
+    code, output = finish(start(*command, "seed=5", ranks=1))  # would change the order of images in mid-epoch
+    assert code == 2 and "seed (5) differs from the checkpoint's (0)" in output, output
+    assert (run_dir / "config.yaml").read_text() == config, "a refused command must not leave its configuration"
+
+    code, output = finish(start(*command))  # two ranks on what one has saved
+    assert code != 0 and "was saved by 1 ranks, this run has 2; start 1 ranks" in output, output
+    (newest / "state.json").write_text("torn")
+    code, output = finish(start(*command, ranks=1))
+    assert code == 2 and "no checkpoint of" in output and "is whole" in output, output
+    assert read_metrics(run_dir), "the history of a run is never thrown away"
+
+
+def test_a_damaged_sample_on_one_rank_is_named_once_and_ends_all(tmp_path):
+    """Rank 1 meets it, rank 0 says it: no rank waits for the other, and no message is lost."""
+    rng = np.random.default_rng(0)
+
+    def samples():
+        for i in range(32):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(buffer, format="PNG")
+            yield f"image_{i:04d}", buffer.getvalue()[: 40 if i == 7 else None], "png", 0
+
+    write_shards(samples(), str(tmp_path / "train"), 32)
+    code, output = finish(
+        start("experiment=cifar10_simmim", f"run_dir={tmp_path / 'run'}", "train.max_steps=4", *SMALL,
+              f"data.shards={tmp_path}/train-*.tar", "data.eval_shards=null")
+    )  # fmt: skip
+    assert code != 0
+    assert output.count("error: ") == 1 and "image_0007" in output and "data.on_bad_sample=replace" in output, output
+    assert "failed: " not in output.split("torch.distributed")[0], output
+
+
+@pytest.mark.parametrize("what", ["nowhere", "other model"])
+def test_init_from_that_does_not_fit_is_refused(what, uninterrupted, shards, tmp_path):
+    source, message = (tmp_path, "task.init_from: .* holds no complete checkpoint") if what == "nowhere" else (
+        uninterrupted, "use the model section that it was pre-trained with")  # fmt: skip
+    code, output = finish(
+        start("experiment=cifar10_finetune", f"run_dir={tmp_path / 'run'}", f"task.init_from={source}", *SMALL, *shards,
+              "model.depths=[1,1]", ranks=1)
+    )  # fmt: skip
+    assert code == 2 and re.search(message, output), output
+    assert len(output.splitlines()) <= 2, output

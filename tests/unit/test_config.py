@@ -19,10 +19,10 @@ from swinv2_train.config import (
     Config,
     ConfigError,
     SimMIMConfig,
+    config_yaml,
     known_keys,
     load_config,
     read_config,
-    save_config,
 )
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -98,6 +98,15 @@ WRONG = {
         ("data.crop_scale=[1,0.5]",),
         r"data.crop_scale \(\[1.0, 0.5\]\) must be \[low, high\]",
     ),
+    "momentum of 1": (("optim.betas=[1,0.9]",), r"optim.betas \(1.0\) must be at least 0 and less than 1"),
+    "nothing hidden": (("task.mask_ratio=0",), r"task.mask_ratio \(0.0\) must be more than 0 and at most 1"),
+    "infinite run": (("train.epochs=inf",), r"train.epochs \(inf\) must be more than 0"),
+    "huge seed": (("seed=99999999999999999999",), r"seed \(99999999999999999999\) must be"),
+    "every branch dropped": (("model.drop_path_rate=1",), r"model.drop_path_rate \(1.0\) must be .*less than 1"),
+    "no crop": (("data.eval_crop_pct=0",), r"data.eval_crop_pct \(0.0\) must be more than 0"),
+    "no stages": (("model.depths=[]",), r"model.depths \(\[\]\) must hold one positive number per stage"),
+    "no heads": (("model.num_heads=[0,6]",), r"model.num_heads \(\[0, 6\]\) must hold one positive number"),
+    "std that is no number": (("data.std=[nan,1,1]",), r"data.std \(nan\) must be more than 0"),
     "two means": (("data.mean=[0,0]",), r"data.mean \(\[0.0, 0.0\]\) must hold 3 numbers"),
     "best without evaluation": (("train.keep_best=val/loss",), r"train.keep_best \(val/loss\) needs data.eval_shards"),
     "best by what is not measured": (
@@ -139,7 +148,7 @@ def test_unknown_key_in_an_experiment_file_is_rejected(tmp_path, monkeypatch, co
 def test_saved_configuration_comes_back_through_the_gate(tmp_path, compose):
     """config.yaml in the run directory is what evaluation and a resume read."""
     config = compose("experiment=cifar10_finetune", "+engine.deepspeed_overrides.comms_logger.enabled=true")
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
     assert read_config(tmp_path / "config.yaml") == config
     text = (tmp_path / "config.yaml").read_text().replace("label_smoothing", "label_smoothin")
     (tmp_path / "config.yaml").write_text(text)
@@ -149,13 +158,26 @@ def test_saved_configuration_comes_back_through_the_gate(tmp_path, compose):
 
 def test_run_command_line_takes_overrides_on_the_runs_own_configuration(tmp_path, compose):
     """evaluate run_dir=DIR data.eval_shards=... : Hydra's grammar, the run's values."""
-    save_config(compose("experiment=cifar10_finetune", "optim.lr=0.25"), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_yaml(compose("experiment=cifar10_finetune", "optim.lr=0.25")))
     config, extra = compose_run([f"run_dir={tmp_path}", "data.eval_shards=other.tar", "checkpoint=c"], ("checkpoint",))
     assert (config.optim.lr, config.data.eval_shards, extra) == (0.25, "other.tar", {"checkpoint": "c"})
     with pytest.raises(ConfigError, match="unknown key data.eval_shard: did you mean data.eval_shards"):
         compose_run([f"run_dir={tmp_path}", "data.eval_shard=x"], ())
     with pytest.raises(ConfigError, match="holds no config.yaml"):
         compose_run([f"run_dir={tmp_path / 'nowhere'}"], ())
+
+
+def test_broken_yaml_is_one_message(tmp_path, monkeypatch, compose):
+    folder = tmp_path / "conf"
+    shutil.copytree(conf_dir(), folder)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\noptim: [1, 2\n")
+    monkeypatch.setattr("swinv2_train.command_line.conf_dir", lambda: folder)
+    with pytest.raises(ConfigError, match=r"mine.yaml") as caught:
+        compose(*MINIMAL, "experiment=mine")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.yaml").write_text("optim: [1, 2\n")
+    with pytest.raises(ConfigError, match=r"config.yaml"):
+        read_config(tmp_path / "config.yaml")
 
 
 def test_known_keys_holds_the_contract():

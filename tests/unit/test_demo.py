@@ -15,8 +15,3 @@ def test_overrides_of_one_task_go_to_its_run_alone():
 def test_a_mistyped_key_reaches_the_gate():
     """It is dropped by neither phase, so the gate can name it."""
     assert demo.overrides_of(["task.mask_ration=0.5"], "classify") == ["task.mask_ration=0.5"]
-
-
-def test_source_of_the_images_is_the_configurations_key():
-    assert demo.source_option(["seed=1", "data.source=/some/where"]) == ["--source", "/some/where"]
-    assert demo.source_option(["seed=1"]) == []
