@@ -69,8 +69,8 @@ def import_deepspeed() -> types.ModuleType:
     """DeepSpeed, told what this machine has.  The only place that imports it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch 2.13 deprecates what DeepSpeed calls at every step; "once" keeps the rank's log from growing by 1 kB a step.
-    warnings.filterwarnings("once", message="`torch.distributed.", category=FutureWarning)
+    # torch 2.13 deprecates what DeepSpeed 0.19.8 calls at every step; the rank's log would grow by 1 kB a step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.", category=FutureWarning)
     import deepspeed
     from deepspeed import ops
 
