@@ -15,7 +15,7 @@ import torch
 from swinv2_train.checkpoint import save_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.loader import EvalLoader, TrainLoader
-from swinv2_train.distributed import World, any_rank, highest, raise_together
+from swinv2_train.distributed import World, all_reduce_sum, any_rank, highest, raise_together
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.log import RunLog
 from swinv2_train.metrics import Means, Throughput, device_peak_flops, max_over_ranks, mfu, peak_memory_gib, ranks_where
@@ -57,7 +57,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
     speed = Throughput(train.global_batch_size)
     keys = KeyRecord(Path(config.run_dir), run) if config.data.record_keys else None
     batches = iter(run.train_loader)
-    num_bad = torch.zeros((), dtype=torch.float64)
+    num_bad = 0  # damaged samples of this rank since this start
     while run.step < run.total_steps:
         with speed.waiting_for_data():
             micro_batches, problem = fetch(batches, run.accumulation_steps)
@@ -130,14 +130,13 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def log_step(run: Run, values: dict[str, float], speed: dict[str, float], num_bad: torch.Tensor) -> None:
+def log_step(run: Run, values: dict[str, float], speed: dict[str, float], num_bad: int) -> None:
     """One line of metrics: this step's loss over all ranks, the slowest rank's times and the fullest rank's memory."""
     slowest = max_over_ranks(
         {"mem/peak_gib": peak_memory_gib(run.world.device), "data/wait_sec": speed.get("data/wait_sec", 0.0)}, run.world
     )
-    skipped = Means()
-    skipped.add({"data/skipped_images": num_bad * run.world.world_size})  # a mean over ranks of this is their sum
-    values |= speed | slowest | skipped.read()
+    skipped = float(all_reduce_sum(torch.tensor(float(num_bad), device=run.world.device)))
+    values |= speed | slowest | {"data/skipped_images": skipped}
     images_per_sec = speed.get("perf/images_per_sec")
     utilisation = mfu(
         3 * 2 * run.task.multiply_adds,

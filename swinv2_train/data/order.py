@@ -56,10 +56,6 @@ class GlobalOrder:
         element -= lane.block_starts[block]
         return epoch, int(shards[element]), int(indices[element])
 
-    def locate_range(self, start: int, stop: int) -> list[Location]:
-        """locate() of every position in [start, stop)."""
-        return [self.locate(position) for position in range(start, stop)]
-
     def _layout(self, epoch: int) -> list[_Lane]:
         if epoch in self._layouts:
             return self._layouts[epoch]
@@ -116,8 +112,3 @@ def rank_batch(order: GlobalOrder, start: int, global_batch_size: int, rank: int
     )
     share = global_batch_size // world_size
     return [order.locate(position) for position in positions[rank * share : (rank + 1) * share]]
-
-
-def global_batch(order: GlobalOrder, start: int, global_batch_size: int) -> list[Location]:
-    """All ranks' parts of the batch that begins at position `start`, in rank order (sorted by lane)."""
-    return rank_batch(order, start, global_batch_size, rank=0, world_size=1)
