@@ -26,8 +26,9 @@ from torch.distributed.run import main as torchrun
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.command_line import compose_overrides, guarded
-from swinv2_train.config import TASKS, known_keys
+from swinv2_train.config import TASKS
 from swinv2_train.console import duration_text
+from swinv2_train.gate import known_keys
 from swinv2_train.log import read_metrics
 from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 

@@ -21,7 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from swinv2_train.config import Config, ConfigError, load_config, one_line, unknown_key
+from swinv2_train.config import Config, ConfigError
+from swinv2_train.gate import load_config, one_line, unknown_key
 from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 
 

@@ -16,11 +16,12 @@ import torch
 from swinv2_train import loop
 from swinv2_train.checkpoint import find_checkpoint, read_weights
 from swinv2_train.command_line import compose_run, guarded
-from swinv2_train.config import Config, ConfigError, config_yaml
+from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.loader import EvalLoader
 from swinv2_train.distributed import init_distributed, shutdown_distributed
 from swinv2_train.engine.checks import check_full_state
 from swinv2_train.engine.local import to_device
+from swinv2_train.gate import config_yaml
 from swinv2_train.runtime import EXIT_DONE, set_threads
 from swinv2_train.tasks import build_task
 from swinv2_train.train import on_main, open_shards

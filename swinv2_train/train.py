@@ -11,11 +11,12 @@ from typing import Any
 from swinv2_train import loop
 from swinv2_train.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, read_weights
 from swinv2_train.command_line import run_command
-from swinv2_train.config import ClassifyConfig, Config, ConfigError, config_yaml, read_config
+from swinv2_train.config import ClassifyConfig, Config, ConfigError
 from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps
 from swinv2_train.data.shards import Manifest, open_manifest
 from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine, check_engine
+from swinv2_train.gate import config_yaml, read_config
 from swinv2_train.log import Console, RunLog, open_console
 from swinv2_train.optim import build_param_groups
 from swinv2_train.report import write_report

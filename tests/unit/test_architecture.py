@@ -16,7 +16,7 @@ PACKAGE = Path(swinv2_train.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
-    "config": 0, "distributed": 0,
+    "config": 0, "gate": 0, "distributed": 0,
     "models": 1, "metrics": 1, "runtime": 1, "console": 1, "log": 1, "pictures": 1, "charts": 1,
     "data": 2,
     "tasks": 3, "optim": 3, "schedule": 3, "ema": 3, "weights": 3,
@@ -32,7 +32,7 @@ CONFINED = {
     "webdataset": {"data"},
     "wandb": {"log"},
     "tqdm": {"console"},
-    "hydra": ENTRY_POINTS | {"config"},
+    "hydra": ENTRY_POINTS,
 }
 
 

@@ -13,17 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from swinv2_train.command_line import compose_argv, compose_run, conf_dir
-from swinv2_train.config import (
-    TASKS,
-    ClassifyConfig,
-    Config,
-    ConfigError,
-    SimMIMConfig,
-    config_yaml,
-    known_keys,
-    load_config,
-    read_config,
-)
+from swinv2_train.config import TASKS, ClassifyConfig, Config, ConfigError, SimMIMConfig
+from swinv2_train.gate import config_yaml, known_keys, load_config, read_config
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 MINIMAL = ("run_dir=somewhere", "data.shards=x.tar")

@@ -1,0 +1,276 @@
+"""The one strict gate between a composed YAML tree and the typed configuration.
+
+``load_config`` merges the tree into the dataclasses of :mod:`swinv2_train.config`.  An unknown, missing, mistyped or
+out-of-range key raises ConfigError before any process group or accelerator is touched, whether it came from the command
+line, from an experiment file or from behind ``+``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from swinv2_train.config import (
+    SCORES,
+    TASKS,
+    ClassifyConfig,
+    Config,
+    ConfigError,
+    SimMIMConfig,
+    TaskConfig,
+    pair,
+)
+
+ABOVE_0, BELOW_1 = math.ulp(0.0), 1.0 - math.ulp(0.5)
+"""The open ends of ranges."""
+
+
+def load_config(composed: DictConfig) -> Config:
+    """Merge a composed tree strictly into the dataclasses and check every range; the only way to make a Config.
+
+    Raises ConfigError naming the key, what is wrong with its value and the remedy.
+    """
+    task_name = OmegaConf.select(composed, "task.name")
+    if task_name not in TASKS:
+        raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose task=simmim or task=classify")
+    schema = OmegaConf.structured(Config)
+    schema.task = OmegaConf.structured(TASKS[task_name])
+    _check_keys(composed, TASKS[task_name])
+    try:
+        merged = OmegaConf.merge(schema, composed)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value; set it on the command line: {missing[0]}=VALUE")
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_merge_error(error)) from error
+    check_config(config)
+    return config
+
+
+def known_keys(task: type[TaskConfig] | None = None) -> list[str]:
+    """Every dotted key of the configuration (of all tasks, or of one)."""
+    return list(_keys(Config, "", task))
+
+
+def near_names(key: str, names: typing.Iterable[str]) -> str:
+    """A remedy for an unknown dotted key: its nearest known names, by the whole path or by the last part alone."""
+    names = list(names)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    leaf = key.rsplit(".", 1)[-1]
+    near += [name for name in names if name.rsplit(".", 1)[-1] == leaf and name not in near]
+    return f"did you mean {' or '.join(near[:3])}?" if near else "`--cfg job` prints every key"
+
+
+def _keys(cls: type, prefix: str, task: type[TaskConfig] | None) -> typing.Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, name = hints[field.name], f"{prefix}{field.name}"
+        if kind is TaskConfig:
+            for option in TASKS.values() if task is None else (task,):
+                yield from _keys(option, f"{name}.", task)
+        elif dataclasses.is_dataclass(kind):
+            yield from _keys(typing.cast(type, kind), f"{name}.", task)
+        else:
+            yield name
+
+
+def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
+    """Name the first key that no dataclass has, before OmegaConf does it without a remedy."""
+    known = known_keys(task)
+    sections = {key[: i + 1] for key in (k + "." for k in known) for i, char in enumerate(key) if char == "."}
+    for key in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
+        if key in known or key.startswith("engine.deepspeed_overrides."):
+            continue
+        if key + "." in sections:
+            raise ConfigError(
+                f"{key} is a section, not a value; set one of its keys, such as {_first_below(key, known)}"
+            )
+        raise ConfigError(unknown_key(key, task))
+
+
+def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
+    """The message about a dotted key that the configuration (of one task, or of any) does not have."""
+    if key.startswith("engine.deepspeed_overrides."):
+        return f"{key} is not among our own keys; add it with a plus: +{key}=VALUE"
+    owners = [name for name, cls in TASKS.items() if cls is not task and key in known_keys(cls)]
+    if owners:
+        return f"unknown key {key}: it belongs to task={owners[0]}"
+    return f"unknown key {key}: {near_names(key, known_keys(task))}"
+
+
+def _first_below(section: str, known: list[str]) -> str:
+    return next(key for key in known if key.startswith(section + "."))
+
+
+def _leaves(tree: Any, prefix: str) -> typing.Iterator[str]:
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, path + ".")
+        elif not (isinstance(value, dict) and path == "engine.deepspeed_overrides"):
+            yield path
+
+
+def _merge_error(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None) or "the configuration"
+    reason = str(getattr(error, "msg", None) or error).split("\n")[0]
+    return f"{key}: {reason}"
+
+
+def check_config(config: Config) -> None:
+    """Check every range and every relation between keys that needs no file, model or process group."""
+    train, optim, data, schedule = config.train, config.optim, config.data, config.optim.schedule
+    _one_given("train.max_steps", train.max_steps, "train.epochs", train.epochs)
+    _one_given(
+        "optim.schedule.warmup_steps",
+        schedule.warmup_steps,
+        "optim.schedule.warmup_epochs",
+        schedule.warmup_epochs,
+    )
+    _one_of("engine.name", config.engine.name, ("deepspeed", "local"))
+    _one_of("engine.zero_stage", config.engine.zero_stage, (0, 1, 2, 3))
+    _one_of("engine.precision", config.engine.precision, ("fp32", "bf16"))
+    _one_of("engine.offload_optimizer", config.engine.offload_optimizer, ("none", "cpu"))
+    _one_of("model.recompute", config.model.recompute, ("none", "blocks", "offload"))
+    _one_of("optim.schedule.name", schedule.name, ("cosine", "linear", "multistep", "constant"))
+    _one_of("data.interpolation", data.interpolation, ("bilinear", "bicubic"))
+    _one_of("data.on_bad_sample", data.on_bad_sample, ("error", "replace"))
+    _one_of("log.wandb", config.log.wandb, ("offline", "online", "disabled"))
+    _one_of("log.progress", config.log.progress, ("auto", "bar", "lines", "none"))
+    _within("seed", config.seed, 0, 2**63 - 1)
+    for key, value, low in (
+        ("train.max_steps", train.max_steps, 1),
+        ("train.epochs", train.epochs, ABOVE_0),
+        ("train.global_batch_size", train.global_batch_size, 1),
+        ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.log_every_steps", train.log_every_steps, 1),
+        ("train.checkpoint_every_steps", train.checkpoint_every_steps, 1),
+        ("train.keep_checkpoints", train.keep_checkpoints, 1),
+        ("train.eval_every_steps", train.eval_every_steps, 1),
+        ("train.picture_every_steps", train.picture_every_steps, 1),
+        ("model.patch_size", config.model.patch_size, 1),
+        ("model.embed_dim", config.model.embed_dim, 1),
+        ("model.extra_norm_period", config.model.extra_norm_period, 0),
+        ("model.mlp_ratio", config.model.mlp_ratio, ABOVE_0),
+        ("data.num_workers", data.num_workers, 0),
+        ("data.prefetch_batches", data.prefetch_batches, 1),
+        ("data.lanes", data.lanes, 1),
+        ("data.window_shards", data.window_shards, 1),
+        ("optim.lr", optim.lr, 0),
+        ("optim.weight_decay", optim.weight_decay, 0),
+        ("optim.eps", optim.eps, 0),
+        ("optim.clip_grad_norm", optim.clip_grad_norm, 0),
+        ("optim.schedule.warmup_steps", schedule.warmup_steps, 0),
+        ("optim.schedule.warmup_epochs", schedule.warmup_epochs, 0),
+        ("optim.schedule.warmup_lr", schedule.warmup_lr, 0),
+        ("optim.schedule.min_lr", schedule.min_lr, 0),
+        ("optim.schedule.gamma", schedule.gamma, 0),
+        ("engine.reduce_bucket_size", config.engine.reduce_bucket_size, 1),
+        ("engine.prefetch_bucket_size", config.engine.prefetch_bucket_size, 0),
+        ("engine.persistence_threshold", config.engine.persistence_threshold, 0),
+        ("engine.max_reuse_distance", config.engine.max_reuse_distance, 0),
+        ("runtime.num_threads", config.runtime.num_threads, 1),
+        ("runtime.process_group_timeout_sec", config.runtime.process_group_timeout_sec, 1),
+    ):
+        _within(key, value, low, math.inf)
+    for key, value in (("data.hflip", data.hflip), ("data.max_bad_fraction", data.max_bad_fraction)):
+        _within(key, value, 0, 1)
+    for key, value in (
+        ("model.drop_path_rate", config.model.drop_path_rate),
+        *(("optim.betas", beta) for beta in optim.betas),
+    ):
+        _within(key, value, 0, BELOW_1)
+    for key, value in (("data.eval_crop_pct", data.eval_crop_pct), ("optim.layer_decay", optim.layer_decay)):
+        _within(key, value, ABOVE_0, 1)
+    for key, values in (
+        ("model.depths", config.model.depths),
+        ("model.num_heads", config.model.num_heads),
+    ):
+        if values is not None and (not values or min(values) < 1):
+            raise ConfigError(f"{key} ({values}) must hold one positive number per stage")
+    _range_pair("data.crop_scale", data.crop_scale, 1.0)
+    _range_pair("data.crop_ratio", data.crop_ratio, math.inf)
+    for key, numbers, length in (
+        ("data.mean", data.mean, 3),
+        ("data.std", data.std, 3),
+        ("optim.betas", optim.betas, 2),
+    ):
+        if len(numbers) != length:
+            raise ConfigError(f"{key} ({numbers}) must hold {length} numbers")
+    for mean, std in zip(data.mean, data.std, strict=True):
+        _within("data.mean", mean, -math.inf, math.inf)
+        _within("data.std", std, ABOVE_0, math.inf)
+    for milestone in schedule.milestones:
+        _within("optim.schedule.milestones", milestone, 0, 1)
+    img_size = pair("model.img_size", config.model.img_size)
+    pair("model.window_size", config.model.window_size)
+    if isinstance(config.task, SimMIMConfig):
+        _within("task.mask_ratio", config.task.mask_ratio, ABOVE_0, 1)
+        unit = config.task.mask_unit_px
+        if unit < 1 or unit % config.model.patch_size or any(side % unit for side in img_size):
+            raise ConfigError(
+                f"task.mask_unit_px ({unit}) must be a multiple of model.patch_size ({config.model.patch_size}) and "
+                f"divide model.img_size {img_size}"
+            )
+    if isinstance(config.task, ClassifyConfig):
+        _within("task.num_classes", config.task.num_classes, 1, math.inf)
+        _within("task.label_smoothing", config.task.label_smoothing, 0, 1)
+    if train.keep_best is not None:
+        _one_of("train.keep_best", train.keep_best, SCORES[config.task.name])
+    if train.keep_best is not None and data.eval_shards is None:
+        raise ConfigError(
+            f"train.keep_best ({train.keep_best}) needs data.eval_shards; set it, or train.keep_best=null"
+        )
+
+
+def _one_given(key: str, value: float | None, other: str, other_value: float | None) -> None:
+    if value is None and other_value is None:
+        raise ConfigError(f"{key} and {other} are both null; set one of them")
+
+
+def _one_of(key: str, value: Any, options: tuple[Any, ...]) -> None:
+    if value not in options:
+        raise ConfigError(f"{key} ({value}) is none of {', '.join(str(option) for option in options)}")
+
+
+def _within(key: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (low <= value <= high and math.isfinite(value)):  # also refuses NaN
+        least = "more than 0" if low == ABOVE_0 else f"at least {low:g}"
+        most = "less than 1" if high == BELOW_1 else f"at most {high:g}"
+        bounds = [text for text, bound in ((least, low), (most, high)) if math.isfinite(bound)]
+        raise ConfigError(f"{key} ({value}) must be {' and '.join(bounds) or 'a finite number'}")
+
+
+def _range_pair(key: str, values: list[float], high: float) -> None:
+    if len(values) != 2 or not (0 < values[0] <= values[1] <= high):
+        limit = "" if high == math.inf else f" <= {high:g}"
+        raise ConfigError(f"{key} ({values}) must be [low, high] with 0 < low <= high{limit}")
+
+
+def config_yaml(config: Config) -> str:
+    """The validated configuration as YAML, loadable by the same gate."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def read_config(path: Path) -> Config:
+    """Read a configuration written as :func:`config_yaml` through the gate."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there; run_dir must be the directory of a run")
+    try:
+        return load_config(typing.cast(DictConfig, OmegaConf.load(path)))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
