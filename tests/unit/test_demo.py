@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import demo
+import pytest
+
+from swinv2_train.command_line import compose_overrides
+from swinv2_train.gate import config_yaml
 
 
 def test_overrides_of_one_task_go_to_its_run_alone():
@@ -15,3 +21,11 @@ def test_overrides_of_one_task_go_to_its_run_alone():
 def test_a_mistyped_key_reaches_the_gate():
     """It is dropped by neither phase, so the gate can name it."""
     assert demo.overrides_of(["task.mask_ration=0.5"], "classify") == ["task.mask_ration=0.5"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_demo_goes_on_in_the_precision_it_was_begun_with(precision, tmp_path: Path):
+    """The choice is measured, and a checkpoint of one precision cannot be resumed in the other."""
+    config = compose_overrides(["experiment=cifar10_simmim", f"engine.precision={precision}"])
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    assert demo.precision_for(tmp_path) == precision
