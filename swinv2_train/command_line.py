@@ -7,6 +7,7 @@ opens no output directory and no logger, so that it does nothing per rank.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
 import sys
@@ -54,6 +55,9 @@ def guarded(command: Callable[[], int]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # `--help | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except Exception:  # noqa: BLE001  the last place that can say what happened
         traceback.print_exc()
         return EXIT_FAILED
@@ -109,6 +113,12 @@ def _explain(error: Exception) -> str:
     """Hydra's complaint in one line, with a remedy where the key is unknown."""
     text = one_line(error)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    option = re.search(r"Could not find '(\w+)/([^']*)' Available options in '\w+': (.*?) Config search path", text)
+    if option:
+        group, given, names = option[1], option[2], [name for name in option[3].split() if name != "common"]
+        near = difflib.get_close_matches(given, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{group}={given}: there is no such {group}; {hint}there are {', '.join(names)}"
     if unknown:
         return unknown_key(unknown.group(1))
     return text

@@ -167,7 +167,7 @@ class Progress:
         if self.mode == "bar":
             self._move_bar(step, total)
         elif now - self._said_at >= _LINE_EVERY_SEC or (step >= total and step != self._said_step):
-            self.console.say(f"step {step}/{total}  {self._numbers(step, total)}")
+            self.console.say(f"step {step}/{total}  {self._numbers(step, total)}".rstrip())
             self._said_at, self._said_step = now, step
 
     def close(self) -> None:

@@ -128,6 +128,8 @@ def _merge_error(error: OmegaConfBaseException) -> str:
 
 def check_config(config: Config) -> None:
     """Check every range and every relation between keys that needs no file, model or process group."""
+    if not config.run_dir.strip():
+        raise ConfigError("run_dir is empty; name a directory: run_dir=DIR")
     train, optim, data, schedule = config.train, config.optim, config.data, config.optim.schedule
     _one_given("train.max_steps", train.max_steps, "train.epochs", train.epochs)
     _one_given(

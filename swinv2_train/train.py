@@ -55,7 +55,7 @@ def train(config: Config) -> int:
         task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
         source = on_main(world, lambda: initial_checkpoint(config)) if newest is None else None
-        on_main(world, lambda: run_dir.mkdir(parents=True, exist_ok=True))
+        on_main(world, lambda: make_run_dir(run_dir))
         with open_console(run_dir, world.rank) as console:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code = EXIT_FAILED
@@ -116,6 +116,9 @@ def build_run(
     evaluation = None
     if shards[1] is not None:
         evaluation = EvalLoader(shards[1], config.data, task.eval_transform, micro_batch, world.rank, world.world_size)
+    labels = shards[0].label_range
+    if isinstance(config.task, ClassifyConfig) and labels and labels[1] + 1 < config.task.num_classes:
+        log.say(f"note: task.num_classes is {config.task.num_classes}, but the labels end at {labels[1]}")
     log.resume_at(state["step"])
     total = total_steps(config.train, shards[0].num_samples)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
@@ -159,7 +162,7 @@ def on_main(world: World, function: Callable[[], Any]) -> Any:
 
 def checked_newest(run_dir: Path, config: Config) -> Path | None:
     """The newest complete checkpoint of run_dir; ConfigError when it belongs to another model or task."""
-    if run_dir.exists() and not run_dir.is_dir():
+    if run_dir.is_file():
         raise ConfigError(f"run_dir ({run_dir}) is a file; name a directory")
     newest = newest_checkpoint(run_dir)
     if newest is None:
@@ -180,6 +183,13 @@ def _identity(config: Config) -> dict[str, Any]:
     model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if key != "recompute"}
     classes = {"task.num_classes": config.task.num_classes} if isinstance(config.task, ClassifyConfig) else {}
     return {"task.name": config.task.name, **classes, **model}
+
+
+def make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir ({run_dir}) cannot be made: {error}; choose another") from error
 
 
 def write_run_files(run_dir: Path, config: Config, world: World) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -342,6 +343,7 @@ class _Workers:
             results = map(fetch.__getitems__, batches)
         else:
             if "loader" not in self._running:
+                warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
                 self._running["loader"] = DataLoader(
                     fetch,
                     batch_sampler=batches,

@@ -36,12 +36,32 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
         with _quiet():
             import_deepspeed()
+            if facts["zero_stage"] == 1 and facts["precision"] == "bf16":
+                return _merge_bf16_partitions(directory / TAG, facts["world_size"])
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             merged = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=TAG)
         return {name: tensor.float() for name, tensor in merged.items()}
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{directory}: the weights cannot be read ({error}); name another checkpoint") from error
+
+
+def _merge_bf16_partitions(folder: Path, world_size: int) -> dict[str, Tensor]:
+    """What DeepSpeed's own merger cannot read: stage 1 with bf16 weights and fp32 gradients has a format of its own.
+
+    Each rank's file holds its slice of every group's flat float32 masters, and which part of it belongs to which
+    parameter.
+    """
+    weights = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    pieces: dict[str, list[Tensor]] = {}
+    for rank in range(world_size):
+        path = folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        state = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        for flat, slices in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
+            for name, part in slices.items():
+                pieces.setdefault(name, []).append(flat[part.start : part.start + part.numel])
+    merged = {name: torch.cat(parts).view(weights[name].shape) for name, parts in pieces.items()}
+    return {name: merged.get(name, tensor).float() for name, tensor in weights.items()}
 
 
 @contextlib.contextmanager

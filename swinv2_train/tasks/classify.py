@@ -88,6 +88,8 @@ def encoder_weights(pretrained: Mapping[str, Tensor], fresh: Mapping[str, Tensor
         for name, tensor in pretrained.items()
         if name.startswith("encoder.") and name != "encoder.mask_token"
     }
+    if not encoder:
+        raise ConfigError(f"task.init_from ({source}) is no SimMIM run: it has no encoder; name a pre-training run")
     expected = {name for name in fresh if not name.startswith("head.")}
     for name in sorted(expected ^ encoder.keys()):
         side = "has no" if name in expected else "has, and this model has not,"

@@ -79,8 +79,11 @@ WRONG = {
     "value out of range": (("optim.lr=-1",), r"optim.lr \(-1.0\) must be at least 0"),
     "not a number": (("optim.lr=nan",), r"optim.lr \(nan\) must be at least 0"),
     "unknown choice": (("engine.precision=fp8",), r"engine.precision \(fp8\) is none of fp32, bf16"),
-    "no such experiment": (("experiment=cifar11",), r"Could not find 'experiment/cifar11'.*cifar10_simmim"),
-    "no such model": (("model=colossal",), r"Could not find 'model/colossal'.*giant"),
+    "no such experiment": (
+        ("experiment=cifar10_simmin",),
+        r"there is no such experiment; did you mean cifar10_simmim\?",
+    ),
+    "no such model": (("model=colossal",), r"model=colossal: there is no such model; there are base, demo, giant"),
     "no length": (("train.epochs=null",), r"train.max_steps and train.epochs are both null; set one"),
     "mask unit": (("task.mask_unit_px=20",), r"task.mask_unit_px \(20\) must be a multiple .* divide model.img_size"),
     "size as text": (("model.img_size=big",), r"model.img_size \('big'\) must be a positive whole number or a pair"),
@@ -98,6 +101,7 @@ WRONG = {
     "no stages": (("model.depths=[]",), r"model.depths \(\[\]\) must hold one positive number per stage"),
     "no heads": (("model.num_heads=[0,6]",), r"model.num_heads \(\[0, 6\]\) must hold one positive number"),
     "std that is no number": (("data.std=[nan,1,1]",), r"data.std \(nan\) must be more than 0"),
+    "empty run_dir": (("run_dir=",), r"run_dir is empty; name a directory"),
     "two means": (("data.mean=[0,0]",), r"data.mean \(\[0.0, 0.0\]\) must hold 3 numbers"),
     "best without evaluation": (("train.keep_best=val/loss",), r"train.keep_best \(val/loss\) needs data.eval_shards"),
     "best by what is not measured": (

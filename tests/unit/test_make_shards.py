@@ -164,3 +164,13 @@ def test_reindex_and_verify_work_as_a_command(tmp_path):
     )
     assert done.returncode == 0 and "30 images in 1 shards" in done.stdout
     assert make_shards.main(["--verify", str(path)]) == 0
+
+
+def test_files_that_cannot_be_read_or_written_are_one_message(tmp_path, capsys):
+    """A dangling link among the images, and a place where nothing can be written."""
+    source = tmp_path / "images"
+    source.mkdir()
+    (source / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert make_shards.main([str(source), str(tmp_path / "out" / "train")]) == 2
+    assert make_shards.main([str(source), str(tmp_path / "images" / "gone.jpg" / "x")]) == 2
+    assert capsys.readouterr().err.count("make_shards: ") == 2
