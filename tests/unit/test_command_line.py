@@ -1,0 +1,54 @@
+"""How a command ends: exit codes, one message from one rank, and no second run in the same process."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from swinv2_train.command_line import compose_argv, guarded, run_command
+from swinv2_train.config import ConfigError
+from swinv2_train.runtime import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+
+
+def refuse() -> int:
+    raise ConfigError("optim.lr is wrong")
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    assert guarded(refuse) == EXIT_USER_ERROR == 2
+    assert capsys.readouterr().err == "error: optim.lr is wrong\n"
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_wrong_input_is_said_by_the_first_rank_alone(rank, lines, monkeypatch, capsys):
+    """Else a job of 64 ranks says it 64 times."""
+    monkeypatch.setenv("RANK", rank)
+    assert guarded(refuse) == EXIT_USER_ERROR
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_a_bug_is_a_traceback_and_exit_code_1(capsys):
+    assert guarded(lambda: 1 // 0) == EXIT_FAILED == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_exit_code_of_the_run_is_the_commands_own(monkeypatch, capsys):
+    """3 tells a scheduler that the same command goes on; --cfg runs nothing and is 0."""
+    monkeypatch.setattr(sys, "argv", ["train", "experiment=cifar10_simmim"])
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda config: EXIT_STOPPED)
+    assert left.value.code == EXIT_STOPPED
+    monkeypatch.setattr(sys, "argv", ["train", "experiment=cifar10_simmim", "--cfg", "job"])
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda config: pytest.fail("--cfg must not run"))
+    assert left.value.code == 0 and "mask_unit_px: 8" in capsys.readouterr().out
+
+
+def test_several_runs_in_one_process_are_refused(monkeypatch, tmp_path, capsys):
+    """--multirun would silently train the first of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "--multirun", "experiment=cifar10_simmim", "seed=1,2"])
+    with pytest.raises(ConfigError, match="--multirun starts one run after another in one process"):
+        compose_argv()
