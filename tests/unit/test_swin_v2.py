@@ -67,8 +67,9 @@ def test_forward_and_every_gradient_equal_an_independent_float64_implementation(
     )
     got = model.double().forward_features(images, mask)[-1]
     probe = torch.randn_like(expected)
-    # Bias, scale, softmax and norms are computed in float32 inside a float64 model, so the bounds are float32's.
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    # Bias, scale, softmax and norms are computed in float32 inside a float64 model, so the bounds are float32's:
+    # measured worst 9e-7 forward, 7e-5 of the largest entry in the gradients.
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     (got * probe).sum().backward()
     (expected * probe).sum().backward()
     for name, parameter in model.named_parameters():
@@ -78,11 +79,11 @@ def test_forward_and_every_gradient_equal_an_independent_float64_implementation(
             state[name].grad / largest,
             msg=lambda m, n=name: f"{n}: {m}",
             atol=2e-4,
-            rtol=1e-3,
+            rtol=0,
         )
 
 
-PARAMETERS = {  # reference: arXiv:2111.09883 section 3.6 and table 2; exact numbers counted from the official code
+PARAMETERS = {  # 28, 50, 88, 197, 658 M, 3.0 B in the papers; the digits are this code's, so that no change slips in
     "tiny": 28_347_154,
     "small": 49_728_418,
     "base": 87_918_816,
@@ -198,7 +199,8 @@ def test_unknown_size_lists_the_known_ones():
 
 def test_bf16_weights_give_gradients_near_float32():
     """DeepSpeed keeps bf16 weights.  Bias, scale, softmax and norms stay in float32: torch's own bf16 CPU LayerNorm
-    loses most of its bias gradient over many tokens, which this bound catches (measured worst 0.06; so, 0.9)."""
+    loses most of its bias gradient over many tokens, which this bound catches (measured worst 0.008; with
+    torch's norm 0.10)."""
     torch.manual_seed(0)
     model = swin_v2(
         "demo", img_size=32, window_size=4, num_classes=10, pretrained_window_sizes=(0, 0), drop_path_rate=0.0
@@ -214,7 +216,7 @@ def test_bf16_weights_give_gradients_near_float32():
     for name, exact in gradients[torch.float32].items():
         if exact.norm() > 1e-3 * total:
             error = (gradients[torch.bfloat16][name] - exact).norm() / exact.norm()
-            assert error < 0.15, f"{name}: {error:.3f}"
+            assert error < 0.03, f"{name}: {error:.3f}"
 
 
 def test_bf16_norm_keeps_its_bias_gradient():
