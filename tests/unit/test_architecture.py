@@ -16,12 +16,12 @@ PACKAGE = Path(swinv2_train.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
-    "config": 0, "gate": 0, "distributed": 0,
+    "config": 0, "gate": 0, "distributed": 0, "lazy": 0,
     "models": 1, "metrics": 1, "runtime": 1, "console": 1, "log": 1, "pictures": 1, "charts": 1,
     "data": 2,
-    "tasks": 3, "optim": 3, "schedule": 3, "ema": 3, "weights": 3,
+    "tasks": 3, "optim": 3, "schedule": 3, "ema": 3,
     "engine": 4,
-    "checkpoint": 5, "report": 5,
+    "checkpoint": 5, "weights": 5, "report": 5,
     "loop": 6,
     "command_line": 7, "train": 7, "evaluate": 7, "plan": 7, "export": 7,
 }  # fmt: skip
