@@ -23,6 +23,9 @@ class TrainConfig:
     """Images per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: int
     """Images per rank and forward pass."""
+    loss_mean: str
+    """local (each rank's and micro-batch's own mean counts the same: the official code) or global (each image or hidden
+    pixel of the global batch does); they differ where stand-ins of damaged samples have weight 0."""
     log_every_steps: int
     """Steps between metric lines."""
     checkpoint_every_steps: int
@@ -48,7 +51,7 @@ class ModelConfig:
     window_size: Any
     """Attention window in tokens: one number, or [height, width]."""
     pretrained_window_sizes: list[int]
-    """Window of each stage at which the log-CPB was trained; 0 = the present window (section 3.3)."""
+    """Window of each stage at which the log-CPB was trained; 0 = its window at img_size (section 3.3)."""
     embed_dim: int | None
     """Channels of stage 1; null = the size's own."""
     depths: list[int] | None
@@ -59,6 +62,8 @@ class ModelConfig:
     """Hidden width of the MLP over its input width."""
     drop_path_rate: float
     """Stochastic depth rate of the last block; rises linearly from 0."""
+    clamp_to_shorter_side: bool
+    """On maps that are not square: clamp windows and drop shifts by the shorter side, as the official code does."""
     extra_norm_period: int | None
     """A LayerNorm on the main branch after every so many blocks; 0 = none, null = the size's own (huge, giant: 6)."""
     recompute: str
@@ -69,6 +74,12 @@ class ModelConfig:
 class TaskConfig:
     name: str
     """simmim or classify."""
+    init_from: str | None
+    """Weights that a new run starts from: a run, a checkpoint or a file of any known format; null = fresh ones."""
+    init_format: str | None
+    """Format of init_from: microsoft, timm, huggingface or mmpretrain; null = by its names."""
+    init_head: str
+    """auto (the file's head where it has one), fresh, or a file of class indices to take from it (22k -> 1k)."""
 
 
 @dataclass
@@ -87,8 +98,16 @@ class ClassifyConfig(TaskConfig):
     """Classes; labels run from 0 to num_classes - 1."""
     label_smoothing: float
     """Mass of the target that is spread over all classes."""
-    init_from: str | None
-    """Run or checkpoint directory of a SimMIM run whose encoder is loaded at the start; null = from scratch."""
+
+
+@dataclass
+class EvalSplitConfig:
+    """One of data.eval_splits.  It is the user's own entry, so its default is here and not in conf/."""
+
+    shards: str
+    """Its shards, in data.shards' notation."""
+    labels: str | None = None
+    """JSON file of right classes that goes before the shards' own labels (docs/evaluation.md); null = their own."""
 
 
 @dataclass
@@ -97,6 +116,8 @@ class DataConfig:
     """Training shards: a path with {00..11} braces or * wildcards; several patterns separated by ::"""
     eval_shards: str | None
     """Evaluation shards, in the same notation; null = no evaluation."""
+    eval_splits: dict[str, EvalSplitConfig]
+    """Further splits by name, scored by the evaluate command alone: +data.eval_splits.NAME.shards=PATTERN"""
     num_workers: int
     """Loader processes per rank; 0 decodes in the training process."""
     prefetch_batches: int
@@ -109,8 +130,10 @@ class DataConfig:
     """Share of the image's area that a random crop covers: [low, high]."""
     crop_ratio: list[float]
     """Width over height of a random crop: [low, high]."""
+    eval_crop: str
+    """centre (resize with the shape kept, cut out the centre) or squash (resize each side on its own, then cut)."""
     eval_crop_pct: float
-    """The evaluation's centre crop as a share of the resized shorter side."""
+    """The evaluation's centre crop as a share of the resized image's side (with centre: of its shorter one)."""
     interpolation: str
     """bilinear or bicubic."""
     hflip: float

@@ -6,20 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from configs import make_config
 from torch import Tensor, nn
 
-from swinv2_train.config import (
-    Config,
-    DataConfig,
-    EngineConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    SimMIMConfig,
-    TrainConfig,
-)
+from swinv2_train.config import Config, ScheduleConfig
 
 DIM = 16
 
@@ -110,24 +100,23 @@ def toy_config(
         "overlap_comm": False,
         "deepspeed_overrides": overrides or {},
     }
-    return Config(
-        seed=0,
-        run_dir="runs/toy",
-        train=TrainConfig(10, None, micro * 4, micro, 1, 5, 2, None, None, 10),
-        model=ModelConfig("demo", 32, 2, 4, [0], None, None, None, 4.0, 0.0, 0, recompute),
-        task=SimMIMConfig("simmim", 4, 0.6, None),
-        data=DataConfig(
-            "x", None, 0, 2, 8, 4, [0.6, 1.0], [0.75, 1.33], 1.0, "bicubic", 0.5, [0.5] * 3, [0.5] * 3, "error", 0.01,
-            False, None,
-        ),
-        optim=OptimConfig(
-            1e-2, weight_decay, [0.9, 0.99], 1e-8, clip, ["1d", "logit_scale"], layer_decay,
-            ScheduleConfig("constant", 0, None, 0.0, 0.0, [], 0.1),
-        ),
-        engine=EngineConfig(**{**settings, **engine}),
-        log=LogConfig("disabled", "toy", None, "none"),
-        runtime=RuntimeConfig(1, 60),
-    )  # fmt: skip
+    schedule = ScheduleConfig("constant", 0, None, 0.0, 0.0, [], 0.1)
+    return make_config(
+        train={"max_steps": 10, "global_batch_size": micro * 4, "micro_batch_size": micro},
+        model={"recompute": recompute},
+        optim={
+            "lr": 1e-2,
+            "weight_decay": weight_decay,
+            "betas": [0.9, 0.99],
+            "clip_grad_norm": clip,
+            "no_decay": ["1d", "logit_scale"],
+            "layer_decay": layer_decay,
+            "schedule": schedule,
+        },
+        engine={**settings, **engine},
+        log={"wandb": "disabled", "progress": "none"},
+        runtime={"num_threads": 1, "process_group_timeout_sec": 60},
+    )
 
 
 def build(config: Config, world: Any, accumulation: int = 1, drop: float = 0.0, seed: int = 0) -> Any:

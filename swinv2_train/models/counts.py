@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from swinv2_train.models.swin_v2 import SwinTransformerV2
@@ -13,18 +15,18 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def multiply_adds(model: SwinTransformerV2) -> int:
-    """Multiply-adds of one image's forward pass, as the official code counts them (norms included, bias MLP left out).
+    """Multiply-adds of one image's forward pass at model.img_size, as the official code counts them (norms included,
+    bias MLP left out), and the padding of windows and of merging with them.
 
     A training step is about three times this, and a FLOP count twice as many operations.
     """
     tokens = model.sizes[0][0] * model.sizes[0][1]
     total: int = tokens * model.embed_dim * (model.in_chans * model.patch_size**2 + 1)
-    for i, (size, depth) in enumerate(zip(model.sizes, model.depths, strict=True)):
-        tokens, dim = size[0] * size[1], model.embed_dim * 2**i
-        window = min(model.window_size[0], size[0]) * min(model.window_size[1], size[1])
-        attention = tokens * (4 * dim * dim + 2 * window * dim)
+    for i, (grid, depth) in enumerate(zip(model.grids, model.depths, strict=True)):
+        tokens, dim = math.prod(grid.size), model.embed_dim * 2**i
+        attention = math.prod(grid.padded) * (4 * dim * dim + 2 * math.prod(grid.window) * dim)
         mlp = 2 * tokens * dim * int(dim * model.mlp_ratio)
         total += depth * (attention + mlp + 2 * tokens * dim)
         if i < len(model.depths) - 1:
-            total += tokens // 4 * 8 * dim * dim + tokens * dim // 2
+            total += math.prod(model.sizes[i + 1]) * 8 * dim * dim + tokens * dim // 2
     return total + tokens * model.num_features + model.num_features * model.num_classes

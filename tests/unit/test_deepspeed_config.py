@@ -7,17 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from configs import make_config
 
-from swinv2_train.config import (
-    Config,
-    ConfigError,
-    EngineConfig,
-    LogConfig,
-    OptimConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from swinv2_train.config import ConfigError, EngineConfig
 from swinv2_train.engine import check_engine
 from swinv2_train.engine.deepspeed_config import KNOWN_KEYS, deepspeed_json
 
@@ -26,20 +18,9 @@ ENGINE = EngineConfig("deepspeed", 3, "bf16", "none", 100_000_000, 50_000_000, 1
 
 
 def config(clip=5.0, **engine):
-    return Config(
-        seed=0,
-        run_dir="x",
-        train=TrainConfig(10, None, 64, 8, 1, 1, 1, None, None, 1),
-        model=None,
-        task=None,
-        data=None,
-        optim=OptimConfig(
-            1e-3, 0.05, [0.9, 0.999], 1e-8, clip, [], 1.0, ScheduleConfig("cosine", 0, None, 0.0, 0.0, [], 0.1)
-        ),
-        engine=dataclasses.replace(ENGINE, **engine),
-        log=LogConfig("disabled", "x", None, "none"),
-        runtime=RuntimeConfig(None, 60),
-    )
+    optim = {"lr": 1e-3, "no_decay": [], "clip_grad_norm": clip}
+    train = {"global_batch_size": 64, "micro_batch_size": 8}
+    return make_config(train=train, optim=optim, engine={**dataclasses.asdict(ENGINE), **engine})
 
 
 CASES = {

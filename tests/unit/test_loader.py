@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from configs import make_config
 from PIL import Image
 
 from swinv2_train.config import ConfigError, DataConfig
@@ -26,25 +27,16 @@ from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps
 from swinv2_train.data.masks import simmim_mask
 from swinv2_train.data.shards import Manifest, SampleError, ShardError, write_shards
 
-CONFIG = DataConfig(
-    shards="",
-    eval_shards=None,
-    num_workers=0,
-    prefetch_batches=2,
-    lanes=4,
-    window_shards=2,
-    crop_scale=[0.5, 1.0],
-    crop_ratio=[0.75, 1.33],
-    eval_crop_pct=1.0,
-    interpolation="bilinear",
-    hflip=0.5,
-    mean=[0.5] * 3,
-    std=[0.5] * 3,
-    on_bad_sample="error",
-    max_bad_fraction=0.5,
-    record_keys=False,
-    source=None,
-)
+CONFIG = make_config(
+    data={
+        "lanes": 4,
+        "window_shards": 2,
+        "num_workers": 0,
+        "crop_scale": [0.5, 1.0],
+        "crop_ratio": [0.75, 1.33],
+        "max_bad_fraction": 0.5,
+    }
+).data
 
 
 class Transform:
@@ -355,7 +347,7 @@ print("pids", *[w.pid for w in loader._workers._running["loader"]._iterator._wor
 
 def _start(tmp_path: Path, then: str) -> tuple[subprocess.Popen, list[int]]:
     make_shards(tmp_path, 20)
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    paths = [str(Path(__file__).parents[level]) for level in range(3)]
     script = _SCRIPT.format(paths=paths, pattern=f"{tmp_path}/*.tar", then=then)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from configs import make_config
 
-from swinv2_train.config import ConfigError, ScheduleConfig, TrainConfig
+from swinv2_train.config import ConfigError, ScheduleConfig
 from swinv2_train.schedule import lr_at, total_steps, warmup_steps
 
 
@@ -16,7 +17,7 @@ def schedule(**changes):
 
 
 def train(max_steps, epochs, batch=100):
-    return TrainConfig(max_steps, epochs, batch, batch, 1, 1, 1, None, None, 1)
+    return make_config(train={"max_steps": max_steps, "epochs": epochs, "global_batch_size": batch}).train
 
 
 def test_warm_up_is_linear_from_warmup_lr_and_reaches_the_peak_on_the_step_after_it():
