@@ -27,6 +27,7 @@ import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
+from swinv2_train.lazy import LazyTensors
 
 COMPLETE = "COMPLETE"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -128,8 +129,8 @@ def load_checkpoint(path: Path, engine: Saveable, world: World) -> dict[str, Any
     return state
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint by official name, on the CPU; any number of ranks may have written it."""
+def read_weights(checkpoint: Path) -> LazyTensors:
+    """The float32 weights of a checkpoint by official name, read one at a time; saved by any number of ranks."""
     from swinv2_train.engine.consolidate import read_weights as read_engine_weights
 
     return read_engine_weights(checkpoint / "engine")

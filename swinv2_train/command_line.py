@@ -91,6 +91,28 @@ def compose_run(arguments: list[str], extra_keys: tuple[str, ...]) -> tuple[Conf
     return load_config(composed), {key: given[key] for key in extra_keys if key in given}
 
 
+def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Config, dict[str, str]]:
+    """The configuration behind existing weights: of the run that ``run_dir=DIR`` names, with the other KEY=VALUE
+    arguments on top; or, for ``weights=PATH`` without a run, what the train command would compose of them.
+
+    own_keys: keys that are the command's own and no part of a configuration; returned as they were given.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    own = {key: given[key] for key in own_keys if key in given}
+    overrides = [argument for argument in arguments if argument.partition("=")[0] not in own_keys]
+    if "run_dir" not in given and "weights" in own:
+        unused = ["run_dir=unused", "data.shards=unused"]  # what training needs and these commands do not look at
+        return compose_overrides([*unused, *overrides]), own
+    if "run_dir" not in given:
+        raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
+    run_dir = Path(given["run_dir"]).resolve()
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"run_dir ({given['run_dir']}) holds no config.yaml; name the directory of a run")
+    with _composition_errors(), initialize_config_dir(str(run_dir), version_base="1.3"):
+        composed = compose("config", overrides)
+    return load_config(composed), own
+
+
 def compose_overrides(overrides: list[str]) -> Config:
     """The validated configuration of a list of overrides, as the train command would compose it."""
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -24,8 +24,7 @@ class TrainConfig:
     micro_batch_size: int
     """Images per rank and forward pass."""
     loss_mean: str
-    """local (each rank's and micro-batch's own mean counts the same: the official code) or global (each image or hidden
-    pixel of the global batch does); they differ where stand-ins of damaged samples have weight 0."""
+    """local (the mean of each rank's and micro-batch's own mean, as official) or global (of all images or pixels)."""
     log_every_steps: int
     """Steps between metric lines."""
     checkpoint_every_steps: int
@@ -50,8 +49,8 @@ class ModelConfig:
     """Side of a patch in pixels."""
     window_size: Any
     """Attention window in tokens: one number, or [height, width]."""
-    pretrained_window_sizes: list[int]
-    """Window of each stage at which the log-CPB was trained; 0 = its window at img_size (section 3.3)."""
+    pretrained_window_sizes: list[Any]
+    """Window of each stage at which the log-CPB was trained, a number or [height, width]; 0 = this one (section 3.3)."""
     embed_dim: int | None
     """Channels of stage 1; null = the size's own."""
     depths: list[int] | None
@@ -113,7 +112,7 @@ class EvalSplitConfig:
 @dataclass
 class DataConfig:
     shards: str
-    """Training shards: a path with {00..11} braces or * wildcards; several patterns separated by ::"""
+    """Training shards: a path or address (https://, s3://) with {00..11} braces or * wildcards; several joined by ::"""
     eval_shards: str | None
     """Evaluation shards, in the same notation; null = no evaluation."""
     eval_splits: dict[str, EvalSplitConfig]
@@ -145,7 +144,17 @@ class DataConfig:
     on_bad_sample: str
     """error: a damaged sample stops the run, named; replace: another sample stands in with loss weight 0."""
     max_bad_fraction: float
-    """replace stops the run above this share of damaged samples."""
+    """replace stops the run above this share of damaged samples, over all ranks and starts."""
+    cache_dir: str | None
+    """Local folder for shards of an address, shared by all runs of a host; null = ~/.cache/swinv2_train/shards."""
+    cache_gib: float
+    """GiB that the shards in cache_dir may take; what a host's ranks mix at a time must fit."""
+    fetch_ahead_shards: int
+    """Shards of an address that each rank fetches before its lanes come to them."""
+    fetch_stall_sec: float
+    """A transfer that brings no byte for so many seconds is cut off and tried again."""
+    fetch_give_up_sec: float
+    """Seconds, over all attempts, after which a shard that cannot be had ends the run."""
     record_keys: bool
     """Write the sample keys of every step to RUN_DIR/sample_keys/."""
     source: str | None

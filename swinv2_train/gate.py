@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from swinv2_train.config import (
     ClassifyConfig,
     Config,
     ConfigError,
+    EvalSplitConfig,
     SimMIMConfig,
     TaskConfig,
     pair,
 )
 
+SPLITS = "data.eval_splits."
+"""Below it the user's own names begin."""
 ABOVE_0, BELOW_1 = math.ulp(0.0), 1.0 - math.ulp(0.5)
 """The open ends of ranges."""
 
@@ -48,7 +52,8 @@ def load_config(composed: DictConfig) -> Config:
         merged = OmegaConf.merge(schema, composed)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{missing[0]} has no value; set it on the command line: {missing[0]}=VALUE")
+            plus = "+" if missing[0].startswith(SPLITS) else ""
+            raise ConfigError(f"{missing[0]} has no value; set it on the command line: {plus}{missing[0]}=VALUE")
         config = typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_merge_error(error)) from error
@@ -90,6 +95,9 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
     for key in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
         if key in known or key.startswith("engine.deepspeed_overrides."):
             continue
+        if key.startswith(SPLITS):
+            _check_split_key(key)
+            continue
         if key + "." in sections:
             raise ConfigError(
                 f"{key} is a section, not a value; set one of its keys, such as {_first_below(key, known)}"
@@ -97,10 +105,24 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
         raise ConfigError(unknown_key(key, task))
 
 
+def _check_split_key(key: str) -> None:
+    """data.eval_splits.NAME.shards and .labels, the name fit for a file's."""
+    name, *rest = key.removeprefix(SPLITS).split(".")
+    known = [f"{SPLITS}{name}.{field.name}" for field in dataclasses.fields(EvalSplitConfig)]
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ConfigError(f"{SPLITS}{name}: a split's name is made of letters, digits, _ and -")
+    if not rest:
+        raise ConfigError(f"{key} is a split, not a value; set its shards: +{key}.shards=PATTERN")
+    if key not in known:
+        raise ConfigError(f"unknown key {key}: {near_names(key, known)}")
+
+
 def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
     """The message about a dotted key that the configuration (of one task, or of any) does not have."""
     if key.startswith("engine.deepspeed_overrides."):
         return f"{key} is not among our own keys; add it with a plus: +{key}=VALUE"
+    if f"{key}.".startswith(SPLITS):
+        return f"{key}: a split is added with a plus: +{SPLITS}NAME.shards=PATTERN"
     owners = [name for name, cls in TASKS.items() if cls is not task and key in known_keys(cls)]
     if owners:
         return f"unknown key {key}: it belongs to task={owners[0]}"
@@ -144,6 +166,8 @@ def check_config(config: Config) -> None:
     _one_of("engine.offload_optimizer", config.engine.offload_optimizer, ("none", "cpu"))
     _one_of("model.recompute", config.model.recompute, ("none", "blocks", "offload"))
     _one_of("optim.schedule.name", schedule.name, ("cosine", "linear", "multistep", "constant"))
+    _one_of("train.loss_mean", train.loss_mean, ("local", "global"))
+    _one_of("data.eval_crop", data.eval_crop, ("centre", "squash"))
     _one_of("data.interpolation", data.interpolation, ("bilinear", "bicubic"))
     _one_of("data.on_bad_sample", data.on_bad_sample, ("error", "replace"))
     _one_of("log.wandb", config.log.wandb, ("offline", "online", "disabled"))
@@ -167,6 +191,10 @@ def check_config(config: Config) -> None:
         ("data.prefetch_batches", data.prefetch_batches, 1),
         ("data.lanes", data.lanes, 1),
         ("data.window_shards", data.window_shards, 1),
+        ("data.cache_gib", data.cache_gib, ABOVE_0),
+        ("data.fetch_ahead_shards", data.fetch_ahead_shards, 0),
+        ("data.fetch_stall_sec", data.fetch_stall_sec, ABOVE_0),
+        ("data.fetch_give_up_sec", data.fetch_give_up_sec, 0),
         ("optim.lr", optim.lr, 0),
         ("optim.weight_decay", optim.weight_decay, 0),
         ("optim.eps", optim.eps, 0),
@@ -215,6 +243,9 @@ def check_config(config: Config) -> None:
         _within("optim.schedule.milestones", milestone, 0, 1)
     img_size = pair("model.img_size", config.model.img_size)
     pair("model.window_size", config.model.window_size)
+    for window in config.model.pretrained_window_sizes:
+        if window != 0 or isinstance(window, bool):
+            pair("model.pretrained_window_sizes", window)
     if isinstance(config.task, SimMIMConfig):
         _within("task.mask_ratio", config.task.mask_ratio, ABOVE_0, 1)
         unit = config.task.mask_unit_px
@@ -223,6 +254,9 @@ def check_config(config: Config) -> None:
                 f"task.mask_unit_px ({unit}) must be a multiple of model.patch_size ({config.model.patch_size}) and "
                 f"divide model.img_size {img_size}"
             )
+        for name, split in data.eval_splits.items():
+            if split.labels is not None:
+                raise ConfigError(f"{SPLITS}{name}.labels ({split.labels}) needs task=classify; SimMIM uses no labels")
     if isinstance(config.task, ClassifyConfig):
         _within("task.num_classes", config.task.num_classes, 1, math.inf)
         _within("task.label_smoothing", config.task.label_smoothing, 0, 1)

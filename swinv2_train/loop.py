@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from swinv2_train.log import RunLog
 from swinv2_train.metrics import Means, Throughput, device_peak_flops, max_over_ranks, mfu, peak_memory_gib, ranks_where
 from swinv2_train.runtime import StopRequest, replace_text
 from swinv2_train.schedule import lr_at
-from swinv2_train.tasks import Forward, Task
+from swinv2_train.tasks import Task
+
+Score = Callable[[dict[str, Any]], dict[str, torch.Tensor]]
+"""From a batch to means over it, weighted by batch["weight"]."""
 
 
 @dataclass
@@ -71,10 +75,10 @@ def fit(run: Run, stop: StopRequest) -> bool:
         lr = lr_at(run.step, run.total_steps, config.optim.schedule, run.warmup_steps, config.optim.lr)
         losses = Means()
         step_keys: list[str] = []
-        for batch in micro_batches:
+        for batch, share in zip(micro_batches, loss_shares(run, micro_batches), strict=True):
             loss = run.task.loss(run.engine.forward, batch)
-            run.engine.backward(loss)
-            losses.add({"train/loss": loss})
+            run.engine.backward(loss * share)
+            losses.add({"train/loss": loss}, weight=share)
             num_bad += batch["num_bad"]
             step_keys += batch["keys"]
         try:
@@ -102,7 +106,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
                 draw(run, batch)
             scores: dict[str, float] = {}
             if run.eval_loader is not None and (due(run.step, train.eval_every_steps) or last):
-                scores = evaluate(run.task, run.engine.evaluate, run.eval_loader)
+                scores = evaluate(partial(run.task.scores, run.engine.evaluate), run.eval_loader)
                 run.log.metrics(run.step, run.images_seen, scores)
                 run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
             score = scores.get(train.keep_best) if train.keep_best else None
@@ -123,6 +127,20 @@ def fetch(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str,
         return list(islice(batches, count)), None
     except ConfigError as error:
         return [], error
+
+
+def loss_shares(run: Run, micro_batches: list[dict[str, Any]]) -> list[float]:
+    """What this rank's micro-batches count in the step's loss; the mean over ranks and micro-batches is 1.
+
+    The engine takes the mean over ranks and micro-batches.  train.loss_mean=local leaves it at that (the official
+    code); with global every image or hidden pixel of the global batch counts the same, for one small collective a step.
+    """
+    even = [1.0] * len(micro_batches)
+    if run.config.train.loss_mean == "local":
+        return even
+    counts = torch.tensor([run.task.count(batch) for batch in micro_batches], dtype=torch.float64)
+    mean = all_reduce_sum(counts.sum()) / (run.world.world_size * len(micro_batches))
+    return (counts / mean).tolist() if mean > 0 else even  # where nothing counts every loss is 0 anyway
 
 
 def due(step: int, every: int | None) -> bool:
@@ -148,8 +166,8 @@ def log_step(run: Run, values: dict[str, float], speed: dict[str, float], num_ba
     run.log.progress(run.step, run.total_steps, values["train/loss"], images_per_sec)
 
 
-def evaluate(task: Task, forward: Forward, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """The task's scores over one pass of an evaluation loader, over all ranks; every sample counts once."""
+def evaluate(score: Score, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The means of a score over one pass of an evaluation loader, over all ranks; every sample counts once."""
     means = Means()
     remaining = iter(batches)
     while True:
@@ -158,7 +176,7 @@ def evaluate(task: Task, forward: Forward, batches: Iterable[dict[str, Any]]) ->
             raise_together(problem)
         if not found:  # on all ranks at once: they have equally many batches
             return means.read()
-        means.add(task.scores(forward, found[0]), weight=found[0]["weight"].sum())
+        means.add(score(found[0]), weight=found[0]["weight"].sum())
 
 
 def draw(run: Run, batch: dict[str, Any]) -> None:

@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from swinv2_train.distributed import World, all_reduce_sum
@@ -49,6 +51,63 @@ class Means:
         total = all_reduce_sum(torch.stack([self._sums[name] for name in names])).cpu()  # (names, 2)
         self._sums = {}
         return {name: (s / w if w else float("nan")) for name, (s, w) in zip(names, total.tolist(), strict=True)}
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often each class was taken for each: the pairs that occurred, sorted, each once."""
+
+    num_classes: int
+    true: np.ndarray
+    """(pairs,) int64, the right class."""
+    predicted: np.ndarray
+    """(pairs,) int64, the class that was said."""
+    count: np.ndarray
+    """(pairs,) int64, images."""
+
+    def images(self) -> np.ndarray:
+        """Images of each class, (num_classes,) int64."""
+        return self._per_class(self.count)
+
+    def accuracy(self) -> np.ndarray:
+        """Percent of each class's images that were said to be of it, (num_classes,) float64; nan without images."""
+        right = self._per_class(np.where(self.true == self.predicted, self.count, 0))
+        images = self.images()
+        return np.divide(100.0 * right, images, out=np.full(self.num_classes, np.nan), where=images > 0)
+
+    def _per_class(self, counts: np.ndarray) -> np.ndarray:
+        totals = np.zeros(self.num_classes, np.int64)
+        np.add.at(totals, self.true, counts)
+        return totals
+
+
+class ConfusionCounter:
+    """Counts pairs of right and predicted class; memory and traffic grow with the images, not with classes squared."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._codes: list[torch.Tensor] = []  # true x num_classes + predicted, -1 for a row that does not count
+
+    def add(self, true: torch.Tensor, predicted: torch.Tensor, weight: torch.Tensor) -> None:
+        """All (B,), true and predicted int64, on any devices.  Rows of weight 0 do not count."""
+        codes = true.to(predicted.device) * self.num_classes + predicted
+        self._codes.append(codes.masked_fill(weight.to(predicted.device) == 0, -1))
+
+    def read(self, world: World) -> Confusion:
+        """The counts over all ranks, the same on each.  Two collectives."""
+        mine = np.concatenate([np.zeros(0, np.int64), *(codes.cpu().numpy() for codes in self._codes)])
+        pairs, counts = np.unique(mine[mine >= 0], return_counts=True)
+        lengths = torch.zeros(world.world_size, dtype=torch.int64)
+        lengths[world.rank] = len(pairs)
+        lengths = all_reduce_sum(lengths)
+        everyone = torch.zeros(2, world.world_size, int(lengths.max()), dtype=torch.int64)
+        everyone[:, world.rank, : len(pairs)] = torch.from_numpy(np.stack([pairs, counts]))
+        filled = torch.arange(everyone.shape[2]) < lengths.unsqueeze(1)  # (ranks, longest)
+        pairs, counts = all_reduce_sum(everyone)[:, filled].numpy()
+        merged, where = np.unique(pairs, return_inverse=True)
+        total = np.zeros(len(merged), np.int64)
+        np.add.at(total, where, counts)
+        return Confusion(self.num_classes, merged // self.num_classes, merged % self.num_classes, total)
 
 
 def max_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:

@@ -6,10 +6,13 @@ import dataclasses
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from swinv2_train import loop
-from swinv2_train.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, read_weights
+from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint
 from swinv2_train.command_line import run_command
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
 from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps
@@ -17,7 +20,9 @@ from swinv2_train.data.shards import Manifest, open_manifest
 from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine, check_engine
 from swinv2_train.gate import config_yaml, read_config
+from swinv2_train.lazy import LazyTensors
 from swinv2_train.log import Console, RunLog, open_console
+from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.optim import build_param_groups
 from swinv2_train.report import write_report
 from swinv2_train.runtime import (
@@ -32,8 +37,8 @@ from swinv2_train.runtime import (
     set_threads,
 )
 from swinv2_train.schedule import total_steps, warmup_steps
-from swinv2_train.tasks import Task, build_task
-from swinv2_train.tasks.classify import encoder_weights
+from swinv2_train.tasks import Task, build_model, build_task
+from swinv2_train.weights import Head, match_weights, read_weights
 
 
 def train(config: Config) -> int:
@@ -54,13 +59,13 @@ def train(config: Config) -> int:
         seed_everything(config.seed, 0)  # the same initial weights on every rank
         task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
-        source = on_main(world, lambda: initial_checkpoint(config)) if newest is None else None
+        initial = initial_weights(config, task.module, world) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
         with open_console(run_dir, world.rank) as console:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code = EXIT_FAILED
             try:
-                run = build_run(config, world, task, groups, shards, log, newest, source)
+                run = build_run(config, world, task, groups, shards, log, newest, initial)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
                 exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
@@ -89,11 +94,11 @@ def build_run(
     shards: tuple[Manifest, Manifest | None],
     log: RunLog,
     newest: Path | None,
-    source: Path | None,
+    initial: Initial | None,
 ) -> loop.Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
-    source: the SimMIM checkpoint whose encoder a new run starts from.
+    initial: the weights that a new run starts from, where task.init_from names some.
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
@@ -103,10 +108,9 @@ def build_run(
     if newest is not None:
         state = load_checkpoint(newest, engine, world)
         log.say(f"resuming from {newest}")
-    elif source is not None:
-        fresh = broadcast_object(engine.full_state_dict())
-        engine.load_full_state_dict(encoder_weights(read_weights(source), fresh, str(source)))
-        log.say(f"encoder loaded from {source}")
+    elif initial is not None:
+        engine.load_full(initial.weights)
+        log.say(initial.report)
     loader = TrainLoader(
         shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
         state["images_seen"],
@@ -198,14 +202,56 @@ def write_run_files(run_dir: Path, config: Config, world: World) -> None:
     record_environment(run_dir, world.world_size)
 
 
-def initial_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that task.init_from means; ConfigError when there is none or it is no SimMIM run of this model."""
-    if not isinstance(config.task, ClassifyConfig) or config.task.init_from is None:
+class Initial(NamedTuple):
+    """What a new run starts from."""
+
+    weights: LazyTensors | None
+    """By the module's names, read one at a time; on rank 0 alone."""
+    report: str
+
+
+def initial_weights(config: Config, module: nn.Module, world: World) -> Initial | None:
+    """The weights of task.init_from as the module wants them; nothing is read yet but names and shapes.
+
+    Raises ConfigError on every rank when they cannot be read or do not fit.
+    """
+    task = config.task
+    if task.init_from is None:
         return None
-    try:
-        return find_checkpoint(Path(config.task.init_from))
-    except ConfigError as error:
-        raise ConfigError(f"task.init_from: {error}") from error
+    init_from, matched = task.init_from, []
+
+    def match() -> str:
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        fixed: dict[str, Head] = {"auto": "auto", "fresh": "fresh"}
+        head = fixed.get(task.init_head, Path(task.init_head))
+        try:
+            weights, report = match_weights(read_weights(init_from, task.init_format), shapes, init_from, head=head)
+        except ConfigError as error:
+            raise ConfigError(f"task.init_from: {error}") from error
+        matched.append(weights)
+        return "\n".join([f"weights from {init_from}: {report}", *other_windows(config, module)])
+
+    report = on_main(world, match)
+    return Initial(matched[0] if matched else None, report)
+
+
+def other_windows(config: Config, module: nn.Module) -> list[str]:
+    """A warning where task.init_from is a run whose position bias belongs to other windows than this model assumes."""
+    source = Path(str(config.task.init_from))
+    saved = [folder / "config.yaml" for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
+    if not saved:
+        return []
+    with torch.device("meta"):
+        theirs = build_model(read_config(saved[0]).model, num_classes=0).pretrained_window_sizes
+    encoder = module.encoder if isinstance(module, SimMIM) else module
+    assert isinstance(encoder, SwinTransformerV2)
+    if theirs == encoder.pretrained_window_sizes:
+        return []
+    value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for rows, cols in theirs)
+    return [
+        f"warning: their position bias was trained at other windows than this model assumes; "
+        f"model.pretrained_window_sizes=[{value}] keeps its meaning (arXiv:2111.09883 section 3.3)"
+    ]
 
 
 def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None]:

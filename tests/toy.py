@@ -131,6 +131,12 @@ def build(config: Config, world: Any, accumulation: int = 1, drop: float = 0.0, 
     return build_engine(module, build_param_groups(module, config.optim), config, world, accumulation)
 
 
+def full_state(engine: Any) -> dict[str, Tensor] | None:
+    """All of engine.full_tensors() on rank 0, None on the other ranks."""
+    state = dict(engine.full_tensors())
+    return None if any(value is None for value in state.values()) else state
+
+
 def train(engine: Any, world: Any, steps: int, micros: int = 1, first: int = 0, size: int = 16) -> list[list[float]]:
     """Steps first .. first + steps - 1; returns [mean loss over the global batch, gradient norm] of each."""
     from swinv2_train.distributed import all_reduce_sum

@@ -61,15 +61,19 @@ def random_flip(image: torch.Tensor, probability: float, rng: np.random.Generato
     return image.flip(-1) if rng.random() < probability else image
 
 
-def centre_crop(image: torch.Tensor, size: tuple[int, int], crop_pct: float, interpolation: str) -> torch.Tensor:
+def centre_crop(
+    image: torch.Tensor, size: tuple[int, int], crop_pct: float, interpolation: str, squash: bool = False
+) -> torch.Tensor:
     """The evaluation's crop: uint8 (3, H, W) -> (3, *size).
 
-    The image is resized, its shape kept, until it just covers size / crop_pct, then the centre is cut out.  With
-    crop_pct 1 an image of the right size is returned untouched.
+    The image is resized, its shape kept, until it just covers size / crop_pct, then the centre is cut out.  squash:
+    it is resized to size / crop_pct whatever its shape, so that with crop_pct 1 nothing of it is lost (the official
+    384 px configurations: TEST.CROP False).  With crop_pct 1 an image of the right size is returned untouched.
     """
     height, width = image.shape[-2:]
-    factor = max(size[0] / crop_pct / height, size[1] / crop_pct / width)
-    resized = (max(round(height * factor), size[0]), max(round(width * factor), size[1]))
+    factors = (size[0] / crop_pct / height, size[1] / crop_pct / width)
+    vertical, horizontal = factors if squash else (max(factors), max(factors))
+    resized = (max(round(height * vertical), size[0]), max(round(width * horizontal), size[1]))
     image = resize(image, resized, interpolation)
     top, left = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
     return image[:, top : top + size[0], left : left + size[1]]

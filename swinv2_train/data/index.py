@@ -26,6 +26,7 @@ LABEL_UNREADABLE = -2
 
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+_LABEL_BYTES = 64  # a longer member is no number
 _REGULAR = (b"0", b"\0", b"7")
 _REMEDY = "fetch or write it again"
 
@@ -41,27 +42,28 @@ def index_dtype(key_bytes: int) -> np.dtype:
     )
 
 
-def build_index(path: str) -> np.ndarray:
+def build_index(path: str, name: str | None = None) -> np.ndarray:
     """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
 
-    Raises ShardError, naming the byte, for a file that is compressed or not a tar, is cut off, has a damaged header,
-    no end mark, non-zero bytes after the end mark, the same member twice, or members but no image.  A tar without any
-    member is legal (an index of length 0) and warned about.
+    name: what errors call the tar, else its path.  Raises ShardError, naming the byte, for a file that is compressed
+    or not a tar, is cut off, has a damaged header, no end mark, non-zero bytes after the end mark, the same member
+    twice, or members but no image.  A tar without any member is legal (an index of length 0) and warned about.
     """
     images: dict[str, tuple[int, int, int]] = {}  # key -> (rank of the extension, offset, size)
     labels: dict[str, int] = {}
     keys: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
+    shard = name or path
     fd = os.open(path, os.O_RDONLY)
     try:
-        for name, offset, size in _members(fd, path):
-            match = _KEY_AND_EXTENSION.match(name)
-            if match is None or _META_MEMBER.match(name):
+        for member, offset, size in _members(fd, shard):
+            match = _KEY_AND_EXTENSION.match(member)
+            if match is None or _META_MEMBER.match(member):
                 continue
             key, extension = match[1], match[2].lower()
             if (key, extension) in seen:
                 raise ShardError(
-                    f"{path}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
+                    f"{shard}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
                     "keys must be unique within a shard: write it again"
                 )
             seen.add((key, extension))
@@ -71,14 +73,14 @@ def build_index(path: str) -> np.ndarray:
                 if key not in images or preference < images[key][0]:
                     images[key] = (preference, offset, size)
             elif extension == LABEL_EXTENSION:
-                labels[key] = _parse_label(os.pread(fd, min(size, 64), offset))
+                labels[key] = _parse_label(os.pread(fd, min(size, _LABEL_BYTES + 1), offset))
     finally:
         os.close(fd)
     if not keys:
-        warnings.warn(f"{path}: the shard holds no samples", stacklevel=2)
+        warnings.warn(f"{shard}: the shard holds no samples", stacklevel=2)
     elif not images:
         found = ", ".join(sorted({extension for _, extension in seen})[:8])
-        raise ShardError(f"{path}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
+        raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
 
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1)))
@@ -90,7 +92,10 @@ def build_index(path: str) -> np.ndarray:
 
 
 def _parse_label(text: bytes) -> int:
-    return int(text) if text.strip().isdigit() else LABEL_UNREADABLE
+    if len(text) > _LABEL_BYTES or not text.strip().isdigit():
+        return LABEL_UNREADABLE
+    label = int(text)
+    return label if label < 2**63 else LABEL_UNREADABLE
 
 
 def _members(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
@@ -118,6 +123,8 @@ def _members(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
         elif kind == b"L":
             long_name = os.pread(fd, size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
         if kind not in (b"x", b"L", b"K", b"g"):  # a real member: the records before it speak of it
+            if not pax.get("size", "0").isdecimal():
+                raise ShardError(f"{path}: damaged PAX header before byte {position}; {_REMEDY}")
             size = int(pax.get("size", size))
         if start + size > file_size:
             raise ShardError(

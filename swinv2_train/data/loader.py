@@ -12,7 +12,6 @@ import signal
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.data.batches import BatchRequest, EvalBatches, TrainBatches
 from swinv2_train.data.decode import DecodeError, decode_image
-from swinv2_train.data.order import GlobalOrder, Location, rank_batch
+from swinv2_train.data.order import GlobalOrder, Location, rank_shards
 from swinv2_train.data.shards import Manifest, Sample, SampleError, ShardError, TarReader
 
 Batch = dict[str, Any]
@@ -62,7 +62,8 @@ class TrainLoader:
     """An endless stream of this rank's micro-batches, from image number `start_images` on.
 
     Every batch has the transform's tensors stacked to (micro_batch_size, ...), "weight" float32 (B,) (0 for a stand-in
-    of a damaged sample), "keys" list[str] and "num_bad" int.  accumulation_steps() of them make one step.
+    of a damaged sample), "keys" list[str], "num_bad" int and as many "problems": {"shard", "key", "cause"} of each
+    damaged sample.  accumulation_steps() of them make one step.
     Raises ConfigError when the batch sizes do not divide; SampleError and ShardError while iterating.
     """
 
@@ -84,31 +85,57 @@ class TrainLoader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.start_images = rank, world_size, start_images
         self.order = GlobalOrder(manifest.counts, seed, config.lanes, config.window_shards)
-        self._fetch = _Fetcher(manifest, config, transform, seed, fill=False)
+        self.bad_images_before = 0
+        """Damaged samples of the run, all ranks, until this start."""
+        mixed = (math.ceil(config.lanes / world_size) + 1) * config.window_shards
+        self._fetch = _Fetcher(manifest, config, transform, seed, max_open=mixed)
         self._workers = _Workers(self)
-        self._seen = self._bad = 0
+        _check_room(self.order, manifest, config, start_images, global_batch_size, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = _TrainBatches(
-            self.order, self.start_images, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size
+        ahead = self.config.fetch_ahead_shards if self.manifest.cache is not None else None
+        batches = TrainBatches(
+            self.order,
+            self.start_images,
+            self.global_batch_size,
+            self.micro_batch_size,
+            self.rank,
+            self.world_size,
+            ahead,
         )
+        images_seen, bad_images = self.start_images, self.bad_images_before
         for batch in self._workers.run(self._fetch, batches, self.config):
-            self._seen += self.micro_batch_size
-            self._bad += batch["num_bad"]
-            # early on one bad sample is a large share of few, so the share is taken of at least this rank's epoch
-            if self._bad > self.config.max_bad_fraction * max(self._seen, self.manifest.num_samples / self.world_size):
-                raise SampleError(
-                    f"data.max_bad_fraction ({self.config.max_bad_fraction}) is exceeded: {self._bad} damaged samples "
-                    f"among {self._seen} on rank {self.rank}; repair the shards or raise it"
-                )
+            images_seen += self.micro_batch_size * self.world_size
+            bad_images += batch["num_bad"]
+            self.check_bad_images(bad_images, images_seen)  # of the other ranks' samples only the caller knows
             yield batch
 
-    def state_dict(self, images_seen: int) -> dict[str, Any]:
-        """What a checkpoint keeps; the same on every rank.  images_seen: images of all completed steps, all ranks."""
-        return {"images_seen": images_seen, **self._identity()}
+    def check_bad_images(self, bad_images: int, images_seen: int) -> None:
+        """Raises SampleError when the run has had more damaged samples than data.max_bad_fraction of its images.
+
+        Both count over all ranks and starts.  An epoch that has begun counts as a whole: the same damage comes early
+        in one and late in another.
+        """
+        num_samples = self.manifest.num_samples
+        if bad_images > self.config.max_bad_fraction * num_samples * max(1, math.ceil(images_seen / num_samples)):
+            raise SampleError(
+                f"data.max_bad_fraction ({self.config.max_bad_fraction}) is exceeded: {bad_images} damaged samples "
+                f"among {images_seen} images; repair the shards or raise it"
+            )
+
+    def state_dict(self, images_seen: int, bad_images: int = 0) -> dict[str, Any]:
+        """What a checkpoint keeps; the same on every rank.
+
+        images_seen: images of all completed steps, all ranks; bad_images: the damaged samples among them.
+        """
+        return {"images_seen": images_seen, "bad_images": bad_images, **self._identity()}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError when `state` (of state_dict) belongs to other data or another order."""
+        """Take over the count of damaged samples from `state` (of state_dict).
+
+        Raises ConfigError when it belongs to other data or another order.
+        """
+        self.bad_images_before = state.get("bad_images", 0)  # older checkpoints have none
         mine = self._identity()
         if state["manifest"] != mine["manifest"]:
             raise ConfigError(
@@ -140,6 +167,7 @@ class EvalLoader:
 
     Batches are TrainLoader's; rows that only fill the last batches up have weight 0 and the key "".  A batch may
     consist of nothing else, so divide by the sum of the weights over all batches and ranks, not by a batch's own.
+    key: the config key that named the shards, for error messages.
     """
 
     def __init__(
@@ -150,11 +178,12 @@ class EvalLoader:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        key: str = "data.eval_shards",
     ) -> None:
-        _check_labels(manifest, config, transform, "data.eval_shards")
+        _check_labels(manifest, config, transform, key)
         self.manifest, self.config, self.micro_batch_size = manifest, config, micro_batch_size
-        self.rank, self.world_size = rank, world_size
-        self._fetch = _Fetcher(manifest, config, transform, seed=0, fill=True)
+        self.rank, self.world_size, self.key = rank, world_size, key
+        self._fetch = _Fetcher(manifest, config, transform, seed=0, max_open=4)  # one after the other
         self._workers = _Workers(self)
 
     def __len__(self) -> int:
@@ -163,12 +192,13 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         bad = 0
-        batches = _EvalBatches(self.manifest.counts, self.micro_batch_size, self.rank, self.world_size)
+        ahead = self.config.fetch_ahead_shards if self.manifest.cache is not None else None
+        batches = EvalBatches(self.manifest.counts, self.micro_batch_size, self.rank, self.world_size, ahead)
         for batch in self._workers.run(self._fetch, batches, self.config):
             bad += batch["num_bad"]
             if bad > self.config.max_bad_fraction * self.manifest.num_samples:
                 raise SampleError(
-                    f"data.max_bad_fraction ({self.config.max_bad_fraction}) is exceeded in data.eval_shards: {bad} "
+                    f"data.max_bad_fraction ({self.config.max_bad_fraction}) is exceeded in {self.key}: {bad} "
                     f"damaged samples on rank {self.rank}; repair the shards or raise it"
                 )
             yield batch
@@ -178,61 +208,49 @@ class EvalLoader:
         self._workers.close()
 
 
+def check_classes(manifest: Manifest, num_classes: int, key: str) -> None:
+    """Raises ConfigError when the shards have a label that the model has no class for."""
+    labels = manifest.label_range
+    if labels is not None and labels[1] >= num_classes:
+        raise ConfigError(
+            f"task.num_classes ({num_classes}) is too small: {key} has labels from {labels[0]} to {labels[1]}; set "
+            f"task.num_classes={labels[1] + 1} or more"
+        )
+
+
 def _check_labels(manifest: Manifest, config: DataConfig, transform: Transform, key: str) -> None:
     """A supervised run on unlabelled shards fails before its first step, from the index alone."""
     missing = sum(manifest.unlabelled)
     allowed = config.max_bad_fraction * manifest.num_samples if config.on_bad_sample == "replace" else 0
     if transform.needs_label and missing > allowed:
-        shard = next(path for path, count in zip(manifest.paths, manifest.unlabelled, strict=True) if count)
+        shard = next(number for number, count in enumerate(manifest.unlabelled) if count)
         raise ShardError(
-            f"{key}: {missing} of {manifest.num_samples} samples have no readable label (.cls), the first in {shard}; "
-            "this task needs labels: pack the images from class folders, or choose task=simmim"
+            f"{key}: {missing} of {manifest.num_samples} samples have no readable label (.cls), the first in "
+            f"{manifest.name(shard)}; this task needs labels: pack the images from class folders, or choose task=simmim"
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Which samples: the batch samplers
-
-
-@dataclass(frozen=True)
-class _TrainBatches:
-    order: GlobalOrder
-    start: int
-    global_batch_size: int
-    micro_batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[list[Location | None]]:
-        position = self.start
-        while True:
-            mine = rank_batch(self.order, position, self.global_batch_size, self.rank, self.world_size)
-            for first in range(0, len(mine), self.micro_batch_size):
-                yield list(mine[first : first + self.micro_batch_size])
-            position += self.global_batch_size
-
-
-@dataclass(frozen=True)
-class _EvalBatches:
-    counts: tuple[int, ...]
-    micro_batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[list[Location | None]]:
-        ends = np.cumsum(self.counts)
-        num_samples = int(ends[-1])
-        share = math.ceil(num_samples / self.world_size)
-        first, last = self.rank * share, min((self.rank + 1) * share, num_samples)
-        for start in range(first, first + share, self.micro_batch_size):
-            batch: list[Location | None] = []
-            for sample in range(start, start + self.micro_batch_size):
-                if sample >= last:
-                    batch.append(None)
-                    continue
-                shard = int(np.searchsorted(ends, sample, side="right"))
-                batch.append((0, shard, int(sample - (ends[shard] - self.counts[shard]))))
-            yield batch
+def _check_room(
+    order: GlobalOrder,
+    manifest: Manifest,
+    config: DataConfig,
+    start: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> None:
+    """What a rank mixes must fit into the cache, and twice, for some workers are already at the next blocks."""
+    if manifest.cache is None:
+        return
+    mixed = config.window_shards * config.lanes
+    now, later = rank_shards(order, start, global_batch_size, rank, world_size, mixed)
+    needed = sum(manifest.sizes[shard] for shard in now + later[: len(now)])
+    if needed > manifest.cache.max_bytes:
+        raise ConfigError(
+            f"data.cache_gib ({config.cache_gib:g}) is too small: rank {rank} alone mixes {len(now)} shards at a time, "
+            f"{needed / 2**30:.3g} GiB with as many that follow; raise it, or lower data.lanes ({config.lanes}) or "
+            f"data.window_shards ({config.window_shards})"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -242,80 +260,79 @@ class _EvalBatches:
 class _Fetcher(Dataset[Any]):
     """Reads, decodes and transforms one micro-batch.  Picklable; holds no random state and no position."""
 
-    def __init__(self, manifest: Manifest, config: DataConfig, transform: Transform, seed: int, fill: bool) -> None:
-        # the shards that one rank may mix at a time, within the usual limit of 1024 file descriptors (two per shard)
-        self.reader = TarReader(manifest, max_open=min(config.lanes * config.window_shards, 256))
-        self.transform, self.seed, self.fill = transform, seed, fill
+    def __init__(self, manifest: Manifest, config: DataConfig, transform: Transform, seed: int, max_open: int) -> None:
+        # within the usual limit of 1024 file descriptors: one for a shard that is open, one for one that is at hand
+        self.reader = TarReader(manifest, max_open=min(max_open, 256))
+        self.transform, self.seed = transform, seed
         self.on_bad_sample = config.on_bad_sample
         self.first_sample = np.cumsum([0, *manifest.counts]).tolist()
         self._filler: dict[str, torch.Tensor] | None = None
 
-    def __getitems__(self, locations: list[Location | None]) -> Batch | ConfigError:
+    def __getitems__(self, request: BatchRequest) -> Batch | ConfigError:
         """The batch, or the error to raise in the main process (DataLoader would wrap it into a traceback)."""
         try:
-            return self.batch(locations)
+            return self.batch(request)
         except ConfigError as error:
             return error
 
-    def batch(self, locations: list[Location | None]) -> Batch:
+    def batch(self, request: BatchRequest) -> Batch:
+        if request.soon is not None:
+            self.reader.fetch_ahead(request.soon)
         rows: list[dict[str, torch.Tensor] | None] = []
         keys: list[str] = []
-        problems: list[str] = []
-        for location in locations:
+        problems: list[dict[str, str]] = []
+        for location in request.locations:
             if location is None:  # a padding row
                 rows.append(None)
                 keys.append("")
                 continue
             try:
-                row = self._row(location)
+                rows.append(self._row(location))
             except SampleError as error:
                 if self.on_bad_sample != "replace":
-                    raise SampleError(
-                        f"{error}; repair it, or set data.on_bad_sample=replace to go on without it"
-                    ) from error
-                problems.append(str(error))
-                row = None
-            rows.append(row)
+                    remedy = "repair it, or set data.on_bad_sample=replace to go on without it"
+                    raise SampleError(f"{error.cause}; {remedy}", error.shard, error.key) from error
+                problems.append({"shard": error.shard, "key": error.key, "cause": error.cause})
+                rows.append(None)
             keys.append(self.reader.key(location[1], location[2]))
-        good = [row for row in rows if row is not None]
-        if not good and not self.fill:
-            raise SampleError(f"no readable sample in a micro-batch of {len(rows)}; the last fault: {problems[-1]}")
-        stand_in = good[0] if good else self._first_readable()
+        stand_in = next((row for row in rows if row is not None), None) or self._readable(request.near)
         filled = [stand_in if row is None else row for row in rows]
         batch: Batch = {name: torch.stack([row[name] for row in filled]) for name in stand_in}
         batch["weight"] = torch.tensor([float(row is not None) for row in rows])
         batch["keys"] = keys
         batch["num_bad"] = len(problems)
-        if problems:
-            batch["problems"] = problems
+        batch["problems"] = problems
         return batch
 
     def _row(self, location: Location) -> dict[str, torch.Tensor]:
         epoch, shard, index = location
         sample: Sample = self.reader.read(shard, index)
-        if sample.label is None and self.transform.needs_label:
-            raise SampleError(f"{sample.shard}: sample '{sample.key}' has no readable label (.cls)")
         try:
+            if sample.label is None and self.transform.needs_label:
+                raise SampleError("no readable label (.cls)")
             image = decode_image(sample.image, sample.extension)
+            return self.transform(image, sample.label, sample_rng(self.seed, epoch, self.first_sample[shard] + index))
         except DecodeError as error:
             at = self.reader.offset(shard, index)
-            raise SampleError(f"{sample.shard}: sample '{sample.key}' at byte {at}: {error}") from error
-        return self.transform(image, sample.label, sample_rng(self.seed, epoch, self.first_sample[shard] + index))
+            raise SampleError(f"{error}, at byte {at}", sample.shard, sample.key) from error
+        except SampleError as error:  # the transform does not know which sample it got
+            raise SampleError(error.cause, sample.shard, sample.key) from error
 
-    def _first_readable(self) -> dict[str, torch.Tensor]:
-        """A row for batches that hold nothing but padding."""
-        if self._filler is None:
-            for shard, count in enumerate(self.reader.manifest.counts):
-                for index in range(count):
-                    try:
-                        self._filler = self._row((0, shard, index))
-                        return self._filler
-                    except SampleError as error:
-                        if self.on_bad_sample != "replace":
-                            raise
-                        _log.debug("not usable as padding: %s", error)
-            raise ShardError("data.eval_shards holds no readable sample; name other shards")
-        return self._filler
+    def _readable(self, near: int) -> dict[str, torch.Tensor]:
+        """A row for batches that hold nothing readable: of the shard `near`, or of the next one that has any."""
+        if self._filler is not None:
+            return self._filler
+        counts = self.reader.manifest.counts
+        for shard in (*range(near, len(counts)), *range(near)):
+            for index in range(counts[shard]):
+                try:
+                    self._filler = self._row((0, shard, index))
+                    return self._filler
+                except SampleError as error:
+                    if self.on_bad_sample != "replace":
+                        raise
+                    _log.debug("not usable as a stand-in: %s", error)
+        raise ShardError(f"{self.reader.manifest.name(near)} and its like hold no readable sample; name other shards")
 
 
 def _same(batch: Any) -> Any:
@@ -360,8 +377,8 @@ class _Workers:
             if isinstance(result, ConfigError):
                 self.close()
                 raise result
-            for problem in result.pop("problems", ()):
-                _log.warning("damaged sample replaced: %s", problem)
+            for problem in result["problems"]:
+                _log.warning("damaged sample replaced: %(shard)s: sample '%(key)s': %(cause)s", problem)
             yield result
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,24 @@ class GlobalOrder:
         shards, indices = self._block(epoch, lane_number, block)
         element -= lane.block_starts[block]
         return epoch, int(shards[element]), int(indices[element])
+
+    def lane_blocks(self, position: int) -> Iterator[tuple[int, list[int]]]:
+        """The blocks of the lane at `position`, from the one in which it stands there on, without end.
+
+        Of each the samples of this lane from `position` until it begins (0 for the first), and its shards.
+        """
+        epoch, within = divmod(position, self.num_samples)
+        element, number = divmod(within, self.lanes)
+        lane = self._layout(epoch)[number]
+        block = bisect_right(lane.block_starts, element) - 1
+        passed = -element
+        while True:
+            yield max(passed + lane.block_starts[block], 0), sorted({shard for shard, _, _ in lane.blocks[block]})
+            block += 1
+            if block == len(lane.blocks):
+                passed += self.num_samples // self.lanes + (number < self.num_samples % self.lanes)
+                epoch, block = epoch + 1, 0
+                lane = self._layout(epoch)[number]
 
     def _layout(self, epoch: int) -> list[_Lane]:
         if epoch in self._layouts:
@@ -102,13 +120,49 @@ def _generator(seed: int, *spawn_key: int) -> np.random.Generator:
 
 
 def rank_batch(order: GlobalOrder, start: int, global_batch_size: int, rank: int, world_size: int) -> list[Location]:
-    """Rank `rank`'s part of the global batch at positions [start, start + global_batch_size).
+    """Rank `rank`'s part of the global batch at positions [start, start + global_batch_size)."""
+    return [order.locate(place) for place in rank_positions(order, start, global_batch_size, rank, world_size)]
 
-    The batch is sorted by lane and cut into equal slices, so that a rank reads few lanes.
+
+def rank_positions(order: GlobalOrder, start: int, global_batch_size: int, rank: int, world_size: int) -> list[int]:
+    """The stream positions of rank_batch: the batch is sorted by lane and cut into equal slices, one for each rank.
+
+    So a rank reads few lanes.
     """
     assert global_batch_size % world_size == 0, (global_batch_size, world_size)
     positions = sorted(
         range(start, start + global_batch_size), key=lambda position: (position % order.num_samples) % order.lanes
     )
     share = global_batch_size // world_size
-    return [order.locate(position) for position in positions[rank * share : (rank + 1) * share]]
+    return positions[rank * share : (rank + 1) * share]
+
+
+def rank_shards(
+    order: GlobalOrder, start: int, global_batch_size: int, rank: int, world_size: int, ahead: int
+) -> tuple[list[int], list[int]]:
+    """Which shards rank `rank` mixes at position `start`, and the next `ahead` ones, soonest first.
+
+    A batch smaller than the number of lanes touches some of them only, so as many batches are looked at as touch all.
+    """
+    lanes: dict[int, tuple[int, int]] = {}  # lane -> first and last position in it
+    for batch in range(-(-order.lanes // global_batch_size)):
+        first = start + batch * global_batch_size
+        for position in rank_positions(order, first, global_batch_size, rank, world_size):
+            lane = (position % order.num_samples) % order.lanes
+            lanes[lane] = (lanes.get(lane, (position,))[0], position)
+    now: dict[int, None] = {}
+    later: list[tuple[int, int, list[int]]] = []
+    for lane, (first, last) in lanes.items():
+        over_the_border = first // order.num_samples != last // order.num_samples  # of two epochs, maybe one more
+        samples = (last - first) // order.lanes + over_the_border
+        wanted = -(-ahead // order.window_shards)
+        for begins, shards in order.lane_blocks(first):
+            if begins <= samples:
+                now |= dict.fromkeys(shards)
+            elif wanted > 0:
+                later.append((begins, lane, shards))
+                wanted -= 1
+            else:
+                break
+    coming = dict.fromkeys(shard for _, _, shards in sorted(later) for shard in shards if shard not in now)
+    return list(now), list(coming)[:ahead]

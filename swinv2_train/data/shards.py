@@ -1,19 +1,18 @@
-"""Shards on disk: patterns, the manifest beside them, reading one sample by position, and writing.
+"""Shards: the manifest of a set of them, reading one sample by position, and writing.
 
-A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie
-``<shard>.idx.npy`` (index.py) and, once per folder, ``manifest.json`` with the sample count, bytes, sha256 and label
-range of every shard.  Both are made by scripts/make_shards.py or on first use.
+A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie its index
+(index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by scripts/make_shards.py or on first
+use.  Shards at an address are read through a cache on this machine (cache.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import fnmatch
+import glob
 import hashlib
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,37 @@ from typing import Any
 import numpy as np
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.index import ShardError, build_index
+from swinv2_train.data.ahead import FetchAhead
+from swinv2_train.data.cache import RemoteShard, ShardCache
+from swinv2_train.data.index import ShardError
+from swinv2_train.data.manifest import (
+    INDEX_SUFFIX,
+    check_content,
+    index_folder,
+    index_shard,
+    merge_entries,
+    read_entries,
+    sha256_of,
+)
+from swinv2_train.data.pattern import expand_pattern
+from swinv2_train.data.remote import base_name, is_remote, shown
 
-__all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "expand_pattern", "open_manifest"]
-__all__ += ["reindex", "verify_shards", "write_shards"]
-
-MANIFEST_NAME = "manifest.json"
-_MANIFEST_VERSION = 1
+__all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "shard_files"]
+__all__ += ["verify_shards", "write_shards"]
 
 
 class SampleError(ConfigError):
-    """One sample is damaged; data.on_bad_sample decides what follows."""
+    """One sample is damaged; data.on_bad_sample decides what follows.
+
+    cause: what is wrong with it; shard and key: which one, where that is known already.
+    """
+
+    def __init__(self, cause: str, shard: str = "", key: str = "") -> None:
+        super().__init__(f"{shard}: sample '{key}': {cause}" if shard else cause)
+        self.cause, self.shard, self.key = cause, shard, key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleError, (self.cause, self.shard, self.key)
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,11 @@ class Manifest:
     """Everything that must be known of a set of shards before the first sample is read.  Picklable."""
 
     paths: tuple[str, ...]
+    """Local paths, and addresses."""
     index_paths: tuple[str, ...]
+    """Empty for an address: its index lies in the cache."""
+    checksums: tuple[str, ...]
+    """sha256 per shard."""
     counts: tuple[int, ...]
     """Samples per shard."""
     sizes: tuple[int, ...]
@@ -63,86 +86,86 @@ class Manifest:
     """Lowest and highest label over all shards; None without any label."""
     digest: str
     """sha256 over the names, counts and checksums of the shards in order; a resumed run compares it."""
+    cache: ShardCache | None
+    """Where shards at an address are kept on this machine; None when all are local."""
 
     @property
     def num_samples(self) -> int:
         return sum(self.counts)
 
+    def name(self, shard: int) -> str:
+        """What messages call the shard: its path, or its address without anything secret."""
+        return shown(self.paths[shard])
 
-# --------------------------------------------------------------------------------------------------------------------
-# Patterns
-
-
-def expand_pattern(pattern: str, key: str = "data.shards") -> list[str]:
-    """Paths of a pattern: ``{00..11}`` and ``{a,b}`` braces, ``* ? [..]`` wildcards (sorted), parts joined by ``::``.
-
-    Raises ShardError naming `key` when a part matches no file or is not a local path.
-    """
-    import glob
-
-    from braceexpand import braceexpand
-
-    remedy = f"set {key} to your shards (scripts/make_shards.py SOURCE OUT makes them), or run make demo for CIFAR-10"
-    paths: list[str] = []
-    for part in pattern.split("::"):
-        if "://" in part or part.startswith("pipe:"):
-            raise ShardError(f"{key} '{part}' is not a local path; copy the shards to a disk and name that")
-        try:
-            candidates = list(braceexpand(os.path.expanduser(part)))
-        except ValueError as error:  # a brace without its partner
-            raise ShardError(f"{key} '{part}': {error}; a range is written {{00..11}}") from error
-        for candidate in candidates:
-            if os.path.isdir(candidate):
-                raise ShardError(
-                    f"{key} '{part}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')}"
-                )
-            if glob.has_magic(candidate):
-                found = sorted(path for path in glob.glob(candidate, recursive=True) if os.path.isfile(path))
-                if not found:
-                    raise ShardError(f"{key} '{candidate}' matches no file; {remedy}")
-                paths += found
-            elif os.path.isfile(candidate):
-                paths.append(candidate)
-            else:
-                raise ShardError(f"{key} names '{candidate}', which does not exist; {remedy}")
-    doubled = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
-    if doubled:
-        raise ShardError(f"{key} names {doubled[0]} twice; every shard may appear once")
-    return paths
+    def remote(self, shard: int) -> RemoteShard | None:
+        """What the cache must know of a shard at an address; None for a local one."""
+        path = self.paths[shard]
+        return RemoteShard(path, self.sizes[shard], self.checksums[shard]) if is_remote(path) else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The manifest
 
 
-def open_manifest(pattern: str, key: str = "data.shards", progress: Callable[[str], None] | None = None) -> Manifest:
+def open_manifest(
+    pattern: str,
+    key: str = "data.shards",
+    progress: Callable[[str], None] | None = None,
+    cache: ShardCache | None = None,
+) -> Manifest:
     """Index what has no index yet, and compare every shard's size with the manifest (a stat each).
 
-    `key` is the config key that error messages name; `progress` receives one line per shard that is indexed.
-    Several processes may do this at once: files appear by atomic rename.  Raises ShardError.
+    key: the config key that error messages name.  progress: receives one line per shard that is indexed.  cache: where
+    shards at an address are kept on this machine; None allows local ones alone.  Several processes may do this at
+    once.  Raises ShardError.
     """
     paths = expand_pattern(pattern, key)
-    entries: list[dict[str, Any]] = []
-    index_paths: list[str] = []
+    remote = [path for path in paths if is_remote(path)]
+    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress)
+    if remote:
+        if cache is None:
+            raise ShardError(f"{key} '{shown(remote[0])}' is not a local path; copy the shards to a disk and name that")
+        found |= cache.entries(remote, progress)
+    entries = [found[path] for path in paths]
+    if not any(entry["samples"] for entry in entries):
+        raise ShardError(f"{key} '{pattern}': all {len(paths)} shards are empty; name shards that hold samples")
+    ranges = [entry["label_range"] for entry in entries if entry["label_range"] is not None]
+    digest = hashlib.sha256()
+    for path, entry in zip(paths, entries, strict=True):
+        digest.update(f"{base_name(path)}\0{entry['samples']}\0{entry['sha256']}\n".encode())
+    return Manifest(
+        paths=tuple(paths),
+        index_paths=tuple(index_paths.get(path, "") for path in paths),
+        checksums=tuple(entry["sha256"] for entry in entries),
+        counts=tuple(entry["samples"] for entry in entries),
+        sizes=tuple(entry["bytes"] for entry in entries),
+        unlabelled=tuple(entry["unlabelled"] for entry in entries),
+        label_range=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
+        digest=digest.hexdigest(),
+        cache=cache if remote else None,
+    )
+
+
+def _local_entries(
+    paths: Sequence[str], progress: Callable[[str], None] | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The manifest entry and the index path of every shard, made where they are not there yet."""
+    entries: dict[str, dict[str, Any]] = {}
+    index_paths: dict[str, str] = {}
     known: dict[Path, dict[str, Any]] = {}
     fresh: dict[Path, dict[str, Any]] = {}
     try:
         for path in paths:
-            folder = _index_folder(path)
+            folder = index_folder(path)
             if folder not in known:
-                known[folder] = _read_manifest(folder)
+                known[folder] = read_entries(folder)
             name = os.path.basename(path)
-            index_path = folder / f"{name}.idx.npy"
+            index_path = folder / f"{name}{INDEX_SUFFIX}"
             entry = known[folder].get(name)
             if entry is not None:
-                size = os.stat(path).st_size
-                if size != entry["bytes"]:
-                    raise ShardError(
-                        f"{path}: {size} bytes, manifest says {entry['bytes']}; "
-                        f"fetch it again or run scripts/make_shards.py --reindex '{path}'"
-                    )
+                check_content(path, index_path, entry)
             if entry is None or not index_path.is_file():
-                made = _index_shard(path, index_path)
+                made = index_shard(path, index_path)
                 if entry is not None and entry["sha256"] != made["sha256"]:
                     index_path.unlink()
                     raise ShardError(
@@ -152,119 +175,43 @@ def open_manifest(pattern: str, key: str = "data.shards", progress: Callable[[st
                 if progress is not None:
                     progress(f"indexed {path}: {made['samples']} samples")
                 entry = fresh.setdefault(folder, {})[name] = made
-            entries.append(entry)
-            index_paths.append(str(index_path))
+            entries[path], index_paths[path] = entry, str(index_path)
     finally:
         for folder, made_entries in fresh.items():
-            _merge_manifest(folder, made_entries)
-
-    if not any(entry["samples"] for entry in entries):
-        raise ShardError(f"{key} '{pattern}': all {len(paths)} shards are empty; name shards that hold samples")
-    ranges = [entry["label_range"] for entry in entries if entry["label_range"] is not None]
-    digest = hashlib.sha256()
-    for path, entry in zip(paths, entries, strict=True):
-        digest.update(f"{os.path.basename(path)}\0{entry['samples']}\0{entry['sha256']}\n".encode())
-    return Manifest(
-        paths=tuple(paths),
-        index_paths=tuple(index_paths),
-        counts=tuple(entry["samples"] for entry in entries),
-        sizes=tuple(entry["bytes"] for entry in entries),
-        unlabelled=tuple(entry["unlabelled"] for entry in entries),
-        label_range=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
-        digest=digest.hexdigest(),
-    )
+            merge_entries(folder, made_entries)
+    return entries, index_paths
 
 
 def reindex(pattern: str, progress: Callable[[str], None] | None = None) -> Manifest:
-    """Forget what the index and manifest say of the shards of `pattern`, and make both again."""
-    for path in expand_pattern(pattern, "SOURCE"):
-        folder = _index_folder(path)
-        _merge_manifest(folder, {os.path.basename(path): None})
-        (folder / f"{os.path.basename(path)}.idx.npy").unlink(missing_ok=True)
+    """Forget what the index and manifest say of the shards of `pattern`, and make both again.
+
+    Shards that lay in the same folders and are gone are forgotten too.
+    """
+    for path in _local_paths(pattern, complete=False):
+        folder = index_folder(path)
+        gone = [name for name in read_entries(folder) if not Path(path).with_name(name).is_file()]
+        merge_entries(folder, dict.fromkeys([*gone, os.path.basename(path)]))
+        (folder / f"{os.path.basename(path)}{INDEX_SUFFIX}").unlink(missing_ok=True)
     return open_manifest(pattern, "SOURCE", progress)
 
 
 def verify_shards(pattern: str, progress: Callable[[str], None] | None = None) -> None:
     """Read every byte of the shards and compare with the manifest's checksums.  Raises ShardError at a difference."""
+    _local_paths(pattern, complete=True)
     manifest = open_manifest(pattern, "SOURCE")
-    for path in manifest.paths:
-        entry = _read_manifest(_index_folder(path))[os.path.basename(path)]
-        if _sha256(path) != entry["sha256"]:
+    for path, checksum in zip(manifest.paths, manifest.checksums, strict=True):
+        if sha256_of(path) != checksum:
             raise ShardError(f"{path}: its checksum differs from the manifest; fetch it again")
         if progress is not None:
             progress(f"{path}: checksum agrees")
 
 
-def _index_folder(path: str) -> Path:
-    """The shard's own folder, or, where that is read-only, one in the user's cache."""
-    folder = Path(path).resolve().parent
-    made = (folder / MANIFEST_NAME).is_file() and (folder / f"{os.path.basename(path)}.idx.npy").is_file()
-    if made or os.access(folder, os.W_OK):
-        return folder
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "swinv2_train" / "index" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-
-
-def _index_shard(path: str, index_path: Path) -> dict[str, Any]:
-    """Write the index of one shard; return its manifest entry."""
-    index = build_index(path)
-    index_path.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic(index_path) as temporary, open(temporary, "wb") as file:
-        np.save(file, index)
-    labels = index["label"][index["label"] >= 0]
-    return {
-        "samples": len(index),
-        "bytes": os.stat(path).st_size,
-        "sha256": _sha256(path),
-        "label_range": [int(labels.min()), int(labels.max())] if len(labels) else None,
-        "unlabelled": len(index) - len(labels),
-    }
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_NAME
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ShardError(f"{path} is not JSON ({error}); delete it, it is made again") from error
-    if not isinstance(content, dict) or content.get("version") != _MANIFEST_VERSION:
-        raise ShardError(f"{path} is not a manifest of version {_MANIFEST_VERSION}; delete it, it is made again")
-    shards: dict[str, Any] = content["shards"]
-    return shards
-
-
-def _merge_manifest(folder: Path, entries: dict[str, Any]) -> None:
-    """Add (or, with None, remove) entries; a lock keeps two writers from losing each other's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks; a lost entry is made again
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        merged = {name: entry for name, entry in (_read_manifest(folder) | entries).items() if entry is not None}
-        with _atomic(folder / MANIFEST_NAME) as temporary:
-            content = {"version": _MANIFEST_VERSION, "shards": dict(sorted(merged.items()))}
-            Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[str]:
-    """A temporary name beside `path` that is renamed to it when the block succeeds."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _local_paths(pattern: str, complete: bool) -> list[str]:
+    paths = expand_pattern(pattern, "SOURCE", complete)
+    for path in paths:
+        if is_remote(path):
+            raise ShardError(f"SOURCE '{shown(path)}' is not a local path; run this where the shards lie")
+    return paths
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,29 +219,47 @@ def _sha256(path: str) -> str:
 
 
 class TarReader:
-    """Any sample by (shard, index): one ``pread`` each, at most `max_open` shards open.  Picklable; has no position."""
+    """Any sample by (shard, index): one ``pread`` each, at most `max_open` shards open.  Picklable; has no position.
+
+    A shard at an address is fetched into the manifest's cache when it is read, unless `fetch_ahead` did so before.
+    """
 
     def __init__(self, manifest: Manifest, max_open: int = 64) -> None:
         assert max_open >= 1, max_open
         self.manifest = manifest
         self.max_open = max_open
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._ahead: FetchAhead | None = None
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Say which shards will be read next, the most urgent first, so that they come in the background.
+
+        Others are closed, or they could not leave the cache.
+        """
+        cache = self.manifest.cache
+        if cache is not None:
+            if self._ahead is None:
+                self._ahead = FetchAhead(cache)
+            wanted = (self.manifest.remote(shard) for shard in shards)
+            self._ahead.want([shard for shard in wanted if shard is not None])
+            for shard in self._open.keys() - set(shards):
+                os.close(self._open.pop(shard)[0])
 
     def read(self, shard: int, index: int) -> Sample:
         """The sample's bytes.  Raises SampleError where the sample is damaged, ShardError where the shard is."""
         fd, rows = self._shard(shard)
         offset, size, label, extension, key_bytes = rows[index].tolist()
-        path = self.manifest.paths[shard]
+        name = self.manifest.name(shard)
         key = key_bytes.decode("utf-8", "surrogateescape")
         if size <= 0:
-            raise SampleError(f"{path}: sample '{key}' {'has no image' if size < 0 else 'has an empty image'}")
+            raise SampleError("no image" if size < 0 else "an empty image", name, key)
         try:
             image = os.pread(fd, size, offset)
         except OSError as error:
-            raise ShardError(f"{path}: reading {size} bytes at {offset} failed: {error}; check the disk") from error
+            raise ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk") from error
         if len(image) != size:
-            raise ShardError(f"{path}: ends before byte {offset + size}; it changed while it was read: fetch it again")
-        return Sample(key, image, extension.decode(), label if label >= 0 else None, path)
+            raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
+        return Sample(key, image, extension.decode(), label if label >= 0 else None, name)
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key, without reading it."""
@@ -309,30 +274,50 @@ class TarReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        path = self.manifest.paths[shard]
+        name = self.manifest.name(shard)
+        fd, index_path = self._open_file(shard)
         try:
-            fd = os.open(path, os.O_RDONLY)
-            rows = np.load(self.manifest.index_paths[shard], mmap_mode="r").view(np.ndarray)
+            rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: the shard or its index cannot be opened: {error}") from error
+            os.close(fd)
+            raise ShardError(f"{name}: its index cannot be opened: {error}") from error
         if os.fstat(fd).st_size != self.manifest.sizes[shard] or len(rows) != self.manifest.counts[shard]:
             os.close(fd)
-            raise ShardError(f"{path}: changed since the run started; fetch it again or run make_shards.py --reindex")
+            raise ShardError(f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex")
         self._open[shard] = (fd, rows)
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[shard]
 
+    def _open_file(self, shard: int) -> tuple[int, str]:
+        """A descriptor of the shard on this machine, and the path of its index."""
+        remote = self.manifest.remote(shard)
+        if remote is not None:
+            assert self.manifest.cache is not None
+            if self._ahead is not None:
+                self._ahead.check(remote)
+            found = self.manifest.cache.open(remote)
+            assert found is not None, remote
+            return found
+        path = self.manifest.paths[shard]
+        try:
+            return os.open(path, os.O_RDONLY), self.manifest.index_paths[shard]
+        except OSError as error:
+            raise ShardError(f"{path}: the shard cannot be opened: {error}") from error
+
     def close(self) -> None:
-        """Close the open shards; the next read opens them again."""
+        """Close the open shards and stop fetching ahead; the next read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1][0])
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_ahead": None}
 
     def __del__(self) -> None:
-        if hasattr(self, "_open"):
+        if hasattr(self, "_ahead"):
             self.close()
 
 
@@ -387,8 +372,9 @@ def write_shards(
             part.unlink(missing_ok=True)
         raise
     for part in parts:
-        part.with_name(f"{part.name.removesuffix('.part')}.idx.npy").unlink(missing_ok=True)
-    _merge_manifest(folder, {part.name.removesuffix(".part"): None for part in parts})  # of shards deleted by hand
+        part.with_name(f"{part.name.removesuffix('.part')}{INDEX_SUFFIX}").unlink(missing_ok=True)
+    deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand
+    merge_entries(folder, dict.fromkeys(deleted))
     paths = [part.rename(part.with_suffix("")) for part in parts]
     return open_manifest("::".join(map(str, paths)))
 

@@ -5,7 +5,7 @@ deepspeed and fairscale are known to this folder alone, and imported only when a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,14 +61,17 @@ class Engine(Protocol):
         for another world size, engine, stage, precision or model."""
         ...
 
-    def full_state_dict(self) -> dict[str, Tensor] | None:
-        """float32 masters and persistent buffers by official name, on rank 0 in CPU memory; None on other ranks."""
+    def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The float32 masters, then the persistent buffers, by official name; on rank 0 in its CPU memory, None
+        on other ranks.  Each step of the iteration gathers one, so every rank iterates to the end."""
         ...
 
-    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put full tensors (float32, any device; the same on every rank) into weights and masters, unrounded.
+    def load_full(self, state: Mapping[str, Tensor] | None) -> None:
+        """Put whole tensors into weights and masters, unrounded; parameters and buffers without one keep their values.
 
-        Raises ConfigError for missing, unexpected or misshapen names; nothing is changed then.
+        state: on rank 0 the tensors by official name (any dtype and device; from LazyTensors one is read at a time),
+        None on other ranks.  Raises ConfigError on every rank: for unexpected or misshapen names before anything is
+        changed; for a tensor that cannot be read half-way, and then the weights are a mixture of old and new.
         """
         ...
 

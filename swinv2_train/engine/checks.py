@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
+from swinv2_train.lazy import LazyTensor, LazyTensors
 
 
 class NonFiniteError(RuntimeError):
@@ -22,21 +24,34 @@ FACTS = "engine.json"
 """The file beside an engine's state that says what wrote it."""
 
 
-def check_full_state(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError unless state has exactly these names and shapes."""
+def check_fit(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError for a name in state that shapes lacks or has in another shape.  Reads no lazy tensor."""
+    known: Mapping[str, Tensor | LazyTensor] = state.entries if isinstance(state, LazyTensors) else state
     problems = []
-    for name in shapes.keys() - state.keys():
-        problems.append(f"{name} is missing")
-    for name in state.keys() - shapes.keys():
-        near = difflib.get_close_matches(name, shapes, n=1)
-        problems.append(f"{name} is not in the model" + (f" (near: {near[0]})" if near else ""))
-    for name in shapes.keys() & state.keys():
-        if tuple(state[name].shape) != shapes[name]:
-            problems.append(f"{name} has shape {tuple(state[name].shape)}, the model {shapes[name]}")
+    for name, tensor in known.items():
+        if name not in shapes:
+            near = difflib.get_close_matches(name, shapes, n=1)
+            problems.append(f"{name} is not in the model" + (f" (near: {near[0]})" if near else ""))
+        elif tuple(tensor.shape) != shapes[name]:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the model {shapes[name]}")
     if problems:
         shown = "; ".join(sorted(problems)[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConfigError(f"the weights do not fit the model: {shown}{more}; build the model that they belong to")
+
+
+def read_tensor(
+    state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One tensor of state, contiguous.  Raises ConfigError whatever goes wrong: other ranks are waiting for it."""
+    try:
+        return state[name].to(device, dtype).view(shape).contiguous()
+    except Exception as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{name}: cannot be read ({reason}); some weights are already replaced and some are not, so mend the file "
+            "and start again"
+        ) from error
 
 
 def groups_text(param_groups: list[dict[str, Any]], names: Mapping[int, str]) -> list[str]:

@@ -58,6 +58,12 @@ def check_engine(config: EngineConfig) -> None:
         )
     if config.zero_stage == 0 and config.offload_optimizer != "none":
         raise ConfigError("engine.offload_optimizer (cpu) needs engine.zero_stage 1, 2 or 3")
+    zero = config.deepspeed_overrides.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("round_robin_gradients"):
+        raise ConfigError(
+            "engine.deepspeed_overrides.zero_optimization.round_robin_gradients: DeepSpeed then takes another "
+            "parameter's master for a parameter's own when weights are read or loaded; leave it out"
+        )
     _check_overrides(config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, groups_text, write_facts
+from swinv2_train.engine.checks import (
+    NonFiniteError,
+    check_facts,
+    check_fit,
+    groups_text,
+    read_tensor,
+    write_facts,
+)
 from swinv2_train.engine.startup import adamw
 
 
@@ -100,16 +107,31 @@ class LocalEngine:
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
 
-    def full_state_dict(self) -> dict[str, Tensor] | None:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+    def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        for name, tensor in self._tensors().items():
+            yield name, tensor.detach().to("cpu", copy=True)
 
-    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        check_full_state(shapes, state)
-        self.module.load_state_dict(state)
+    def load_full(self, state: Mapping[str, Tensor] | None) -> None:
+        assert state is not None, "the only rank has the tensors"
+        tensors = self._tensors()
+        check_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, state)
+        with torch.no_grad():
+            for name in state:
+                tensor = tensors[name]
+                tensor.copy_(read_tensor(state, name, tuple(tensor.shape), tensor.dtype, tensor.device))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters, then persistent buffers."""
+        return dict(self.module.named_parameters()) | persistent_buffers(self.module)
 
     def _facts(self) -> dict[str, Any]:
         return {"engine": "local", "world_size": 1, "groups": self._groups}
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state, by name."""
+    parameters = {name for name, _ in module.named_parameters()}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
 
 
 def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

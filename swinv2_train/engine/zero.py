@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.distributed import World, barrier, raise_together
-from swinv2_train.engine.checks import NonFiniteError, check_facts, check_full_state, groups_text, write_facts
+from swinv2_train.distributed import World, any_rank, barrier, broadcast_object, raise_together
+from swinv2_train.engine.checks import (
+    NonFiniteError,
+    check_facts,
+    check_fit,
+    groups_text,
+    read_tensor,
+    write_facts,
+)
 from swinv2_train.engine.deepspeed_config import deepspeed_json
-from swinv2_train.engine.local import to_device
+from swinv2_train.engine.local import persistent_buffers, to_device
 from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, quick_initialize
 
 TAG = "zero"
@@ -208,29 +215,46 @@ class ZeroEngine:
     # ---------------------------------------------------------------------------------------------------------------
     # Whole tensors
 
-    def full_state_dict(self) -> dict[str, Tensor] | None:
-        state: dict[str, Tensor] = {}
+    def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, parameter in self.module.named_parameters():
-            value = self._full_value(parameter)  # collective
-            if self._world.is_main:
-                state[name] = value
-        if not self._world.is_main:
-            return None
-        state.update({name: buffer.detach().cpu().clone() for name, buffer in self._buffers().items()})
-        return state
+            yield name, self._full_value(parameter)
+        for name, buffer in persistent_buffers(self.module).items():
+            yield name, buffer.detach().to("cpu", copy=True) if self._world.is_main else None
 
-    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        shapes = {name: _shape(p) for name, p in self.module.named_parameters()}
-        shapes.update({name: tuple(buffer.shape) for name, buffer in self._buffers().items()})
-        raise_together(_caught(check_full_state, shapes, state))
+    def load_full(self, state: Mapping[str, Tensor] | None) -> None:
+        assert (state is not None) == self._world.is_main, "rank 0 gives the tensors"
+        parameters, buffers = dict(self.module.named_parameters()), persistent_buffers(self.module)
+        shapes = {name: _shape(p) for name, p in parameters.items()} | {n: tuple(b.shape) for n, b in buffers.items()}
+        raise_together(None if state is None else _caught(check_fit, shapes, state))
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                self._set_full_value(parameter, state[name].to(self._world.device, torch.float32))
-            for name, buffer in self._buffers().items():
-                buffer.copy_(state[name])
+            for name in broadcast_object(None if state is None else list(state)):
+                if name in parameters:
+                    value = self._from_main(state, name, shapes[name], torch.float32)
+                    self._set_full_value(parameters[name], value)
+                else:
+                    value = self._from_main(state, name, shapes[name], buffers[name].dtype)
+                    buffers[name].copy_(value)
+                del value  # before the next one is read
 
-    def _full_value(self, parameter: nn.Parameter) -> Tensor:
-        """The float32 value of one parameter in CPU memory; every rank takes part."""
+    def _from_main(
+        self, state: Mapping[str, Tensor] | None, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """One of rank 0's tensors on every rank's device; ConfigError on every rank when rank 0 cannot read it."""
+        value, error = None, None
+        if state is not None:
+            try:
+                value = read_tensor(state, name, shape, dtype, self._world.device)
+            except ConfigError as caught:
+                error = caught
+        if any_rank(error is not None):
+            raise_together(error)
+        if value is None:
+            value = torch.empty(shape, dtype=dtype, device=self._world.device)
+        torch.distributed.broadcast(value, src=0)
+        return value
+
+    def _full_value(self, parameter: nn.Parameter) -> Tensor | None:
+        """The float32 value of one parameter in CPU memory on rank 0; every rank takes part."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -238,9 +262,9 @@ class ZeroEngine:
         if parameter.requires_grad and self._stage > 0:
             value: Tensor | None = safe_get_full_fp32_param(parameter)
             assert value is not None, "DeepSpeed holds no master of this parameter"
-            return value.detach().to("cpu", torch.float32, copy=True).view(_shape(parameter))
+            return value.detach().to("cpu", torch.float32).view(_shape(parameter)) if self._world.is_main else None
         with GatheredParameters([parameter], enabled=self._stage == 3):
-            return parameter.detach().to("cpu", torch.float32, copy=True)
+            return parameter.detach().to("cpu", torch.float32, copy=True) if self._world.is_main else None
 
     def _set_full_value(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Write one parameter: the weights in their own dtype, the master unrounded."""
@@ -257,14 +281,8 @@ class ZeroEngine:
             return
         # Not safe_set_full_fp32_param: it fails where the elements do not divide evenly among the ranks.
         size: int = vars(parameter)["ds_tensor"].numel()
-        padded = value.new_zeros(size * self._world.world_size)
-        padded[: value.numel()] = value.flatten()
-        safe_set_local_fp32_param(parameter, padded.narrow(0, size * self._world.rank, size))
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers by name."""
-        parameters = {name for name, _ in self.module.named_parameters()}
-        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in parameters}
+        own = value.flatten()[size * self._world.rank :][:size]
+        safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, size - own.numel())))
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

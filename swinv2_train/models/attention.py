@@ -80,8 +80,6 @@ class WindowAttention(nn.Module):
 def unit_vectors(x: Tensor) -> Tensor:
     """x / |x| over the last dimension, computed in at least float32 and returned in x's dtype; zero stays zero.
 
-    In float16 alone the official bound on the length, 1e-12, is 0, and padding (keys have no bias) becomes NaN.
+    In float16 the official lower bound of the length, 1e-12, would be 0, and padding (keys have no bias) become NaN.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp_min(1e-12)
-    return (x / length).to(x.dtype)
+    return F.normalize(at_least_float32(x), dim=-1).to(x.dtype)

@@ -55,7 +55,7 @@ def cached_table(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(build)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        key = (build.__name__, args, tuple(kwargs.items()))
+        key = (build, args, tuple(kwargs.items()))
         return TABLES.get(key, lambda: build(*args, **kwargs))
 
     return table

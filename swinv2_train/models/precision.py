@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def at_least_float32(x: Tensor) -> Tensor:
     """bfloat16 and float16 as float32; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

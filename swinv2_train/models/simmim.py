@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinv2_train.models.precision import at_least_float32
 from swinv2_train.models.swin_v2 import SwinTransformerV2
 
 
@@ -13,9 +14,10 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean absolute error over masked pixels (SimMIM eq. 1, arXiv:2111.09886).
 
     prediction, target: (B, C, H, W), normalised pixels.  mask: (B, 1, H, W), 1 (or a weight) where the pixel was
-    hidden.  Returns a float32 scalar, normalised over the hidden pixels of this batch; 0 when nothing is hidden.
+    hidden.  Returns a scalar in at least float32, normalised over the hidden pixels of this batch; 0 when nothing is
+    hidden.
     """
-    error = (prediction.float() - target.float()).abs() * mask
+    error = (at_least_float32(prediction) - at_least_float32(target)).abs() * mask
     return error.sum() / (mask.sum() + 1e-5) / target.shape[1]
 
 
@@ -69,16 +71,20 @@ class SimMIM(nn.Module):
         )
 
     def forward(self, images: Tensor, mask: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """images: (B, 3, H, W), normalised pixels.  mask: (B, H/p, W/p) bool, True where hidden.
-
+        """images: (B, 3, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool, True where hidden.
         weight: (B,), how much each image counts in the loss; None = 1.
-        Returns {"loss": (), "reconstruction": (B, 3, H, W)}, both float32.
+
+        Returns {"loss": (), "reconstruction": (B, 3, H, W)}, both at least float32.  Where the encoder padded odd maps
+        before merging, what the decoder says beyond the image is cut off.  Raises ValueError for other shapes.
         """
         features = self.encoder.forward_features(images, mask)[-1]
-        reconstruction = self.decoder(features).float()
-        target = images.float() if self.norm_target is None else norm_target(images.float(), self.norm_target)
+        decoded = at_least_float32(self.decoder(features))
+        reconstruction = decoded[:, :, : images.shape[2], : images.shape[3]]
+        target = at_least_float32(images)
+        if self.norm_target is not None:
+            target = norm_target(target, self.norm_target)
         pixels = mask.repeat_interleave(self.encoder.patch_size, 1).repeat_interleave(self.encoder.patch_size, 2)
-        hidden = pixels.unsqueeze(1).float()  # (B, 1, H, W)
+        hidden = pixels.unsqueeze(1).to(target.dtype)  # (B, 1, H, W)
         if weight is not None:
             hidden = hidden * weight.view(-1, 1, 1, 1)
         return {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}

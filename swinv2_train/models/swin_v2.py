@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinv2_train.models.attention import WindowAttention, merge_windows, partition_windows, shift_mask
+from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.precision import Float32LayerNorm
+from swinv2_train.models.windows import WindowGrid, attention_mask, cut_windows, join_windows, window_grid
 
 Size = int | Sequence[int]
 
@@ -33,18 +35,6 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     return x * (kept / keep)
 
 
-class Float32LayerNorm(nn.LayerNorm):
-    """A LayerNorm that computes in float32 whatever the dtype of its input and weights; returns the input's dtype.
-
-    Not only for accuracy: torch's CPU kernel sums the bias gradient of a bfloat16 norm in bfloat16, and over the 8,192
-    tokens of a demo batch seven eighths of it are lost (measured with torch 2.13).
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        normed = F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(input.dtype)
-
-
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them: (..., C) -> (..., C)."""
 
@@ -59,54 +49,42 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """A res-post-norm block: x + norm1(attention(x)), then x + norm2(mlp(x)) (section 3.2).
+    """A res-post-norm block: x + norm1(attention(x)), then x + norm2(mlp(x)) (section 3.2); (B, H, W, C) of any H, W.
 
-    Per axis: a window larger than the map is clamped to it, and the shift is dropped where the map is not larger than
-    the window (the official code looks at the shorter side alone; on square maps that is the same).
+    window_size, shifted, clamp_to_shorter_side: what :func:`window_grid` makes of them for the map at hand.
     extra_norm adds a LayerNorm on the main branch behind the block (section 3.6, huge and giant).
     """
 
     def __init__(
         self,
         dim: int,
-        size: tuple[int, int],
         num_heads: int,
         window_size: tuple[int, int],
+        pretrained_window_size: tuple[int, int],
         shifted: bool,
+        clamp_to_shorter_side: bool,
         mlp_ratio: float,
         qkv_bias: bool,
         drop_path_rate: float,
-        pretrained_window_size: int,
         extra_norm: bool,
     ) -> None:
         super().__init__()
-        self.size = size
-        self.window_size = (min(window_size[0], size[0]), min(window_size[1], size[1]))
-        self.shift = (
-            self.window_size[0] // 2 if shifted and size[0] > self.window_size[0] else 0,
-            self.window_size[1] // 2 if shifted and size[1] > self.window_size[1] else 0,
-        )
+        self.window_size = window_size
+        self.shifted = shifted
+        self.clamp_to_shorter_side = clamp_to_shorter_side
         self.drop_path_rate = drop_path_rate
-        pretrained = (pretrained_window_size, pretrained_window_size)
-        self.attn = WindowAttention(dim, self.window_size, num_heads, qkv_bias, pretrained)
+        self.attn = WindowAttention(dim, num_heads, pretrained_window_size, qkv_bias)
         self.norm1 = Float32LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm2 = Float32LayerNorm(dim)
         self.norm3 = Float32LayerNorm(dim) if extra_norm else None
 
     def attend(self, x: Tensor) -> Tensor:
-        """Shifted-window attention over the whole map: (B, H*W, C) -> (B, H*W, C)."""
-        batch, tokens, dim = x.shape
-        maps = x.view(batch, *self.size, dim)
-        shifted = self.shift != (0, 0)
-        if shifted:
-            maps = torch.roll(maps, shifts=(-self.shift[0], -self.shift[1]), dims=(1, 2))
-        windows = partition_windows(maps, self.window_size)  # (B*nW, N, C)
-        windows = self.attn(windows, shift_mask(self.size, self.window_size, self.shift, x.device))
-        maps = merge_windows(windows, self.window_size, self.size)
-        if shifted:
-            maps = torch.roll(maps, shifts=self.shift, dims=(1, 2))
-        return maps.reshape(batch, tokens, dim)
+        """Attention in the windows of the whole map: (B, H, W, C) -> (B, H, W, C)."""
+        size = (x.shape[1], x.shape[2])
+        grid = window_grid(size, self.window_size, self.shifted, self.clamp_to_shorter_side)
+        mask = attention_mask(grid, x.device) if grid.needs_mask else None
+        return join_windows(self.attn(cut_windows(x, grid), grid.window, mask), grid)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + drop_path(self.norm1(self.attend(x)), self.drop_path_rate, self.training)
@@ -115,7 +93,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of pixels to tokens: (B, in_chans, H*p, W*p) -> (B, H*W, C), normed."""
+    """Patches of pixels to tokens: (B, in_chans, H*p, W*p) -> (B, H, W, C), normed."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -123,23 +101,26 @@ class PatchEmbed(nn.Module):
         self.norm = Float32LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.proj(images).flatten(2).transpose(1, 2))
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
-    """Concatenate 2x2 neighbours, reduce 4C to 2C, norm: (B, H*W, C) -> (B, H/2*W/2, 2C)."""
+    """Concatenate 2x2 neighbours, reduce 4C to 2C, norm: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C).
 
-    def __init__(self, dim: int, size: tuple[int, int]) -> None:
+    An odd side gets a row or column of zeros at the bottom or the right, as in timm.
+    """
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.size = size
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = Float32LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, dim = x.shape
-        height, width = self.size
+        if x.shape[1] % 2 or x.shape[2] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        batch, height, width, dim = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, dim)
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(batch, -1, 4 * dim)  # order (0,0) (1,0) (0,1) (1,1)
+        x = x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * dim)  # (0,0) (1,0) (0,1) (1,1)
         return self.norm(self.reduction(x))
 
 
@@ -157,12 +138,22 @@ class Stage(nn.Module):
 class SwinTransformerV2(nn.Module):
     """Swin Transformer V2: images (B, in_chans, H, W) -> logits (B, num_classes).
 
-    img_size and window_size: pixels and tokens, an int or a (height, width) pair.  num_classes 0 leaves the head out,
-    and forward returns the pooled features (B, num_features).  drop_path_rate rises linearly over the blocks.
-    pretrained_window_sizes: the window per stage at which the position bias was trained, 0 = this one (section 3.3).
+    img_size and window_size: pixels and tokens, an int or a (height, width) pair.  A forward pass takes its sizes from
+    the images, whose sides are any multiples of patch_size; img_size is what the model is counted and exported for.
+    Odd maps are padded before merging, and maps that the window does not tile before attention, where padding gets no
+    weight; see :func:`window_grid` for the clamping of windows and clamp_to_shorter_side (a square window only).
+    num_classes 0 leaves the head out, and forward returns the pooled features (B, num_features).
+    drop_path_rate rises linearly over the blocks.
+    pretrained_window_sizes: per stage the window at which the position bias was trained, an int or a (height, width)
+    pair; it normalises the bias's coordinates (section 3.3).  0 = the window really used at this img_size and
+    window_size.  The attribute holds what that came to, one pair per stage, and stays what it is when images or
+    windows of other sizes come: so the model keeps the meaning of its weights.
     extra_norm_period: a LayerNorm on the main branch after every so many blocks of a stage, 0 = none (section 3.6).
-    Raises ValueError when patch, merging or window do not tile the image.
+    Raises ValueError when numbers do not fit together.
     """
+
+    img_size: tuple[int, int]
+    window_size: tuple[int, int]
 
     def __init__(
         self,
@@ -177,11 +168,11 @@ class SwinTransformerV2(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path_rate: float = 0.1,
-        pretrained_window_sizes: Sequence[int] = (0, 0, 0, 0),
+        pretrained_window_sizes: Sequence[Size] = (0, 0, 0, 0),
         extra_norm_period: int = 0,
+        clamp_to_shorter_side: bool = False,
     ) -> None:
         super().__init__()
-        self.img_size = as_pair(img_size, "img_size")
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -189,10 +180,16 @@ class SwinTransformerV2(nn.Module):
         self.depths = tuple(depths)
         self.num_heads = tuple(num_heads)
         self.mlp_ratio = mlp_ratio
-        self.window_size = as_pair(window_size, "window_size")
-        self.sizes = stage_sizes(self.img_size, patch_size, self.window_size, len(self.depths))
+        self.qkv_bias = qkv_bias
+        self.drop_path_rate = drop_path_rate
+        self.extra_norm_period = extra_norm_period
+        self.clamp_to_shorter_side = clamp_to_shorter_side
         self.num_features = embed_dim * 2 ** (len(self.depths) - 1)
+        self.set_input_size(img_size, window_size)
         self._check_lengths(pretrained_window_sizes)
+        self.pretrained_window_sizes = tuple(
+            _trained_window(given, grid.window) for given, grid in zip(pretrained_window_sizes, self.grids, strict=True)
+        )
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.mask_token: nn.Parameter | None
@@ -204,20 +201,20 @@ class SwinTransformerV2(nn.Module):
             blocks = [
                 SwinBlock(
                     dim,
-                    self.sizes[i],
                     self.num_heads[i],
                     self.window_size,
+                    self.pretrained_window_sizes[i],
                     shifted=j % 2 == 1,
+                    clamp_to_shorter_side=clamp_to_shorter_side,
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     drop_path_rate=rates[first + j],
-                    pretrained_window_size=pretrained_window_sizes[i],
                     extra_norm=extra_norm_period > 0 and (j + 1) % extra_norm_period == 0,
                 )
                 for j in range(depth)
             ]
             last = i == len(self.depths) - 1
-            self.layers.append(Stage(blocks, None if last else PatchMerging(dim, self.sizes[i])))
+            self.layers.append(Stage(blocks, None if last else PatchMerging(dim)))
         self.norm = Float32LayerNorm(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(_init_weights)
@@ -227,7 +224,7 @@ class SwinTransformerV2(nn.Module):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
 
-    def _check_lengths(self, pretrained_window_sizes: Sequence[int]) -> None:
+    def _check_lengths(self, pretrained_window_sizes: Sequence[Size]) -> None:
         stages = len(self.depths)
         if len(self.num_heads) != stages or len(pretrained_window_sizes) != stages:
             raise ValueError(
@@ -240,19 +237,49 @@ class SwinTransformerV2(nn.Module):
                     f"num_heads[{i}] ({heads}) does not divide the stage's {self.embed_dim * 2**i} channels"
                 )
 
+    def set_input_size(self, img_size: Size | None = None, window_size: Size | None = None) -> None:
+        """Use other windows from the next forward pass on, and count and export for another img_size; None = as it is.
+
+        No parameter changes, and the position bias keeps the coordinates it was trained with
+        (pretrained_window_sizes).  Raises ValueError, and changes nothing, when a size does not fit.
+        """
+        new_img_size = self.img_size if img_size is None else as_pair(img_size, "img_size")
+        new_window_size = self.window_size if window_size is None else as_pair(window_size, "window_size")
+        _check_patches(new_img_size, self.patch_size, "img_size")
+        if self.clamp_to_shorter_side and new_window_size[0] != new_window_size[1]:
+            raise ValueError(f"window_size {new_window_size} must be square with clamp_to_shorter_side")
+        self.img_size, self.window_size = new_img_size, new_window_size
+        for module in self.modules():
+            if isinstance(module, SwinBlock):
+                module.window_size = new_window_size
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The map (rows, cols) of every stage at img_size."""
+        sizes = [(self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size)]
+        while len(sizes) < len(self.depths):
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        return sizes
+
+    @property
+    def grids(self) -> list[WindowGrid]:
+        """The windows of every stage's shifted blocks at img_size."""
+        return [window_grid(size, self.window_size, True, self.clamp_to_shorter_side) for size in self.sizes]
+
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Stage outputs before merging, (B, C*2^i, H_i, W_i) each, the last one normed.
 
-        images: (B, in_chans, H, W), normalised pixels.  mask: (B, H/p, W/p) bool, True where a token is replaced by
-        the mask token behind the patch norm (SimMIM); needs an encoder with a mask token.
+        images: (B, in_chans, H, W), normalised pixels, H and W multiples of patch_size p; H_0 = H/p, and
+        H_{i+1} = ceil(H_i / 2).  mask: (B, H/p, W/p) bool, True where a token is replaced by the mask token behind the
+        patch norm (SimMIM); needs an encoder with a mask token.  Raises ValueError for other shapes.
         """
-        if tuple(images.shape[-2:]) != self.img_size:
-            raise ValueError(f"images are {tuple(images.shape[-2:])} px, the model was built for {self.img_size}")
-        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))  # (B, H*W, C)
+        _check_patches((images.shape[2], images.shape[3]), self.patch_size, "images'")
+        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))  # (B, H/p, W/p, C)
         if mask is not None:
             assert self.mask_token is not None, "only an encoder inside SimMIM has a mask token"
-            hidden = mask.flatten(1).unsqueeze(-1)  # (B, H*W, 1)
-            x = torch.where(hidden, self.mask_token.to(x.dtype), x)
+            if mask.shape != x.shape[:3]:
+                raise ValueError(f"mask has shape {tuple(mask.shape)}, the images have {tuple(x.shape[:3])} patches")
+            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         outputs = []
         for stage in self.layers:
             assert isinstance(stage, Stage)
@@ -261,49 +288,28 @@ class SwinTransformerV2(nn.Module):
             outputs.append(x)
             x = self.norm(x) if stage.downsample is None else stage.downsample(x)
         outputs[-1] = x
-        return [
-            out.transpose(1, 2).reshape(out.shape[0], out.shape[2], *size)
-            for out, size in zip(outputs, self.sizes, strict=True)
-        ]
+        return [out.permute(0, 3, 1, 2) for out in outputs]
 
     def forward(self, images: Tensor) -> Tensor:
+        """images: (B, in_chans, H, W), normalised pixels.  Returns (B, num_classes)."""
         return self.head(self.forward_features(images)[-1].mean(dim=(2, 3)))
 
 
-def stage_sizes(
-    img_size: tuple[int, int], patch_size: int, window_size: tuple[int, int], num_stages: int
-) -> list[tuple[int, int]]:
-    """The map (rows, cols) of every stage; ValueError when patches, merging or windows do not tile the image."""
-    sizes = []
-    coarsest = patch_size * 2 ** (num_stages - 1)
-    for i in range(num_stages):
-        stride = patch_size * 2**i
-        for axis, name in ((0, "height"), (1, "width")):
-            length, remainder = divmod(img_size[axis], stride)
-            window = min(window_size[axis], length)
-            if remainder or length == 0:
-                raise ValueError(
-                    f"img_size {name} {img_size[axis]} is not a multiple of patch_size {patch_size} x 2^{i} = {stride} "
-                    f"(stage {i + 1} of {num_stages}); nearest: {_nearest(img_size[axis], coarsest)}"
-                )
-            if length % window:
-                raise ValueError(
-                    f"window_size {window_size[axis]} does not tile the {length} tokens of stage {i + 1} ({name}, "
-                    f"img_size {img_size[axis]}); windows that do: "
-                    f"{', '.join(str(w) for w in _tiling_windows(img_size[axis], patch_size, num_stages))}"
-                )
-        sizes.append((img_size[0] // stride, img_size[1] // stride))
-    return sizes
+def _check_patches(size: tuple[int, int], patch_size: int, name: str) -> None:
+    """ValueError unless both sides, in pixels, are whole patches."""
+    for axis, length in zip(("height", "width"), size, strict=True):
+        if length % patch_size or length == 0:
+            below = length // patch_size * patch_size
+            nearest = ", ".join(str(n) for n in (below, below + patch_size) if n)
+            raise ValueError(f"{name} {axis} {length} is not a multiple of patch_size {patch_size}; nearest: {nearest}")
 
 
-def _nearest(value: int, step: int) -> str:
-    below = value // step * step
-    return ", ".join(str(v) for v in (below, below + step) if v)
-
-
-def _tiling_windows(length_px: int, patch_size: int, num_stages: int) -> list[int]:
-    lengths = [length_px // (patch_size * 2**i) for i in range(num_stages)]
-    return [w for w in range(2, lengths[0] + 1) if all(n <= w or n % w == 0 for n in lengths)]
+def _trained_window(given: Size, used: tuple[int, int]) -> tuple[int, int]:
+    """An entry of pretrained_window_sizes as a pair, the window used where it is 0; ValueError for anything else."""
+    pair = (given, given) if isinstance(given, int) else tuple(given)
+    if len(pair) == 2:
+        pair = (pair[0] or used[0], pair[1] or used[1])
+    return as_pair(pair, "pretrained_window_sizes")
 
 
 def _init_weights(module: nn.Module) -> None:

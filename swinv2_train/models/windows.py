@@ -93,22 +93,20 @@ def attention_mask(grid: WindowGrid, device: torch.device) -> Tensor:
     """Additive mask (nW, N queries, N keys) float32 of the windows that :func:`cut_windows` gives.
 
     -100 between the regions that the cyclic shift brought together (official), -inf for padded keys, so that padding
-    gets no weight at all.  No row is -inf throughout: every window holds a token of the map.  Less than a window is
-    padded, so the last window in place begins inside the map; a shifted one that begins in the padding ends in the
-    map's first shift rows (columns), and no other window reaches further down than the last in place begins.
+    gets no weight at all.  No row is -inf throughout, because every window holds a token of the map: less than a window
+    is padded, so a window in place begins inside the map, and so does a shifted one, except the last of an axis, which
+    ends with the first rows (columns) of the map.
     """
-    regions, real = [], []
-    for length, padded, window, shift in zip(grid.size, grid.padded, grid.window, grid.shift, strict=True):
-        region = torch.zeros(padded, dtype=torch.int64, device=device)
-        if shift:
-            region[padded - window : padded - shift] = 1
-            region[padded - shift :] = 2
-        regions.append(region)
-        real.append((torch.arange(padded, device=device) < length).roll(-shift))
-    region_map = regions[0][:, None] * 3 + regions[1][None, :]  # (H, W)
+    wrapped, real = [], []  # per axis, of the shifted map
+    for length, padded, shift in zip(grid.size, grid.padded, grid.shift, strict=True):
+        place = torch.arange(padded, device=device)
+        wrapped.append(place >= padded - shift)  # cuts the last window alone in two
+        real.append((place < length).roll(-shift))
+    region_map = wrapped[0][:, None] * 2 + wrapped[1][None, :]  # (H, W)
     real_map = real[0][:, None] & real[1][None, :]
     region_ids, is_real = (partition_windows(m[None, :, :, None], grid.window)[..., 0] for m in (region_map, real_map))
-    mask = (region_ids[:, None, :] != region_ids[:, :, None]).float() * MASKED_LOGIT  # (nW, N, N)
+    apart = region_ids[:, None, :] != region_ids[:, :, None]  # (nW, N, N)
+    mask = torch.zeros(apart.shape, dtype=torch.float32, device=device).masked_fill_(apart, MASKED_LOGIT)
     return mask.masked_fill_(~is_real[:, None, :], -math.inf)
 
 

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, ModelConfig, SimMIMConfig, pair
 from swinv2_train.data.loader import Transform
-from swinv2_train.models import SwinTransformerV2, swin_v2
+from swinv2_train.models import SimMIM, SwinTransformerV2, swin_v2
 
 Forward = Callable[..., Any]
 """An engine's forward or evaluate: keyword tensors in, the module's outputs out."""
@@ -21,7 +21,7 @@ class Task(Protocol):
     """The module that is trained, and what a batch of its samples means."""
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> SwinTransformerV2 | SimMIM: ...
 
     @property
     def train_transform(self) -> Transform: ...
@@ -36,6 +36,13 @@ class Task(Protocol):
 
     def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
         """The loss of a training batch, () float32: the mean over its images, weighted by batch["weight"]."""
+        ...
+
+    def count(self, batch: dict[str, Any]) -> float:
+        """What the loss of a training batch is the mean over: its images or hidden pixels, weighted by batch["weight"].
+
+        A batch that counts 0 has a loss of 0.
+        """
         ...
 
     def scores(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -77,6 +84,7 @@ def build_model(config: ModelConfig, num_classes: int) -> SwinTransformerV2:
             mlp_ratio=config.mlp_ratio,
             drop_path_rate=config.drop_path_rate,
             pretrained_window_sizes=config.pretrained_window_sizes,
+            clamp_to_shorter_side=config.clamp_to_shorter_side,
             **{key: value for key, value in own.items() if value is not None},
         )
     except ValueError as error:

@@ -38,7 +38,8 @@ class SimMIMTransform:
             image = random_resized_crop(image, self.img_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
             image = random_flip(image, data.hflip, rng)
         else:
-            image = centre_crop(image, self.img_size, self.data.eval_crop_pct, self.data.interpolation)
+            squash = self.data.eval_crop == "squash"
+            image = centre_crop(image, self.img_size, self.data.eval_crop_pct, self.data.interpolation, squash)
         mask = simmim_mask(self.img_size, self.mask_unit_px, self.patch_size, self.mask_ratio, rng)
         return {"images": image, "mask": mask}
 
@@ -67,6 +68,10 @@ class SimMIMTask:
 
     def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
         return self._outputs(forward, batch)["loss"]
+
+    def count(self, batch: dict[str, Any]) -> float:
+        patches = batch["mask"].flatten(1).sum(dim=1)  # (B,)
+        return float((patches * batch["weight"]).sum()) * self.module.encoder.patch_size**2
 
     def scores(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
         return {"val/loss": self._outputs(forward, batch)["loss"]}

@@ -179,7 +179,7 @@ def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterr
               "train.max_steps=1", "optim.schedule.warmup_lr=0", *SMALL, *shards)
     )  # fmt: skip
     assert code == 0, output
-    assert f"encoder loaded from {uninterrupted}/checkpoints/step_00000012" in output
+    assert f"weights from {uninterrupted}: 60 weights loaded" in output
     pretrained, finetuned = (read_weights(find_checkpoint(run)) for run in (uninterrupted, run_dir))
     assert set(finetuned) - {"head.weight", "head.bias"} == {
         name.removeprefix("encoder.") for name in pretrained if name.startswith("encoder.") and "mask_token" not in name
@@ -279,8 +279,8 @@ def test_a_damaged_sample_on_one_rank_is_named_once_and_ends_all(tmp_path):
 
 @pytest.mark.parametrize("what", ["nowhere", "other model"])
 def test_init_from_that_does_not_fit_is_refused(what, uninterrupted, shards, tmp_path):
-    source, message = (tmp_path, "task.init_from: .* holds no complete checkpoint") if what == "nowhere" else (
-        uninterrupted, "use the model section that it was pre-trained with")  # fmt: skip
+    source, message = (tmp_path, "task.init_from: .* is a directory without weights") if what == "nowhere" else (
+        uninterrupted, r"task.init_from: .* The file has depths \(1, 2\); the model has depths \(1, 1\)")  # fmt: skip
     code, output = finish(
         start("experiment=cifar10_finetune", f"run_dir={tmp_path / 'run'}", f"task.init_from={source}", *SMALL, *shards,
               "model.depths=[1,1]", ranks=1)

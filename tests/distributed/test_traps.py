@@ -1,9 +1,9 @@
-"""Each of the ten traps of DeepSpeed 0.19.8 has its precaution, and fails here without it.
+"""Each of the eleven traps of DeepSpeed 0.19.8 has its precaution, and fails here without it.
 
 1 clipping by default: test_engine.py (clip 0), unit/test_deepspeed_config.py.  2 `latest` before the end: here and
 test_checkpoint.py.  3 several groups: here.  4 stale gradients: here.  5 in-place linear: here.  6 stage 0 with 16 bit:
 unit/test_deepspeed_config.py.  7 restarts: test_distributed.py.  8 missing and damaged parts: here.  9 empty
-parameters: here, test_engine.py.  10 typos: unit/test_deepspeed_config.py.
+parameters: here, test_engine.py.  10 typos: unit/test_deepspeed_config.py.  11 masters of another parameter: here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import pytest
 import torch
 from harness import run_distributed, tree
-from toy import DIM, batches, build, build_toy, part, toy_config, train
+from toy import DIM, batches, build, build_toy, full_state, part, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
@@ -186,9 +186,30 @@ def test_whole_tensors_come_out_although_the_parameters_are_empty():
     def run(world):
         engine = build(toy_config(), world)
         assert {tuple(p.shape) for p in engine.module.parameters()} == {(0,)}
-        return engine.full_state_dict()
+        return full_state(engine)
 
     state, nothing = run_distributed(run, 2)
     assert nothing is None
     for name, value in build_toy().state_dict().items():
         assert torch.equal(state[name], value)
+
+
+def test_round_robin_gradients_are_refused_because_masters_are_mixed_up():
+    """Trap 11: the flat groups are shuffled, the addresses of the parameters in them are not."""
+    overrides = {"zero_optimization": {"round_robin_gradients": True}}
+    with pytest.raises(ConfigError, match=r"zero_optimization\.round_robin_gradients: DeepSpeed then takes another"):
+        build(toy_config(stage=2, overrides=overrides), ONE)
+
+    def run(world):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        deepspeed = import_deepspeed()
+        settings = deepspeed_json(toy_config(stage=2), world.world_size, 1)
+        settings["zero_optimization"] |= overrides["zero_optimization"]
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        module = build_toy()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        return all(torch.equal(safe_get_full_fp32_param(p), p) for p in engine.module.parameters())
+
+    assert not run_distributed(run, 2)[0], "DeepSpeed has mended it: the precaution can go"

@@ -1,6 +1,7 @@
-"""An independent SwinV2 in plain float64 loops, written from the paper and its facts; shares no code with the package.
+"""An independent SwinV2 in plain float64, written from the paper and its facts; shares no code with the package.
 
-Works on a state dict with official names; the position of every token is a coordinate pair, never a reshape trick.
+Works on a state dict with official names.  Every token attends to every token of the map, and what keeps windows apart
+is arithmetic on the tokens' coordinates: nothing is reshaped, rolled or padded, so that padding cannot get weight.
 """
 
 from __future__ import annotations
@@ -10,8 +11,23 @@ import math
 import torch
 
 
-def reference_features(state, images, *, patch, depths, heads, window, pretrained, norm_period=0, mask=None):
-    """Normed last map (B, C, h, w) of float64 images (B, 3, H, W); window: (rows, cols), pretrained: int per stage."""
+def reference_features(
+    state,
+    images,
+    *,
+    patch,
+    depths,
+    heads,
+    window,
+    pretrained,
+    norm_period=0,
+    mask=None,
+    clamp_to_shorter_side=False,
+):
+    """The map of every stage, (B, C, h, w) each, the last one normed, of images (B, 3, H, W).
+
+    window: (rows, cols); pretrained: an int or (rows, cols) per stage, 0 = the clamped window of this image.
+    """
     x = torch.nn.functional.conv2d(
         images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch
     )
@@ -19,20 +35,51 @@ def reference_features(state, images, *, patch, depths, heads, window, pretraine
     if mask is not None:
         keep = (~mask).to(x.dtype)[..., None]
         x = x * keep + state["mask_token"].view(-1) * (1 - keep)
+    maps = []
     for i, depth in enumerate(depths):
+        clamped, may_shift = official_window(x.shape[1:3], window, clamp_to_shorter_side)
+        trained = (pretrained[i], pretrained[i]) if isinstance(pretrained[i], int) else pretrained[i]
+        trained = [t or w for t, w in zip(trained, clamped, strict=True)]
         for j in range(depth):
             name = f"layers.{i}.blocks.{j}"
-            x = x + layer_norm(
-                attention(x, state, f"{name}.attn", heads[i], window, pretrained[i], j % 2 == 1), state, f"{name}.norm1"
-            )
+            shift = [w // 2 if j % 2 == 1 and may else 0 for w, may in zip(clamped, may_shift, strict=True)]
+            attended = attention(x, state, f"{name}.attn", heads[i], clamped, shift, trained)
+            x = x + layer_norm(attended, state, f"{name}.norm1")
             x = x + layer_norm(mlp(x, state, f"{name}.mlp"), state, f"{name}.norm2")
             if norm_period and (j + 1) % norm_period == 0:
                 x = layer_norm(x, state, f"{name}.norm3")
+        maps.append(x)
         if i < len(depths) - 1:
-            parts = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]
-            x = torch.cat(parts, dim=-1) @ state[f"layers.{i}.downsample.reduction.weight"].T
-            x = layer_norm(x, state, f"layers.{i}.downsample.norm")
-    return layer_norm(x, state, "norm").permute(0, 3, 1, 2)
+            x = merge(x, state, f"layers.{i}.downsample")
+    maps[-1] = layer_norm(x, state, "norm")
+    return [x.permute(0, 3, 1, 2) for x in maps]
+
+
+def reference_simmim(state, images, mask, *, patch, **settings):
+    """(loss, reconstruction (B, 3, H, W)) of SimMIM without target normalisation; state has encoder.* and decoder.*"""
+    encoder = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    x = reference_features(encoder, images, patch=patch, mask=mask, **settings)[-1]
+    stride = patch * 2 ** (len(settings["depths"]) - 1)
+    weight = state["decoder.0.weight"][:, :, 0, 0]
+    values = torch.einsum("oc,bchw->bohw", weight, x) + state["decoder.0.bias"][None, :, None, None]
+    height, width = images.shape[2:]
+    rows, cols = torch.arange(height), torch.arange(width)
+    hidden = mask[:, rows // patch][:, :, cols // patch]  # (B, H, W)
+    planes = []
+    for c in range(3):  # channel c, row r, column q of a token's square: output (c * stride + r) * stride + q
+        output = (c * stride + rows % stride)[:, None] * stride + (cols % stride)[None, :]  # (H, W)
+        planes.append(values[:, output, (rows // stride)[:, None], (cols // stride)[None, :]])
+    reconstruction = torch.stack(planes, dim=1)
+    error = sum((planes[c] - images[:, c]).abs()[hidden].sum() for c in range(3))
+    return error / (hidden.sum().to(error.dtype) + 1e-5) / 3, reconstruction
+
+
+def official_window(size, window, clamp_to_shorter_side):
+    """The window per axis after clamping, and per axis whether odd blocks shift it."""
+    if clamp_to_shorter_side:  # the official code, for one int
+        shorter = min(size)
+        return ([shorter] * 2, [False] * 2) if shorter <= window[0] else (list(window), [True] * 2)
+    return [min(w, n) for w, n in zip(window, size, strict=True)], [n > w for w, n in zip(window, size, strict=True)]
 
 
 def layer_norm(x, state, name):
@@ -47,47 +94,58 @@ def mlp(x, state, name):
     return x @ state[f"{name}.fc2.weight"].T + state[f"{name}.fc2.bias"]
 
 
-def attention(x, state, name, heads, window, pretrained, shifted):
-    """Attention in windows of a cyclically shifted map; tokens that the shift brought together stay apart."""
-    _, rows, cols, dim = x.shape
-    window = (min(window[0], rows), min(window[1], cols))
-    shift = tuple(w // 2 if shifted and n > w else 0 for w, n in zip(window, (rows, cols), strict=True))
-    out = torch.zeros_like(x)
-    d = dim // heads
-    scale = torch.exp(
-        torch.minimum(state[f"{name}.logit_scale"].view(-1), torch.tensor(math.log(100.0), dtype=x.dtype))
-    )
-    for top in range(0, rows, window[0]):
-        for left in range(0, cols, window[1]):
-            shifted_cells = [(r, c) for r in range(top, top + window[0]) for c in range(left, left + window[1])]
-            cells = [((r + shift[0]) % rows, (c + shift[1]) % cols) for r, c in shifted_cells]
-            wrapped = [(r + shift[0] >= rows, c + shift[1] >= cols) for r, c in shifted_cells]
-            tokens = torch.stack([x[:, r, c] for r, c in cells], dim=1)  # (B, N, C)
-            weight = state[f"{name}.qkv.weight"]
-            q = tokens @ weight[:dim].T + state[f"{name}.q_bias"]
-            k = tokens @ weight[dim : 2 * dim].T
-            v = tokens @ weight[2 * dim :].T + state[f"{name}.v_bias"]
-            heads_out = []
-            for h in range(heads):
-                part = slice(h * d, (h + 1) * d)
-                qh, kh, vh = q[..., part], k[..., part], v[..., part]
-                cosine = (qh / qh.norm(dim=-1, keepdim=True)) @ (kh / kh.norm(dim=-1, keepdim=True)).transpose(1, 2)
-                offsets = torch.tensor(
-                    [[(a[0] - b[0], a[1] - b[1]) for b in shifted_cells] for a in shifted_cells], dtype=x.dtype
-                )
-                bias = position_bias(offsets, state, name, window, pretrained)[..., h]
-                apart = torch.tensor([[0.0 if a == b else -100.0 for b in wrapped] for a in wrapped], dtype=x.dtype)
-                heads_out.append(torch.softmax(cosine * scale[h] + bias + apart, dim=-1) @ vh)
-            result = torch.cat(heads_out, dim=-1) @ state[f"{name}.proj.weight"].T + state[f"{name}.proj.bias"]
-            for n, (r, c) in enumerate(cells):
-                out[:, r, c] = result[:, n]
-    return out
+def merge(x, state, name):
+    """Neighbours (0,0) (1,0) (0,1) (1,1); those beyond an odd map's edge are zeros."""
+    batch, height, width, dim = x.shape
+    whole = x.new_zeros(batch, height + height % 2, width + width % 2, dim)
+    whole[:, :height, :width] = x
+    parts = [whole[:, 0::2, 0::2], whole[:, 1::2, 0::2], whole[:, 0::2, 1::2], whole[:, 1::2, 1::2]]
+    return layer_norm(torch.cat(parts, dim=-1) @ state[f"{name}.reduction.weight"].T, state, f"{name}.norm")
 
 
-def position_bias(offsets, state, name, window, pretrained):
-    """offsets (..., 2) in tokens -> bias (..., heads)."""
-    largest = torch.tensor([max((pretrained or w) - 1, 1) for w in window], dtype=offsets.dtype)
-    x = offsets / largest * 8
+def attention(x, state, name, heads, window, shift, trained):
+    """Attention of all tokens to all tokens of the map that fall into the same window of the shifted map.
+
+    The map is thought to go on to whole windows.  A token at (r, c) stands at (r - shift, c - shift) of the shifted
+    map, cyclically; tokens of a window of which one wrapped around that edge and the other did not are kept apart by
+    -100.
+    """
+    batch, rows, cols, dim = x.shape
+    whole = [-(-n // w) * w for n, w in zip((rows, cols), window, strict=True)]
+    cell = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).view(-1, 2)  # (tokens, 2)
+    place = (cell - torch.tensor(shift)) % torch.tensor(whole)
+    wrapped = cell < torch.tensor(shift)
+    same_window = (place[:, None] // torch.tensor(window) == place[None] // torch.tensor(window)).all(-1)
+    apart = (wrapped[:, None] != wrapped[None]).any(-1)  # (queries, keys)
+    additive = torch.zeros(len(cell), len(cell), dtype=x.dtype)
+    additive[apart] = -100.0
+    additive[~same_window] = -math.inf
+
+    reach = torch.cartesian_prod(torch.arange(1 - window[0], window[0]), torch.arange(1 - window[1], window[1]))
+    table = position_bias(reach.view(2 * window[0] - 1, 2 * window[1] - 1, 2).to(x.dtype), state, name, trained)
+    offset = (place[:, None] - place[None]) + torch.tensor(window) - 1  # indices into the table; other windows: any
+    offset = torch.where(same_window[..., None], offset, 0)
+
+    tokens = x.reshape(batch, rows * cols, dim)
+    weight, d = state[f"{name}.qkv.weight"], dim // heads
+    no_bias = torch.zeros(dim, dtype=x.dtype)
+    q = tokens @ weight[:dim].T + state.get(f"{name}.q_bias", no_bias)
+    k = tokens @ weight[dim : 2 * dim].T
+    v = tokens @ weight[2 * dim :].T + state.get(f"{name}.v_bias", no_bias)
+    scale = torch.exp(state[f"{name}.logit_scale"].view(-1).clamp(max=math.log(100.0)))
+    out = []
+    for h in range(heads):
+        qh, kh, vh = (t[..., h * d : (h + 1) * d] for t in (q, k, v))
+        cosine = (qh / qh.norm(dim=-1, keepdim=True)) @ (kh / kh.norm(dim=-1, keepdim=True)).transpose(1, 2)
+        bias = table[offset[..., 0], offset[..., 1], h]
+        out.append(torch.softmax(cosine * scale[h] + bias + additive, dim=-1) @ vh)
+    out = torch.cat(out, dim=-1) @ state[f"{name}.proj.weight"].T + state[f"{name}.proj.bias"]
+    return out.view(batch, rows, cols, dim)
+
+
+def position_bias(offsets, state, name, trained):
+    """offsets (..., 2) in tokens -> bias (..., heads), by the window (rows, cols) at which it was trained."""
+    x = offsets / torch.tensor([max(t - 1, 1) for t in trained], dtype=offsets.dtype) * 8
     x = torch.sign(x) * torch.log2(x.abs() + 1) / 3
     hidden = torch.relu(x @ state[f"{name}.cpb_mlp.0.weight"].T + state[f"{name}.cpb_mlp.0.bias"])
     return 16 / (1 + torch.exp(-(hidden @ state[f"{name}.cpb_mlp.2.weight"].T)))

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from swinv2_train.command_line import compose_argv, compose_run, conf_dir
-from swinv2_train.config import TASKS, ClassifyConfig, Config, ConfigError, SimMIMConfig
+from swinv2_train.config import TASKS, ClassifyConfig, Config, ConfigError, EvalSplitConfig, SimMIMConfig
 from swinv2_train.gate import config_yaml, known_keys, load_config, read_config
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -112,6 +112,29 @@ WRONG = {
         r"train.keep_best \(val/top1\) is none of val/loss",
     ),
     "broken grammar": (("optim.lr=[",), r"no viable alternative"),
+    "unknown loss mean": (("train.loss_mean=mean",), r"train.loss_mean \(mean\) is none of local, global"),
+    "unknown crop": (("data.eval_crop=center",), r"data.eval_crop \(center\) is none of centre, squash"),
+    "split without a plus": (
+        ("data.eval_splits.v2.shards=x",),
+        r"data.eval_splits.v2.shards: a split is added with a plus: \+data.eval_splits.NAME.shards=PATTERN",
+    ),
+    "split of several keys without a plus": (("data.eval_splits={v2: {shards: x}}",), r"is added with a plus"),
+    "split without shards": (
+        ("+data.eval_splits.v2.labels=x",),
+        r"data.eval_splits.v2.shards has no value; set it on the command line: \+data.eval_splits.v2.shards=VALUE",
+    ),
+    "split without anything": (("+data.eval_splits.v2={}",), r"data.eval_splits.v2 is a split, not a value"),
+    "split with a typo": (
+        ("+data.eval_splits.v2.shard=x",),
+        r"unknown key data.eval_splits.v2.shard: did you mean data.eval_splits.v2.shards\?",
+    ),
+    "split that is a value": (("+data.eval_splits.v2=x",), r"data.eval_splits.v2 is a split, not a value"),
+    "splits that are a value": (("data.eval_splits=x",), r"data.eval_splits: Cannot assign str"),
+    "split of no name for a file": (("+data.eval_splits={a/b: {shards: x}}",), r"letters, digits, _ and -"),
+    "labels for SimMIM": (
+        ("+data.eval_splits.v2={shards: x, labels: y}",),
+        r"data.eval_splits.v2.labels \(y\) needs task=classify",
+    ),
     "override without plus": (
         ("engine.deepspeed_overrides.aio=1",),
         r"add it with a plus: \+engine.deepspeed_overrides",
@@ -163,6 +186,20 @@ def test_run_command_line_takes_overrides_on_the_runs_own_configuration(tmp_path
         compose_run([f"run_dir={tmp_path}", "data.eval_shard=x"], ())
     with pytest.raises(ConfigError, match="holds no config.yaml"):
         compose_run([f"run_dir={tmp_path / 'nowhere'}"], ())
+
+
+def test_splits_are_the_users_own_names_and_come_back_from_a_run(tmp_path, compose):
+    """Shards alone, or with a file of labels; one may take the shards of the evaluation."""
+    config = compose(
+        *MINIMAL, "task=classify", "data.eval_shards=val.tar", "+data.eval_splits.v2.shards=v2.tar",
+        "+data.eval_splits.real={shards: '${data.eval_shards}', labels: real.json}",
+    )  # fmt: skip
+    v2, real = EvalSplitConfig("v2.tar", None), EvalSplitConfig("val.tar", "real.json")
+    assert config.data.eval_splits == {"v2": v2, "real": real}
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    assert read_config(tmp_path / "config.yaml") == config
+    config, _ = compose_run([f"run_dir={tmp_path}", "data.eval_splits.v2.shards=other.tar"], ())
+    assert config.data.eval_splits == {"v2": EvalSplitConfig("other.tar", None), "real": real}
 
 
 def test_broken_yaml_is_one_message(tmp_path, monkeypatch, compose):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import time
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -25,6 +28,11 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    """A piece of a PNG file."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def pixels(tensor: torch.Tensor) -> np.ndarray:
@@ -106,6 +114,63 @@ def test_images_with_too_many_pixels_are_refused_before_decoding(kind):
     assert decode_image(data, "png", max_pixels=60_000).shape == (3, 200, 300)
     with pytest.raises(DecodeError, match="200 x 300 pixels, more than the 59999"):
         decode_image(data, "png", max_pixels=59_999)
+
+
+def test_a_decompression_bomb_costs_neither_memory_nor_time():
+    """20,000 x 20,000 pixels of one colour are 1.2 GB from 1.2 MB; the header tells, nothing is unpacked."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+    jpeg = bytearray(encode(Image.new("RGB", (64, 64)), "JPEG"))
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
+    for data in (bomb, bytes(jpeg)):
+        started = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(DecodeError, match="more than the 89478485 that|could be decompression bomb"):
+                decode_image(data, "png")
+        assert time.monotonic() - started < 1.0  # measured 1 ms
+    text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))
+    small = encode(Image.new("RGB", (4, 4)), "PNG")
+    small = small[:33] + text + small[33:]
+    with pytest.raises(DecodeError, match="not a readable .png image .ValueError: Decompressed data too large"):
+        decode_image(small, "png")
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 20_000), (20_000, 1), (3, 20_000), (400, 20_000)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_tiny_and_huge_images_become_crops_of_the_size(height, width, kind):
+    """One pixel is enough for a picture, and 20,000 in a row are legal below the limit on all pixels."""
+    data = encode(Image.new("RGB", (width, height), (200, 30, 60)), kind)
+    image = decode_image(data, kind.lower())
+    assert image.shape == (3, height, width)
+    crop = random_resized_crop(image, (16, 16), (0.67, 1.0), (0.75, 4 / 3), "bicubic", np.random.default_rng(0))
+    assert crop.shape == (3, 16, 16) and (crop.float().mean((1, 2)) - torch.tensor([200.0, 30, 60])).abs().max() < 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation_is_not_applied_by_any_decoder(kind):
+    """ImageNet's convention, and the same pixels whichever decoder is at work."""
+    array = smooth(20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    options = {"lossless": True} if kind == "WEBP" else {}
+    turned = decode_image(encode(Image.fromarray(array), kind, exif=exif, **options), kind.lower())
+    plain = decode_image(encode(Image.fromarray(array), kind, **options), kind.lower())
+    assert turned.shape == (3, 20, 30) and torch.equal(turned, plain)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_16_bit_colour_keeps_its_high_bytes(mode):
+    """Pillow cannot write it, so the file is made by hand."""
+    channels, colour = {"RGB": (3, 2), "RGBA": (4, 6), "LA": (2, 4)}[mode]
+    deep = np.random.default_rng(0).integers(0, 2**16, (5, 7, channels), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", 7, 5, 16, colour, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    array = pixels(decode_image(b"\x89PNG\r\n\x1a\n" + data, "png"))
+    expected = (deep >> 8).astype(np.uint8)[..., :3] if mode != "LA" else np.repeat((deep >> 8)[..., :1], 3, axis=2)
+    assert np.array_equal(array, expected)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

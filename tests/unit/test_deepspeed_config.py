@@ -29,7 +29,7 @@ CASES = {
     "stage 1 fp32, one more key": {
         "zero_stage": 1,
         "precision": "fp32",
-        "deepspeed_overrides": {"zero_optimization": {"round_robin_gradients": True}, "wall_clock_breakdown": True},
+        "deepspeed_overrides": {"zero_optimization": {"ignore_unused_parameters": False}, "wall_clock_breakdown": True},
     },
     "stage 0 fp32": {"zero_stage": 0, "precision": "fp32"},
 }

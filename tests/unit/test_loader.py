@@ -22,6 +22,7 @@ from configs import make_config
 from PIL import Image
 
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.data.batches import BatchRequest
 from swinv2_train.data.crop import random_flip, random_resized_crop
 from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
 from swinv2_train.data.masks import simmim_mask
@@ -98,9 +99,9 @@ def test_a_batch_holds_stacked_tensors_weights_and_keys(tmp_path):
     assert batch["image"].shape == (4, 3, 8, 8) and batch["image"].dtype == torch.uint8
     assert batch["mask"].shape == (4, 8, 8) and batch["label"].shape == (4,)
     assert batch["weight"].dtype == torch.float32 and batch["weight"].tolist() == [1.0] * 4
-    assert batch["num_bad"] == 0 and all(isinstance(key, str) for key in batch["keys"])
+    assert batch["num_bad"] == 0 and batch["problems"] == [] and all(isinstance(key, str) for key in batch["keys"])
     assert [int(key[1:]) % 3 for key in batch["keys"]] == batch["label"].tolist()
-    assert set(batch) == {"image", "mask", "label", "weight", "keys", "num_bad"}
+    assert set(batch) == {"image", "mask", "label", "weight", "keys", "num_bad", "problems"}
 
 
 def test_images_masks_and_crops_do_not_depend_on_ranks_workers_or_micro_batches(tmp_path):
@@ -168,14 +169,15 @@ def test_sample_rngs_differ_in_every_part_of_their_identity():
 def test_samples_at_the_same_place_of_two_shards_get_different_masks(tmp_path):
     """All shards sharing one set of random numbers would not show in any other test."""
     loader = train_loader(make_shards(tmp_path, 28))
-    masks = loader._fetch.batch([(0, shard, 3) for shard in range(4)])["mask"]
+    masks = loader._fetch.batch(BatchRequest([(0, shard, 3) for shard in range(4)], 0, None))["mask"]
     assert len({mask.numpy().tobytes() for mask in masks}) == 4
 
 
 def test_the_fetcher_survives_pickling_for_spawned_workers(tmp_path):
     loader = train_loader(make_shards(tmp_path, 20))
     copy = pickle.loads(pickle.dumps(loader._fetch))
-    assert fingerprint(copy.batch([(0, 1, 2), (3, 0, 1)])) == fingerprint(loader._fetch.batch([(0, 1, 2), (3, 0, 1)]))
+    request = BatchRequest([(0, 1, 2), (3, 0, 1)], 0, None)
+    assert fingerprint(copy.batch(request)) == fingerprint(loader._fetch.batch(request))
 
 
 def test_accumulation_steps_names_the_nearest_sizes():
@@ -199,11 +201,11 @@ def test_a_loader_refuses_batches_that_do_not_divide(tmp_path):
 # State
 
 
-def test_state_is_one_integer_and_the_identity_of_the_data(tmp_path):
+def test_state_is_one_position_one_count_and_the_identity_of_the_data(tmp_path):
     loader = train_loader(make_shards(tmp_path, 20))
-    state = loader.state_dict(36)
-    digest = loader.manifest.digest
-    assert state == {"images_seen": 36, "seed": 5, "lanes": 4, "window_shards": 2, "manifest": digest}
+    state = loader.state_dict(36, 2)
+    order = {"seed": 5, "lanes": 4, "window_shards": 2, "manifest": loader.manifest.digest}
+    assert state == {"images_seen": 36, "bad_images": 2, **order}
     loader.check_state(state)
     with pytest.raises(ConfigError, match="data.shards are not the shards of the checkpoint"):
         loader.check_state({**state, "manifest": "0" * 64})
@@ -222,7 +224,7 @@ def test_a_damaged_sample_stops_the_run_and_is_named(tmp_path, workers):
     """One message, no traceback of a worker around it."""
     manifest = make_shards(tmp_path, 20, bad={9: png(9)[:100]})
     loader = train_loader(manifest, replace(CONFIG, num_workers=workers))
-    message = r"^\S*t-000001.tar: sample 'k009' at byte \d+: not a readable .png image .*data.on_bad_sample=replace"
+    message = r"^\S*t-000001.tar: sample 'k009': not a readable .png image .* at byte \d+; .*data.on_bad_sample=replace"
     with pytest.raises(SampleError, match=message):
         list(islice(loader, 10))
 
@@ -248,20 +250,94 @@ def test_replace_counts_damaged_samples_and_gives_them_weight_zero(tmp_path, wor
     assert [row for row in rows if weights[row[0]] == 1.0] == [row for row in healthy[0] if weights[row[0]] == 1.0]
 
 
-def test_replace_stops_above_max_bad_fraction(tmp_path):
-    manifest = make_shards(tmp_path, 40, bad=dict.fromkeys(range(0, 33, 3), b"garbage"))
-    loader = train_loader(
-        manifest, replace(CONFIG, on_bad_sample="replace", max_bad_fraction=0.05), micro_batch_size=12
+def test_every_damaged_sample_is_listed_with_shard_key_and_cause(tmp_path):
+    manifest = make_shards(tmp_path, 20, bad={3: b"garbage", 9: b""}, unlabelled=15)
+    loader = train_loader(manifest, replace(CONFIG, on_bad_sample="replace"), global_batch_size=20, micro_batch_size=20)
+    problems = sorted(next(iter(loader))["problems"], key=lambda problem: problem["key"])
+    shards = [str(tmp_path / f"t-00000{number}.tar") for number in (0, 1, 2)]
+    assert [(problem["shard"], problem["key"]) for problem in problems] == list(
+        zip(shards, ["k003", "k009", "k015"], strict=True)
     )
-    with pytest.raises(SampleError, match=r"data.max_bad_fraction \(0.05\) is exceeded: 6 damaged"):
-        list(islice(loader, 10))
+    assert re.fullmatch(r"not a readable .png image .no known format., at byte \d+", problems[0]["cause"])
+    assert [problem["cause"] for problem in problems[1:]] == ["an empty image", "no readable label (.cls)"]
 
 
-def test_replace_stops_when_a_micro_batch_has_nothing_readable(tmp_path):
+def test_what_a_transform_refuses_is_named_too(tmp_path):
+    """A label out of range is known to the task alone, which does not know the sample."""
+
+    class Refusing(Transform):
+        def __call__(self, image, label, rng):
+            if label == 2:
+                raise SampleError("label 2 is not within 0..1")
+            return super().__call__(image, label, rng)
+
+    with pytest.raises(SampleError, match=r"t-00000\d.tar: sample 'k0\d\d': label 2 is not within 0..1; repair it"):
+        list(islice(train_loader(make_shards(tmp_path, 20), transform=Refusing()), 5))
+
+
+def test_replace_stops_above_max_bad_fraction(tmp_path):
+    """0.05 of 40 samples allow two; the third ends the run, at the latest after all of them."""
+    manifest = make_shards(tmp_path, 40, bad=dict.fromkeys(range(0, 33, 3), b"garbage"))
+    config = replace(CONFIG, on_bad_sample="replace", max_bad_fraction=0.05)
+    loader = train_loader(manifest, config, micro_batch_size=12)
+    with pytest.raises(
+        SampleError, match=r"data.max_bad_fraction \(0.05\) is exceeded: \d+ damaged .* among \d+ images"
+    ):
+        list(islice(loader, 4))
+    few = make_shards(tmp_path / "few", 40, bad=dict.fromkeys(range(2), b"garbage"))
+    assert (
+        sum(batch["num_bad"] for batch in islice(train_loader(few, config, micro_batch_size=12), 10)) == 6
+    )  # 3 epochs
+
+
+def test_the_bound_on_damaged_samples_holds_over_restarts_and_ranks(tmp_path):
+    """A run that is killed every hour would otherwise never reach it; neither would one rank of many by itself."""
+    manifest = make_shards(tmp_path, 40, bad={5: b"garbage"})
+    config = replace(CONFIG, on_bad_sample="replace", max_bad_fraction=0.05)  # two per epoch
+    loader = train_loader(manifest, config, rank=1, world_size=3)
+    loader.check_bad_images(2, 12)
+    with pytest.raises(SampleError, match="3 damaged samples among 12 images"):
+        loader.check_bad_images(3, 12)
+    loader.check_bad_images(6, 81)  # the share counts, not the number
+    resumed = train_loader(manifest, config, global_batch_size=40, start_images=40)
+    resumed.check_state({**resumed.state_dict(40, 1), "bad_images": 4})
+    assert resumed.bad_images_before == 4
+    with pytest.raises(SampleError, match=r"5 damaged samples among \d\d images"):  # four were two epochs' worth
+        list(islice(resumed, 10))
+    fresh = train_loader(manifest, config, global_batch_size=40, start_images=40)
+    fresh.check_state(fresh.state_dict(40, 1))
+    assert sum(batch["num_bad"] for batch in islice(fresh, 10)) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_micro_batch_with_nothing_readable_gets_stand_ins_of_weight_zero(tmp_path, workers):
+    """At the largest sizes a micro-batch is one image; replacing must work there too."""
+    manifest = make_shards(tmp_path, 20, bad=dict.fromkeys(range(14), b"garbage"))
+    config = replace(CONFIG, on_bad_sample="replace", max_bad_fraction=1.0, num_workers=workers)
+    loader = train_loader(manifest, config, global_batch_size=20, micro_batch_size=1)
+    batches = list(islice(loader, 20))
+    loader.close()
+    assert sorted(batch["keys"][0] for batch in batches) == [f"k{i:03d}" for i in range(20)]
+    assert {batch["keys"][0] for batch in batches if batch["weight"] == 0} == {f"k{i:03d}" for i in range(14)}
+    assert all(batch["image"].shape == (1, 3, 8, 8) for batch in batches)
+
+
+def test_replace_stops_when_nothing_is_readable_at_all(tmp_path):
     manifest = make_shards(tmp_path, 20, bad=dict.fromkeys(range(20), b"garbage"))
     loader = train_loader(manifest, replace(CONFIG, on_bad_sample="replace", max_bad_fraction=1.0))
-    with pytest.raises(SampleError, match="no readable sample in a micro-batch of 4; the last fault: .*t-00000"):
+    with pytest.raises(ShardError, match=r"t-00000\d.tar and its like hold no readable sample"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_damage_leaves_every_position_in_its_place_on_every_rank_count(tmp_path, world):
+    damaged = dict.fromkeys(range(0, 26, 5), b"garbage")
+    config = replace(CONFIG, on_bad_sample="replace")
+    reference = step_of([train_loader(make_shards(tmp_path / "healthy", 26))], steps=5)
+    manifest = make_shards(tmp_path / "damaged", 26, bad=damaged)
+    ranks = [train_loader(manifest, config, micro_batch_size=2, rank=rank, world_size=world) for rank in range(world)]
+    found = step_of(ranks, steps=5)
+    assert [[key for key, _ in step] for step in found] == [[key for key, _ in step] for step in reference]
 
 
 def test_a_shard_fault_is_not_replaced(tmp_path):

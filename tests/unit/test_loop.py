@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class Task:
     def loss(self, forward: Any, batch: dict[str, Any]) -> torch.Tensor:
         return batch["loss"]
 
+    def count(self, batch: dict[str, Any]) -> float:
+        return batch["count"]
+
     def scores(self, forward: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         return {"val/loss": batch["loss"]}
 
@@ -65,9 +69,11 @@ class Engine:
 
     def __init__(self) -> None:
         self.rates: list[float] = []
+        self.losses: list[float] = []
         self.before_step: Any = lambda number: None
 
-    def backward(self, loss: torch.Tensor) -> None: ...
+    def backward(self, loss: torch.Tensor) -> None:
+        self.losses.append(float(loss))
 
     def step(self, lr: float) -> float:
         self.before_step(len(self.rates) + 1)
@@ -185,6 +191,23 @@ def test_logged_loss_is_the_mean_over_the_steps_micro_batches_and_skipped_images
     assert [run.log.lines[step]["data/skipped_images"] for step in (1, 2, 3)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("loss_mean", "engine", "logged"), [("local", [2, 4], 3), ("global", [1, 6], 3.5)])
+def test_loss_of_a_step_is_the_mean_of_micro_batches_or_of_what_they_count(loss_mean, engine, logged, saved):
+    """Losses 2 and 4 of 3 and 9 images: the engine, which takes the mean over micro-batches, gets them weighted."""
+    run = make_run(1, accumulation=2, loss_mean=loss_mean, evaluation=False)
+    run.train_loader = Loader([batch_of(2.0, "a") | {"count": 3.0}, batch_of(4.0, "b") | {"count": 9.0}])
+    loop.fit(run, StopRequest())
+    assert run.engine.losses == engine and run.log.lines[1]["train/loss"] == logged
+
+
+def test_global_loss_where_nothing_counts_is_zero(saved):
+    """Only stand-ins of damaged samples: losses of 0, and no division by their number."""
+    run = make_run(1, accumulation=2, loss_mean="global", evaluation=False)
+    run.train_loader = Loader([batch_of(0.0, name) | {"count": 0.0} for name in "ab"])
+    loop.fit(run, StopRequest())
+    assert run.engine.losses == [0, 0] and run.log.lines[1]["train/loss"] == 0
+
+
 def test_pictures_show_the_first_images_of_the_evaluation_or_else_of_the_step(saved):
     """The same images each time, so that pictures compare."""
     run = make_run(3, picture_every_steps=1)
@@ -199,7 +222,7 @@ def test_evaluation_batches_count_by_their_images():
     """The last batch may hold one image or none; a mean over batches would count it like a full one."""
     full, one, none = batch_of(1.0, "a"), batch_of(9.0, "b"), batch_of(float("nan"), "")
     one["weight"], none["weight"] = torch.tensor([1.0, 0, 0, 0]), torch.zeros(4)
-    assert loop.evaluate(Task(), None, [full, one, none]) == {"val/loss": (4 * 1 + 9) / 5}
+    assert loop.evaluate(partial(Task().scores, None), [full, one, none]) == {"val/loss": (4 * 1 + 9) / 5}
 
 
 @pytest.mark.parametrize("checkpoint_every_steps", [100, 2])

@@ -37,6 +37,23 @@ def test_masks_follow_the_generator_and_cover_every_unit_evenly():
     assert (share - 10 / 16).abs().max() < 0.05  # 4.6 standard errors
 
 
+@pytest.mark.parametrize(
+    ("size", "unit", "units", "hidden"),
+    [((192, 192), 32, 36, 22), ((192, 256), 32, 48, 29), ((128, 256), 32, 32, 20), ((256, 128), 16, 128, 77)],
+)
+def test_every_unit_and_every_pair_of_units_is_hidden_equally_often(size, unit, units, hidden):
+    """Uniform over all choices of that many units: a unit is hidden with hidden / units, two of them together with
+    hidden (hidden - 1) / (units (units - 1)).  Bounds of five standard errors over 4,000 masks."""
+    rng, draws = np.random.default_rng(0), 4000
+    masks = torch.stack([simmim_mask(size, unit, unit, 0.6, rng) for _ in range(draws)]).flatten(1).double()
+    assert masks.shape[1] == units and (masks.sum(1) == hidden).all()
+    single = hidden / units
+    assert (masks.mean(0) - single).abs().max() < 5 * (single * (1 - single) / draws) ** 0.5
+    together = single * (hidden - 1) / (units - 1)
+    pairs = (masks.T @ masks / draws)[~torch.eye(units, dtype=torch.bool)]
+    assert (pairs - together).abs().max() < 5 * (together * (1 - together) / draws) ** 0.5
+
+
 def test_units_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"task.mask_unit_px \(24\) must be a multiple of model.patch_size \(4\)"):
         simmim_mask((32, 32), 24, 4, 0.6, np.random.default_rng(0))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from swinv2_train.distributed import World
 from swinv2_train.metrics import (
+    Confusion,
+    ConfusionCounter,
     Means,
     Throughput,
     device_peak_flops,
@@ -85,6 +88,50 @@ def test_numbers_of_all_ranks_join(run_distributed) -> None:
         assert means == {"a": 1.0, "b": 7.5}
         assert highest == {"mem": 2.0, "wait": 0.0}
         assert ranks == [1]
+
+
+def test_confusion_counts_pairs_of_rows_that_count() -> None:
+    """Per class by plain loops; the padding of a last batch is no image, a class without images has no accuracy."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(4, (3, 16), generator=generator) for _ in range(5)]  # right (never 4), predicted, weight
+    counter = ConfusionCounter(5)
+    expected = np.zeros((5, 5), int)
+    for right, predicted, weight in rows:
+        counter.add(right, predicted, (weight > 0).float())
+        for r, p, w in zip(right.tolist(), predicted.tolist(), weight.tolist(), strict=True):
+            expected[r, p] += w > 0
+    confusion = counter.read(ALONE)
+    dense = np.zeros((5, 5), int)
+    dense[confusion.true, confusion.predicted] = confusion.count
+    assert (dense == expected).all() and (confusion.count > 0).all()
+    assert confusion.images().tolist() == expected.sum(axis=1).tolist()
+    assert confusion.accuracy()[:4] == pytest.approx([100 * expected[k, k] / expected[k].sum() for k in range(4)])
+    assert math.isnan(confusion.accuracy()[4])
+
+
+def test_confusion_of_many_classes_is_sparse() -> None:
+    """21,841 classes squared are 3.8 GB as int64; the largest code must not overflow either."""
+    counter = ConfusionCounter(21841)
+    counter.add(torch.tensor([21840, 0, 21840]), torch.tensor([21840, 21840, 21840]), torch.ones(3))
+    confusion = counter.read(ALONE)
+    pairs = zip(confusion.true.tolist(), confusion.predicted.tolist(), confusion.count.tolist(), strict=True)
+    assert list(pairs) == [(0, 21840, 1), (21840, 21840, 2)]
+
+
+def test_confusion_joins_ranks_of_unequal_and_no_images(run_distributed) -> None:
+    """Rank 1 has seen padding alone; the same counts on every rank."""
+
+    def on_rank(world: World) -> Confusion:
+        counter = ConfusionCounter(10)
+        if world.rank == 1:
+            counter.add(torch.tensor([7]), torch.tensor([7]), torch.zeros(1))
+        for number in range(world.rank + 1 if world.rank != 1 else 0):
+            counter.add(torch.tensor([number, 9]), torch.tensor([9 - number, 9]), torch.ones(2))
+        return counter.read(world)
+
+    for confusion in run_distributed(on_rank, 3):
+        pairs = zip(confusion.true.tolist(), confusion.predicted.tolist(), confusion.count.tolist(), strict=True)
+        assert list(pairs) == [(0, 9, 2), (1, 8, 1), (2, 7, 1), (9, 9, 4)]
 
 
 def test_the_first_step_and_pauses_are_not_part_of_the_speed() -> None:

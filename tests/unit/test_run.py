@@ -160,7 +160,7 @@ def test_however_a_run_ends_its_log_is_closed_and_its_exit_code_says_how(
 
 def test_refused_start_leaves_no_configuration_behind(settings, tmp_path):
     """Labels beyond the classes, and an init_from that is nothing: before anything of the run is written."""
-    for overrides in (("task.num_classes=3",), (f"task.init_from={tmp_path}",), ("model.window_size=3",)):
+    for overrides in (("task.num_classes=3",), (f"task.init_from={tmp_path}",), ("model.num_heads=[5,5]",)):
         assert run_alone(settings("train.max_steps=1", *overrides)) == EXIT_USER_ERROR
         assert not (tmp_path / "run").exists(), overrides
 

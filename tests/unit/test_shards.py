@@ -10,41 +10,20 @@ import pickle
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from shard_files import image_bytes, samples, write_plain_tar
 
 from swinv2_train.data.index import build_index
+from swinv2_train.data.pattern import expand_pattern
 from swinv2_train.data.shards import (
     SampleError,
     ShardError,
     TarReader,
-    expand_pattern,
     open_manifest,
     reindex,
     verify_shards,
     write_shards,
 )
-
-
-def image_bytes(seed: int, kind: str = "png", size: tuple[int, int] = (8, 8)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "jpeg": "JPEG"}.get(kind, kind.upper()))
-    return buffer.getvalue()
-
-
-def samples(count: int, labels: bool = True) -> list[tuple[str, bytes, str, int | None]]:
-    return [(f"s{i:04d}", image_bytes(i), "png", i % 5 if labels else None) for i in range(count)]
-
-
-def write_plain_tar(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_written_shards_are_read_back_by_webdataset(tmp_path):
@@ -199,15 +178,44 @@ def test_a_tar_without_images_names_what_it_holds(tmp_path):
         open_manifest(str(path))
 
 
+@pytest.mark.parametrize("text", [b"", b"-1", b"1.0", b"9" * 30, b"9" * 70, b"1" + b" " * 70, "\u0663".encode()])
+def test_a_label_that_is_no_class_number_counts_as_none(tmp_path, text):
+    """A huge one overflowed the index, a long one was cut to another number."""
+    manifest = open_manifest(str(write_plain_tar(tmp_path / "t.tar", [("a.png", image_bytes(0)), ("a.cls", text)])))
+    assert manifest.unlabelled == (1,) and manifest.label_range is None
+
+
+def test_a_damaged_pax_header_is_an_error(tmp_path):
+    """Its content has no checksum, and a negative size would send the reader backwards for ever."""
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size, info.pax_headers = 8, {"size": "-512"}
+        tar.addfile(info, io.BytesIO(bytes(8)))
+    with pytest.raises(ShardError, match="t.tar: damaged PAX header"):
+        open_manifest(str(path))
+
+
+def test_a_sample_error_keeps_its_parts_between_processes():
+    """Worker processes hand their errors over pickled."""
+    error = pickle.loads(pickle.dumps(SampleError("no image", "t.tar", "k1")))
+    assert (str(error), error.shard, error.key, error.cause) == (
+        "t.tar: sample 'k1': no image",
+        "t.tar",
+        "k1",
+        "no image",
+    )
+
+
 def test_samples_without_image_or_with_a_bad_label_are_known_from_the_index(tmp_path):
     members = [("a.png", image_bytes(0)), ("a.cls", b"x"), ("b.cls", b"1"), ("c.png", b""), ("c.cls", b"2\n")]
     manifest = open_manifest(str(write_plain_tar(tmp_path / "t.tar", members)))
     assert manifest.unlabelled == (1,) and manifest.label_range == (1, 2)
     reader = TarReader(manifest)
     assert reader.read(0, 0).label is None
-    with pytest.raises(SampleError, match="sample 'b' has no image"):
+    with pytest.raises(SampleError, match="sample 'b': no image"):
         reader.read(0, 1)
-    with pytest.raises(SampleError, match="sample 'c' has an empty image"):
+    with pytest.raises(SampleError, match="sample 'c': an empty image"):
         reader.read(0, 2)
 
 
@@ -243,8 +251,49 @@ def test_verify_notices_one_flipped_bit(tmp_path):
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
+    os.utime(path, ns=(0, 0))  # with its new date the start finds it already
+    open_manifest(str(path))
     with pytest.raises(ShardError, match="checksum differs"):
         verify_shards(str(path))
+
+
+def test_a_shard_written_anew_at_the_same_size_is_found_by_its_date(tmp_path):
+    """Other content under offsets that still fit would be read as damaged images, or as wrong ones."""
+    path = Path(write_shards(samples(4), str(tmp_path / "t"), 4).paths[0])
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=r"t-000000.tar: changed since it was indexed, at the same size; .*--reindex"):
+        open_manifest(str(path))
+    assert reindex(str(path)) == open_manifest(str(path))
+
+
+def test_a_shard_that_was_only_copied_is_read_once_and_believed(tmp_path):
+    """A copy is younger than its index; hashing terabytes at every start would be no remedy."""
+    manifest = write_shards(samples(4), str(tmp_path / "t"), 4)
+    os.utime(manifest.paths[0], ns=(2**62, 2**62))
+    young = os.stat(manifest.index_paths[0]).st_mtime_ns
+    assert open_manifest(manifest.paths[0]) == manifest
+    assert os.stat(manifest.index_paths[0]).st_mtime_ns > young
+    os.utime(manifest.paths[0])
+    os.utime(manifest.index_paths[0])
+    Path(manifest.paths[0]).chmod(0o000)  # not for root, so the next line also shows that nothing is hashed
+    before = os.stat(manifest.paths[0]).st_atime_ns
+    assert open_manifest(manifest.paths[0]) == manifest and os.stat(manifest.paths[0]).st_atime_ns == before
+
+
+def test_a_wildcard_that_misses_a_listed_shard_is_an_error_and_reindex_forgets_it(tmp_path):
+    """A deleted shard would silently make the data set smaller; a manifest beside it knows better."""
+    manifest = write_shards(samples(6), str(tmp_path / "t"), 2)
+    write_shards(samples(1), str(tmp_path / "other"), 2)
+    os.unlink(manifest.paths[1])
+    with pytest.raises(ShardError, match=r"t-000001.tar is missing, manifest.json lists it .1 such.*--reindex"):
+        open_manifest(f"{tmp_path}/t-*.tar")
+    assert open_manifest(f"{tmp_path}/other-*.tar").counts == (1,)
+    with pytest.raises(ShardError, match=r"names '.*t-000001.tar', which does not exist"):
+        open_manifest(f"{tmp_path}/t-{{000000..000002}}.tar")
+    assert reindex(f"{tmp_path}/t-*.tar").counts == (2, 2)
+    assert open_manifest(f"{tmp_path}/t-*.tar").counts == (2, 2)
 
 
 def test_a_lost_index_is_made_again_and_the_checksum_compared(tmp_path):
@@ -303,6 +352,7 @@ def test_rewriting_deleted_shards_forgets_their_old_entries(tmp_path):
     for path in write_shards(samples(4), str(tmp_path / "t"), 2).paths:
         os.unlink(path)
     assert write_shards(samples(3), str(tmp_path / "t"), 3).counts == (3,)
+    assert open_manifest(f"{tmp_path}/t-*.tar").counts == (3,)  # the second one is not missed
 
 
 def _open(path: str) -> str:

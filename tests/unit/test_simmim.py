@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from unit.model_cases import FLOAT64_BOUND, random_model, relative_error
+from unit.reference_swin_v2 import reference_simmim
 
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.simmim import masked_l1, norm_target
@@ -54,15 +56,64 @@ def test_encoder_sees_nothing_of_hidden_patches():
     assert torch.equal(same, base) and not torch.allclose(other, base)
 
 
-def test_norm_target_is_the_sliding_window_of_the_official_code():
-    """Against a loop over every pixel's window, unbiased variance, cut at the border."""
+# img_size, patch_size, window_size, depths.  The encoder's last token spans patch_size x 2^(stages - 1) pixels.
+SIMMIM_CASES = {
+    "patch 2, 26x38 px: odd maps 13x19, 7x10, 4x5": ((26, 38), 2, 4, (2, 2, 2)),
+    "patch 4, 32x48 px": ((32, 48), 4, 4, (2, 2)),
+    "patch 8, 128x256 px": ((128, 256), 8, 8, (2, 2)),
+    "patch 8, 40x24 px: 5x3, 3x2, 2x1, 1x1": ((40, 24), 8, 2, (1, 2, 1, 1)),
+    "patch 16, 192x256 px": ((192, 256), 16, 6, (2, 2)),
+}
+
+
+@pytest.mark.parametrize("case", SIMMIM_CASES)
+def test_loss_reconstruction_and_every_gradient_equal_an_independent_float64_implementation(case):
+    """Blending behind the patch norm, decoder, pixel order, cropping and the normalisation of the loss, of one model
+    for every patch size and images of any shape."""
+    img_size, patch, window, depths = SIMMIM_CASES[case]
+    heads, zeros = (1, 2, 2, 2)[: len(depths)], (0,) * len(depths)
+    encoder = random_model(
+        img_size=img_size, patch_size=patch, embed_dim=8, depths=depths, num_heads=heads, window_size=window,
+        pretrained_window_sizes=zeros,
+    )  # fmt: skip
+    model = SimMIM(encoder, patch * 2 ** (len(depths) - 1)).double()
+    images = torch.randn(2, 3, *img_size, dtype=torch.float64)
+    mask = torch.rand(2, img_size[0] // patch, img_size[1] // patch) < 0.6
+    state = dict(model.named_parameters())
+    expected, picture = reference_simmim(
+        state, images, mask, patch=patch, depths=depths, heads=heads, window=encoder.window_size, pretrained=zeros
+    )
+    outputs = model(images, mask)
+    assert relative_error(outputs["reconstruction"], picture) < FLOAT64_BOUND
+    assert relative_error(outputs["loss"], expected) < FLOAT64_BOUND
+    used = {name: p for name, p in state.items() if not name.startswith("encoder.head")}
+    own, independent = (torch.autograd.grad(loss, list(used.values())) for loss in (outputs["loss"], expected))
+    floor = 1e-6 * max(g.abs().max().item() for g in independent)
+    for name, gradient, exact in zip(used, own, independent, strict=True):
+        assert relative_error(gradient, exact, floor) < FLOAT64_BOUND, name
+
+
+def test_images_of_several_sizes_and_shapes_go_through_one_model():
+    """Variable sizes per batch, also those that merging pads: the reconstruction has the images' shape."""
+    model = small_simmim(norm_target=47)
+    for height, width in ((32, 64), (64, 32), (20, 36), (4, 4)):
+        images = torch.randn(2, 3, height, width)
+        out = model(images, torch.ones(2, height // 4, width // 4, dtype=torch.bool))
+        assert out["reconstruction"].shape == images.shape and out["loss"].isfinite()
+
+
+@pytest.mark.parametrize(("size", "window_px"), [((9, 11), 5), ((30, 12), 47), ((8, 60), 47)])
+def test_norm_target_is_the_sliding_window_of_the_official_code(size, window_px):
+    """Against a loop over every pixel's window, unbiased variance, cut at the border; also larger than a side."""
     torch.manual_seed(0)
-    images = torch.rand(1, 2, 9, 11, dtype=torch.float64)
-    got = norm_target(images, 5)
+    images = torch.rand(1, 2, *size, dtype=torch.float64)
+    got = norm_target(images, window_px)
+    reach = window_px // 2
     for channel in range(2):
-        for y in range(9):
-            for x in range(11):
-                window = images[0, channel, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3]
+        for y in range(size[0]):
+            for x in range(size[1]):
+                rows, cols = (slice(max(0, at - reach), at + reach + 1) for at in (y, x))
+                window = images[0, channel, rows, cols]
                 expected = (images[0, channel, y, x] - window.mean()) / (window.var(unbiased=True) + 1e-6).sqrt()
                 assert got[0, channel, y, x].item() == pytest.approx(expected.item(), abs=1e-6)
 

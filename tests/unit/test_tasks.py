@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config, ConfigError, pair
+from swinv2_train.data.crop import resize
 from swinv2_train.data.shards import SampleError
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.models.simmim import norm_target
@@ -94,6 +96,32 @@ def test_rows_of_weight_0_count_in_no_loss_and_no_score():
     assert task.loss(answers(logits[:2]), nothing).item() == 0.0
 
 
+def test_an_image_may_have_several_right_classes():
+    """ReaL: right when the prediction is one of them, the loss of their joint probability; a fill of -1 is no class."""
+    task, logits = classify(), torch.randn(3, 10)
+    best = logits.argsort(dim=1, descending=True)
+    labels = torch.stack([best[0, [7, 0, 6]], best[1, [1, 9, 9]], best[2, [8, 7, 6]]])
+    labels[1, 1:] = -1
+    scores, predicted = task.scores_and_predictions(answers(logits), labelled([0, 0, 0]) | {"labels": labels})
+    assert torch.equal(predicted, best[:, 0])
+    assert scores["val/top1"].item() == pytest.approx(100 / 3) and scores["val/top5"].item() == pytest.approx(200 / 3)
+    p = logits.softmax(dim=1)
+    chances = [p[0, best[0, [7, 0, 6]]].sum(), p[1, best[1, 1]], p[2, best[2, [8, 7, 6]]].sum()]
+    assert scores["val/loss"].item() == pytest.approx(-torch.stack(chances).log().mean().item(), rel=1e-5)
+    single = task.scores_and_predictions(answers(logits), labelled([0, 0, 0]) | {"labels": labels[:, :1]})[0]
+    assert single == task.scores(answers(logits), labelled(labels[:, 0].tolist()))
+
+
+def test_images_without_a_needed_label_are_cropped_alike():
+    """Where a file names the right classes, the shards' own labels, right or wrong, are of no interest."""
+    transform = classify().eval_transform
+    blind = dataclasses.replace(transform, needs_label=False)
+    image, rng = random_images(1)[0], np.random.default_rng(0)
+    for label in (None, 99, 3):
+        row = blind(image, label, rng)
+        assert row.keys() == {"images"} and torch.equal(row["images"], transform(image, 3, rng)["images"])
+
+
 def test_loss_of_bf16_logits_is_computed_in_float32():
     """The engine's logits may be bfloat16, whose cross-entropy has three digits."""
     logits = torch.randn(4, 10).bfloat16()
@@ -161,6 +189,37 @@ def test_training_crops_and_flips_as_configured_and_evaluation_does_neither(buil
     large = random_images(1, (64, 64))[0]
     central = build("data.eval_crop_pct=0.5").eval_transform(large, 3, rng)["images"]
     assert torch.equal(central, large[:, 16:48, 16:48])
+
+
+@pytest.mark.parametrize("build", [classify, simmim])
+def test_squashed_evaluation_loses_nothing_of_the_image(build):
+    """data.eval_crop=squash with eval_crop_pct=1: the official 384 px configurations, TEST.CROP False."""
+    wide, rng = random_images(1, (32, 64))[0], np.random.default_rng(0)
+    whole = build("data.eval_crop=squash", "data.eval_crop_pct=1").eval_transform(wide, 3, rng)["images"]
+    assert torch.equal(whole, resize(wide, (32, 32), "bicubic"))
+    half = build("data.eval_crop=squash", "data.eval_crop_pct=0.5").eval_transform(wide, 3, rng)["images"]
+    assert torch.equal(half, resize(wide, (64, 64), "bicubic")[:, 16:48, 16:48])
+    centre = build("data.eval_crop_pct=1").eval_transform(wide, 3, rng)["images"]
+    assert torch.equal(centre, wide[:, :, 16:48])
+
+
+@pytest.mark.parametrize("build", [classify, simmim])
+def test_count_is_what_the_loss_is_the_mean_over(build):
+    """Two micro-batches joined: their losses, weighted by their counts, are the loss of both together."""
+    task = build("model.drop_path_rate=0", "task.label_smoothing=0.1") if build is classify else build()
+    task.module.eval()
+    mask = torch.rand(6, 8, 8) < torch.tensor([0.1, 0.5, 0.9, 0.3, 0.3, 0.2]).view(6, 1, 1)
+    batch = labelled([1, 2, 3, 4, 5, 6], [1.0, 0.0, 1.0, 1.0, 1.0, 0.0]) | {"mask": mask}
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 6))]
+    none = {**parts[0], "weight": torch.zeros(2)}
+    with torch.no_grad():
+        counts = [task.count(part) for part in parts]
+        losses = [float(task.loss(task.module, part)) for part in parts]
+        joined = float(task.loss(task.module, batch))
+        assert task.count(none) == 0 and float(task.loss(task.module, none)) == 0
+    assert counts == ([1, 3] if build is classify else [16 * int(mask[0].sum()), 16 * int(mask[2:5].sum())])
+    assert np.average(losses, weights=counts) == pytest.approx(joined, rel=1e-5)
+    assert np.mean(losses) != pytest.approx(joined, rel=1e-3)
 
 
 def test_task_section_decides_what_is_trained():
@@ -295,7 +354,10 @@ def test_null_takes_the_sizes_own_value():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("model.window_size=3",), "model: window_size 3 does not tile the 8 tokens of stage 1"),
+        (
+            ("model.clamp_to_shorter_side=true", "model.window_size=[4,2]"),
+            r"model: window_size \(4, 2\) must be square",
+        ),
         (("model.img_size=34",), "model: img_size height 34 is not a multiple of patch_size 4"),
         (("model.depths=[1,1,1]",), "model: depths .* must have one entry per stage"),
         (("model.pretrained_window_sizes=[0]",), "model: depths .* must have one entry per stage"),

@@ -1,0 +1,112 @@
+"""``python -m swinv2_train.export run_dir=DIR format=NAME out=PATH``: a run's weights, for everybody else to load.
+
+  format=microsoft|timm out=FILE               .safetensors, or .pth as torch.save writes it
+  format=huggingface out=DIR                   model.safetensors, config.json, preprocessor_config.json
+  checkpoint=DIR                               another checkpoint than the newest
+  weights=PATH [weights_format=NAME]           other weights of any known format; without run_dir the configuration is
+                                               composed as the train command does: task=classify model=base ...
+
+The weights are the float32 masters of the run, and one parameter at a time is in memory.  docs/weights.md has examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from swinv2_train.checkpoint import find_checkpoint
+from swinv2_train.command_line import compose_source, guarded
+from swinv2_train.config import Config, ConfigError, pair
+from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.runtime import EXIT_DONE
+from swinv2_train.tasks import build_task
+from swinv2_train.weights import WRITTEN_FORMATS, Preprocessing, match_weights, read_weights, save_weights
+
+USAGE = __doc__
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for besides the configuration."""
+
+    format: str
+    """One of WRITTEN_FORMATS."""
+    out: Path
+    """What is written; must not be there yet."""
+    checkpoint: str | None = None
+    """A checkpoint directory; None = the newest of the run."""
+    weights: str | None = None
+    """Weights of any known format in place of a checkpoint."""
+    weights_format: str | None = None
+    """The format of weights; None = by its names."""
+
+
+OWN_KEYS = tuple(field.name for field in dataclasses.fields(Request))
+
+
+def export(config: Config, request: Request) -> list[Path]:
+    """Write the weights that are asked for; returns the files.
+
+    Raises ConfigError, with nothing written, when the weights are not the configured model's, when the format cannot
+    hold it, and when out exists.
+    """
+    if request.out.exists():
+        raise ConfigError(f"out ({request.out}) exists; name a new file or directory, or remove it")
+    source = request.weights or str(find_checkpoint(Path(request.checkpoint or config.run_dir)))
+    with torch.device("meta"):
+        module = build_task(config, torch.device("cpu")).module
+    assert isinstance(module, SwinTransformerV2 | SimMIM)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    weights, _ = match_weights(read_weights(source, request.weights_format), shapes, source)
+    data = config.data
+    preprocessing = Preprocessing(
+        mean=(data.mean[0], data.mean[1], data.mean[2]),
+        std=(data.std[0], data.std[1], data.std[2]),
+        img_size=pair("model.img_size", config.model.img_size),
+        crop_pct=data.eval_crop_pct,
+        squash=data.eval_crop == "squash",
+        interpolation=data.interpolation,
+    )
+    files = save_weights(module, request.out, request.format, weights=weights, preprocessing=preprocessing)
+    print(json.dumps({"weights": source, "format": request.format, "files": [str(path) for path in files]}))
+    return files
+
+
+def parse(arguments: list[str]) -> tuple[Config, Request]:
+    """The configuration and the command's own keys of a command line."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    formats = "|".join(WRITTEN_FORMATS)
+    for key, value in (("format", formats), ("out", "PATH")):
+        if key not in given:
+            raise ConfigError(f"{key} has no value; add {key}={value}")
+    if given["format"] not in WRITTEN_FORMATS:
+        raise ConfigError(f"format ({given['format']}) is not written; choose one of {', '.join(WRITTEN_FORMATS)}")
+    if "weights" in given and "checkpoint" in given:
+        raise ConfigError("weights and checkpoint are both given; leave one of them out")
+    if "weights_format" in given and "weights" not in given:
+        raise ConfigError("weights_format is of weights=PATH, which is not given; add it, or leave it out")
+    config, own = compose_source(arguments, OWN_KEYS)
+    return config, Request(out=Path(own.pop("out")), **own)
+
+
+def main() -> None:
+    """The console script swinv2-export."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        sys.exit(EXIT_DONE)
+
+    def command() -> int:
+        export(*parse(arguments))
+        return EXIT_DONE
+
+    sys.exit(guarded(command))
+
+
+if __name__ == "__main__":
+    main()

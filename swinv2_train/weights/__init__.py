@@ -1,0 +1,174 @@
+"""Reading and writing every implementation's SwinV2 weights; in memory the names are the official ones.
+
+    report = load_weights(model, "swinv2_tiny_patch4_window8_256.pth")
+    save_weights(model, "export", "huggingface")
+
+Tensors are read, converted and written one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swinv2_train.checkpoint import find_checkpoint
+from swinv2_train.checkpoint import read_weights as read_checkpoint
+from swinv2_train.config import ConfigError
+from swinv2_train.lazy import LazyTensor, LazyTensors
+from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.weights.files import open_weights
+from swinv2_train.weights.huggingface import Preprocessing, check_huggingface, write_huggingface
+from swinv2_train.weights.matching import Head, LoadReport, match_weights
+from swinv2_train.weights.names import FLOATS, FORMATS, ConvertedWeights, from_official, to_official
+from swinv2_train.weights.writing import write_safetensors, write_torch
+
+__all__ = [
+    "FORMATS",
+    "WRITTEN_FORMATS",
+    "ConvertedWeights",
+    "Head",
+    "LoadReport",
+    "Preprocessing",
+    "load_weights",
+    "match_weights",
+    "read_weights",
+    "save_weights",
+]
+
+WRITTEN_FORMATS = ("microsoft", "timm", "huggingface")
+
+
+def read_weights(path: str | Path, format: str | None = None) -> ConvertedWeights:
+    """The weights at path by official name, each read and converted when it is asked for.
+
+    path: a safetensors or torch file, a Hugging Face directory, or a run or checkpoint directory of our own.  format:
+    one of FORMATS where the names are to be of that format; None = found out.  Raises ConfigError, naming path, fault
+    and remedy, for what is no such file, holds code, or has names of no known format.
+    """
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"format ({format}) is unknown; the formats are: {', '.join(FORMATS)}")
+    if path.is_dir() and (path.name.startswith("step_") or (path / "checkpoints").is_dir()):
+        weights = read_checkpoint(find_checkpoint(path))
+        if format is not None:
+            raise ConfigError(f"{path} is a run directory of our own, not a file of format={format}; leave format out")
+        entries = _entries_of(weights)
+        return ConvertedWeights(entries, "run", {name: (name,) for name in entries}, ())
+    file = open_weights(path)
+    return to_official(file.entries, format, str(path), file.left_out)
+
+
+@torch.no_grad()
+def load_weights(
+    module: SwinTransformerV2 | SimMIM,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    head: Head = "load",
+    strict: bool = True,
+) -> LoadReport:
+    """Copy the weights at path into a model, parameter by parameter, in the model's dtype and on its devices.
+
+    head and strict: see :func:`match_weights`.  Nothing is changed when names or shapes do not fit.  Raises ConfigError
+    for what read_weights and match_weights refuse; the module must not be on the meta device or sharded.
+    """
+    own = module.state_dict(keep_vars=True)
+    unreal = [name for name, tensor in own.items() if tensor.is_meta]
+    if unreal:
+        raise ValueError(
+            f"{unreal[0]} is on the meta device; give the model memory first: module.to_empty(device='cpu')"
+        )
+    source = read_weights(path, format)
+    weights, report = match_weights(
+        source, {name: tuple(tensor.shape) for name, tensor in own.items()}, str(path), head=head, strict=strict
+    )
+    for name in weights:
+        own[name].copy_(weights[name])
+    return report
+
+
+def save_weights(
+    module: SwinTransformerV2 | SimMIM,
+    path: str | Path,
+    format: str,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> list[Path]:
+    """Write a model's weights in a format, one tensor at a time; returns the files written, the weights first.
+
+    format: microsoft or timm, one file: safetensors, or ``{"model": ...}`` by torch.save when path ends in .pth, .pt or
+    .bin; huggingface, a directory.  module tells the sizes and may be on the meta device.  weights: the values by the
+    module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes with the SimMIM
+    model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.
+
+    An existing file is replaced when the new one is complete.  Raises ConfigError, before anything is written, when the
+    format cannot hold the model or the weights are not the module's.
+    """
+    path = Path(path)
+    if format not in WRITTEN_FORMATS:
+        raise ConfigError(f"format ({format}) is not written; choose one of {', '.join(WRITTEN_FORMATS)}")
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name != "mask_token"}
+    entries = _entries_of(module.state_dict() if weights is None else weights)
+    entries.pop("mask_token", None)
+    _check_same(own, entries)
+    _check_holds(module, format, own, preprocessing)
+    renamed = from_official({name: entries[name] for name in own}, format)
+    if format == "huggingface":
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; format=huggingface writes a directory, name one")
+        return write_huggingface(path, renamed, module, preprocessing)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; format={format} writes one file, name it (.safetensors or .pth)")
+    write = write_torch if path.suffix in (".pth", ".pt", ".bin") else write_safetensors
+    write(path, renamed)
+    return [path]
+
+
+def _entries_of(weights: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    if isinstance(weights, LazyTensors):
+        return dict(weights.entries)
+
+    def entry(tensor: Tensor) -> LazyTensor:
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    return {name: entry(tensor) for name, tensor in weights.items()}
+
+
+def _check_same(own: Mapping[str, tuple[int, ...]], entries: Mapping[str, LazyTensor]) -> None:
+    """ConfigError unless entries are the module's names and shapes, in a float dtype."""
+    for name in sorted(own.keys() ^ entries.keys()):
+        raise ConfigError(
+            f"weights {'lack' if name in own else 'have'} {name}, unlike the model; give those of its run"
+        )
+    for name, shape in own.items():
+        if tuple(entries[name].shape) != shape:
+            raise ConfigError(f"weights: {name} is {tuple(entries[name].shape)}, the model has {shape}")
+        if entries[name].dtype not in FLOATS:
+            raise ConfigError(f"weights: {name} is {entries[name].dtype}, not a float")
+
+
+def _check_holds(
+    module: SwinTransformerV2 | SimMIM,
+    format: str,
+    own: Mapping[str, tuple[int, ...]],
+    preprocessing: Preprocessing | None,
+) -> None:
+    """ConfigError when the format has no place for something that the model has."""
+    if format == "microsoft":
+        return
+    extra = [name for name in own if ".norm3." in name]
+    if extra:
+        raise ConfigError(
+            f"format={format} cannot hold the extra norms of huge and giant ({extra[0]}); export format=microsoft"
+        )
+    if format == "huggingface":
+        check_huggingface(module, preprocessing)
+    elif isinstance(module, SimMIM):
+        raise ConfigError(
+            "format=timm cannot hold a SimMIM model (mask token and decoder); export format=microsoft or huggingface, "
+            "or save_weights(model.encoder, ...) for the backbone alone"
+        )

@@ -1,0 +1,235 @@
+"""Weight files as named tensors, under the names that they hold: found, read safely, one tensor at a time.
+
+Nothing that a file says is ever run: safetensors holds no code, and pickled files go through torch's weights-only
+unpickler, which builds tensors and plain values alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swinv2_train.config import ConfigError
+from swinv2_train.lazy import LazyTensor
+
+CONTAINERS = ("model", "state_dict", "model_ema", "state_dict_ema")
+"""Keys under which training programs keep the weights, the first that is there is read."""
+
+HUGGINGFACE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What a Hugging Face directory may hold, in the order in which transformers looks."""
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class WeightFile(NamedTuple):
+    """The tensors of a file or directory, and the containers in it that were not read."""
+
+    entries: dict[str, LazyTensor]
+    left_out: tuple[str, ...]
+
+
+def open_weights(path: Path) -> WeightFile:
+    """The tensors at path by the names they have there: a safetensors or torch file, or a Hugging Face directory.
+
+    Safetensors and torch's zip files are read one tensor at each access; the older torch format (before 1.6) has to be
+    read whole.  Raises ConfigError, naming file, fault and remedy, for whatever is no weight file.
+    """
+    try:
+        if path.is_dir():
+            found = next((path / name for name in HUGGINGFACE_FILES if (path / name).is_file()), None)
+            if found is None:
+                raise ConfigError(
+                    f"{path} is a directory without weights: it has neither checkpoints/ nor one of "
+                    f"{', '.join(HUGGINGFACE_FILES)}; name a weight file or a run directory"
+                )
+            return open_weights(found)
+        if not path.is_file():
+            raise ConfigError(f"{path}: there is no such file; check the path")
+        if path.name.endswith(".index.json"):
+            return _open_index(path)
+        return _open_file(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _open_file(path: Path) -> WeightFile:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ConfigError(f"{path}: the file is empty; fetch it again")
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return _open_torch(path, zipped=start.startswith(b"PK"))
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return WeightFile(_open_safetensors(path), ())
+    if start.startswith(b"version https://git-lfs"):
+        raise ConfigError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with git lfs pull")
+    raise ConfigError(f"{path}: neither a safetensors nor a torch file (it begins with {start[:16]!r}); fetch it again")
+
+
+def _open_index(index: Path) -> WeightFile:
+    """A model in several files beside a list of which file has which tensor."""
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{index}: cannot be read as an index ({error}); fetch it again") from error
+    entries: dict[str, LazyTensor] = {}
+    for name in dict.fromkeys(weight_map.values()):
+        part = index.parent / str(name)
+        if part.parent != index.parent or not part.is_file():
+            raise ConfigError(f"{index} names {name!r}, which is not beside it; fetch all files of the model")
+        for key, entry in _open_file(part).entries.items():
+            if weight_map.get(key) == name:
+                entries[key] = entry
+    lacking = sorted(weight_map.keys() - entries.keys())
+    if lacking:
+        raise ConfigError(
+            f"{index}: {weight_map[lacking[0]]} does not hold {_some(lacking)}, which it lists; fetch the files again"
+        )
+    return WeightFile(entries, ())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# safetensors
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    from safetensors import safe_open
+
+    def read(name: str) -> Tensor:
+        with _safetensors_errors(path), safe_open(path, "pt") as file:  # opened anew: nothing stays mapped in between
+            return file.get_tensor(name).clone()  # else it stays a view of the file, which may be replaced
+
+    entries = {}
+    with _safetensors_errors(path), safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  the file is no mapping
+            part = file.get_slice(name)
+            dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise ConfigError(f"{path}: {name} is {part.get_dtype()}; save it as float32, float16 or bfloat16")
+            entries[name] = LazyTensor(tuple(part.get_shape()), dtype, _bound(read, name))
+    return entries
+
+
+@contextlib.contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: a damaged or truncated safetensors file ({error}); fetch it again") from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torch.save
+
+
+class _Inert:
+    """Stands for an object that a training program stored beside the weights; keeps nothing of what it is given."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _InertMapping:
+    """The same for dictionaries: what is built is an OrderedDict, the one mapping that torch lets a file fill."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return OrderedDict()
+
+
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_InertMapping, "yacs.config.CfgNode"),  # 'config' of the official training checkpoints
+    (_InertMapping, "mmengine.config.config.ConfigDict"),
+    *(
+        (_Inert, name)
+        for name in (
+            "argparse.Namespace",  # 'args' of timm's
+            "pathlib.PosixPath",
+            "mmengine.logging.history_buffer.HistoryBuffer",  # 'message_hub' of mmpretrain's
+            "builtins.getattr",  # how its methods are stored; as a stand-in it looks nothing up
+            "numpy.dtype",
+            "numpy.ndarray",
+            "numpy.core.multiarray.scalar",
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray.scalar",
+            "numpy._core.multiarray._reconstruct",
+            *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
+        )
+    ),
+]
+"""Metadata of known training programs.  None of these is imported or called: every one becomes a stand-in."""
+
+
+def _open_torch(path: Path, zipped: bool) -> WeightFile:
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
+            warnings.simplefilter("ignore")
+            # mapped where possible: a tensor takes memory when it is read
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found:
+            raise ConfigError(
+                f"{path}: refused, nothing of it was run: beside tensors it asks for {found[1]}, which could run any "
+                "code; use a safetensors version, or a file from a source you trust that holds the weights alone"
+            ) from error
+        raise ConfigError(f"{path}: cannot be read as weights ({_first_line(error)}); fetch it again") from error
+    except Exception as error:  # noqa: BLE001  a damaged pickle raises anything
+        raise ConfigError(
+            f"{path}: a damaged or truncated torch file ({_first_line(error)}); fetch it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, not named tensors; save the model's state_dict")
+    containers = [key for key in CONTAINERS if isinstance(content.get(key), Mapping)]
+    tensors = content[containers[0]] if containers else content
+    entries = {str(name): _entry(path, str(name), value) for name, value in tensors.items()}
+    if not entries:
+        raise ConfigError(f"{path}: holds no tensors; name a file with a model's weights")
+    return WeightFile(entries, tuple(f"{key}.*" for key in containers[1:]))
+
+
+def _entry(path: Path, name: str, value: object) -> LazyTensor:
+    if not isinstance(value, Tensor):
+        raise ConfigError(
+            f"{path}: {name!r} is {type(value).__name__}, not a tensor; weights are read bare or under one of "
+            f"{', '.join(CONTAINERS)}"
+        )
+    if value.layout is not torch.strided or value.is_quantized:
+        raise ConfigError(f"{path}: {name} is sparse or quantized; save it as a plain tensor")
+    tensor = value.detach()
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.clone)
+
+
+def _bound(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
+    return lambda: read(name)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,151 @@
+"""What a Hugging Face directory holds beside the weights, and what transformers' SwinV2 cannot express.
+
+Source: transformers 5, Swinv2Config and modeling_swinv2; its image processors' keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swinv2_train.config import ConfigError
+from swinv2_train.lazy import LazyTensor
+from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.weights.writing import replacing, write_safetensors
+
+_PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are resized, cropped and normalised for evaluation."""
+
+    mean: tuple[float, float, float]
+    """Per channel, pixels in 0..1."""
+    std: tuple[float, float, float]
+    """Per channel, pixels in 0..1."""
+    img_size: tuple[int, int]
+    """Height and width of the crop in pixels."""
+    crop_pct: float
+    """The crop as a share of the resized image."""
+    squash: bool
+    """Resize both sides to img_size / crop_pct, whatever the image's shape; otherwise the shape is kept."""
+    interpolation: str
+    """bilinear or bicubic."""
+
+
+def check_huggingface(module: SwinTransformerV2 | SimMIM, preprocessing: Preprocessing | None) -> None:
+    """ConfigError when transformers would compute something else, or could not build the model at all."""
+    model = module.encoder if isinstance(module, SimMIM) else module
+    if model.window_size[0] != model.window_size[1]:
+        raise _refusal(f"window_size {model.window_size} (its windows are square)")
+    if isinstance(module, SimMIM) and model.img_size[0] != model.img_size[1]:
+        raise _refusal(f"a SimMIM model of img_size {model.img_size} (it takes the last map for square)")
+    window, coarsest = model.window_size[0], model.patch_size * 2 ** (len(model.depths) - 1)
+    if any(side % coarsest for side in model.img_size):
+        raise _refusal(f"img_size {model.img_size} with maps of odd size (it clamps their windows otherwise)")
+    for i in range(len(model.depths)):
+        sides = [side // (model.patch_size * 2**i) for side in model.img_size]
+        if min(sides) < max(sides) and min(sides) <= window:
+            raise _refusal(
+                f"the {sides[0]}x{sides[1]} map of stage {i + 1} with window {window} (it clamps both sides)"
+            )
+        if any(side % min(side, window) for side in sides):
+            raise _refusal(
+                f"window {window} on the {sides[0]}x{sides[1]} map of stage {i + 1} (its padding is attended)"
+            )
+    for trained, grid in zip(model.pretrained_window_sizes, model.grids, strict=True):
+        if trained[0] != trained[1] or (trained == (1, 1) and grid.window != (1, 1)):
+            raise _refusal(f"pretrained_window_sizes {model.pretrained_window_sizes} (one number a stage, not 1)")
+    if preprocessing is not None and len(set(preprocessing.img_size)) > 1 and not preprocessing.squash:
+        raise _refusal(
+            f"a crop to {preprocessing.img_size} that keeps the image's shape (data.eval_crop=squash it can)"
+        )
+
+
+def _refusal(what: str) -> ConfigError:
+    return ConfigError(f"format=huggingface cannot hold {what}; export format=microsoft, or another img_size or window")
+
+
+def write_huggingface(
+    directory: Path,
+    entries: Mapping[str, LazyTensor],
+    module: SwinTransformerV2 | SimMIM,
+    preprocessing: Preprocessing | None,
+) -> list[Path]:
+    """Write model.safetensors (entries by transformers' names), config.json and, from preprocessing, the third file.
+
+    The weights are built first and take their name last: a directory with weights is whole, and what stood there before
+    stays until then.
+    """
+    weights = directory / "model.safetensors"
+    texts = {"config.json": huggingface_config(module, entries)}
+    if preprocessing is not None:
+        texts["preprocessor_config.json"] = preprocessor_config(preprocessing)
+    with replacing(weights) as unfinished:
+        write_safetensors(unfinished, entries)
+        for outdated in (weights, directory / "preprocessor_config.json"):
+            outdated.unlink(missing_ok=True)
+        for name, content in texts.items():
+            with replacing(directory / name) as text:
+                text.write_text(json.dumps(content, indent=2) + "\n")
+    return [weights, *(directory / name for name in texts)]
+
+
+def huggingface_config(module: SwinTransformerV2 | SimMIM, entries: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """config.json of a model whose weights, by transformers' names, are entries."""
+    model = module.encoder if isinstance(module, SimMIM) else module
+    height, width = model.img_size
+    if isinstance(module, SimMIM):
+        architecture = "Swinv2ForMaskedImageModeling"
+    else:
+        architecture = "Swinv2ForImageClassification" if model.num_classes else "Swinv2Model"
+    labels = [f"LABEL_{index}" for index in range(model.num_classes)]
+    config = {
+        "architectures": [architecture],
+        "model_type": "swinv2",
+        "image_size": height if height == width else [height, width],
+        "patch_size": model.patch_size,
+        "num_channels": model.in_chans,
+        "embed_dim": model.embed_dim,
+        "depths": list(model.depths),
+        "num_heads": list(model.num_heads),
+        "window_size": model.window_size[0],
+        # 0 is "the window used" there, and 1 a division by zero
+        "pretrained_window_sizes": [0 if side == 1 else side for side, _ in model.pretrained_window_sizes],
+        "mlp_ratio": model.mlp_ratio,
+        "qkv_bias": model.qkv_bias,
+        "drop_path_rate": model.drop_path_rate,
+        "hidden_act": "gelu",
+        "layer_norm_eps": model.norm.eps,
+        "use_absolute_embeddings": False,
+        "encoder_stride": model.patch_size * 2 ** (len(model.depths) - 1),
+        "dtype": str(next(iter(entries.values())).dtype).removeprefix("torch."),
+    }
+    if labels:
+        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        config["label2id"] = {label: index for index, label in enumerate(labels)}
+    return config
+
+
+def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    """preprocessor_config.json: resize, cut out the centre, normalise."""
+    height, width = preprocessing.img_size
+    resized = {"height": round(height / preprocessing.crop_pct), "width": round(width / preprocessing.crop_pct)}
+    return {
+        "image_processor_type": "BitImageProcessor",  # ViT's, in older transformers, cannot crop the centre
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": resized if preprocessing.squash else {"shortest_edge": resized["height"]},
+        "resample": _PIL_RESAMPLING[preprocessing.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }

@@ -1,0 +1,252 @@
+"""Which of a file's weights go where in a model, and a plain word where they do not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from swinv2_train.config import ConfigError
+from swinv2_train.lazy import LazyTensor, LazyTensors
+from swinv2_train.models import SIZES
+from swinv2_train.weights.names import ConvertedWeights
+
+Shape = tuple[int, ...]
+Head = Literal["load", "auto", "fresh"] | Path | Sequence[int]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every name: printed, a few lines."""
+
+    format: str
+    """The format of the source: one of names.FORMATS, run, or unknown for tensors that no file gave."""
+    loaded: tuple[str, ...]
+    """Names of the model that take the source's values."""
+    converted: Mapping[str, str]
+    """For the loaded ones whose name in the source differs: that name (or several, joined by +)."""
+    missing: tuple[str, ...]
+    """Names of the model that the source does not give, or was not asked for; they keep the values they have."""
+    unexpected: tuple[str, ...]
+    """Names of the source that the model has no place for."""
+    left_out: tuple[str, ...]
+    """What the source has and the model does not want: buffers, another task's head or decoder, other containers."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} weights loaded ({self.format}, {len(self.converted)} names converted)"]
+        for what, names in (
+            ("keep their initial values", self.missing),
+            ("not in this model", self.unexpected),
+            ("left out", self.left_out),
+        ):
+            if names:
+                lines.append(f"{len(names)} {what}: {_some(names)}")
+        return "\n".join(lines)
+
+
+def match_weights(
+    source: LazyTensors, target: Mapping[str, Shape], origin: str, *, head: Head = "load", strict: bool = True
+) -> tuple[LazyTensors, LoadReport]:
+    """The source's weights by the names of a model, converted to it; nothing is read but with indices the head.
+
+    source: official names, of a classifier, a headless backbone or a SimMIM model; target: the model's names and
+    shapes, one of the same three.  origin: the source, for messages.  What a task adds to the backbone (a classifier's
+    head; SimMIM's mask token and decoder) follows head: "load" takes it from the source, which must have it; "auto"
+    takes it where the source has one; "fresh" leaves the model's own.  A sequence of class indices, or a file with one
+    index a line, gathers those rows of the source's head, in that order (ImageNet-22K to 1K: the official
+    map22kto1k.txt).  What the model has no task part for is left out.
+
+    strict=False reports missing and unexpected names in place of raising.  A shape that differs is always a
+    ConfigError, as is a source of which nothing fits; it lists the first few names and says what the difference means.
+    """
+    ours = {_bare(name): name for name in target}
+    shapes = {_bare(name): shape for name, shape in target.items()}
+    theirs = {_bare(name): entry for name, entry in source.entries.items()}
+    named = {_bare(name): name for name in source.entries}
+    assert len(theirs) == len(source.entries), "two names differ by 'encoder.' only"
+    rows = None if isinstance(head, str) else _read_indices(head)
+    if rows is not None:
+        theirs |= _gathered(theirs, shapes, rows, origin)
+    added = {name for name in shapes if _is_added(name)}
+    if head != "fresh" and not _absent_by_choice(head, added, theirs):
+        _check_task_part(added, theirs, shapes, origin, strict)
+        added = set()
+    wanted = {name: shape for name, shape in shapes.items() if name not in added}
+    unwanted = [name for name in theirs if name not in wanted and _is_added(name)]
+
+    loaded = [name for name in wanted if name in theirs]
+    missing = [name for name in wanted if name not in theirs]
+    unexpected = [name for name in theirs if name not in wanted and not _is_added(name)]
+    misshapen = [name for name in loaded if tuple(theirs[name].shape) != tuple(wanted[name])]
+    if misshapen or (strict and (missing or unexpected)) or not loaded:
+        said = {name: entry.shape for name, entry in theirs.items()}
+        raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, wanted, bool(loaded)))
+
+    converted = {}
+    if isinstance(source, ConvertedWeights):
+        given = {name: " + ".join(source.sources[named[name]]) for name in loaded}
+        converted = {ours[name]: text for name, text in given.items() if text != ours[name]}
+    report = LoadReport(
+        format=source.format if isinstance(source, ConvertedWeights) else "unknown",
+        loaded=tuple(ours[name] for name in loaded),
+        converted=converted,
+        missing=tuple(ours[name] for name in shapes if name in missing or name in added),
+        unexpected=tuple(named[name] for name in unexpected),
+        left_out=(
+            *(named[name] for name in unwanted),
+            *(source.left_out if isinstance(source, ConvertedWeights) else ()),
+        ),
+    )
+    return LazyTensors({ours[name]: theirs[name] for name in loaded}), report
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("encoder.")
+
+
+def _is_added(name: str) -> bool:
+    """Whether a task adds it to the backbone."""
+    return name.startswith(("head.", "decoder.")) or name == "mask_token"
+
+
+def _absent_by_choice(head: Head, added: set[str], theirs: Mapping[str, LazyTensor]) -> bool:
+    return head == "auto" and not any(name in theirs for name in added)
+
+
+def _check_task_part(
+    added: set[str], theirs: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], origin: str, strict: bool
+) -> None:
+    """ConfigError when the source lacks a part of the head (or decoder), or has it in another shape."""
+    what = "head" if any(name.startswith("head.") for name in added) else "SimMIM decoder or mask token"
+    absent = sorted(name for name in added if name not in theirs)
+    if absent and strict:
+        raise ConfigError(
+            f"{origin} has no {what} ({', '.join(absent)}); head=fresh starts with a new one, "
+            "head=auto loads it where a file has one"
+        )
+    for name in sorted(added):
+        if name in theirs and tuple(theirs[name].shape) != tuple(shapes[name]):
+            raise ConfigError(
+                f"{origin}: {name} is {theirs[name].shape}, the model has {tuple(shapes[name])}"
+                + (
+                    "; head=fresh starts with a new head, head=FILE takes the rows whose indices FILE lists, one a line"
+                    if what == "head"
+                    else f"; head=fresh starts with a new {what}"
+                )
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows of a head
+
+
+def _read_indices(head: Path | Sequence[int]) -> list[int]:
+    if not isinstance(head, Path):
+        return list(head)
+    try:
+        lines = head.read_text().split()
+        return [int(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"head ({head}): not a list of class indices, one a line ({error})") from error
+
+
+def _gathered(
+    theirs: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], rows: list[int], origin: str
+) -> dict[str, LazyTensor]:
+    """The source's head with the given rows alone."""
+    if "head.weight" not in shapes:
+        raise ConfigError("head: class indices were given, but this model has no classification head")
+    if "head.weight" not in theirs or "head.bias" not in theirs:
+        raise ConfigError(f"{origin} has no head to take rows from; head=fresh starts with a new one")
+    classes, given = shapes["head.weight"][0], theirs["head.weight"].shape[0]
+    if len(rows) != classes:
+        raise ConfigError(f"head: {len(rows)} class indices for a model of {classes} classes; give one for each")
+    outside = [row for row in rows if not 0 <= row < given]
+    if outside:
+        raise ConfigError(f"head: class index {outside[0]} is outside of the {given} classes of {origin}")
+
+    def taken(entry: LazyTensor) -> LazyTensor:
+        def read() -> Tensor:
+            return entry.read()[torch.tensor(rows)]
+
+        return LazyTensor((classes, *entry.shape[1:]), entry.dtype, read)
+
+    return {name: taken(theirs[name]) for name in ("head.weight", "head.bias")}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a misfit means
+
+
+def _misfit(
+    origin: str,
+    misshapen: list[str],
+    missing: list[str],
+    unexpected: list[str],
+    theirs: Mapping[str, Shape],
+    ours: Mapping[str, Shape],
+    fits: bool,
+) -> str:
+    problems = []
+    if misshapen:
+        listed = [f"{name} is {tuple(theirs[name])}, the model has {tuple(ours[name])}" for name in misshapen[:2]]
+        problems.append(f"{len(misshapen)} shapes differ: {'; '.join(listed)}")
+    if missing:
+        problems.append(f"{len(missing)} missing: {_some(missing)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected: {_some([f'{n} {tuple(theirs[n])}' for n in unexpected])}")
+    if not fits:
+        problems.append("nothing fits")
+    differences = _differences(model_facts(theirs), model_facts(ours))
+    return f"{origin} does not fit the model: {'; '.join(problems)}. {differences}"
+
+
+def model_facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """What names and shapes tell of a backbone: the constructor's arguments, as far as weights show them."""
+    facts: dict[str, Any] = {}
+    projection = shapes.get("patch_embed.proj.weight", ())
+    if len(projection) == 4:
+        facts |= {"embed_dim": projection[0], "in_chans": projection[1], "patch_size": projection[2]}
+    blocks = {(int(m[1]), int(m[2])) for n in shapes if (m := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", n))}
+    stages = range(max((stage for stage, _ in blocks), default=-1) + 1)
+    facts["depths"] = tuple(max((j for i, j in blocks if i == stage), default=-1) + 1 for stage in stages)
+    scales = [shapes.get(f"layers.{stage}.blocks.0.attn.logit_scale", ()) for stage in stages]
+    facts["num_heads"] = tuple(scale[0] if scale else 0 for scale in scales)
+    first = "layers.0.blocks.0."
+    fc1, cpb = shapes.get(f"{first}mlp.fc1.weight", ()), shapes.get(f"{first}attn.cpb_mlp.0.weight", ())
+    if len(fc1) == 2 and fc1[1]:
+        facts["mlp_ratio"] = fc1[0] / fc1[1]
+    if cpb:
+        facts["width of the position bias MLP"] = cpb[0]
+    facts["qkv_bias"] = f"{first}attn.q_bias" in shapes
+    extra = sorted({int(m[1]) for n in shapes if (m := re.match(r"layers\.\d+\.blocks\.(\d+)\.norm3\.", n))})
+    facts["extra_norm_period"] = extra[0] + 1 if extra else 0
+    return facts
+
+
+def size_of(facts: Mapping[str, Any]) -> str | None:
+    """The published size that has these channels, depths and heads."""
+    keys = ("embed_dim", "depths", "num_heads")
+    return next((name for name, size in SIZES.items() if all(facts.get(key) == size[key] for key in keys)), None)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    differing = [key for key in theirs if key in ours and theirs[key] != ours[key]]
+    if not differing:
+        return "Sizes are the same: the file is incomplete, or holds other parts; name another file, or strict=False"
+
+    def told(facts: Mapping[str, Any]) -> str:
+        size = size_of(facts)
+        return ", ".join(f"{key} {facts[key]}" for key in differing) + (f" (the size {size})" if size else "")
+
+    return f"The file has {told(theirs)}; the model has {told(ours)}: change the model section, or name another file"
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

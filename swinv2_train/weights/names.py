@@ -1,0 +1,354 @@
+"""Everyone's parameter names: which implementation a file is from, and the way from its names to the official ones.
+
+Official names: patch_embed, layers.I.blocks.J, layers.I.downsample, norm, head; a SimMIM model has them behind
+``encoder.``, and ``encoder.mask_token`` and ``decoder.0`` besides.  The norm on the main branch of huge and giant
+(arXiv:2111.09883 section 3.6), which the official code does not have, is layers.I.blocks.J.norm3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swinv2_train.config import ConfigError
+from swinv2_train.lazy import LazyTensor, LazyTensors
+
+FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain")
+"""The formats that are read; a run directory of our own is one more, named by its path."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_BUFFER = re.compile(r"(^|\.)(relative_coords_table|relative_position_index|attn_mask|k_bias)$")
+_QKV = "attn.qkv.weight"
+_QKV_PARTS = tuple(f"attention.self.{part}.weight" for part in ("query", "key", "value"))
+
+
+_Found = tuple[LazyTensor, tuple[str, ...]]  # a weight, and its names in the file
+
+
+class ConvertedWeights(LazyTensors):
+    """Weights by official name that know where they are from.
+
+    format: one of FORMATS, or "run".  sources: the names each one has in the file.  left_out: names in the file that
+    are no weights (buffers that follow from the window), and containers that were not read.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, LazyTensor],
+        format: str,
+        sources: Mapping[str, tuple[str, ...]],
+        left_out: Iterable[str],
+    ) -> None:
+        super().__init__(entries)
+        self.format = format
+        self.sources = dict(sources)
+        self.left_out = tuple(left_out)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How one implementation calls the parts of the backbone, and its head."""
+
+    prefix: str
+    """Before the backbone's names in a complete model; a bare backbone goes without."""
+    stages: str
+    """What "layers" is called."""
+    downsample_shift: int
+    """0: a stage ends with the merging, as in the official code; 1: the next stage begins with it."""
+    in_block: Mapping[str, str]
+    """Beginnings of official names inside a block, and theirs."""
+    outside: Mapping[str, str]
+    """Beginnings of official names outside of the stages, and theirs."""
+
+    def official(self, name: str) -> str | None:
+        """The official name of one of theirs (without prefix); None when it is none."""
+        match = re.fullmatch(rf"{re.escape(self.stages)}\.(\d+)\.(blocks\.\d+|downsample)\.(.+)", name)
+        if match is None:
+            return _exchange(name, {theirs: ours for ours, theirs in self.outside.items()})
+        stage, part, rest = int(match[1]), match[2], match[3]
+        if part == "downsample":
+            stage -= self.downsample_shift
+            return f"layers.{stage}.downsample.{rest}" if stage >= 0 else None
+        inside = _exchange(rest, {theirs: ours for ours, theirs in self.in_block.items()})
+        return None if inside is None else f"layers.{stage}.{part}.{inside}"
+
+    def theirs(self, name: str) -> str:
+        """Their name (without prefix) of an official one; KeyError when they have none."""
+        match = re.fullmatch(r"layers\.(\d+)\.(blocks\.\d+|downsample)\.(.+)", name)
+        if match is None:
+            found = _exchange(name, self.outside)
+        elif match[2] == "downsample":
+            found = f"{self.stages}.{int(match[1]) + self.downsample_shift}.downsample.{match[3]}"
+        else:
+            inside = _exchange(match[3], self.in_block)
+            found = None if inside is None else f"{self.stages}.{match[1]}.{match[2]}.{inside}"
+        if found is None:
+            raise KeyError(name)
+        return found
+
+
+def _exchange(name: str, beginnings: Mapping[str, str]) -> str | None:
+    for beginning, replacement in beginnings.items():
+        if name.startswith(beginning):
+            return replacement + name[len(beginning) :]
+    return None
+
+
+_ATTENTION = ("attn.logit_scale", "attn.cpb_mlp.", _QKV, "attn.q_bias", "attn.v_bias", "attn.proj.")
+_BLOCK = {name: name for name in (*_ATTENTION, "norm1.", "norm2.", "norm3.", "mlp.fc1.", "mlp.fc2.")}
+_OUTSIDE = {name: name for name in ("patch_embed.proj.", "patch_embed.norm.", "norm.")}
+_SIMMIM = {"mask_token": "mask_token", "decoder.0.": "decoder.0."}
+
+OFFICIAL = Naming("encoder.", "layers", 0, _BLOCK, {**_OUTSIDE, "head.": "head.", **_SIMMIM})
+TIMM = Naming("", "layers", 1, _BLOCK, {**_OUTSIDE, "head.": "head.fc."})
+HUGGINGFACE = Naming(
+    "swinv2.",
+    "encoder.layers",
+    0,
+    {
+        "attn.logit_scale": "attention.self.logit_scale",
+        "attn.cpb_mlp.": "attention.self.continuous_position_bias_mlp.",
+        "attn.q_bias": "attention.self.query.bias",
+        "attn.v_bias": "attention.self.value.bias",
+        "attn.proj.": "attention.output.dense.",
+        "norm1.": "layernorm_before.",
+        "norm2.": "layernorm_after.",
+        "mlp.fc1.": "intermediate.dense.",
+        "mlp.fc2.": "output.dense.",
+    },
+    {
+        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+        "patch_embed.norm.": "embeddings.norm.",
+        "mask_token": "embeddings.mask_token",
+        "norm.": "layernorm.",
+        "head.": "classifier.",
+        "decoder.0.": "decoder.0.",
+    },
+)
+
+
+def mmpretrain_naming(num_stages: int) -> Naming:
+    """mmpretrain numbers the final norm by the last stage; norm3 in a block is the extra norm, as with us."""
+    attention = {name: name.replace("attn.", "attn.w_msa.") for name in _ATTENTION}
+    norms = {name: name for name in ("norm1.", "norm2.", "norm3.")}
+    return Naming(
+        "backbone.",
+        "stages",
+        1,
+        {**attention, **norms, "mlp.fc1.": "ffn.layers.0.0.", "mlp.fc2.": "ffn.layers.1."},
+        {
+            "patch_embed.proj.": "patch_embed.projection.",
+            "patch_embed.norm.": "patch_embed.norm.",
+            "norm.": f"norm{num_stages - 1}.",
+            "head.": "head.fc.",
+        },
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which format
+
+
+def detect_format(entries: Mapping[str, LazyTensor], said: str | None, origin: str) -> str:
+    """The format of a file by its names and shapes; said: the format that the user named, which must fit.
+
+    timm's older layout has the official names and is called microsoft.  Raises ConfigError naming origin, the known
+    formats and the file's first names.
+    """
+    if said is not None and said not in FORMATS:
+        raise ConfigError(f"format ({said}) is unknown; the formats are: {', '.join(FORMATS)}")
+    names = " ".join(entries)
+    if "relative_position_bias_table" in names:
+        raise ConfigError(f"{origin}: weights of Swin V1 (they have relative_position_bias_table); name a Swin V2 file")
+    found = _detected(entries)
+    fitting = {"microsoft": ("microsoft", "simmim"), "timm": ("timm", "microsoft")}
+    if found is not None and (said is None or found in fitting.get(said, (said,))):
+        return said or found
+    known = f"the formats are {', '.join(FORMATS)}; the file's names begin with {', '.join(list(entries)[:3])}"
+    if found is not None:
+        raise ConfigError(f"{origin}: the names are not of format={said} but of {found}; {known}")
+    for mark, whose in {"meta_mlp": "timm's swin_transformer_v2_cr", "features.": "torchvision's"}.items():
+        if mark in names:
+            raise ConfigError(f"{origin}: looks like {whose}, which is not read; {known}")
+    raise ConfigError(f"{origin}: not the names of a Swin V2 model; {known}")
+
+
+def _detected(entries: Mapping[str, LazyTensor]) -> str | None:
+    if any(".attention.self." in name for name in entries):
+        return "huggingface"
+    if any(".attn.w_msa." in name for name in entries):
+        return "mmpretrain"
+    if not any(re.match(r"(encoder\.)?layers\.\d+\.blocks\.\d+\.(attn|mlp|norm)", name) for name in entries):
+        return None
+    if any(name.startswith(("encoder.", "decoder.")) or name == "mask_token" for name in entries):
+        return "simmim"
+    return "timm" if _has_timm_layout(entries) else "microsoft"
+
+
+def _has_timm_layout(entries: Mapping[str, LazyTensor]) -> bool:
+    """Whether merging begins the stages: what it gives has then the width of the blocks in its own stage.
+
+    A head would tell too, but a file may have none.  Without any merging to look at, the head's name decides.
+    """
+    for name, entry in entries.items():
+        match = re.fullmatch(r"(layers\.\d+\.)downsample\.reduction\.weight", name)
+        block = entries.get(f"{match[1]}blocks.0.norm1.weight") if match else None
+        if block is not None and len(entry.shape) == 2:
+            return entry.shape[0] == block.shape[0]
+    return any(name.startswith("head.fc.") for name in entries)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Their names to ours
+
+
+def to_official(
+    entries: Mapping[str, LazyTensor], said: str | None, origin: str, left_out: Iterable[str]
+) -> ConvertedWeights:
+    """A file's tensors by official name; a name that has no official one stays as it is.
+
+    said: the format that the user named, None = detected.  origin: the file, for messages.  Raises ConfigError when the
+    names are of no known format or of two, when two are the same parameter, or when a tensor holds no floats.
+    """
+    weights = {name: entry for name, entry in _unwrapped(entries).items() if not _BUFFER.search(name)}
+    dropped = [name for name in entries if _BUFFER.search(name)]
+    format = detect_format(weights, said, origin)
+    naming = _naming(format, weights)
+    found: dict[str, _Found] = {}
+
+    def add(name: str, entry: LazyTensor, sources: tuple[str, ...]) -> None:
+        if name in found:
+            raise ConfigError(f"{origin}: {' and '.join(found[name][1] + sources)} are the same weight; keep one")
+        found[name] = (entry, sources)
+
+    if format == "huggingface":
+        weights = _join_qkv(weights, add, origin)
+    for source, entry in weights.items():
+        if entry.dtype not in FLOATS:
+            raise ConfigError(f"{origin}: {source} is {entry.dtype}, not a float; save the weights as float32")
+        name = naming.official(source.replace(".attn.rpe_mlp.", ".attn.cpb_mlp.").removeprefix(naming.prefix))
+        if name is None and OFFICIAL.official(source.removeprefix("encoder.")) is not None:
+            raise ConfigError(f"{origin}: has names of {format} and official ones ({source}); keep one kind")
+        if format == "mmpretrain" and name is not None and name.endswith("downsample.reduction.weight"):
+            entry = reordered_merging(entry, origin)
+        add(name or source, entry, (source,))
+    official = _with_encoder_prefix(found)
+    return ConvertedWeights(
+        {name: entry for name, (entry, _) in official.items()},
+        format,
+        {name: sources for name, (_, sources) in official.items()},
+        [*left_out, *dropped],
+    )
+
+
+def _unwrapped(entries: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Without the names that DistributedDataParallel and torch.compile put in front of all others."""
+    for prefix in ("module.", "_orig_mod."):
+        if entries and all(name.startswith(prefix) for name in entries):
+            return _unwrapped({name[len(prefix) :]: entry for name, entry in entries.items()})
+    return dict(entries)
+
+
+def _naming(format: str, entries: Mapping[str, LazyTensor]) -> Naming:
+    if format == "huggingface":
+        return HUGGINGFACE
+    if format == "mmpretrain":
+        stages = [int(match[1]) for name in entries if (match := re.search(r"(?:^|\.)stages\.(\d+)\.", name))]
+        return mmpretrain_naming(max(stages) + 1)
+    return TIMM if format == "timm" and _has_timm_layout(entries) else OFFICIAL
+
+
+def _join_qkv(
+    entries: Mapping[str, LazyTensor], add: Callable[[str, LazyTensor, tuple[str, ...]], None], origin: str
+) -> dict[str, LazyTensor]:
+    """Give complete query, key, value triples to add as one qkv each; returns what is left."""
+    rest = dict(entries)
+    for first in entries:
+        if not first.endswith(_QKV_PARTS[0]):
+            continue
+        stem = first.removesuffix(_QKV_PARTS[0])
+        names = tuple(stem + part for part in _QKV_PARTS)
+        block = re.fullmatch(r"encoder\.(layers\.\d+\.blocks\.\d+\.)", stem.removeprefix(HUGGINGFACE.prefix))
+        if block is None or any(name not in rest for name in names):
+            continue  # an incomplete triple is left over, and its qkv is missing
+        parts = [rest.pop(name) for name in names]
+        if len({(part.shape, part.dtype) for part in parts}) != 1 or parts[0].dtype not in FLOATS:
+            listed = ", ".join(f"{name} {part.shape} {part.dtype}" for name, part in zip(names, parts, strict=True))
+            raise ConfigError(f"{origin}: {listed} do not belong together; fetch or save the file again")
+        rows, columns = parts[0].shape[0], parts[0].shape[1:]
+        add(block[1] + _QKV, LazyTensor((3 * rows, *columns), parts[0].dtype, _joined(parts)), names)
+    return rest
+
+
+def _joined(parts: list[LazyTensor]) -> Callable[[], Tensor]:
+    return lambda: torch.cat([part.read() for part in parts])
+
+
+def _with_encoder_prefix(found: Mapping[str, _Found]) -> dict[str, _Found]:
+    """A SimMIM model's backbone is behind ``encoder.``."""
+    if "mask_token" not in found and not any(name.startswith("decoder.") for name in found):
+        return dict(found)
+    return {
+        name if name.startswith("decoder.") or OFFICIAL.official(name) is None else f"encoder.{name}": value
+        for name, value in found.items()
+    }
+
+
+def reordered_merging(entry: LazyTensor, origin: str) -> LazyTensor:
+    """mmpretrain's patch merging weight (2C, 4C) with its input channels in the official order.
+
+    nn.Unfold gives channel by channel the positions (0,0) (0,1) (1,0) (1,1); the official code gives position by
+    position, in the order (0,0) (1,0) (0,1) (1,1), all channels.  Raises ConfigError when 4 does not divide its width.
+    """
+    if len(entry.shape) != 2 or entry.shape[1] % 4:
+        raise ConfigError(f"{origin}: a patch merging weight is {entry.shape}, not (2C, 4C); fetch the file again")
+    rows, columns = entry.shape
+
+    def read() -> Tensor:
+        by_channel = entry.read().view(rows, columns // 4, 4)
+        return by_channel[:, :, [0, 2, 1, 3]].transpose(1, 2).reshape(rows, columns)
+
+    return LazyTensor(entry.shape, entry.dtype, read)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ours to theirs
+
+
+def from_official(entries: Mapping[str, LazyTensor], format: str) -> dict[str, LazyTensor]:
+    """Official entries by the names of a format that is written: microsoft, timm or huggingface.
+
+    A classifier, a headless backbone (bare names in huggingface too), or a SimMIM model; KeyError for a name that the
+    format has no place for.
+    """
+    if format == "microsoft":
+        return dict(entries)
+    naming = {"timm": TIMM, "huggingface": HUGGINGFACE}[format]
+    complete = any(name.startswith(("head.", "decoder.")) for name in entries)
+    prefix = naming.prefix if complete else ""
+    renamed: dict[str, LazyTensor] = {}
+    for full_name, entry in entries.items():
+        name = full_name.removeprefix("encoder.")
+        own = "" if name.startswith(("head.", "decoder.")) else prefix
+        if format == "huggingface" and name.endswith(_QKV):
+            for theirs, row in zip(_QKV_PARTS, _thirds(entry), strict=True):
+                renamed[f"{own}encoder.{name.removesuffix(_QKV)}{theirs}"] = row
+        else:
+            renamed[own + naming.theirs(name)] = entry
+    return renamed
+
+
+def _thirds(entry: LazyTensor) -> list[LazyTensor]:
+    rows = entry.shape[0] // 3
+
+    def third(index: int) -> LazyTensor:
+        return LazyTensor(
+            (rows, *entry.shape[1:]), entry.dtype, lambda: entry.read()[index * rows : (index + 1) * rows].clone()
+        )
+
+    return [third(index) for index in range(3)]

@@ -1,0 +1,254 @@
+"""Files that are no weights, or worse: each gives one clear message, and nothing in them runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import re
+import sys
+import types
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from weights_samples import SMALL, assert_same, classifier, state_of, with_official_buffers
+
+from swinv2_train.config import ConfigError
+from swinv2_train.models import SwinTransformerV2
+from swinv2_train.weights import load_weights, read_weights, save_weights
+
+
+class Payload:
+    """Pickles as a call that leaves a file behind when it is run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def save(content, path, kind):
+    torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("place", ["pickle.pth", "repository/pytorch_model.bin"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, kind, place, wrapped):
+    trace, path = tmp_path / "trace", tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    state = {**state_of(classifier()), "evil": Payload(trace)}
+    save({"model": state, "optimizer": {}} if wrapped else state, path, kind)
+    target = path if path.suffix == ".pth" else path.parent
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}: refused, .* asks for (posix|nt|os)\.system"):
+        read_weights(target)
+    with pytest.raises(ConfigError, match="refused, nothing of it was run"):
+        load_weights(SwinTransformerV2(**SMALL), target)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the payload works, so its absence above means something"
+
+
+def test_a_bare_pickle_and_a_call_of_eval_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (eval, ("print('run')",))
+
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": Evil()}, protocol=2))
+    with pytest.raises(ConfigError, match=r"a\.pkl: "):
+        read_weights(tmp_path / "a.pkl")
+    torch.save({"model": Evil()}, tmp_path / "b.pth")
+    with pytest.raises(ConfigError, match="refused, .* asks for eval"):
+        read_weights(tmp_path / "b.pth")
+
+
+def test_names_that_are_let_in_stand_for_nothing(tmp_path):
+    """getattr is stored by mmengine; the stand-in must not look anything up, nor give what can be called."""
+
+    class Plain:
+        def __reduce__(self):
+            return (getattr, (("a",), "__class__"))
+
+    state = state_of(classifier())
+    torch.save({"model": state, "meta": Plain()}, tmp_path / "plain.pth")
+    assert_same(state, dict(read_weights(tmp_path / "plain.pth")))
+    torch.save({"model": {**state, "x": Plain()}}, tmp_path / "inside.pth")
+    with pytest.raises(ConfigError, match="'x' is _Inert, not a tensor"):
+        read_weights(tmp_path / "inside.pth")
+
+
+@pytest.fixture
+def foreign_modules(monkeypatch):
+    """yacs and mmengine as training programs pickle them; neither is installed."""
+
+    def module(name, **content):
+        made = types.ModuleType(name)
+        for key, value in content.items():
+            value.__module__ = name
+            setattr(made, key, value)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    class CfgNode(dict):
+        def __init__(self, values):
+            super().__init__(values)
+            self.__dict__["__immutable__"] = False
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.arange(3.0)
+            self._statistics_methods = {"mean": HistoryBuffer.mean}
+            self._recent = deque
+
+        def mean(self):
+            return 0
+
+    HistoryBuffer.__qualname__, HistoryBuffer.mean.__qualname__ = "HistoryBuffer", "HistoryBuffer.mean"
+    CfgNode.__qualname__ = "CfgNode"
+    module("yacs")
+    module("yacs.config", CfgNode=CfgNode)
+    HistoryBuffer.mean.__module__ = "mmengine.logging.history_buffer"
+    for name in ("mmengine", "mmengine.logging"):
+        module(name)
+    module("mmengine.logging.history_buffer", HistoryBuffer=HistoryBuffer)
+
+    def make():
+        buffer = HistoryBuffer()
+        del buffer._recent
+        return {
+            "config": CfgNode({"MODEL": CfgNode({"TYPE": "swinv2"}), "lr": 0.1}),
+            "args": argparse.Namespace(lr=0.1, model="swinv2"),
+            "message_hub": {"log": buffer, "scalar": np.float64(1.5)},
+            "lr_scheduler": {"last": np.float32(0.5), "rates": np.ones(2)},
+        }
+
+    yield make
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_training_checkpoints_of_others_read_without_their_packages(tmp_path, foreign_modules, kind, monkeypatch):
+    """Official ones hold a yacs config, timm's an argparse namespace, mmengine's buffers and numpy scalars."""
+    state = state_of(classifier())
+    save({"model": with_official_buffers(state), "epoch": 3, **foreign_modules()}, tmp_path / "a.pth", kind)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("yacs", "mmengine")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert_same(state, dict(read_weights(tmp_path / "a.pth")))
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_containers_and_wrappers_come_off(tmp_path, key, prefix):
+    state = state_of(classifier())
+    torch.save({key: {prefix + name: value for name, value in state.items()}, "epoch": 1}, tmp_path / "a.pth")
+    assert_same(state, dict(read_weights(tmp_path / "a.pth")))
+
+
+def test_trained_weights_go_before_averaged_ones_and_the_report_says_so(tmp_path):
+    state = state_of(classifier())
+    torch.save({"state_dict_ema": {n: v + 1 for n, v in state.items()}, "state_dict": state}, tmp_path / "a.pth")
+    model = SwinTransformerV2(**SMALL)
+    report = load_weights(model, tmp_path / "a.pth")
+    assert_same(state, state_of(model))
+    assert report.left_out == ("state_dict_ema.*",) and "1 left out: state_dict_ema.*" in str(report)
+
+
+def test_what_is_no_weight_file_gives_one_message_with_its_path(tmp_path):
+    def refused(name, match, content=None):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}.*{match}") as caught:
+            read_weights(path)
+        assert "\n" not in str(caught.value)
+
+    refused("absent.pth", "there is no such file")
+    refused("empty.pth", "the file is empty; fetch it again", b"")
+    refused(
+        "page.pth",
+        r"neither a safetensors nor a torch file \(it begins with b'<!DOCTYPE html><'",
+        b"<!DOCTYPE html><html>",
+    )
+    refused("pointer.safetensors.txt", "Git LFS pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:1")
+    refused("noise.safetensors", "damaged or truncated safetensors", bytes(range(200)))
+    refused("noise.pth", "damaged or truncated torch file|cannot be read as weights", b"\x80\x02" + bytes(range(200)))
+    refused("zip.pth", "damaged or truncated torch file", b"PK\x03\x04" + bytes(100))
+    (tmp_path / "directory").mkdir()
+    refused("directory", "directory without weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    refused("list.pth", "holds list, not named tensors")
+    torch.save({"model": {}}, tmp_path / "nothing.pth")
+    refused("nothing.pth", "holds no tensors")
+    torch.save({"model": {"epoch": 3}}, tmp_path / "number.pth")
+    refused("number.pth", "'epoch' is int, not a tensor")
+    torch.save({"model": {"x": torch.eye(3).to_sparse()}}, tmp_path / "sparse.pth")
+    refused("sparse.pth", "x is sparse or quantized")
+    save_file({n: v.to(torch.float8_e4m3fn) for n, v in state_of(classifier()).items()}, tmp_path / "f8.safetensors")
+    refused("f8.safetensors", "is F8_E4M3; save it as float32")
+    state = state_of(classifier())
+    save_file({**state, "norm.weight": torch.ones(64, dtype=torch.int64)}, tmp_path / "int.safetensors")
+    refused("int.safetensors", "norm.weight is torch.int64, not a float")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "legacy.pth"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_a_truncated_file_is_refused_before_anything_changes(tmp_path, name, share):
+    path = tmp_path / name
+    if name == "legacy.pth":
+        save(state_of(classifier()), path, "legacy")
+    else:
+        save_weights(classifier(), path, "microsoft")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    model = SwinTransformerV2(**SMALL)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        load_weights(model, path)
+    assert_same(before, state_of(model))
+
+
+def test_an_index_must_name_files_that_are_there_and_hold_what_it_says(tmp_path):
+    state = state_of(classifier())
+    index = tmp_path / "model.safetensors.index.json"
+    save_file(state, tmp_path / "one.safetensors")
+
+    def write(weight_map):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+
+    write(dict.fromkeys(state, "one.safetensors"))
+    assert_same(state, dict(read_weights(tmp_path)))
+    assert_same(state, dict(read_weights(index)))
+    write(dict.fromkeys(state, "two.safetensors"))
+    with pytest.raises(ConfigError, match=r"names 'two.safetensors', which is not beside it"):
+        read_weights(tmp_path)
+    save_file(state, tmp_path.parent / "elsewhere.safetensors")
+    write(dict.fromkeys(state, "../elsewhere.safetensors"))
+    with pytest.raises(ConfigError, match="not beside it"):
+        read_weights(tmp_path)
+    write({**dict.fromkeys(state, "one.safetensors"), "more.weight": "one.safetensors"})
+    with pytest.raises(ConfigError, match=r"one\.safetensors does not hold more\.weight, which it lists"):
+        read_weights(tmp_path)
+    index.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as an index"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_what_was_read_does_not_change_with_its_file(tmp_path, name):
+    (path,) = save_weights(classifier(), tmp_path / name, "microsoft")
+    read = dict(read_weights(path))
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_same(state_of(classifier()), read)
+
+
+def test_a_file_may_hold_half_precision(tmp_path):
+    """float32 parameters take the values; nothing is rounded further."""
+    state = {name: value.bfloat16() for name, value in state_of(classifier()).items()}
+    save_file(state, tmp_path / "half.safetensors")
+    model = SwinTransformerV2(**SMALL)
+    load_weights(model, tmp_path / "half.safetensors")
+    assert_same({name: value.float() for name, value in state.items()}, state_of(model))
