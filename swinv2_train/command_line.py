@@ -74,23 +74,6 @@ def compose_argv() -> Config | None:
     return load_config(composed[0]) if composed else None
 
 
-def compose_run(arguments: list[str], extra_keys: tuple[str, ...]) -> tuple[Config, dict[str, str]]:
-    """The configuration of the run that ``run_dir=DIR`` names, with the other KEY=VALUE arguments on top.
-
-    extra_keys: keys that are the command's own and no part of a configuration; returned as they were given.
-    """
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    if "run_dir" not in given:
-        raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
-    run_dir = Path(given["run_dir"]).resolve()
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"run_dir ({given['run_dir']}) holds no config.yaml; name the directory of a run")
-    overrides = [argument for argument in arguments if argument.partition("=")[0] not in extra_keys]
-    with _composition_errors(), initialize_config_dir(str(run_dir), version_base="1.3"):
-        composed = compose("config", overrides)
-    return load_config(composed), {key: given[key] for key in extra_keys if key in given}
-
-
 def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Config, dict[str, str]]:
     """The configuration behind existing weights: of the run that ``run_dir=DIR`` names, with the other KEY=VALUE
     arguments on top; or, for ``weights=PATH`` without a run, what the train command would compose of them.

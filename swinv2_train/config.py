@@ -50,7 +50,7 @@ class ModelConfig:
     window_size: Any
     """Attention window in tokens: one number, or [height, width]."""
     pretrained_window_sizes: list[Any]
-    """Window of each stage at which the log-CPB was trained, a number or [height, width]; 0 = this one (section 3.3)."""
+    """Window of each stage at which the log-CPB was trained, a number or [height, width]; 0 = this one."""
     embed_dim: int | None
     """Channels of stage 1; null = the size's own."""
     depths: list[int] | None
@@ -76,7 +76,7 @@ class TaskConfig:
     init_from: str | None
     """Weights that a new run starts from: a run, a checkpoint or a file of any known format; null = fresh ones."""
     init_format: str | None
-    """Format of init_from: microsoft, timm, huggingface or mmpretrain; null = by its names."""
+    """Format of init_from: microsoft, simmim, timm, huggingface or mmpretrain; null = by its names."""
     init_head: str
     """auto (the file's head where it has one), fresh, or a file of class indices to take from it (22k -> 1k)."""
 

@@ -24,7 +24,7 @@ import torch
 
 from swinv2_train import loop
 from swinv2_train.checkpoint import find_checkpoint
-from swinv2_train.command_line import compose_overrides, compose_run, guarded
+from swinv2_train.command_line import compose_source, guarded
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
 from swinv2_train.data.labels import Answers, answered, read_answers
 from swinv2_train.data.loader import EvalLoader, check_classes
@@ -290,18 +290,13 @@ def _finite(scores: dict[str, float]) -> dict[str, float | None]:
 
 def parse(arguments: list[str]) -> tuple[Config, Request]:
     """The configuration and the command's own keys of a command line."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    own: dict[str, Any] = {key: given[key] for key in OWN_KEYS if key in given}
+    config, given = compose_source(arguments, OWN_KEYS)
+    own: dict[str, Any] = dict(given)
     if "crop_pcts" in own:
         try:
-            own["crop_pcts"] = tuple(float(value) for value in own["crop_pcts"].strip("[] ").split(","))
+            own["crop_pcts"] = tuple(float(value) for value in given["crop_pcts"].strip("[] ").split(","))
         except ValueError:
             raise ConfigError(f"crop_pcts ({given['crop_pcts']}) must be numbers: crop_pcts=[0.875,1.0]") from None
-    if "weights" in own and "run_dir" not in given:
-        overrides = [argument for argument in arguments if argument.partition("=")[0] not in OWN_KEYS]
-        unused = ["run_dir=unused", "data.shards=unused"]  # what training needs and this command does not look at
-        return compose_overrides([*unused, *overrides]), Request(**own)
-    config, _ = compose_run(arguments, OWN_KEYS)
     return config, Request(**own)
 
 

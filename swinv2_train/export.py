@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.command_line import compose_source, guarded
 from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.models import SimMIM, SwinTransformerV2
@@ -57,12 +56,12 @@ def export(config: Config, request: Request) -> list[Path]:
     """
     if request.out.exists():
         raise ConfigError(f"out ({request.out}) exists; name a new file or directory, or remove it")
-    source = request.weights or str(find_checkpoint(Path(request.checkpoint or config.run_dir)))
+    source = read_weights(request.weights or request.checkpoint or config.run_dir, request.weights_format)
     with torch.device("meta"):
         module = build_task(config, torch.device("cpu")).module
     assert isinstance(module, SwinTransformerV2 | SimMIM)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    weights, _ = match_weights(read_weights(source, request.weights_format), shapes, source)
+    weights, _ = match_weights(source, shapes)
     data = config.data
     preprocessing = Preprocessing(
         mean=(data.mean[0], data.mean[1], data.mean[2]),
@@ -73,7 +72,7 @@ def export(config: Config, request: Request) -> list[Path]:
         interpolation=data.interpolation,
     )
     files = save_weights(module, request.out, request.format, weights=weights, preprocessing=preprocessing)
-    print(json.dumps({"weights": source, "format": request.format, "files": [str(path) for path in files]}))
+    print(json.dumps({"weights": source.origin, "format": request.format, "files": [str(path) for path in files]}))
     return files
 
 

@@ -21,7 +21,7 @@ class LazyTensor(NamedTuple):
 class LazyTensors(Mapping[str, Tensor]):
     """A mapping from names to tensors that reads one at each access and keeps none.
 
-    ``tensors[name]`` reads; ``tensors.entries[name]`` tells shape and dtype without reading; ``dict(tensors)`` reads all.
+    ``tensors[name]`` reads; ``tensors.entries[name]`` tells shape and dtype without reading.
     """
 
     def __init__(self, entries: Mapping[str, LazyTensor]) -> None:

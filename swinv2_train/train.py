@@ -225,11 +225,12 @@ def initial_weights(config: Config, module: nn.Module, world: World) -> Initial 
         fixed: dict[str, Head] = {"auto": "auto", "fresh": "fresh"}
         head = fixed.get(task.init_head, Path(task.init_head))
         try:
-            weights, report = match_weights(read_weights(init_from, task.init_format), shapes, init_from, head=head)
+            source = read_weights(init_from, task.init_format)
+            weights, report = match_weights(source, shapes, head=head)
         except ConfigError as error:
             raise ConfigError(f"task.init_from: {error}") from error
         matched.append(weights)
-        return "\n".join([f"weights from {init_from}: {report}", *other_windows(config, module)])
+        return "\n".join([f"weights from {source.origin}: {report}", *other_windows(config, module)])
 
     report = on_main(world, match)
     return Initial(matched[0] if matched else None, report)

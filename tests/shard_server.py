@@ -22,6 +22,7 @@ class ShardServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # with 5 a burst of clients waits a second for its connections
 
     def __init__(self, folder: Path, bytes_per_sec: float | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinv2_train.config import ClassifyConfig, Config, ConfigError, DataConfig, pair
+from swinv2_train.config import ClassifyConfig, Config, DataConfig, pair
 from swinv2_train.data.crop import centre_crop, random_flip, random_resized_crop
 from swinv2_train.data.shards import SampleError
 from swinv2_train.models import multiply_adds
@@ -90,34 +89,6 @@ class ClassifyTask:
 
     def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
         raise AssertionError("classification has no picture")
-
-
-def encoder_weights(pretrained: Mapping[str, Tensor], fresh: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The classifier's weights with a SimMIM run's encoder in place of its own; the head stays fresh.
-
-    pretrained: official names behind ``encoder.``, with mask token and decoder, which are left behind.  fresh: the
-    classifier's own state.  Raises ConfigError naming source when an encoder weight is missing, left over or misshapen.
-    """
-    encoder = {
-        name.removeprefix("encoder."): tensor
-        for name, tensor in pretrained.items()
-        if name.startswith("encoder.") and name != "encoder.mask_token"
-    }
-    if not encoder:
-        raise ConfigError(f"task.init_from ({source}) is no SimMIM run: it has no encoder; name a pre-training run")
-    expected = {name for name in fresh if not name.startswith("head.")}
-    for name in sorted(expected ^ encoder.keys()):
-        side = "has no" if name in expected else "has, and this model has not,"
-        raise ConfigError(
-            f"task.init_from ({source}) {side} {name}; use the model section that it was pre-trained with"
-        )
-    for name in sorted(expected):
-        if encoder[name].shape != fresh[name].shape:
-            raise ConfigError(
-                f"task.init_from ({source}): {name} is {tuple(encoder[name].shape)}, this model has "
-                f"{tuple(fresh[name].shape)}; use the model section that it was pre-trained with"
-            )
-    return {**fresh, **encoder}
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -52,11 +52,11 @@ def read_weights(path: str | Path, format: str | None = None) -> ConvertedWeight
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format ({format}) is unknown; the formats are: {', '.join(FORMATS)}")
     if path.is_dir() and (path.name.startswith("step_") or (path / "checkpoints").is_dir()):
-        weights = read_checkpoint(find_checkpoint(path))
         if format is not None:
             raise ConfigError(f"{path} is a run directory of our own, not a file of format={format}; leave format out")
-        entries = _entries_of(weights)
-        return ConvertedWeights(entries, "run", {name: (name,) for name in entries}, ())
+        checkpoint = find_checkpoint(path)
+        entries = read_checkpoint(checkpoint).entries
+        return ConvertedWeights(entries, str(checkpoint), "run", {name: (name,) for name in entries}, ())
     file = open_weights(path)
     return to_official(file.entries, format, str(path), file.left_out)
 
@@ -82,9 +82,8 @@ def load_weights(
             f"{unreal[0]} is on the meta device; give the model memory first: module.to_empty(device='cpu')"
         )
     source = read_weights(path, format)
-    weights, report = match_weights(
-        source, {name: tuple(tensor.shape) for name, tensor in own.items()}, str(path), head=head, strict=strict
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    weights, report = match_weights(source, shapes, head=head, strict=strict)
     for name in weights:
         own[name].copy_(weights[name])
     return report

@@ -25,7 +25,7 @@ class LoadReport:
     """What became of every name: printed, a few lines."""
 
     format: str
-    """The format of the source: one of names.FORMATS, run, or unknown for tensors that no file gave."""
+    """The format of the source: one of names.FORMATS, or run."""
     loaded: tuple[str, ...]
     """Names of the model that take the source's values."""
     converted: Mapping[str, str]
@@ -50,12 +50,12 @@ class LoadReport:
 
 
 def match_weights(
-    source: LazyTensors, target: Mapping[str, Shape], origin: str, *, head: Head = "load", strict: bool = True
+    source: ConvertedWeights, target: Mapping[str, Shape], *, head: Head = "load", strict: bool = True
 ) -> tuple[LazyTensors, LoadReport]:
     """The source's weights by the names of a model, converted to it; nothing is read but with indices the head.
 
     source: official names, of a classifier, a headless backbone or a SimMIM model; target: the model's names and
-    shapes, one of the same three.  origin: the source, for messages.  What a task adds to the backbone (a classifier's
+    shapes, one of the same three.  What a task adds to the backbone (a classifier's
     head; SimMIM's mask token and decoder) follows head: "load" takes it from the source, which must have it; "auto"
     takes it where the source has one; "fresh" leaves the model's own.  A sequence of class indices, or a file with one
     index a line, gathers those rows of the source's head, in that order (ImageNet-22K to 1K: the official
@@ -64,6 +64,7 @@ def match_weights(
     strict=False reports missing and unexpected names in place of raising.  A shape that differs is always a
     ConfigError, as is a source of which nothing fits; it lists the first few names and says what the difference means.
     """
+    origin = source.origin
     ours = {_bare(name): name for name in target}
     shapes = {_bare(name): shape for name, shape in target.items()}
     theirs = {_bare(name): entry for name, entry in source.entries.items()}
@@ -87,20 +88,14 @@ def match_weights(
         said = {name: entry.shape for name, entry in theirs.items()}
         raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, wanted, bool(loaded)))
 
-    converted = {}
-    if isinstance(source, ConvertedWeights):
-        given = {name: " + ".join(source.sources[named[name]]) for name in loaded}
-        converted = {ours[name]: text for name, text in given.items() if text != ours[name]}
+    given = {name: " + ".join(source.sources[named[name]]) for name in loaded}
     report = LoadReport(
-        format=source.format if isinstance(source, ConvertedWeights) else "unknown",
+        format=source.format,
         loaded=tuple(ours[name] for name in loaded),
-        converted=converted,
+        converted={ours[name]: text for name, text in given.items() if text != ours[name]},
         missing=tuple(ours[name] for name in shapes if name in missing or name in added),
         unexpected=tuple(named[name] for name in unexpected),
-        left_out=(
-            *(named[name] for name in unwanted),
-            *(source.left_out if isinstance(source, ConvertedWeights) else ()),
-        ),
+        left_out=(*(named[name] for name in unwanted), *source.left_out),
     )
     return LazyTensors({ours[name]: theirs[name] for name in loaded}), report
 

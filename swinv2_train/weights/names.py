@@ -33,18 +33,21 @@ _Found = tuple[LazyTensor, tuple[str, ...]]  # a weight, and its names in the fi
 class ConvertedWeights(LazyTensors):
     """Weights by official name that know where they are from.
 
-    format: one of FORMATS, or "run".  sources: the names each one has in the file.  left_out: names in the file that
-    are no weights (buffers that follow from the window), and containers that were not read.
+    origin: the file or directory.  format: one of FORMATS, or "run".  sources: the names each one has in the file.
+    left_out: names in the file that are no weights (buffers that follow from the window), and containers that were not
+    read.
     """
 
     def __init__(
         self,
         entries: Mapping[str, LazyTensor],
+        origin: str,
         format: str,
         sources: Mapping[str, tuple[str, ...]],
         left_out: Iterable[str],
     ) -> None:
         super().__init__(entries)
+        self.origin = origin
         self.format = format
         self.sources = dict(sources)
         self.left_out = tuple(left_out)
@@ -240,6 +243,7 @@ def to_official(
     official = _with_encoder_prefix(found)
     return ConvertedWeights(
         {name: entry for name, (entry, _) in official.items()},
+        origin,
         format,
         {name: sources for name, (_, sources) in official.items()},
         [*left_out, *dropped],

@@ -179,7 +179,7 @@ def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterr
               "train.max_steps=1", "optim.schedule.warmup_lr=0", *SMALL, *shards)
     )  # fmt: skip
     assert code == 0, output
-    assert f"weights from {uninterrupted}: 60 weights loaded" in output
+    assert f"weights from {uninterrupted}/checkpoints/step_00000012: 60 weights loaded" in output
     pretrained, finetuned = (read_weights(find_checkpoint(run)) for run in (uninterrupted, run_dir))
     assert set(finetuned) - {"head.weight", "head.bias"} == {
         name.removeprefix("encoder.") for name in pretrained if name.startswith("encoder.") and "mask_token" not in name
@@ -219,10 +219,10 @@ def test_wrong_use_of_a_run_directory_exits_with_2_and_one_message(uninterrupted
 
 
 def test_sizes_that_do_not_fit_exit_with_2_before_training(shards, tmp_path):
-    """Window and batch that do not divide; under torchrun rank 0 alone says it."""
+    """Model and batch sizes that do not divide; under torchrun rank 0 alone says it."""
     run = ("experiment=cifar10_simmim", f"run_dir={tmp_path / 'run'}", *shards)
-    code, output = finish(start(*run, "model.window_size=3", ranks=1))
-    assert code == 2 and "window_size 3 does not tile the 8 tokens of stage 1" in output, output
+    code, output = finish(start(*run, "model.num_heads=[5,5]", ranks=1))
+    assert code == 2 and "num_heads[0] (5) does not divide the stage's 96 channels" in output, output
     code, output = finish(start(*run, "train.global_batch_size=100", "train.micro_batch_size=32"))
     message = (
         "train.global_batch_size (100) is not a multiple of micro_batch_size (32) x world_size (2); nearest: 64, 128"

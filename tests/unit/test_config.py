@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from swinv2_train.command_line import compose_argv, compose_run, conf_dir
+from swinv2_train.command_line import compose_argv, compose_source, conf_dir
 from swinv2_train.config import TASKS, ClassifyConfig, Config, ConfigError, EvalSplitConfig, SimMIMConfig
 from swinv2_train.gate import config_yaml, known_keys, load_config, read_config
 
@@ -180,12 +180,14 @@ def test_saved_configuration_comes_back_through_the_gate(tmp_path, compose):
 def test_run_command_line_takes_overrides_on_the_runs_own_configuration(tmp_path, compose):
     """evaluate run_dir=DIR data.eval_shards=... : Hydra's grammar, the run's values."""
     (tmp_path / "config.yaml").write_text(config_yaml(compose("experiment=cifar10_finetune", "optim.lr=0.25")))
-    config, extra = compose_run([f"run_dir={tmp_path}", "data.eval_shards=other.tar", "checkpoint=c"], ("checkpoint",))
+    config, extra = compose_source(
+        [f"run_dir={tmp_path}", "data.eval_shards=other.tar", "checkpoint=c"], ("checkpoint",)
+    )
     assert (config.optim.lr, config.data.eval_shards, extra) == (0.25, "other.tar", {"checkpoint": "c"})
     with pytest.raises(ConfigError, match="unknown key data.eval_shard: did you mean data.eval_shards"):
-        compose_run([f"run_dir={tmp_path}", "data.eval_shard=x"], ())
+        compose_source([f"run_dir={tmp_path}", "data.eval_shard=x"], ())
     with pytest.raises(ConfigError, match="holds no config.yaml"):
-        compose_run([f"run_dir={tmp_path / 'nowhere'}"], ())
+        compose_source([f"run_dir={tmp_path / 'nowhere'}"], ())
 
 
 def test_splits_are_the_users_own_names_and_come_back_from_a_run(tmp_path, compose):
@@ -198,7 +200,7 @@ def test_splits_are_the_users_own_names_and_come_back_from_a_run(tmp_path, compo
     assert config.data.eval_splits == {"v2": v2, "real": real}
     (tmp_path / "config.yaml").write_text(config_yaml(config))
     assert read_config(tmp_path / "config.yaml") == config
-    config, _ = compose_run([f"run_dir={tmp_path}", "data.eval_splits.v2.shards=other.tar"], ())
+    config, _ = compose_source([f"run_dir={tmp_path}", "data.eval_splits.v2.shards=other.tar"], ())
     assert config.data.eval_splits == {"v2": EvalSplitConfig("other.tar", None), "real": real}
 
 

@@ -25,7 +25,10 @@ from swinv2_train.distributed import World
 from swinv2_train.gate import config_yaml
 from swinv2_train.log import read_metrics
 from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.tasks import build_task
+from swinv2_train.weights import save_weights
 
+CPU = torch.device("cpu")
 SMALL = (
     "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=16", "model.window_size=2",
     "train.global_batch_size=8", "train.micro_batch_size=4", "train.log_every_steps=1", "train.keep_best=null",
@@ -180,6 +183,41 @@ def test_init_from_counts_at_the_start_and_not_at_a_resume(settings, tmp_path):
     config.train.max_steps = 2
     assert run_alone(config) == EXIT_DONE
     assert newest_checkpoint(tmp_path / "run").name == "step_00000002"
+
+
+def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
+    """A supervised file of timm's into pre-training and fine-tuning; the head follows task.init_head."""
+    from weights_samples import classifier
+
+    model = classifier(img_size=16, num_classes=6, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=2,
+                       pretrained_window_sizes=(0, 0))  # fmt: skip
+    save_weights(model, tmp_path / "timm.pth", "timm")
+    (tmp_path / "classes.txt").write_text("5\n0\n3\n1\n")
+    still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
+    start = (*still, f"task.init_from={tmp_path / 'timm.pth'}")
+    with pytest.raises(ConfigError, match=r"task.init_from: .*head.bias is \(6,\), the model has \(4,\); head=fresh"):
+        train.initial_weights(settings(*start), build_task(settings(), CPU).module, World(0, 0, 1, 1, CPU))
+    for task, head in (("finetune", f"task.init_head={tmp_path / 'classes.txt'}"), ("simmim", "task.init_head=auto")):
+        config = settings(*start, head, f"run_dir={tmp_path / task}", task=task)
+        assert run_alone(config) == EXIT_DONE
+        prefix = "encoder." if task == "simmim" else ""
+        trained = weights_of(config)
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("head."):
+                assert torch.equal(trained[prefix + name], tensor), name
+        if task == "finetune":
+            assert torch.equal(trained["head.weight"], model.head.weight[[5, 0, 3, 1]])
+
+
+def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settings, tmp_path):
+    """Fine-tuning at another window without pretrained_window_sizes would change what the bias means, unseen."""
+    source = settings("train.max_steps=1", f"run_dir={tmp_path / 'source'}", task="simmim")
+    assert run_alone(source) == EXIT_DONE
+    larger = ("model.img_size=32", "model.window_size=4", f"task.init_from={tmp_path / 'source'}")
+    for overrides, warned in ((larger, True), ((*larger, "model.pretrained_window_sizes=[2,2]"), False)):
+        config = settings(*overrides)
+        initial = train.initial_weights(config, build_task(config, CPU).module, World(0, 0, 1, 1, CPU))
+        assert ("model.pretrained_window_sizes=[2,2] keeps its meaning" in initial.report) is warned
 
 
 # --------------------------------------------------------------------------------------------------------------------

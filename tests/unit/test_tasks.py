@@ -14,10 +14,10 @@ from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.data.crop import resize
 from swinv2_train.data.shards import SampleError
-from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models import SimMIM
 from swinv2_train.models.simmim import norm_target
 from swinv2_train.tasks import Normalise, Task, build_model, build_task
-from swinv2_train.tasks.classify import ClassifyTask, encoder_weights
+from swinv2_train.tasks.classify import ClassifyTask
 from swinv2_train.tasks.simmim import SimMIMTask
 
 CPU = torch.device("cpu")
@@ -383,51 +383,3 @@ def test_a_size_is_a_whole_number_or_a_pair(value):
     with pytest.raises(ConfigError, match=r"key \(.*\) must be a positive whole number or a pair \[height, width\]"):
         pair("key", value)
     assert pair("key", 3) == (3, 3) and pair("key", [3, 4]) == (3, 4)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# From a pre-trained encoder
-
-
-def states(*overrides: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a SimMIM model and of a fresh classifier, every one different."""
-    pretrained = simmim().module.state_dict()
-    fresh = classify(*overrides).module.state_dict()
-    return {n: torch.rand_like(t) for n, t in pretrained.items()}, {n: torch.rand_like(t) for n, t in fresh.items()}
-
-
-def test_every_weight_but_the_heads_comes_from_the_pretrained_encoder():
-    """One weight that stays fresh costs accuracy and says nothing; the mask token and the decoder stay behind."""
-    pretrained, fresh = states()
-    assert "encoder.mask_token" in pretrained and any(name.startswith("decoder.") for name in pretrained)
-    joined = encoder_weights(pretrained, fresh, "run")
-    assert joined.keys() == fresh.keys()
-    for name, tensor in joined.items():
-        expected = fresh[name] if name.startswith("head.") else pretrained[f"encoder.{name}"]
-        assert torch.equal(tensor, expected), name
-    model = classify().module
-    assert isinstance(model, SwinTransformerV2)
-    model.load_state_dict(joined)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda p: p.pop("encoder.norm.bias"), r"task.init_from \(run\) has no norm.bias; use the model section"),
-        (
-            lambda p: p.update({"encoder.layers.0.blocks.1.x": torch.ones(1)}),
-            r"task.init_from \(run\) has, and this model has not, layers.0.blocks.1.x; use the model section",
-        ),
-        (
-            lambda p: p.update({"encoder.norm.bias": torch.ones(3)}),
-            r"task.init_from \(run\): norm.bias is \(3,\), this model has \(32,\); use the model section",
-        ),
-        (lambda p: p.clear(), r"task.init_from \(run\) is no SimMIM run: it has no encoder"),
-    ],
-)
-def test_encoder_of_another_model_is_refused_by_the_name_of_a_weight(damage, message):
-    """Left over, missing or misshapen: nothing is loaded by halves."""
-    pretrained, fresh = states()
-    damage(pretrained)
-    with pytest.raises(ConfigError, match=message):
-        encoder_weights(pretrained, fresh, "run")

@@ -1,0 +1,52 @@
+"""Files that lie on the disk when the call returns, and the checksums by which their damage is found.
+
+The checksum is CRC-32: it finds every damage of up to 32 neighbouring bits for certain and any other with a chance of
+missing it of 1 in 4e9; zlib's runs at 2.1 GB/s on one core (SHA-256 at 1.1), without holding the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Buffer, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Sum(NamedTuple):
+    """What a file's content is known by."""
+
+    num_bytes: int
+    crc32: int
+
+
+def write_durably(path: Path, chunks: Iterable[Buffer]) -> Sum:
+    """Write the chunks one after the other and flush them to the disk.  The sum is that of the chunks in memory."""
+    num_bytes = crc32 = 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            num_bytes += file.write(chunk)
+            crc32 = zlib.crc32(chunk, crc32)
+        file.flush()
+        os.fsync(file.fileno())
+    return Sum(num_bytes, crc32)
+
+
+def sum_of(path: Path) -> Sum:
+    """The sum of what the file holds now."""
+    num_bytes = crc32 = 0
+    block = memoryview(bytearray(2**22))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            num_bytes += size
+            crc32 = zlib.crc32(block[:size], crc32)
+    return Sum(num_bytes, crc32)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk: new names and renames."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
