@@ -149,7 +149,7 @@ def insist(what: str, attempt: Callable[[], Result], patience: Patience, waited_
         except Exception as error:  # noqa: BLE001  every client has its own errors
             mismatches += isinstance(error, MismatchError)
             spent = time.monotonic() - started
-            pause = min(_FIRST_PAUSE_SEC * 2 ** (attempts - 1), _LONGEST_PAUSE_SEC) 
+            pause = min(_FIRST_PAUSE_SEC * 2 ** (attempts - 1), _LONGEST_PAUSE_SEC) * jitter.uniform(0.5, 1.0)
             if _final(error) or mismatches >= _MISMATCHES or spent + pause > patience.give_up_sec:
                 raise ShardError(
                     f"{what}: cannot be fetched, {attempts} attempt{'s' * (attempts > 1)} in {spent:.0f} s, the last "
