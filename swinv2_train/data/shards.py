@@ -242,6 +242,8 @@ class TarReader:
                 self._ahead = FetchAhead(cache)
             wanted = (self.manifest.remote(shard) for shard in shards)
             self._ahead.want([shard for shard in wanted if shard is not None])
+            for shard in self._open.keys() - set(shards):
+                os.close(self._open.pop(shard)[0])
 
     def read(self, shard: int, index: int) -> Sample:
         """The sample's bytes.  Raises SampleError where the sample is damaged, ShardError where the shard is."""

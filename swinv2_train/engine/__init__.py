@@ -16,6 +16,7 @@ from swinv2_train.distributed import World
 from swinv2_train.engine.checks import NonFiniteError
 from swinv2_train.engine.deepspeed_config import check_engine
 from swinv2_train.engine.recompute import apply_recompute
+from swinv2_train.engine.shards import Snapshot
 
 
 class Engine(Protocol):
@@ -52,13 +53,19 @@ class Engine(Protocol):
         """The module's outputs in evaluation mode without gradients.  Ranks must make equally many calls."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write weights, masters and optimizer state under directory; every rank its own part.  No commit here."""
+    def snapshot(self, copy: bool) -> Snapshot:
+        """This rank's part of weights, masters and optimizer state, which it can write without the engine.
+
+        copy: the part is copied to CPU memory, and training may go on before it is written; else it is a view.
+        """
         ...
 
     def load(self, directory: Path) -> None:
-        """Restore what save wrote, bit for bit.  Raises ConfigError on every rank for a missing or damaged part, and
-        for another world size, engine, stage, precision or model."""
+        """Restore what any engine's snapshots wrote: masters, averages and step counts unrounded, bit for bit.
+
+        The number of ranks, stage, precision and parameter groups may be others.  Raises ConfigError on every rank for
+        another model's state before anything is changed, and for a missing or damaged file.
+        """
         ...
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:

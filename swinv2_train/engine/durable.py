@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Buffer, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class Sum(NamedTuple):
     crc32: int
 
 
-def write_durably(path: Path, chunks: Iterable[Buffer]) -> Sum:
+def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> Sum:
     """Write the chunks one after the other and flush them to the disk.  The sum is that of the chunks in memory."""
     num_bytes = crc32 = 0
     with path.open("wb") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,9 @@ from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.checks import (
-    NonFiniteError,
-    check_facts,
-    check_fit,
-    groups_text,
-    read_tensor,
-    write_facts,
-)
+from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
+from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces
+from swinv2_train.engine.shards import Described, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.startup import adamw
 
 
@@ -50,12 +44,11 @@ class LocalEngine:
         self._clip_grad_norm = config.optim.clip_grad_norm
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
-        self._device = world.device
-        self._groups = groups_text(param_groups, {id(p): name for name, p in module.named_parameters()})
+        self._world = world
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         self.module.train()
-        outputs: dict[str, Tensor] = self.module(**to_device(inputs, self._device))
+        outputs: dict[str, Tensor] = self.module(**to_device(inputs, self._world.device))
         return outputs
 
     def backward(self, loss: Tensor) -> None:
@@ -86,26 +79,23 @@ class LocalEngine:
     def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
         self.module.eval()
         try:
-            outputs: dict[str, Tensor] = self.module(**to_device(inputs, self._device))
+            outputs: dict[str, Tensor] = self.module(**to_device(inputs, self._world.device))
         finally:
             self.module.train()
         return outputs
 
-    def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, directory / "local.pt")
-        write_facts(directory, self._facts())
+    def snapshot(self, copy: bool) -> Snapshot:
+        settings = {"engine": "local", "precision": "fp32"}
+        return snapshot(self._pieces(), self._described(), settings, self._world, copy)
 
     def load(self, directory: Path) -> None:
-        path = directory / "local.pt"
-        check_facts(directory, self._facts())
-        try:
-            state = torch.load(path, map_location=self._device, weights_only=True)
-            self.module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
+        restore(Shards(directory), self._pieces(), self._described())
+
+    def _pieces(self) -> list[Piece]:
+        return plain_pieces(self.module, self.optimizer) + whole_pieces(persistent_buffers(self.module))
+
+    def _described(self) -> dict[str, Described]:
+        return describe({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in self._tensors().items()})
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, tensor in self._tensors().items():
@@ -123,9 +113,6 @@ class LocalEngine:
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters, then persistent buffers."""
         return dict(self.module.named_parameters()) | persistent_buffers(self.module)
-
-    def _facts(self) -> dict[str, Any]:
-        return {"engine": "local", "world_size": 1, "groups": self._groups}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

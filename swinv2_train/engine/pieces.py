@@ -42,7 +42,7 @@ def plain_pieces(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Pi
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     pieces = []
     for name, parameter in module.named_parameters():
-        if id(parameter) not in group_of:
+        if not parameter.requires_grad:
             pieces += whole_pieces({name: parameter})
             continue
         state = _state(optimizer, parameter, group_of[id(parameter)])

@@ -146,6 +146,11 @@ class Shards:
         self._order = sorted(range(size), key=lambda rank: rank != first)
         self._files: dict[int, tuple[Any, dict[str, int], dict[str, float]]] = {}
 
+    def check_files(self) -> None:
+        """Open every rank's file, which finds those that are missing or cut."""
+        for rank in self._order:
+            self._open(rank)
+
     def read(self, name: str) -> Tensor:
         """A whole tensor: float32 for every floating point tensor, else in its own dtype.  In memory of its own."""
         shape, dtype, _ = self.described[name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.distributed import World, any_rank, barrier, broadcast_object, raise_together
-from swinv2_train.engine.checks import (
-    NonFiniteError,
-    check_facts,
-    check_fit,
-    groups_text,
-    read_tensor,
-    write_facts,
-)
+from swinv2_train.distributed import World, any_rank, broadcast_object, raise_together
+from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.deepspeed_config import deepspeed_json
 from swinv2_train.engine.local import persistent_buffers, to_device
+from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces, zero_1_2_pieces, zero_3_pieces
+from swinv2_train.engine.shards import Described, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, quick_initialize
-
-TAG = "zero"
-"""The folder inside a checkpoint in which DeepSpeed's files lie."""
 
 
 class ZeroEngine:
@@ -45,8 +36,6 @@ class ZeroEngine:
         world: World,
         accumulation_steps: int,
     ) -> None:
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        groups = groups_text(param_groups, names)  # before DeepSpeed puts its flat buffers into them
         settings = deepspeed_json(config, world.world_size, accumulation_steps)
         deepspeed = import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
@@ -75,13 +64,11 @@ class ZeroEngine:
         self._world = world
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
-        self._facts = {
+        self._settings = {
             "engine": "deepspeed",
-            "world_size": world.world_size,
             "zero_stage": self._stage,
             "precision": config.engine.precision,
-            "groups": groups,
-            "num_parameters": sum(_numel(p) for p in self.module.parameters()),
+            "offload_optimizer": config.engine.offload_optimizer,
         }
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -158,59 +145,52 @@ class ZeroEngine:
     # ---------------------------------------------------------------------------------------------------------------
     # Sharded state
 
-    def save(self, directory: Path) -> None:
-        error = None
-        if self._world.is_main:
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                write_facts(directory, self._facts)
-            except OSError as caught:
-                error = caught
-        raise_together(error)
-        # Trap 2: DeepSpeed's own `latest` may name a checkpoint that another rank has not finished.
-        # The commit is in checkpoint.py.
-        self._ds.save_checkpoint(str(directory), tag=TAG, save_latest=False)
-        barrier()
+    # Not DeepSpeed's own files: they bind a state to its number of ranks, stage and precision, hold code, are written in
+    # place (trap 2), and a wrong path or a damaged part is no error on every rank (trap 8).  Parameter groups are not in
+    # ours at all: their rate and decay are the configuration's (trap 3).
+
+    def snapshot(self, copy: bool) -> Snapshot:
+        return snapshot(self._pieces(), self._described(), self._settings, self._world, copy)
 
     def load(self, directory: Path) -> None:
         assert self._num_backward == 0, "load between steps only"
-        raise_together(_caught(check_facts, directory, self._facts))
-        # Trap 8: DeepSpeed only warns about a missing checkpoint, and a rank that cannot read its part fails alone.
-        raise_together(_caught(self._check_parts, directory))
-        own_settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self._groups]
-        error: BaseException | None = None
+        pieces = self._pieces()
+        error: ConfigError | None = None
         try:
-            path, _ = self._ds.load_checkpoint(str(directory), tag=TAG)
-            if path is None:
-                error = ConfigError(f"{directory / TAG}: DeepSpeed found no checkpoint there")
-        except (OSError, RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as caught:
+            restore(Shards(directory, self._world.rank), pieces, self._described())
+        except ConfigError as caught:
             error = caught
         raise_together(error)
-        # Trap 3: the configuration says what a group's decay and scale are, not what a loader made of them.
-        self._groups = self._ds.optimizer.param_groups
-        for group, settings in zip(self._groups, own_settings, strict=True):
-            group.update(settings)
+        self._renew_weights()
 
-    def _check_parts(self, directory: Path) -> None:
-        """Raise ConfigError when a file that this rank will read is missing or not a whole archive."""
-        rank = self._world.rank
-        shared = directory / TAG / "mp_rank_00_model_states.pt"
-        own = sorted((directory / TAG).glob(f"*zero_pp_rank_{rank}_mp_rank_00_*.pt"))
-        files = own + ([shared] if self._stage < 3 else [])
-        expected = {0: 1, 1: 2, 2: 2, 3: 2}[self._stage]
-        if len(files) < expected:
-            raise ConfigError(
-                f"{directory / TAG}: the part of rank {rank} is missing (found {[f.name for f in files]}); "
-                "resume from another checkpoint"
-            )
-        for path in files:
-            try:
-                # Pickle inside, as all DeepSpeed checkpoints: only for files that this run's user wrote.
-                torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise ConfigError(
-                    f"{path}: cannot be read ({str(error).splitlines()[0]}); resume from another checkpoint"
-                ) from error
+    def _pieces(self) -> list[Piece]:
+        """What this rank holds; under ZeRO-3 parameters are released for it."""
+        optimizer = self._ds.optimizer
+        if self._stage == 3:
+            self._ds.empty_partition_cache()
+            parameters = list(zero_3_pieces(self.module, optimizer, self._world.rank))
+        elif self._stage > 0:
+            parameters = list(zero_1_2_pieces(self.module, optimizer))
+        else:
+            parameters = plain_pieces(self.module, optimizer)
+        return parameters + whole_pieces(persistent_buffers(self.module))
+
+    def _described(self) -> dict[str, Described]:
+        tensors = {name: (_shape(p), p.dtype, p.requires_grad) for name, p in self.module.named_parameters()}
+        buffers = {name: (tuple(b.shape), b.dtype, False) for name, b in persistent_buffers(self.module).items()}
+        return describe(tensors | buffers)
+
+    def _renew_weights(self) -> None:
+        """Make the weights that the model computes with from the masters, as a step does."""
+        optimizer = self._ds.optimizer
+        if self._stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._stage == 3:
+            for weights, master in zip(
+                optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+            ):
+                weights.data.copy_(master.data)
+            optimizer.invalidate_secondary_tensor()
 
     # ---------------------------------------------------------------------------------------------------------------
     # Whole tensors
@@ -287,10 +267,6 @@ class ZeroEngine:
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _caught(function: Any, *args: Any) -> ConfigError | None:
