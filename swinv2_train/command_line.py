@@ -12,18 +12,19 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from swinv2_train.config import Config, ConfigError
-from swinv2_train.gate import load_config, one_line, unknown_key
+from swinv2_train.config import TASKS, Config, ConfigError
+from swinv2_train.gate import known_keys, load_config, one_line, unknown_key
 from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 
 
@@ -88,12 +89,29 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
         return compose_overrides([*unused, *overrides]), own
     if "run_dir" not in given:
         raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
-    run_dir = Path(given["run_dir"]).resolve()
+    return read_run(Path(given["run_dir"]), overrides), own
+
+
+def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of an earlier run, with overrides on top; keys that are newer than the run have their defaults.
+
+    Raises ConfigError when run_dir holds none, or one that the gate refuses.
+    """
     if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"run_dir ({given['run_dir']}) holds no config.yaml; name the directory of a run")
-    with _composition_errors(), initialize_config_dir(str(run_dir), version_base="1.3"):
-        composed = compose("config", overrides)
-    return load_config(composed), own
+        raise ConfigError(f"run_dir ({run_dir}) holds no config.yaml; name the directory of a run")
+    with _composition_errors():
+        with initialize_config_dir(str(run_dir.resolve()), version_base="1.3"):
+            has = compose("config")
+            newer = [key for key in known_keys() if OmegaConf.select(has, key, default=MISSING) == MISSING]
+            plus = [f"+{each}" if each.partition("=")[0] in newer else each for each in overrides]
+            saved = compose("config", plus)
+        task = OmegaConf.select(saved, "task.name")
+        if task in TASKS:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                defaults = compose("train", [f"task={task}"])
+            OmegaConf.set_struct(defaults, False)  # the gate is the one to say what is unknown
+            saved = cast(DictConfig, OmegaConf.merge(defaults, saved))
+    return load_config(saved)
 
 
 def compose_overrides(overrides: list[str]) -> Config:

@@ -12,10 +12,8 @@ import difflib
 import math
 import re
 import typing
-from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -295,16 +293,6 @@ def _range_pair(key: str, values: list[float], high: float) -> None:
 def config_yaml(config: Config) -> str:
     """The validated configuration as YAML, loadable by the same gate."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def read_config(path: Path) -> Config:
-    """Read a configuration written as :func:`config_yaml` through the gate."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there; run_dir must be the directory of a run")
-    try:
-        return load_config(typing.cast(DictConfig, OmegaConf.load(path)))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from swinv2_train import loop
-from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint
-from swinv2_train.command_line import run_command
+from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint, verified_checkpoint
+from swinv2_train.command_line import read_run, run_command
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
-from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps
+from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps, check_classes
 from swinv2_train.data.shards import Manifest, open_manifest
 from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine, check_engine
-from swinv2_train.gate import config_yaml, read_config
+from swinv2_train.gate import config_yaml
 from swinv2_train.lazy import LazyTensors
 from swinv2_train.log import Console, RunLog, open_console
 from swinv2_train.models import SimMIM, SwinTransformerV2
@@ -49,7 +49,7 @@ def train(config: Config) -> int:
         set_threads(config.runtime.num_threads, world.local_world_size)
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         run_dir = Path(config.run_dir)
-        newest = on_main(world, lambda: checked_newest(run_dir, config))
+        newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
         shards = open_shards(config, world)
         total = total_steps(config.train, shards[0].num_samples)
         if newest is not None and step_of(newest) >= total:
@@ -106,7 +106,7 @@ def build_run(
     seed_everything(config.seed, world.rank)
     state: dict[str, Any] = {"step": 0, "images_seen": 0}
     if newest is not None:
-        state = load_checkpoint(newest, engine, world)
+        state = load_checkpoint(newest, engine, world, config.seed)
         log.say(f"resuming from {newest}")
     elif initial is not None:
         engine.load_full(initial.weights)
@@ -171,7 +171,7 @@ def checked_newest(run_dir: Path, config: Config) -> Path | None:
     newest = newest_checkpoint(run_dir)
     if newest is None:
         return None
-    saved = read_config(run_dir / "config.yaml")
+    saved = read_run(run_dir)
     ours, theirs = (_identity(each) for each in (config, saved))
     for key, value in ours.items():
         if theirs.get(key) != value:
@@ -239,11 +239,11 @@ def initial_weights(config: Config, module: nn.Module, world: World) -> Initial 
 def other_windows(config: Config, module: nn.Module) -> list[str]:
     """A warning where task.init_from is a run whose position bias belongs to other windows than this model assumes."""
     source = Path(str(config.task.init_from))
-    saved = [folder / "config.yaml" for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
-    if not saved:
+    runs = [folder for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
+    if not runs:
         return []
     with torch.device("meta"):
-        theirs = build_model(read_config(saved[0]).model, num_classes=0).pretrained_window_sizes
+        theirs = build_model(read_run(runs[0]).model, num_classes=0).pretrained_window_sizes
     encoder = module.encoder if isinstance(module, SimMIM) else module
     assert isinstance(encoder, SwinTransformerV2)
     if theirs == encoder.pretrained_window_sizes:
@@ -265,12 +265,8 @@ def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None
         if pattern is None:
             return None
         manifest = open_manifest(pattern, key)
-        labels = manifest.label_range
-        if isinstance(config.task, ClassifyConfig) and labels is not None and labels[1] >= config.task.num_classes:
-            raise ConfigError(
-                f"task.num_classes ({config.task.num_classes}) is too small: {key} has labels from {labels[0]} to "
-                f"{labels[1]}; set task.num_classes={labels[1] + 1} or more"
-            )
+        if isinstance(config.task, ClassifyConfig):
+            check_classes(manifest, config.task.num_classes, key)
         return manifest
 
     training, evaluation = on_main(

@@ -70,30 +70,32 @@ def match_weights(
     theirs = {_bare(name): entry for name, entry in source.entries.items()}
     named = {_bare(name): name for name in source.entries}
     assert len(theirs) == len(source.entries), "two names differ by 'encoder.' only"
-    rows = None if isinstance(head, str) else _read_indices(head)
-    if rows is not None:
-        theirs |= _gathered(theirs, shapes, rows, origin)
     added = {name for name in shapes if _is_added(name)}
-    if head != "fresh" and not _absent_by_choice(head, added, theirs):
-        _check_task_part(added, theirs, shapes, origin, strict)
-        added = set()
-    wanted = {name: shape for name, shape in shapes.items() if name not in added}
-    unwanted = [name for name in theirs if name not in wanted and _is_added(name)]
-
-    loaded = [name for name in wanted if name in theirs]
-    missing = [name for name in wanted if name not in theirs]
-    unexpected = [name for name in theirs if name not in wanted and not _is_added(name)]
-    misshapen = [name for name in loaded if tuple(theirs[name].shape) != tuple(wanted[name])]
-    if misshapen or (strict and (missing or unexpected)) or not loaded:
+    backbone = {name: shape for name, shape in shapes.items() if name not in added}
+    missing = [name for name in backbone if name not in theirs]
+    unexpected = [name for name in theirs if name not in backbone and not _is_added(name)]
+    misshapen = [name for name in backbone if name in theirs and tuple(theirs[name].shape) != tuple(backbone[name])]
+    none_fits = len(missing) == len(backbone)
+    if misshapen or none_fits or (strict and (missing or unexpected)):
         said = {name: entry.shape for name, entry in theirs.items()}
-        raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, wanted, bool(loaded)))
+        raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, backbone, not none_fits))
+
+    if not isinstance(head, str):
+        theirs |= _gathered(theirs, shapes, _read_indices(head), origin)
+    if head == "fresh" or _absent_by_choice(head, added, theirs):
+        missing += added
+    else:
+        _check_task_part(added, theirs, shapes, origin, strict)
+        missing += [name for name in added if name not in theirs]
+    loaded = [name for name in shapes if name in theirs and name not in missing]
+    unwanted = [name for name in theirs if name not in loaded and name not in unexpected]
 
     given = {name: " + ".join(source.sources[named[name]]) for name in loaded}
     report = LoadReport(
         format=source.format,
         loaded=tuple(ours[name] for name in loaded),
         converted={ours[name]: text for name, text in given.items() if text != ours[name]},
-        missing=tuple(ours[name] for name in shapes if name in missing or name in added),
+        missing=tuple(ours[name] for name in shapes if name in missing),
         unexpected=tuple(named[name] for name in unexpected),
         left_out=(*(named[name] for name in unwanted), *source.left_out),
     )

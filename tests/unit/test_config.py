@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from swinv2_train.command_line import compose_argv, compose_source, conf_dir
+from swinv2_train.command_line import compose_argv, compose_source, conf_dir, read_run
 from swinv2_train.config import TASKS, ClassifyConfig, Config, ConfigError, EvalSplitConfig, SimMIMConfig
-from swinv2_train.gate import config_yaml, known_keys, load_config, read_config
+from swinv2_train.gate import config_yaml, known_keys, load_config
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 MINIMAL = ("run_dir=somewhere", "data.shards=x.tar")
@@ -170,11 +170,11 @@ def test_saved_configuration_comes_back_through_the_gate(tmp_path, compose):
     """config.yaml in the run directory is what evaluation and a resume read."""
     config = compose("experiment=cifar10_finetune", "+engine.deepspeed_overrides.comms_logger.enabled=true")
     (tmp_path / "config.yaml").write_text(config_yaml(config))
-    assert read_config(tmp_path / "config.yaml") == config
+    assert read_run(tmp_path) == config
     text = (tmp_path / "config.yaml").read_text().replace("label_smoothing", "label_smoothin")
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="unknown key task.label_smoothin: did you mean task.label_smoothing"):
-        read_config(tmp_path / "config.yaml")
+        read_run(tmp_path)
 
 
 def test_run_command_line_takes_overrides_on_the_runs_own_configuration(tmp_path, compose):
@@ -190,6 +190,20 @@ def test_run_command_line_takes_overrides_on_the_runs_own_configuration(tmp_path
         compose_source([f"run_dir={tmp_path / 'nowhere'}"], ())
 
 
+def test_a_run_from_before_a_key_was_invented_has_its_default(tmp_path, compose):
+    """A run of last week resumes and is evaluated after an upgrade; the new key can be given too."""
+    config = compose("experiment=cifar10_finetune", "optim.lr=0.25", "data.eval_crop_pct=0.9")
+    text = config_yaml(config)
+    for key in ("loss_mean", "eval_crop", "init_head", "clamp_to_shorter_side"):
+        assert f" {key}: " in text
+        text = "".join(line for line in text.splitlines(keepends=True) if not line.strip().startswith(f"{key}:"))
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_run(tmp_path) == config
+    assert read_run(tmp_path, ["data.eval_crop=squash"]).data.eval_crop == "squash"
+    with pytest.raises(ConfigError, match="unknown key data.eval_crops"):
+        read_run(tmp_path, ["data.eval_crops=squash"])
+
+
 def test_splits_are_the_users_own_names_and_come_back_from_a_run(tmp_path, compose):
     """Shards alone, or with a file of labels; one may take the shards of the evaluation."""
     config = compose(
@@ -199,7 +213,7 @@ def test_splits_are_the_users_own_names_and_come_back_from_a_run(tmp_path, compo
     v2, real = EvalSplitConfig("v2.tar", None), EvalSplitConfig("val.tar", "real.json")
     assert config.data.eval_splits == {"v2": v2, "real": real}
     (tmp_path / "config.yaml").write_text(config_yaml(config))
-    assert read_config(tmp_path / "config.yaml") == config
+    assert read_run(tmp_path) == config
     config, _ = compose_source([f"run_dir={tmp_path}", "data.eval_splits.v2.shards=other.tar"], ())
     assert config.data.eval_splits == {"v2": EvalSplitConfig("other.tar", None), "real": real}
 
@@ -214,7 +228,7 @@ def test_broken_yaml_is_one_message(tmp_path, monkeypatch, compose):
     assert "\n" not in str(caught.value)
     (tmp_path / "config.yaml").write_text("optim: [1, 2\n")
     with pytest.raises(ConfigError, match=r"config.yaml"):
-        read_config(tmp_path / "config.yaml")
+        read_run(tmp_path)
 
 
 def test_known_keys_holds_the_contract():

@@ -139,8 +139,11 @@ def test_not_strict_reports_what_strict_refuses_but_never_a_shape(tmp_path):
     del state["norm.bias"], state["head.bias"]
     save_file({**state, "layers.0.blocks.0.attn.qkv.bias": torch.zeros(24)}, tmp_path / "a.safetensors")
     model = SwinTransformerV2(**SMALL)
+    with pytest.raises(ConfigError, match=r"does not fit the model: 1 missing: norm\.bias; 1 unexpected: .*qkv\.bias"):
+        load_weights(model, tmp_path / "a.safetensors", head="auto")  # the backbone is spoken of before the head
+    save_file({**state, "norm.bias": torch.zeros(64)}, tmp_path / "b.safetensors")
     with pytest.raises(ConfigError, match=r"has no head \(head\.bias\)"):
-        load_weights(model, tmp_path / "a.safetensors", head="auto")
+        load_weights(model, tmp_path / "b.safetensors", head="auto")
     report = load_weights(model, tmp_path / "a.safetensors", strict=False)
     assert isinstance(report, LoadReport)
     assert report.missing == ("norm.bias", "head.bias")
