@@ -81,7 +81,7 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
 
     own_keys: keys that are the command's own and no part of a configuration; returned as they were given.
     """
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = {key: _unquoted(value) for key, _, value in (argument.partition("=") for argument in arguments)}
     own = {key: given[key] for key in own_keys if key in given}
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in own_keys]
     if "run_dir" not in given and "weights" in own:
@@ -90,6 +90,12 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
     if "run_dir" not in given:
         raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
     return read_run(Path(given["run_dir"]), overrides), own
+
+
+def _unquoted(value: str) -> str:
+    """A value without the quotes in which Hydra's grammar would take it: run_dir='my run'."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
 
 
 def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:

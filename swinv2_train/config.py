@@ -25,6 +25,12 @@ class TrainConfig:
     """Images per rank and forward pass."""
     loss_mean: str
     """local (the mean of each rank's and micro-batch's own mean, as official) or global (of all images or pixels)."""
+    on_bad_step: str
+    """A step that is not finite, or whose loss jumped: stop, skip it, or rollback (to the newest checkpoint)."""
+    max_bad_steps: int
+    """skip: bad steps in a row, rollback: returns from the same step, after which the run stops all the same."""
+    loss_spike_factor: float | None
+    """A loss above so many times the median of the last 100 steps is a bad step; null = only one that is not finite."""
     log_every_steps: int
     """Steps between metric lines."""
     checkpoint_every_steps: int
@@ -239,6 +245,8 @@ class LogConfig:
 class RuntimeConfig:
     num_threads: int | None
     """CPU threads per rank; null = cores / ranks on this host."""
+    stop_after_sec: float | None
+    """Seconds after which the run saves, ends with exit code 3 and can be resumed; null = no limit."""
     process_group_timeout_sec: int
     """A collective that waits longer than this ends the run."""
 

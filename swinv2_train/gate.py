@@ -163,6 +163,7 @@ def check_config(config: Config) -> None:
     _one_of("engine.precision", config.engine.precision, ("fp32", "bf16"))
     _one_of("engine.offload_optimizer", config.engine.offload_optimizer, ("none", "cpu"))
     _one_of("model.recompute", config.model.recompute, ("none", "blocks", "offload"))
+    _one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rollback"))
     _one_of("optim.schedule.name", schedule.name, ("cosine", "linear", "multistep", "constant"))
     _one_of("train.loss_mean", train.loss_mean, ("local", "global"))
     _one_of("data.eval_crop", data.eval_crop, ("centre", "squash"))
@@ -176,6 +177,8 @@ def check_config(config: Config) -> None:
         ("train.epochs", train.epochs, ABOVE_0),
         ("train.global_batch_size", train.global_batch_size, 1),
         ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.max_bad_steps", train.max_bad_steps, 1),
+        ("train.loss_spike_factor", train.loss_spike_factor, 1),
         ("train.log_every_steps", train.log_every_steps, 1),
         ("train.checkpoint_every_steps", train.checkpoint_every_steps, 1),
         ("train.keep_checkpoints", train.keep_checkpoints, 1),
@@ -207,6 +210,7 @@ def check_config(config: Config) -> None:
         ("engine.persistence_threshold", config.engine.persistence_threshold, 0),
         ("engine.max_reuse_distance", config.engine.max_reuse_distance, 0),
         ("runtime.num_threads", config.runtime.num_threads, 1),
+        ("runtime.stop_after_sec", config.runtime.stop_after_sec, ABOVE_0),
         ("runtime.process_group_timeout_sec", config.runtime.process_group_timeout_sec, 1),
     ):
         _within(key, value, low, math.inf)

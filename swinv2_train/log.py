@@ -54,14 +54,16 @@ class RunLog:
                 self._wandb = _WandbSink(run_dir, config, dict(run_config or {}), console)
 
     def resume_at(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which are run again.  Call it once before the first line of a start.
+        """Drop the lines of steps after `step`, which are run again: at a start, and when a run goes back.
 
         The file is replaced atomically; a torn last line of a killed run goes too.
         """
         path = self.run_dir / "metrics.jsonl"
         if not self.is_main or not path.exists():
             return
-        assert self._file is None, "resume_at comes before the first line"
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         kept = [json.dumps(line) for line in _lines(path) if line["step"] <= step]
         replace_text(path, "".join(line + "\n" for line in kept))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,14 +13,24 @@ from typing import Any
 
 import torch
 
-from swinv2_train.checkpoint import save_checkpoint
+from swinv2_train.checkpoint import load_checkpoint, save_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.loader import EvalLoader, TrainLoader
 from swinv2_train.distributed import World, all_reduce_sum, any_rank, highest, raise_together
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.log import RunLog
-from swinv2_train.metrics import Means, Throughput, device_peak_flops, max_over_ranks, mfu, peak_memory_gib, ranks_where
-from swinv2_train.runtime import StopRequest, replace_text
+from swinv2_train.metrics import (
+    LossWatch,
+    Means,
+    Throughput,
+    device_peak_flops,
+    max_over_ranks,
+    mfu,
+    peak_memory_gib,
+    ranks_where,
+)
+from swinv2_train.records import StepRecord
+from swinv2_train.runtime import StopRequest
 from swinv2_train.schedule import lr_at
 from swinv2_train.tasks import Task
 
@@ -48,20 +58,25 @@ class Run:
     """Images of all completed steps, over all ranks."""
     saved_step: int
     """Step of the newest complete checkpoint; -1 when there is none."""
+    bad_images: int = 0
+    """Damaged samples of the run over all ranks and starts, when they were last counted."""
+    uncounted_bad_images: int = 0
+    """Those of this rank since then."""
 
 
 def fit(run: Run, stop: StopRequest) -> bool:
     """Train from run.step to run.total_steps, log, evaluate and save on the way.
 
     Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way and
-    the loaders are closed.  Raises NonFiniteError on all ranks, with the weights as they were, when a step's gradients
-    are not finite.
+    the loaders are closed.  Raises BadStepError on all ranks, with the weights as they were, for a step that must not
+    be taken and that train.on_bad_step does not get over.
     """
     config, train = run.config, run.config.train
     speed = Throughput(train.global_batch_size)
-    keys = KeyRecord(Path(config.run_dir), run) if config.data.record_keys else None
+    watch = LossWatch(train.loss_spike_factor)
+    records = open_records(run)
     batches = iter(run.train_loader)
-    num_bad = 0  # damaged samples of this rank since this start
+    bad_steps = BadSteps()
     while run.step < run.total_steps:
         with speed.waiting_for_data():
             micro_batches, problem = fetch(batches, run.accumulation_steps)
@@ -73,37 +88,35 @@ def fit(run: Run, stop: StopRequest) -> bool:
                 save(run, None)
             break
         lr = lr_at(run.step, run.total_steps, config.optim.schedule, run.warmup_steps, config.optim.lr)
-        losses = Means()
-        step_keys: list[str] = []
-        for batch, share in zip(micro_batches, loss_shares(run, micro_batches), strict=True):
-            loss = run.task.loss(run.engine.forward, batch)
-            run.engine.backward(loss * share)
-            losses.add({"train/loss": loss}, weight=share)
-            num_bad += batch["num_bad"]
-            step_keys += batch["keys"]
+        losses: Means | None = None
         try:
-            grad_norm = run.engine.step(lr)
-        except NonFiniteError as error:
-            ranks = ranks_where(not bool(torch.isfinite(loss)), run.world)
-            raise NonFiniteError(
-                f"step {run.step + 1} was not taken: {error}; the last loss was not finite on ranks {ranks or 'none'}; "
-                f"the newest checkpoint is of step {run.saved_step}"
-            ) from error
+            losses, grad_norm = take_step(run, micro_batches, lr, watch)
+        except BadStepError as bad:
+            bad_steps.add(run.step + 1)
+            if train.on_bad_step == "stop" or bad_steps.in_a_row > train.max_bad_steps:
+                raise
+            run.log.say(f"warning: {bad}; train.on_bad_step={train.on_bad_step}")
+            if train.on_bad_step == "rollback":
+                go_back(run, bad)
+                records, batches = open_records(run), iter(run.train_loader)
+                continue
         run.step += 1
         run.images_seen += train.global_batch_size
         speed.step_done()
-        if keys is not None:
-            keys.write(run.step, step_keys)
+        for batch in micro_batches:
+            run.uncounted_bad_images += batch["num_bad"]
+        records.write(run.step, micro_batches)
 
         last = run.step == run.total_steps
-        if due(run.step, train.log_every_steps) or last or run.step == 1:
-            values = losses.read() | {"train/lr": lr, "train/grad_norm": grad_norm}
-            log_step(run, values, speed.read(), num_bad)
+        if losses is None:
+            run.log.metrics(run.step, run.images_seen, {"train/skipped_steps": bad_steps.skipped})
+        elif due(run.step, train.log_every_steps) or last or run.step == 1:
+            log_step(run, losses.read() | {"train/lr": lr, "train/grad_norm": grad_norm}, speed.read())
         else:
             run.log.progress(run.step, run.total_steps)
         with speed.paused():
             if due(run.step, train.picture_every_steps) or last:
-                draw(run, batch)
+                draw(run, micro_batches[-1])
             scores: dict[str, float] = {}
             if run.eval_loader is not None and (due(run.step, train.eval_every_steps) or last):
                 scores = evaluate(partial(run.task.scores, run.engine.evaluate), run.eval_loader)
@@ -116,6 +129,69 @@ def fit(run: Run, stop: StopRequest) -> bool:
     if run.eval_loader is not None:
         run.eval_loader.close()
     return run.step == run.total_steps
+
+
+class BadStepError(RuntimeError):
+    """A step's loss or gradient is not finite, or its loss jumped.  On every rank; the weights are as they were."""
+
+
+def take_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, watch: LossWatch) -> tuple[Means, float]:
+    """Forward, backward and the optimizer's step; returns the losses and the gradient norm before clipping.
+
+    Raises BadStepError on every rank, and nothing has moved.
+    """
+    losses, problem = Means(), None
+    for number, (batch, share) in enumerate(zip(micro_batches, loss_shares(run, micro_batches), strict=True), start=1):
+        loss = run.task.loss(run.engine.forward, batch)
+        losses.add({"train/loss": loss}, weight=share)
+        if watch.factor is not None and number == len(micro_batches):
+            mean = losses.read()["train/loss"]
+            losses.add({"train/loss": torch.tensor(mean, dtype=torch.float64)})
+            problem = watch.problem(mean)
+            if problem is not None:
+                loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
+        run.engine.backward(loss * share)
+    try:
+        grad_norm = run.engine.step(lr)
+    except NonFiniteError as error:
+        ranks = ranks_where(not bool(torch.isfinite(loss)), run.world)
+        cause = problem or f"{error}; the last loss was not finite on ranks {ranks or 'none'}"
+        newest = (
+            "there is no checkpoint" if run.saved_step < 0 else f"the newest checkpoint is of step {run.saved_step}"
+        )
+        raise BadStepError(f"step {run.step + 1} was not taken: {cause}; {newest}") from error
+    if watch.factor is not None:
+        watch.add(mean)
+    return losses, grad_norm
+
+
+class BadSteps:
+    """How many steps could not be taken: in a row, and at all."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+        self.skipped = 0
+        self._last = 0
+
+    def add(self, step: int) -> None:
+        """A step that was bad again, or the one after it, continues the row; any later one begins a new row."""
+        self.in_a_row = self.in_a_row + 1 if step <= self._last + 1 else 1
+        self.skipped += 1
+        self._last = step
+
+
+def go_back(run: Run, problem: BadStepError) -> None:
+    """Put the run back to its newest checkpoint, with a loader that begins there."""
+    if run.saved_step < 0:
+        raise problem
+    checkpoint = Path(run.config.run_dir) / "checkpoints" / f"step_{run.saved_step:08d}"
+    state = load_checkpoint(checkpoint, run.engine, run.world, run.config.seed)
+    run.step, run.images_seen = state["step"], state["images_seen"]
+    run.train_loader = run.train_loader.restarted(run.images_seen)
+    run.train_loader.check_state(state["data"])
+    run.bad_images, run.uncounted_bad_images = run.train_loader.bad_images_before, 0
+    run.log.resume_at(run.step)
+    run.log.say(f"back at {checkpoint}")
 
 
 GO, STOP, FAILED = 0, 1, 2
@@ -148,13 +224,13 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def log_step(run: Run, values: dict[str, float], speed: dict[str, float], num_bad: int) -> None:
+def log_step(run: Run, values: dict[str, float], speed: dict[str, float]) -> None:
     """One line of metrics: this step's loss over all ranks, the slowest rank's times and the fullest rank's memory."""
     slowest = max_over_ranks(
         {"mem/peak_gib": peak_memory_gib(run.world.device), "data/wait_sec": speed.get("data/wait_sec", 0.0)}, run.world
     )
-    skipped = float(all_reduce_sum(torch.tensor(float(num_bad), device=run.world.device)))
-    values |= speed | slowest | {"data/skipped_images": skipped}
+    count_bad_images(run)
+    values |= speed | slowest | {"data/skipped_images": run.bad_images}
     images_per_sec = speed.get("perf/images_per_sec")
     utilisation = mfu(
         3 * 2 * run.task.multiply_adds,
@@ -164,6 +240,14 @@ def log_step(run: Run, values: dict[str, float], speed: dict[str, float], num_ba
     )
     run.log.metrics(run.step, run.images_seen, values | {"perf/mfu": utilisation})
     run.log.progress(run.step, run.total_steps, values["train/loss"], images_per_sec)
+
+
+def count_bad_images(run: Run) -> None:
+    """Add what all ranks met since the last count; SampleError on every rank when it is more than the data allow."""
+    found = torch.tensor(float(run.uncounted_bad_images), device=run.world.device)
+    run.bad_images += int(all_reduce_sum(found))
+    run.uncounted_bad_images = 0
+    run.train_loader.check_bad_images(run.bad_images, run.images_seen)
 
 
 def evaluate(score: Score, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -192,10 +276,11 @@ def draw(run: Run, batch: dict[str, Any]) -> None:
 def save(run: Run, score: float | None) -> None:
     """Write a checkpoint of this step; score is this step's value of train.keep_best, where it was measured."""
     train = run.config.train
+    count_bad_images(run)
     state = {
         "step": run.step,
         "images_seen": run.images_seen,
-        "data": run.train_loader.state_dict(run.images_seen),
+        "data": run.train_loader.state_dict(run.images_seen, run.bad_images),
     }
     best = (train.keep_best, score) if train.keep_best is not None and score is not None else None
     started = time.perf_counter()
@@ -204,25 +289,28 @@ def save(run: Run, score: float | None) -> None:
     run.saved_step = run.step
 
 
-class KeyRecord:
-    """RUN_DIR/sample_keys/: one JSONL file per rank, {"step": int, "keys": [str, ...]} per step, flushed each line.
+class Records:
+    """What every rank writes down about its samples: RUN_DIR/sample_keys/ and RUN_DIR/bad_samples/."""
 
-    Opening it drops the lines of steps that are run again, so every step stands there once.
-    """
+    def __init__(self, keys: StepRecord | None, bad_samples: StepRecord | None) -> None:
+        self.keys = keys
+        self.bad_samples = bad_samples
 
-    def __init__(self, run_dir: Path, run: Run) -> None:
-        path = run_dir / "sample_keys" / f"rank_{run.world.rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= run.step]
-        replace_text(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, keys: list[str]) -> None:
-        self._file.write(json.dumps({"step": step, "keys": keys}) + "\n")
-        self._file.flush()
+    def write(self, step: int, micro_batches: list[dict[str, Any]]) -> None:
+        """The keys of a step, and the damaged samples among them."""
+        if self.keys is not None:
+            self.keys.write(step, keys=[key for batch in micro_batches for key in batch["keys"]])
+        if self.bad_samples is not None:
+            for batch in micro_batches:
+                for problem in batch.get("problems", ()):
+                    self.bad_samples.write(step, **problem)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file that end in a newline: a killed process may have torn the last one."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def open_records(run: Run) -> Records:
+    """The records that data.record_keys and data.on_bad_sample ask for, without steps that are run again."""
+    data, rank = run.config.data, run.world.rank
+    run_dir = Path(run.config.run_dir)
+    return Records(
+        StepRecord(run_dir / "sample_keys", rank, run.step) if data.record_keys else None,
+        StepRecord(run_dir / "bad_samples", rank, run.step) if data.on_bad_sample == "replace" else None,
+    )

@@ -1,16 +1,19 @@
 """Numbers about a run: means over all ranks, speed, share of the device's peak, memory.
 
 Names are the contract of metrics.jsonl: train/loss, train/lr, train/grad_norm, perf/images_per_sec, perf/step_sec,
-perf/mfu, data/wait_sec, data/skipped_images, mem/peak_gib, checkpoint/stall_sec, val/loss, and val/top1 and
-val/top5 in percent.
+perf/mfu, train/skipped_steps, data/wait_sec, data/skipped_images, mem/peak_gib, checkpoint/stall_sec, val/loss, and
+val/top1 and val/top5 in percent.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +130,34 @@ def ranks_where(flag: bool, world: World) -> list[int]:
     flags = torch.zeros(world.world_size, dtype=torch.int32, device=world.device)
     flags[world.rank] = int(flag)
     return [rank for rank, value in enumerate(all_reduce_sum(flags).tolist()) if value]
+
+
+class LossWatch:
+    """Says when a step's loss is far above the last ones'.
+
+    factor: how many times their median; None = never.  The same on every rank when it is given global losses.
+    """
+
+    def __init__(self, factor: float | None, window: int = 100, least: int = 20) -> None:
+        self.factor = factor
+        self.least = least
+        """Losses that must be known before one can stand out."""
+        self._last: deque[float] = deque(maxlen=window)
+
+    def problem(self, loss: float) -> str | None:
+        """What is wrong with a loss, in words; None for one that is in line."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if self.factor is None or len(self._last) < self.least:
+            return None
+        median = statistics.median(self._last)
+        if loss <= self.factor * median:
+            return None
+        return f"the loss is {loss:.4g}, {loss / median:.3g} times the median of the last {len(self._last)} steps"
+
+    def add(self, loss: float) -> None:
+        """Remember the loss of a step that was taken."""
+        self._last.append(loss)
 
 
 class Throughput:

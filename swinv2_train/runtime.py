@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -80,7 +82,7 @@ def set_threads(num_threads: int | None, local_world_size: int) -> int:
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 into a flag that the training loop reads between two steps.
+    """Turns SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and a time limit into a flag that the training loop reads between steps.
 
     A further signal only sets the flag again, so an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees
     its own signals: the loop agrees over the ranks (``distributed.any_rank(stop.requested is not None)``).
@@ -90,10 +92,16 @@ class StopRequest:
             if any_rank(stop.requested is not None): save and leave with EXIT_STOPPED
     """
 
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        """Name of the last stop signal, e.g. "SIGTERM"; None while nobody has asked."""
+    def __init__(self, after_sec: float | None = None) -> None:
+        """after_sec: seconds from now after which a stop is requested; None = never."""
+        self._deadline = math.inf if after_sec is None else time.monotonic() + after_sec
+        self._signal: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> str | None:
+        """Name of the last stop signal, e.g. "SIGTERM", or "the time limit"; None while nothing asks to stop."""
+        return self._signal or ("the time limit" if time.monotonic() >= self._deadline else None)
 
     def install(self) -> Self:
         """Install the handlers; main thread only (a rule of Python's signal module)."""
@@ -108,13 +116,17 @@ class StopRequest:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
 
     def __enter__(self) -> Self:
         return self.install()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.uninstall()
+        if self._signal is None:
+            self.uninstall()
+        else:  # the process is about to end, and an impatient signal must not change how
+            for number in self._previous:
+                signal.signal(number, signal.SIG_IGN)
 
 
 # --------------------------------------------------------------------------------------------------------------------

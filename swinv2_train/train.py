@@ -44,7 +44,7 @@ from swinv2_train.weights import Head, match_weights, read_weights
 def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
     check_engine(config.engine)
-    with StopRequest() as stop:
+    with StopRequest(config.runtime.stop_after_sec) as stop:
         world = init_distributed(config.runtime.process_group_timeout_sec)
         set_threads(config.runtime.num_threads, world.local_world_size)
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
@@ -140,6 +140,7 @@ def build_run(
         step=state["step"],
         images_seen=state["images_seen"],
         saved_step=-1 if newest is None else state["step"],
+        bad_images=loader.bad_images_before,
     )
 
 

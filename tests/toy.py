@@ -137,6 +137,15 @@ def full_state(engine: Any) -> dict[str, Tensor] | None:
     return None if any(value is None for value in state.values()) else state
 
 
+def save_state(engine: Any, directory: Any) -> None:
+    """Every rank's part of the engine's state in directory.  Collective."""
+    from swinv2_train.distributed import barrier
+
+    directory.mkdir(parents=True, exist_ok=True)
+    engine.snapshot(copy=False).write(directory)
+    barrier()
+
+
 def train(engine: Any, world: Any, steps: int, micros: int = 1, first: int = 0, size: int = 16) -> list[list[float]]:
     """Steps first .. first + steps - 1; returns [mean loss over the global batch, gradient norm] of each."""
     from swinv2_train.distributed import all_reduce_sum

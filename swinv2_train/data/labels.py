@@ -102,4 +102,4 @@ def _checked(classes: Any, sample: str, num_classes: int, path: str, key: str) -
                 f"{key} ({path}): the class {label} of '{sample}' is not within 0..{num_classes - 1}; name a file of "
                 "this model's classes, or set task.num_classes"
             )
-    return tuple(classes)
+    return tuple(dict.fromkeys(classes))  # a class that is listed twice counts once

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.data.batches import BatchRequest, EvalBatches, TrainBatches
@@ -148,6 +148,14 @@ class TrainLoader:
                     f"{key} ({mine[name]}) differs from the checkpoint's ({state[name]}), which would change the order "
                     f"of images in mid-epoch; set {key}={state[name]}, or start a new run_dir"
                 )
+
+    def restarted(self, start_images: int) -> TrainLoader:
+        """The same stream from another image on; this loader is closed."""
+        self.close()
+        return TrainLoader(
+            self.manifest, self.config, self._fetch.transform, self.seed, self.global_batch_size,
+            self.micro_batch_size, self.rank, self.world_size, start_images,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Stop the worker processes, if any; a new iteration starts new ones."""
@@ -297,7 +305,8 @@ class _Fetcher(Dataset[Any]):
             keys.append(self.reader.key(location[1], location[2]))
         stand_in = next((row for row in rows if row is not None), None) or self._readable(request.near)
         filled = [stand_in if row is None else row for row in rows]
-        batch: Batch = {name: torch.stack([row[name] for row in filled]) for name in stand_in}
+        # in a worker default_collate stacks into shared memory at once, which saves a copy
+        batch: Batch = {name: default_collate([row[name] for row in filled]) for name in stand_in}
         batch["weight"] = torch.tensor([float(row is not None) for row in rows])
         batch["keys"] = keys
         batch["num_bad"] = len(problems)

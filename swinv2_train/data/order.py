@@ -154,7 +154,7 @@ def rank_shards(
     later: list[tuple[int, int, list[int]]] = []
     for lane, (first, last) in lanes.items():
         over_the_border = first // order.num_samples != last // order.num_samples  # of two epochs, maybe one more
-        samples = (last - first) // order.lanes
+        samples = (last - first) // order.lanes + over_the_border
         wanted = -(-ahead // order.window_shards)
         for begins, shards in order.lane_blocks(first):
             if begins <= samples:

@@ -56,7 +56,8 @@ class Engine(Protocol):
     def snapshot(self, copy: bool) -> Snapshot:
         """This rank's part of weights, masters and optimizer state, which it can write without the engine.
 
-        copy: the part is copied to CPU memory, and training may go on before it is written; else it is a view.
+        copy: the part is copied to CPU memory, and training may go on before it is written; the memory is kept and used
+        again by the next such snapshot.  Else the part is a view.
         """
         ...
 

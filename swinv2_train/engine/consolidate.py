@@ -1,4 +1,4 @@
-"""An engine's sharded state on disk as float32 tensors that are read one at a time, whatever number of ranks wrote it."""
+"""An engine's sharded state on disk as float32 tensors, one at a time, whatever number of ranks wrote it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from swinv2_train.lazy import LazyTensor, LazyTensors
 
 
 def read_weights(directory: Path) -> LazyTensors:
-    """The float32 masters, other parameters and persistent buffers by official name, from what an engine's ``save``
-    wrote in directory.
+    """Masters, parameters that are not trained and persistent buffers by official name, from an engine's snapshots.
 
     Each access reads one tensor into memory of its own; floating point becomes float32.  Raises ConfigError that names
-    the file which is missing or damaged, at once or when it is needed.  Sizes are checked, checksums are not: a tensor's
-    own would be needed to read no more than it.
+    a file which is missing or cut.  Checksums are not compared: they belong to files, and only parts of them are read.
     """
     shards = Shards(directory)
     shards.check_files()

@@ -14,7 +14,7 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces
-from swinv2_train.engine.shards import Described, Shards, Snapshot, describe, restore, snapshot
+from swinv2_train.engine.shards import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.startup import adamw
 
 
@@ -44,6 +44,7 @@ class LocalEngine:
         self._clip_grad_norm = config.optim.clip_grad_norm
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
+        self._host_memory = HostMemory()
         self._world = world
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -86,7 +87,7 @@ class LocalEngine:
 
     def snapshot(self, copy: bool) -> Snapshot:
         settings = {"engine": "local", "precision": "fp32"}
-        return snapshot(self._pieces(), self._described(), settings, self._world, copy)
+        return snapshot(self._pieces(), self._described(), settings, self._world, self._host_memory if copy else None)
 
     def load(self, directory: Path) -> None:
         restore(Shards(directory), self._pieces(), self._described())

@@ -58,7 +58,7 @@ def zero_1_2_pieces(module: nn.Module, optimizer: Any) -> Iterator[Piece]:
         if not parameter.requires_grad:
             yield from whole_pieces({name: parameter})
             continue
-        mapping = parameter._hp_mapping
+        mapping = vars(parameter)["_hp_mapping"]
         if mapping is None:  # it lies in other ranks' parts
             continue
         group = inner.param_groups[mapping.param_group_index]

@@ -11,6 +11,7 @@ has made.  Nothing in the files is code, so a checkpoint may be anybody's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -94,23 +95,44 @@ class Snapshot:
             yield tensor.cpu().view(torch.uint8).numpy().data
 
 
+class HostMemory:
+    """CPU memory for the copies of one snapshot at a time; kept, because asking for it anew costs more than copying."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def copies_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors in this memory, where they stay until the next call."""
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+        starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes)]  # any dtype may begin there
+        if self._memory.numel() < starts[-1]:
+            pinned = any(tensor.is_cuda for tensor in tensors.values())
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+        return {
+            key: self._memory[start : start + size].view(tensor.dtype).copy_(tensor)
+            for (key, tensor), start, size in zip(tensors.items(), starts[:-1], sizes, strict=True)
+        }
+
+
 def snapshot(
-    pieces: Iterable[Piece], described: Mapping[str, Described], settings: dict[str, Any], world: World, copy: bool
+    pieces: Iterable[Piece],
+    described: Mapping[str, Described],
+    settings: dict[str, Any],
+    world: World,
+    memory: HostMemory | None,
 ) -> Snapshot:
     """This rank's part of a state.  settings: what wrote it, for people to read.
 
-    copy: take copies in CPU memory, so that training may go on before they are written; else views.
+    memory: where copies are taken, so that training may go on before they are written; None = views.
     """
     own = [piece for piece in pieces if world.is_main or not piece.replicated]
     tensors = {f"{kind}/{piece.name}": tensor for piece in own for kind, tensor in piece.tensors.items()}
-    if copy:
-        tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
     return Snapshot(
         rank=world.rank,
         facts={**settings, "world_size": world.world_size, "tensors": described},
         starts={piece.name: piece.start for piece in own},
         steps={piece.name: float(piece.step) for piece in own if piece.step is not None},
-        tensors=tensors,
+        tensors=tensors if memory is None else memory.copies_of(tensors),
     )
 
 
@@ -197,7 +219,7 @@ class Shards:
         if rank not in self._files:
             path = self.directory / _file_name(rank)
             try:
-                file = safe_open(path, framework="pt")
+                file: Any = safe_open(path, framework="pt")
                 metadata = file.metadata()
                 self._files[rank] = (file, json.loads(metadata["starts"]), json.loads(metadata["steps"]))
             except FileNotFoundError:
@@ -226,7 +248,7 @@ def restore(shards: Shards, pieces: Iterable[Piece], described: Mapping[str, Des
                 if steps.setdefault(id(piece.step), step) != step:
                     raise ConfigError(
                         f"{shards.directory}: {piece.name} has made {step:g} steps and others of its group "
-                        f"{steps[id(piece.step)]:g}, which this engine cannot keep; resume with the engine that saved it"
+                        f"{steps[id(piece.step)]:g}, which this engine cannot keep; resume with the one that saved it"
                     )
                 piece.step.fill_(step)
 

@@ -21,7 +21,7 @@ from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.deepspeed_config import deepspeed_json
 from swinv2_train.engine.local import persistent_buffers, to_device
 from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces, zero_1_2_pieces, zero_3_pieces
-from swinv2_train.engine.shards import Described, Shards, Snapshot, describe, restore, snapshot
+from swinv2_train.engine.shards import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, quick_initialize
 
 
@@ -64,6 +64,7 @@ class ZeroEngine:
         self._world = world
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
+        self._host_memory = HostMemory()
         self._settings = {
             "engine": "deepspeed",
             "zero_stage": self._stage,
@@ -145,15 +146,18 @@ class ZeroEngine:
     # ---------------------------------------------------------------------------------------------------------------
     # Sharded state
 
-    # Not DeepSpeed's own files: they bind a state to its number of ranks, stage and precision, hold code, are written in
-    # place (trap 2), and a wrong path or a damaged part is no error on every rank (trap 8).  Parameter groups are not in
-    # ours at all: their rate and decay are the configuration's (trap 3).
+    # Not DeepSpeed's own files: they bind a state to its number of ranks, stage and precision, hold code, are written
+    # in place (trap 2), and a wrong path or a damaged part is no error on every rank (trap 8).  Parameter groups are
+    # not in ours at all: their rate and decay are the configuration's (trap 3).
 
     def snapshot(self, copy: bool) -> Snapshot:
-        return snapshot(self._pieces(), self._described(), self._settings, self._world, copy)
+        return snapshot(
+            self._pieces(), self._described(), self._settings, self._world, self._host_memory if copy else None
+        )
 
     def load(self, directory: Path) -> None:
         assert self._num_backward == 0, "load between steps only"
+        self._ds.empty_partition_cache()  # under ZeRO-3, what is gathered now would hide what is loaded
         pieces = self._pieces()
         error: ConfigError | None = None
         try:
@@ -164,10 +168,9 @@ class ZeroEngine:
         self._renew_weights()
 
     def _pieces(self) -> list[Piece]:
-        """What this rank holds; under ZeRO-3 parameters are released for it."""
+        """What this rank holds."""
         optimizer = self._ds.optimizer
         if self._stage == 3:
-            self._ds.empty_partition_cache()
             parameters = list(zero_3_pieces(self.module, optimizer, self._world.rank))
         elif self._stage > 0:
             parameters = list(zero_1_2_pieces(self.module, optimizer))

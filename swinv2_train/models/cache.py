@@ -32,6 +32,8 @@ class TableCache:
 
     def get(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
         """The table of this key, built where it is not kept.  Nobody may write into it."""
+        if is_traced():
+            return build()
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)
@@ -45,6 +47,12 @@ class TableCache:
             while self.nbytes > self.max_bytes or len(self._tables) > self.max_entries:
                 self.nbytes -= self._tables.popitem(last=False)[1].nbytes
         return table
+
+
+def is_traced() -> bool:
+    """Whether tensors made now belong to a trace, an export or a fake mode, and are of no use to anybody else."""
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return bool(modes) or torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
 TABLES = TableCache(max_bytes=256 * 2**20, max_entries=256)

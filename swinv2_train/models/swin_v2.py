@@ -185,8 +185,8 @@ class SwinTransformerV2(nn.Module):
         self.extra_norm_period = extra_norm_period
         self.clamp_to_shorter_side = clamp_to_shorter_side
         self.num_features = embed_dim * 2 ** (len(self.depths) - 1)
+        self._check_numbers(pretrained_window_sizes)
         self.set_input_size(img_size, window_size)
-        self._check_lengths(pretrained_window_sizes)
         self.pretrained_window_sizes = tuple(
             _trained_window(given, grid.window) for given, grid in zip(pretrained_window_sizes, self.grids, strict=True)
         )
@@ -224,8 +224,17 @@ class SwinTransformerV2(nn.Module):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
 
-    def _check_lengths(self, pretrained_window_sizes: Sequence[Size]) -> None:
+    def _check_numbers(self, pretrained_window_sizes: Sequence[Size]) -> None:
         stages = len(self.depths)
+        for name, numbers in (
+            ("depths", self.depths),
+            ("num_heads", self.num_heads),
+            ("patch_size", [self.patch_size]),
+        ):
+            if not numbers or min(numbers) < 1:
+                raise ValueError(f"{name} ({numbers}) must be 1 or more")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate ({self.drop_path_rate}) must be at least 0 and less than 1")
         if len(self.num_heads) != stages or len(pretrained_window_sizes) != stages:
             raise ValueError(
                 f"depths {self.depths}, num_heads {self.num_heads} and pretrained_window_sizes "
@@ -273,12 +282,17 @@ class SwinTransformerV2(nn.Module):
         H_{i+1} = ceil(H_i / 2).  mask: (B, H/p, W/p) bool, True where a token is replaced by the mask token behind the
         patch norm (SimMIM); needs an encoder with a mask token.  Raises ValueError for other shapes.
         """
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images have shape {tuple(images.shape)}, not (B, {self.in_chans}, H, W)")
         _check_patches((images.shape[2], images.shape[3]), self.patch_size, "images'")
         x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))  # (B, H/p, W/p, C)
         if mask is not None:
             assert self.mask_token is not None, "only an encoder inside SimMIM has a mask token"
-            if mask.shape != x.shape[:3]:
-                raise ValueError(f"mask has shape {tuple(mask.shape)}, the images have {tuple(x.shape[:3])} patches")
+            if mask.shape != x.shape[:3] or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"mask is {mask.dtype} of shape {tuple(mask.shape)}, the images have {tuple(x.shape[:3])} patches; "
+                    "it must be bool and say of each whether it is hidden"
+                )
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         outputs = []
         for stage in self.layers:

@@ -8,19 +8,25 @@ Tensors are read, converted and written one at a time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from swinv2_train.checkpoint import find_checkpoint
+from swinv2_train.checkpoint import COMPLETE, find_checkpoint
 from swinv2_train.checkpoint import read_weights as read_checkpoint
 from swinv2_train.config import ConfigError
 from swinv2_train.lazy import LazyTensor, LazyTensors
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.weights.files import open_weights
-from swinv2_train.weights.huggingface import Preprocessing, check_huggingface, write_huggingface
+from swinv2_train.weights.huggingface import (
+    Preprocessing,
+    check_huggingface,
+    trained_windows,
+    write_huggingface,
+)
 from swinv2_train.weights.matching import Head, LoadReport, match_weights
 from swinv2_train.weights.names import FLOATS, FORMATS, ConvertedWeights, from_official, to_official
 from swinv2_train.weights.writing import write_safetensors, write_torch
@@ -36,9 +42,12 @@ __all__ = [
     "match_weights",
     "read_weights",
     "save_weights",
+    "trained_windows",
 ]
 
 WRITTEN_FORMATS = ("microsoft", "timm", "huggingface")
+
+_WRITERS = {".safetensors": write_safetensors, ".pth": write_torch, ".pt": write_torch, ".bin": write_torch}
 
 
 def read_weights(path: str | Path, format: str | None = None) -> ConvertedWeights:
@@ -51,7 +60,7 @@ def read_weights(path: str | Path, format: str | None = None) -> ConvertedWeight
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format ({format}) is unknown; the formats are: {', '.join(FORMATS)}")
-    if path.is_dir() and (path.name.startswith("step_") or (path / "checkpoints").is_dir()):
+    if _is_run(path):
         if format is not None:
             raise ConfigError(f"{path} is a run directory of our own, not a file of format={format}; leave format out")
         checkpoint = find_checkpoint(path)
@@ -59,6 +68,14 @@ def read_weights(path: str | Path, format: str | None = None) -> ConvertedWeight
         return ConvertedWeights(entries, str(checkpoint), "run", {name: (name,) for name in entries}, ())
     file = open_weights(path)
     return to_official(file.entries, format, str(path), file.left_out)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether path is a run that has begun a checkpoint, or a complete checkpoint; other folders are Hugging Face's."""
+    checkpoints = path / "checkpoints"  # os.path: an impossible name is no directory, not an OSError
+    if path.name.startswith("step_") and os.path.isfile(path / COMPLETE):
+        return True
+    return os.path.isdir(checkpoints) and any(checkpoints.glob("step_*"))
 
 
 @torch.no_grad()
@@ -73,7 +90,8 @@ def load_weights(
     """Copy the weights at path into a model, parameter by parameter, in the model's dtype and on its devices.
 
     head and strict: see :func:`match_weights`.  Nothing is changed when names or shapes do not fit.  Raises ConfigError
-    for what read_weights and match_weights refuse; the module must not be on the meta device or sharded.
+    for what read_weights and match_weights refuse, ValueError for a head that means nothing or a module on the meta
+    device; it must not be sharded either.
     """
     own = module.state_dict(keep_vars=True)
     unreal = [name for name, tensor in own.items() if tensor.is_meta]
@@ -99,13 +117,13 @@ def save_weights(
 ) -> list[Path]:
     """Write a model's weights in a format, one tensor at a time; returns the files written, the weights first.
 
-    format: microsoft or timm, one file: safetensors, or ``{"model": ...}`` by torch.save when path ends in .pth, .pt or
-    .bin; huggingface, a directory.  module tells the sizes and may be on the meta device.  weights: the values by the
-    module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes with the SimMIM
-    model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.
+    format: microsoft or timm, one file, by its suffix: .safetensors, or .pth, .pt, .bin for ``{"model": ...}`` as
+    torch.save writes it; huggingface, a directory.  module tells the sizes and may be on the meta device.  weights: the
+    values by the module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes with
+    the SimMIM model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.
 
-    An existing file is replaced when the new one is complete.  Raises ConfigError, before anything is written, when the
-    format cannot hold the model or the weights are not the module's.
+    An existing file is replaced when the new one is complete.  Raises, before anything is written, ConfigError when the
+    format cannot hold the model or the weights are not the module's, ValueError when there are no values.
     """
     path = Path(path)
     if format not in WRITTEN_FORMATS:
@@ -117,19 +135,23 @@ def save_weights(
     _check_holds(module, format, own, preprocessing)
     renamed = from_official({name: entries[name] for name in own}, format)
     if format == "huggingface":
-        if path.exists() and not path.is_dir():
+        if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{path} is a file; format=huggingface writes a directory, name one")
         return write_huggingface(path, renamed, module, preprocessing)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{path} is a directory; format={format} writes one file, name it (.safetensors or .pth)")
-    write = write_torch if path.suffix in (".pth", ".pt", ".bin") else write_safetensors
-    write(path, renamed)
+    if path.suffix.lower() not in _WRITERS:
+        raise ConfigError(f"{path}: format={format} writes a file that ends in one of {', '.join(_WRITERS)}; name one")
+    _WRITERS[path.suffix.lower()](path, renamed)
     return [path]
 
 
 def _entries_of(weights: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     if isinstance(weights, LazyTensors):
         return dict(weights.entries)
+    unreal = [name for name, tensor in weights.items() if tensor.is_meta]
+    if unreal:
+        raise ValueError(f"{unreal[0]} is on the meta device and has no values; give them: weights=read_weights(PATH)")
 
     def entry(tensor: Tensor) -> LazyTensor:
         return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)

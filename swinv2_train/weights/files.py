@@ -10,9 +10,11 @@ import contextlib
 import json
 import pickle
 import re
+import struct
 import warnings
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from swinv2_train.config import ConfigError
 from swinv2_train.lazy import LazyTensor
 
-CONTAINERS = ("model", "state_dict", "model_ema", "state_dict_ema")
+CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "net", "model_ema", "state_dict_ema")
 """Keys under which training programs keep the weights, the first that is there is read."""
 
 HUGGINGFACE_FILES = (
@@ -49,16 +51,17 @@ class WeightFile(NamedTuple):
 def open_weights(path: Path) -> WeightFile:
     """The tensors at path by the names they have there: a safetensors or torch file, or a Hugging Face directory.
 
-    Safetensors and torch's zip files are read one tensor at each access; the older torch format (before 1.6) has to be
-    read whole.  Raises ConfigError, naming file, fault and remedy, for whatever is no weight file.
+    Safetensors and torch's zip files are read one tensor at each access; the older torch format (before 1.6) and zip
+    files that someone has compressed have to be read whole.  Raises ConfigError, naming file, fault and remedy, for
+    whatever is no weight file.
     """
     try:
         if path.is_dir():
             found = next((path / name for name in HUGGINGFACE_FILES if (path / name).is_file()), None)
             if found is None:
                 raise ConfigError(
-                    f"{path} is a directory without weights: it has neither checkpoints/ nor one of "
-                    f"{', '.join(HUGGINGFACE_FILES)}; name a weight file or a run directory"
+                    f"{path} is a directory without weights: neither a run with checkpoints, nor a complete checkpoint, "
+                    f"nor with one of {', '.join(HUGGINGFACE_FILES)}; name a weight file or a run directory"
                 )
             return open_weights(found)
         if not path.is_file():
@@ -87,12 +90,16 @@ def _open_file(path: Path) -> WeightFile:
 def _open_index(index: Path) -> WeightFile:
     """A model in several files beside a list of which file has which tensor."""
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index}: cannot be read as an index ({error}); fetch it again") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConfigError(f"{index}: its weight_map does not give a file for each tensor; fetch it again")
+    if not weight_map:
+        raise ConfigError(f"{index}: its weight_map lists no tensors; fetch it again")
     entries: dict[str, LazyTensor] = {}
     for name in dict.fromkeys(weight_map.values()):
-        part = index.parent / str(name)
+        part = index.parent / name
         if part.parent != index.parent or not part.is_file():
             raise ConfigError(f"{index} names {name!r}, which is not beside it; fetch all files of the model")
         for key, entry in _open_file(part).entries.items():
@@ -182,43 +189,67 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 """Metadata of known training programs.  None of these is imported or called: every one becomes a stand-in."""
 
 
+def _can_be_mapped(path: Path) -> bool:
+    """Whether the records of a zip file lie in it as they are; compressed ones do not.
+
+    torch takes the bytes of a mapped tensor from where the archive's list says that they begin, and does not ask for
+    more.  Raises zipfile.BadZipFile when that list and the records contradict each other.
+    """
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            return False
+        borders = [*(record.header_offset for record in records[1:]), archive.start_dir]
+        for record, border in zip(records, borders, strict=True):
+            archive.open(record).close()  # raises unless the record begins there, under its name
+            file.seek(record.header_offset + 26)
+            end = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + record.compress_size
+            if record.file_size != record.compress_size or end > border:
+                raise zipfile.BadZipFile(f"{record.filename} is not where and what the archive's list says")
+    return True
+
+
 def _open_torch(path: Path, zipped: bool) -> WeightFile:
     try:
+        mapped = zipped and _can_be_mapped(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
             warnings.simplefilter("ignore")
             # mapped where possible: a tensor takes memory when it is read
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise ConfigError(
-                f"{path}: refused, nothing of it was run: beside tensors it asks for {found[1]}, which could run any "
-                "code; use a safetensors version, or a file from a source you trust that holds the weights alone"
+                f"{path}: refused, nothing of it was run: it asks for {found[1]}, which is no tensor, and what is "
+                "none may be a program; use a safetensors version, or a file that holds the weights alone"
             ) from error
-        raise ConfigError(f"{path}: cannot be read as weights ({_first_line(error)}); fetch it again") from error
+        raise ConfigError(f"{path}: cannot be read as weights ({_reason(error)}); fetch it again") from error
     except Exception as error:  # noqa: BLE001  a damaged pickle raises anything
-        raise ConfigError(
-            f"{path}: a damaged or truncated torch file ({_first_line(error)}); fetch it again"
-        ) from error
-    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: a damaged or truncated torch file ({_reason(error)}); fetch it again") from error
+    if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, not named tensors; save the model's state_dict")
-    containers = [key for key in CONTAINERS if isinstance(content.get(key), Mapping)]
-    tensors = content[containers[0]] if containers else content
-    entries = {str(name): _entry(path, str(name), value) for name, value in tensors.items()}
+    # dict.items, dict.get, Tensor.detach: a file may give its objects attributes, which would stand before the methods
+    containers = [key for key in CONTAINERS if isinstance(dict.get(content, key), dict)]
+    tensors = dict.__getitem__(content, containers[0]) if containers else content
+    entries = {name: _entry(path, name, value) for name, value in dict.items(tensors)}
     if not entries:
         raise ConfigError(f"{path}: holds no tensors; name a file with a model's weights")
     return WeightFile(entries, tuple(f"{key}.*" for key in containers[1:]))
 
 
-def _entry(path: Path, name: str, value: object) -> LazyTensor:
+def _entry(path: Path, name: object, value: object) -> LazyTensor:
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: {name!r} is no name of a tensor; save the model's state_dict")
     if not isinstance(value, Tensor):
         raise ConfigError(
             f"{path}: {name!r} is {type(value).__name__}, not a tensor; weights are read bare or under one of "
             f"{', '.join(CONTAINERS)}"
         )
-    if value.layout is not torch.strided or value.is_quantized:
-        raise ConfigError(f"{path}: {name} is sparse or quantized; save it as a plain tensor")
-    tensor = value.detach()
+    if value.is_meta:
+        raise ConfigError(f"{path}: {name} is on the meta device and has no values; save the weights themselves")
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        raise ConfigError(f"{path}: {name} is sparse, quantized or nested; save it as a plain tensor")
+    tensor = Tensor.detach(value)
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.clone)
 
 
@@ -226,9 +257,10 @@ def _bound(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
     return lambda: read(name)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The first line of what torch found, without its advice on weights_only."""
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error).partition("In PyTorch 2.6")[0]
+    return text.strip().splitlines()[0][:200].strip() if text.strip() else type(error).__name__
 
 
 def _some(names: list[str]) -> str:

@@ -5,6 +5,7 @@ Source: transformers 5, Swinv2Config and modeling_swinv2; its image processors' 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,13 @@ from typing import Any
 from swinv2_train.config import ConfigError
 from swinv2_train.lazy import LazyTensor
 from swinv2_train.models import SimMIM, SwinTransformerV2
-from swinv2_train.weights.writing import replacing, write_safetensors
+from swinv2_train.weights.files import HUGGINGFACE_FILES
+from swinv2_train.weights.writing import fill_safetensors, replacing
+
+_CONFIG_DEFAULTS = {
+    "image_size": 224, "patch_size": 4, "window_size": 7, "depths": (2, 2, 6, 2), "pretrained_window_sizes": (0,) * 4,
+}  # fmt: skip
+"""What config.json need not say."""
 
 _PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
@@ -78,20 +85,20 @@ def write_huggingface(
 ) -> list[Path]:
     """Write model.safetensors (entries by transformers' names), config.json and, from preprocessing, the third file.
 
-    The weights are built first and take their name last: a directory with weights is whole, and what stood there before
-    stays until then.
+    All are built before any takes its name, the weights last: a directory with weights is whole, and what stood there
+    before stays until then.
     """
     weights = directory / "model.safetensors"
     texts = {"config.json": huggingface_config(module, entries)}
     if preprocessing is not None:
         texts["preprocessor_config.json"] = preprocessor_config(preprocessing)
-    with replacing(weights) as unfinished:
-        write_safetensors(unfinished, entries)
+    with contextlib.ExitStack() as stack:  # which ends in reverse: the weights take their name last
+        fill_safetensors(stack.enter_context(replacing(weights)), entries)
+        for name, content in texts.items():
+            text = json.dumps(content, indent=2) + "\n"
+            stack.enter_context(replacing(directory / name)).write(text.encode())
         for outdated in (weights, directory / "preprocessor_config.json"):
             outdated.unlink(missing_ok=True)
-        for name, content in texts.items():
-            with replacing(directory / name) as text:
-                text.write_text(json.dumps(content, indent=2) + "\n")
     return [weights, *(directory / name for name in texts)]
 
 
@@ -129,6 +136,39 @@ def huggingface_config(module: SwinTransformerV2 | SimMIM, entries: Mapping[str,
         config["id2label"] = {str(index): label for index, label in enumerate(labels)}
         config["label2id"] = {label: index for index, label in enumerate(labels)}
     return config
+
+
+def trained_windows(path: str | Path) -> tuple[tuple[int, int], ...] | None:
+    """Per stage, the window in tokens at which the position bias of a Hugging Face model is normalised.
+
+    path: its directory, or its weight file or index in there.  As the model attribute pretrained_window_sizes tells it:
+    the entry of that name in config.json or, where it is 0, the window that transformers uses at image_size.  None for
+    everything else: another model_type, no config.json, or one that cannot be read.
+    """
+    path = Path(path)
+    try:
+        directory = path.parent if path.name in HUGGINGFACE_FILES and path.is_file() else path
+        config = {**_CONFIG_DEFAULTS, **json.loads((directory / "config.json").read_text())}
+        if config["model_type"] != "swinv2":
+            return None
+        patch, window = _pair(config["patch_size"], 1), _pair(config["window_size"], 1)
+        maps = [side // size for side, size in zip(_pair(config["image_size"], 1), patch, strict=True)]
+        windows = []
+        for stage, (_, entry) in enumerate(zip(config["depths"], config["pretrained_window_sizes"], strict=True)):
+            used = [min(side // 2**stage, w) for side, w in zip(maps, window, strict=True)]
+            rows, cols = (given or u for given, u in zip(_pair(entry, 0), used, strict=True))
+            windows.append(_pair((rows, cols), 1))
+        return tuple(windows)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _pair(value: Any, least: int) -> tuple[int, int]:
+    """An int, or two, as (height, width); ValueError or TypeError for what is none or below least."""
+    rows, cols = (value, value) if isinstance(value, int) else value
+    if any(not isinstance(side, int) or isinstance(side, bool) or side < least for side in (rows, cols)):
+        raise ValueError(value)
+    return rows, cols
 
 
 def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from swinv2_train.models import SIZES
 from swinv2_train.weights.names import ConvertedWeights
 
 Shape = tuple[int, ...]
-Head = Literal["load", "auto", "fresh"] | Path | Sequence[int]
+HeadWord = Literal["load", "auto", "fresh"]
+Head = HeadWord | Path | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,15 @@ def match_weights(
     source: official names, of a classifier, a headless backbone or a SimMIM model; target: the model's names and
     shapes, one of the same three.  What a task adds to the backbone (a classifier's
     head; SimMIM's mask token and decoder) follows head: "load" takes it from the source, which must have it; "auto"
-    takes it where the source has one; "fresh" leaves the model's own.  A sequence of class indices, or a file with one
-    index a line, gathers those rows of the source's head, in that order (ImageNet-22K to 1K: the official
+    takes it where the source has one; "fresh" leaves the model's own.  A sequence of class indices, or a Path to a file
+    with one index a line, gathers those rows of the source's head, in that order (ImageNet-22K to 1K: the official
     map22kto1k.txt).  What the model has no task part for is left out.
 
     strict=False reports missing and unexpected names in place of raising.  A shape that differs is always a
     ConfigError, as is a source of which nothing fits; it lists the first few names and says what the difference means.
+    A head that is none of the above is a ValueError.
     """
+    _check_head(head)
     origin = source.origin
     ours = {_bare(name): name for name in target}
     shapes = {_bare(name): shape for name, shape in target.items()}
@@ -78,7 +82,7 @@ def match_weights(
     none_fits = len(missing) == len(backbone)
     if misshapen or none_fits or (strict and (missing or unexpected)):
         said = {name: entry.shape for name, entry in theirs.items()}
-        raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, backbone, not none_fits))
+        raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, backbone, none_fits))
 
     if not isinstance(head, str):
         theirs |= _gathered(theirs, shapes, _read_indices(head), origin)
@@ -111,6 +115,21 @@ def _is_added(name: str) -> bool:
     return name.startswith(("head.", "decoder.")) or name == "mask_token"
 
 
+def _check_head(head: object) -> None:
+    """ValueError unless head is a word of HeadWord, a Path, or a sequence of ints."""
+    if isinstance(head, str):
+        known = head in get_args(HeadWord)
+    elif isinstance(head, Sequence):
+        known = all(isinstance(row, Integral) and not isinstance(row, bool) for row in head)
+    else:
+        known = isinstance(head, Path)
+    if not known:
+        raise ValueError(
+            f"head ({head!r}) must be one of {', '.join(get_args(HeadWord))}, a list of class indices, or the Path of "
+            "a file with one index a line"
+        )
+
+
 def _absent_by_choice(head: Head, added: set[str], theirs: Mapping[str, LazyTensor]) -> bool:
     return head == "auto" and not any(name in theirs for name in added)
 
@@ -122,10 +141,12 @@ def _check_task_part(
     what = "head" if any(name.startswith("head.") for name in added) else "SimMIM decoder or mask token"
     absent = sorted(name for name in added if name not in theirs)
     if absent and strict:
-        raise ConfigError(
-            f"{origin} has no {what} ({', '.join(absent)}); head=fresh starts with a new one, "
-            "head=auto loads it where a file has one"
-        )
+        lacks = f"has no {what} ({', '.join(absent)})"
+        other = "head=auto loads it where a file has one"
+        if len(absent) < len(added):
+            lacks = f"lacks a part of the {what} ({', '.join(absent)})"
+            other = f"strict=False loads the rest and keeps the model's {' and '.join(absent)}"
+        raise ConfigError(f"{origin} {lacks}; head=fresh starts with a new one, {other}")
     for name in sorted(added):
         if name in theirs and tuple(theirs[name].shape) != tuple(shapes[name]):
             raise ConfigError(
@@ -144,7 +165,7 @@ def _check_task_part(
 
 def _read_indices(head: Path | Sequence[int]) -> list[int]:
     if not isinstance(head, Path):
-        return list(head)
+        return [int(row) for row in head]
     try:
         lines = head.read_text().split()
         return [int(line) for line in lines]
@@ -187,7 +208,7 @@ def _misfit(
     unexpected: list[str],
     theirs: Mapping[str, Shape],
     ours: Mapping[str, Shape],
-    fits: bool,
+    none_fits: bool,
 ) -> str:
     problems = []
     if misshapen:
@@ -197,10 +218,14 @@ def _misfit(
         problems.append(f"{len(missing)} missing: {_some(missing)}")
     if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {_some([f'{n} {tuple(theirs[n])}' for n in unexpected])}")
-    if not fits:
+    if none_fits:
         problems.append("nothing fits")
-    differences = _differences(model_facts(theirs), model_facts(ours))
-    return f"{origin} does not fit the model: {'; '.join(problems)}. {differences}"
+    meaning = _differences(model_facts(theirs), model_facts(ours))
+    if meaning is None and misshapen:
+        meaning = "Sizes are the same otherwise: name another file"
+    elif meaning is None:
+        meaning = "Sizes are the same: the file is incomplete, or holds other parts; name another file, or strict=False"
+    return f"{origin} does not fit the model: {'; '.join(problems)}. {meaning}"
 
 
 def model_facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -232,10 +257,11 @@ def size_of(facts: Mapping[str, Any]) -> str | None:
     return next((name for name, size in SIZES.items() if all(facts.get(key) == size[key] for key in keys)), None)
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """What the sizes are where they differ; None where they do not."""
     differing = [key for key in theirs if key in ours and theirs[key] != ours[key]]
     if not differing:
-        return "Sizes are the same: the file is incomplete, or holds other parts; name another file, or strict=False"
+        return None
 
     def told(facts: Mapping[str, Any]) -> str:
         size = size_of(facts)

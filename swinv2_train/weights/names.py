@@ -251,8 +251,8 @@ def to_official(
 
 
 def _unwrapped(entries: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Without the names that DistributedDataParallel and torch.compile put in front of all others."""
-    for prefix in ("module.", "_orig_mod."):
+    """Without the names that DistributedDataParallel, torch.compile and Lightning put in front of all others."""
+    for prefix in ("module.", "_orig_mod.", "model."):
         if entries and all(name.startswith(prefix) for name in entries):
             return _unwrapped({name[len(prefix) :]: entry for name, entry in entries.items()})
     return dict(entries)

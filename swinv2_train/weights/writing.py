@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -28,51 +31,60 @@ def write_safetensors(path: Path, entries: Mapping[str, LazyTensor]) -> None:
 
     The file appears under its name when it is complete and on disk.  Raises ConfigError when path cannot be written.
     """
+    with replacing(path) as unfinished:
+        fill_safetensors(unfinished, entries)
+
+
+def fill_safetensors(file: IO[bytes], entries: Mapping[str, LazyTensor]) -> None:
+    """The same into a file that is open."""
     header, _ = _layout(entries)
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        file.write(header)
-        for name, entry in entries.items():
-            tensor = entry.read()
-            assert (tuple(tensor.shape), tensor.dtype) == (tuple(entry.shape), entry.dtype), (
-                f"{name} was said to differ"
-            )
-            file.write(_bytes_of(tensor))
-            del tensor
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(header)
+    for name, entry in entries.items():
+        tensor = entry.read()
+        assert (tuple(tensor.shape), tensor.dtype) == (tuple(entry.shape), entry.dtype), f"{name} was said to differ"
+        file.write(_bytes_of(tensor))
+        del tensor
 
 
 def write_torch(path: Path, entries: Mapping[str, LazyTensor]) -> None:
-    """Write ``{"model": tensors}`` as torch.save does, through a temporary safetensors file whose pages the disk holds.
+    """Write ``{"model": tensors}`` as torch.save does, through a nameless file beside it that holds them meanwhile.
 
     The file appears under its name when it is complete and on disk.  Raises ConfigError when path cannot be written.
     """
-    staged = path.with_name(path.name + ".staged.safetensors")
-    try:
-        write_safetensors(staged, entries)
+    with replacing(path) as unfinished, tempfile.TemporaryFile(dir=path.parent) as staged:
+        fill_safetensors(staged, entries)
+        staged.flush()
         _, offsets = _layout(entries)
         mapped = {name: _mapped(staged, offsets[name], entry) for name, entry in entries.items()}
-        with replacing(path) as unfinished, unfinished.open("wb") as file:
-            torch.save({"model": mapped}, file)
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        staged.unlink(missing_ok=True)
+        torch.save({"model": mapped}, unfinished)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside path; what is written there takes path's name at the end, or is removed on failure."""
-    unfinished = path.with_name(path.name + ".unfinished")
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside path, under a name that no other has, to be written; at the end it takes path's name.
+
+    It is then on the disk.  When anything fails, it and the folders made for it are gone again.  Raises ConfigError
+    when path cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name[:40]}.{secrets.token_hex(8)}.unfinished")
+    made: list[Path] = []
     try:
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
+        with unfinished.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); choose another path") from error
-    finally:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+        for folder in made:  # the innermost first; one that is in use by now stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); choose another path") from error
+        raise
 
 
 def _layout(entries: Mapping[str, LazyTensor]) -> tuple[bytes, dict[str, int]]:
@@ -94,7 +106,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _mapped(path: Path, offset: int, entry: LazyTensor) -> Tensor:
+def _mapped(file: IO[bytes], offset: int, entry: LazyTensor) -> Tensor:
     size = entry.dtype.itemsize * int(np.prod(entry.shape, dtype=np.int64))
-    raw = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(size,))
+    raw = np.memmap(file, dtype=np.uint8, mode="c", offset=offset, shape=(size,))
     return torch.from_numpy(raw).view(entry.dtype).view(entry.shape)

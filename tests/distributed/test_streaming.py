@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import io
 import os
 import time
 import weakref
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_distributed
-from toy import batches, build_toy, full_state, part, toy_config, train
+from toy import batches, build_toy, full_state, part, save_state, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
@@ -50,8 +48,8 @@ def expected_of(value, name, precision):
 def test_tensors_go_in_and_come_out_of_engine_and_checkpoint_unchanged(
     stage, precision, offload, size, overrides, tmp_path
 ):
-    """A part of the model is loaded, the rest stays; then training, and the checkpoint equals the engine.  DeepSpeed's
-    own merger says the same of what it can read: not stage 1 with bf16, nor what is not trained in stage 1."""
+    """A part of the model is loaded, the rest stays; then training, and the checkpoint equals what DeepSpeed says of
+    its own engine."""
     config = toy_config(stage=stage, precision=precision, offload_optimizer=offload, overrides=overrides)
     wanted = {name: value + 1e-3 for name, value in build_toy(seed=7).state_dict().items() if "blocks.0" not in name}
 
@@ -62,7 +60,7 @@ def test_tensors_go_in_and_come_out_of_engine_and_checkpoint_unchanged(
         after = full_state(engine)
         logits = engine.evaluate(**part(batches(1, 12)[0], 0, 1, 0, 1))["logits"]
         train(engine, world, 2, size=12)
-        engine.save(tmp_path)
+        save_state(engine, tmp_path)
         return before, after, logits, full_state(engine), [name for name, _ in engine.module.named_parameters()]
 
     (before, after, logits, trained, parameters), *others = run_distributed(run, size)
@@ -83,20 +81,13 @@ def test_tensors_go_in_and_come_out_of_engine_and_checkpoint_unchanged(
     for name, value in trained.items():
         assert found.entries[name][:2] == (value.shape, value.dtype)
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
-    if stage and (stage, precision) != (1, "bf16"):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            merged = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="zero")
-        assert merged.keys() == {name for name in found if stage > 1 or not name.startswith("extra.")}
-        assert all(torch.equal(merged[name].float(), found[name]) for name in merged)
 
 
 def test_local_engine_streams_too(tmp_path):
     engine = build(ONE, toy_config("local"))
     wanted = build_toy(seed=7).state_dict()
     engine.load_full(LazyTensors({name: lazy(value) for name, value in wanted.items()}))
-    engine.save(tmp_path)
+    save_state(engine, tmp_path)
     found = read_weights(tmp_path)
     assert all(torch.equal(found[name], wanted.get(name, torch.ones(1))) for name in [*wanted, "gain"])
     state = full_state(engine)
@@ -210,7 +201,7 @@ def saved(tmp_path_factory) -> dict[int, Path]:
     """A checkpoint of 2 ranks by ZeRO stage; do not change it."""
     folder = tmp_path_factory.mktemp("saved")
     for stage in (0, 1, 3):
-        run_distributed(lambda world, s=stage: build(world, toy_config(stage=s)).save(folder / str(s)), 2)
+        run_distributed(lambda world, s=stage: save_state(build(world, toy_config(stage=s)), folder / str(s)), 2)
     return {stage: folder / str(stage) for stage in (0, 1, 3)}
 
 
@@ -221,68 +212,47 @@ def copy(saved, tmp_path):
     return lambda stage: Path(shutil.copytree(saved[stage], tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
-@pytest.mark.parametrize(
-    ("stage", "name"),
-    [
-        (0, "mp_rank_00_model_states.pt"),
-        (1, "mp_rank_00_model_states.pt"),
-        (1, "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
-        (3, "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
-        (3, "zero_pp_rank_1_mp_rank_00_model_states.pt"),
-    ],
-)
-def test_missing_or_damaged_file_of_any_rank_is_named(stage, name, damage, copy):
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "no header"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_missing_or_damaged_file_of_any_rank_is_named(rank, stage, damage, copy):
     directory = copy(stage)
-    path = directory / "zero" / name
+    path = directory / f"rank_{rank:04d}.safetensors"
     if damage == "missing":
         path.unlink()
+    elif damage == "no header":
+        path.write_bytes(b"\0" * path.stat().st_size)
     else:
         os.truncate(path, 0 if damage == "empty" else path.stat().st_size // 2)
-    with pytest.raises(ConfigError, match=rf"{path}: (missing|cannot be read \(.+\)); name another checkpoint"):
+    with pytest.raises(ConfigError, match=rf"{path}: (missing|cannot be read \(.+\)); choose another checkpoint"):
         read_weights(directory)
 
 
-def test_flat_tensor_that_is_too_short_is_refused(copy):
+def test_piece_that_no_file_holds_is_missed(saved, copy):
     """A file of another run that lies there whole."""
     directory = copy(3)
-    path = directory / "zero" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    state = torch.load(path, weights_only=False)
-    flats = state["optimizer_state_dict"]["fp32_flat_groups"]
-    flats[:] = [flat[:-1].clone() for flat in flats]
-    torch.save(state, path)
-    with pytest.raises(ConfigError, match=r"has \d+ elements, the files hold \d+"):
-        read_weights(directory)
+    (directory / "rank_0001.safetensors").write_bytes((saved[0] / "rank_0001.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"128 of 256 elements of patch_embed\.weight \(weight\) are in no file"):
+        dict(read_weights(directory))
 
 
 def test_folder_that_is_no_engine_state_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"engine\.json: cannot be read .*; name another checkpoint"):
+    with pytest.raises(ConfigError, match=r"no engine state here \(engine\.json is missing\)"):
         read_weights(tmp_path)
 
 
-class Payload:
-    """What a hostile file carries: unpickling it would make a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_code_in_a_checkpoint_is_refused_and_not_run(stage, copy, tmp_path):
-    """The checkpoint may come from someone else."""
-    directory = copy(stage)
-    path = sorted((directory / "zero").glob("*rank_0*"))[-1]
-    state = torch.load(path, weights_only=False)
-    state["extra"] = Payload(tmp_path / "made")
-    torch.save(state, path)
-    with pytest.raises(ConfigError, match=rf"{path}: refused \(.*\); name another checkpoint"):
+def test_a_checkpoint_holds_no_code(stage, saved):
+    """It may come from someone else: numbers and text, nothing that is unpickled."""
+    names = {path.name for path in saved[stage].rglob("*")}
+    assert names == {"engine.json", "rank_0000.safetensors", "rank_0001.safetensors"}
+
+
+def test_a_checkpoint_of_deepspeeds_own_files_is_refused_by_its_age(copy):
+    directory = copy(3)
+    (directory / "engine.json").write_text('{"engine": "deepspeed", "world_size": 2, "zero_stage": 3}')
+    with pytest.raises(ConfigError, match=r"written by a version before .*task\.init_from"):
         read_weights(directory)
-    assert not (tmp_path / "made").exists()
-    torch.load(path, weights_only=False)
-    assert (tmp_path / "made").exists(), "the payload works"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -334,7 +304,7 @@ def test_no_rank_holds_more_than_a_few_parameters_while_weights_come_and_go(tmp_
 
         load()  # what is made once is made now
         peaks = [peak_bytes(load), peak_bytes(export)]
-        engine.save(tmp_path)
+        save_state(engine, tmp_path)
         weights = read_weights(tmp_path)
         before = memory_bytes("RssAnon")
         return [*peaks, max(memory_bytes("RssAnon") - before for value in weights.values() if value.numel())]

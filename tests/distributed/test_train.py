@@ -249,8 +249,6 @@ def test_sigusr1_saves_and_exits_with_3(shards, tmp_path):
     assert code == 2 and "seed (5) differs from the checkpoint's (0)" in output, output
     assert (run_dir / "config.yaml").read_text() == config, "a refused command must not leave its configuration"
 
-    code, output = finish(start(*command))  # two ranks on what one has saved
-    assert code != 0 and "was saved by 1 ranks, this run has 2; start 1 ranks" in output, output
     (newest / "state.json").write_text("torn")
     code, output = finish(start(*command, ranks=1))
     assert code == 2 and "no checkpoint of" in output and "is whole" in output, output

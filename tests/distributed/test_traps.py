@@ -14,7 +14,7 @@ import os
 import pytest
 import torch
 from harness import run_distributed, tree
-from toy import DIM, batches, build, build_toy, full_state, part, toy_config, train
+from toy import DIM, batches, build, build_toy, full_state, part, save_state, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
@@ -25,10 +25,10 @@ ONE = World(0, 0, 1, 1, torch.device("cpu"))
 LOSS_ATOL = 3e-6  # measured worst 4e-7; without the precautions 1e-2 and more
 
 
-def test_deepspeed_writes_no_latest_of_its_own(tmp_path):
-    """Trap 2: rank 0 would write it before the other ranks have finished."""
-    run_distributed(lambda world: build(toy_config(), world).save(tmp_path / "state"), 2)
-    assert not [name for name in tree(tmp_path) if "latest" in name]
+def test_deepspeed_writes_nothing_of_its_own(tmp_path):
+    """Trap 2: rank 0 would write `latest` before the other ranks have finished."""
+    run_distributed(lambda world: save_state(build(toy_config(), world), tmp_path), 2)
+    assert tree(tmp_path) == ["engine.json", "rank_0000.safetensors", "rank_0001.safetensors"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -38,13 +38,13 @@ def test_resume_keeps_each_group_its_own_lr_decay_and_step(stage, tmp_path):
     def groups_of(engine):
         optimizer = engine._ds.optimizer
         steps = [float(state["step"]) for state in getattr(optimizer, "optimizer", optimizer).state.values()]
-        groups = [(g["name"], g["lr"], g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups]
+        groups = [(g["name"], g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups]
         return groups, steps
 
     def first(world):
         engine = build(toy_config(stage=stage), world)
         train(engine, world, 3)
-        engine.save(tmp_path / "state")
+        save_state(engine, tmp_path / "state")
         return groups_of(engine), train(engine, world, 2, first=3)
 
     def second(world):
@@ -67,17 +67,6 @@ def test_resume_keeps_each_group_its_own_lr_decay_and_step(stage, tmp_path):
     assert history == expected
     assert set(steps) == {5.0}
     assert run_distributed(other_decay, 2)[0] == [0.0, 0.2]
-
-
-def test_another_world_size_is_refused_by_name_on_all_ranks(tmp_path):
-    """Trap 3: DeepSpeed's universal load mixes the groups up, so another size is refused."""
-    run_distributed(lambda world: build(toy_config(), world).save(tmp_path), 2)
-
-    def load(world):
-        with pytest.raises(ConfigError, match="was saved by 2 ranks, this run has 1; start 2 ranks to resume it"):
-            build(toy_config(), world).load(tmp_path)
-
-    run_distributed(load, 1)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +142,8 @@ def test_missing_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_damaged_part_of_one_rank_stops_all_ranks(stage, damage, tmp_path):
     """Trap 8: only that rank would raise, the others would wait for it until the timeout."""
-    run_distributed(lambda world: build(toy_config(stage=stage), world).save(tmp_path), 2)
-    victim = next(p for p in tmp_path.rglob("*optim_states.pt") if "pp_rank_1_" in p.name)
+    run_distributed(lambda world: save_state(build(toy_config(stage=stage), world), tmp_path), 2)
+    victim = tmp_path / "rank_0001.safetensors"
     if damage == "missing":
         victim.unlink()
     else:
@@ -162,22 +151,10 @@ def test_damaged_part_of_one_rank_stops_all_ranks(stage, damage, tmp_path):
 
     def load(world):
         engine = build(toy_config(stage=stage), world)
-        with pytest.raises(ConfigError, match="rank 1: .*(the part of rank 1 is missing|cannot be read)"):
+        with pytest.raises(ConfigError, match=r"rank 1: .*rank_0001\.safetensors: (missing|cannot be read)"):
             engine.load(tmp_path)
 
     run_distributed(load, 2, timeout_sec=30)
-
-
-@pytest.mark.parametrize("change", [{"stage": 2}, {"precision": "bf16"}, {"layer_decay": 1.0}])
-def test_state_of_another_engine_is_refused_by_name(change, tmp_path):
-    run_distributed(lambda world: build(toy_config(), world).save(tmp_path), 2)
-
-    def load(world):
-        engine = build(toy_config(**change), world)
-        with pytest.raises(ConfigError, match="saved with (zero_stage=3|precision=fp32|groups=).*this run has"):
-            engine.load(tmp_path)
-
-    run_distributed(load, 2)
 
 
 def test_whole_tensors_come_out_although_the_parameters_are_empty():

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     "config": 0, "gate": 0, "distributed": 0, "lazy": 0,
-    "models": 1, "metrics": 1, "runtime": 1, "console": 1, "log": 1, "pictures": 1, "charts": 1,
+    "models": 1, "metrics": 1, "runtime": 1, "records": 1, "console": 1, "log": 1, "pictures": 1, "charts": 1,
     "data": 2,
     "tasks": 3, "optim": 3, "schedule": 3, "ema": 3,
     "engine": 4,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -12,13 +14,17 @@ import torch
 
 from swinv2_train.checkpoint import (
     COMPLETE,
+    Save,
+    SaveError,
     load_checkpoint,
     newest_checkpoint,
     remove_unfinished,
     save_checkpoint,
+    verified_checkpoint,
 )
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
+from swinv2_train.engine.durable import write_durably
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -30,14 +36,17 @@ class OneTensor:
         self.value = torch.tensor(value)
         self.fail = fail
 
-    def save(self, directory):
-        directory.mkdir(parents=True)
-        torch.save(self.value, directory / "value.pt")
+    def snapshot(self, copy):
+        return OneTensor(float(self.value), self.fail)
+
+    def write(self, directory):
+        sums = {"value": write_durably(directory / "value", [str(float(self.value)).encode()])}
         if self.fail:
             raise OSError("disk full")
+        return sums
 
     def load(self, directory):
-        self.value = torch.load(directory / "value.pt", weights_only=True)
+        self.value = torch.tensor(float((directory / "value").read_text()))
 
 
 def save(run_dir, step, keep=2, best=None, value=0.0):
@@ -53,11 +62,12 @@ def test_what_is_saved_comes_back(tmp_path):
     assert path == tmp_path / "checkpoints" / "step_00000100"
     assert newest_checkpoint(tmp_path) == path
     engine = OneTensor()
-    state = load_checkpoint(path, engine, ONE)
+    state = load_checkpoint(path, engine, ONE, 0)
     assert (state["step"], state["images_seen"], float(engine.value)) == (100, 800, 3.5)
     marker = json.loads((path / COMPLETE).read_text())
     assert marker["step"] == 100
     assert marker["world_size"] == 1
+    assert marker["files"]["engine/value"] == {"bytes": 3, "crc32": f"{zlib.crc32(b'3.5'):08x}", "rank": 0}
     assert set(marker["files"]) == {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {COMPLETE}
 
 
@@ -68,7 +78,7 @@ def test_random_states_continue_exactly(tmp_path):
     draw()  # leaves a cached gaussian behind in python's and numpy's generators
     path = save(tmp_path, 1)
     expected = [draw(), draw()]
-    load_checkpoint(path, OneTensor(), ONE)
+    load_checkpoint(path, OneTensor(), ONE, 0)
     assert [draw(), draw()] == expected
 
 
@@ -97,7 +107,7 @@ def test_checkpoints_without_a_value_leave_the_best_alone(tmp_path):
 @pytest.mark.parametrize("damage", ["no COMPLETE", "half a COMPLETE", "file gone", "file cut"])
 def test_damaged_checkpoint_is_not_the_newest(damage, tmp_path):
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
-    value = bad / "engine" / "value.pt"
+    value = bad / "engine" / "value"
     if damage == "no COMPLETE":
         (bad / COMPLETE).unlink()
     elif damage == "half a COMPLETE":
@@ -105,18 +115,18 @@ def test_damaged_checkpoint_is_not_the_newest(damage, tmp_path):
     elif damage == "file gone":
         value.unlink()
     else:
-        os.truncate(value, 10)
+        os.truncate(value, 1)
     assert newest_checkpoint(tmp_path) == good
     with pytest.raises(ConfigError, match="choose another"):
-        load_checkpoint(bad, OneTensor(), ONE)
+        load_checkpoint(bad, OneTensor(), ONE, 0)
 
 
-def test_failed_save_leaves_the_previous_one_and_is_cleaned_up_by_the_next(tmp_path):
+def test_failed_save_leaves_the_previous_one_and_nothing_else(tmp_path):
     good = save(tmp_path, 1)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SaveError, match="step_00000002: the checkpoint could not be written .disk full.; those before"):
         save_checkpoint(tmp_path, OneTensor(fail=True), {"step": 2}, ONE, 2, None)
     assert newest_checkpoint(tmp_path) == good
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert steps(tmp_path) == [1]  # a full disk needs the room
     save(tmp_path, 3)
     assert steps(tmp_path) == [1, 3]
 
@@ -137,15 +147,80 @@ def test_same_step_can_be_saved_again(tmp_path):
     save(tmp_path, 1, value=1.0)
     path = save(tmp_path, 1, value=2.0)
     engine = OneTensor()
-    load_checkpoint(path, engine, ONE)
+    load_checkpoint(path, engine, ONE, 0)
     assert float(engine.value) == 2.0
     assert steps(tmp_path) == [1]
 
 
-def test_another_world_size_is_refused_by_name(tmp_path):
-    path = save(tmp_path, 1)
-    with pytest.raises(ConfigError, match="was saved by 1 ranks, this run has 4; start 1 ranks to resume it"):
-        load_checkpoint(path, OneTensor(), World(0, 0, 4, 4, torch.device("cpu")))
+def test_random_states_of_another_world_size_follow_from_seed_step_and_rank(tmp_path):
+    """Nothing that was saved belongs to these ranks, and a restart must draw what the first start drew."""
+
+    def drawn(step, rank, seed):
+        path = save(tmp_path, step)
+        load_checkpoint(path, OneTensor(), World(rank, rank, 4, 4, torch.device("cpu")), seed)
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    cases = [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 5)]
+    found = [drawn(*case) for case in cases]
+    assert found == [drawn(*case) for case in cases]
+    assert all(len(set(column)) == 4 for column in zip(*found, strict=True))
+
+
+def test_damaged_checkpoint_of_a_later_step_never_costs_the_last_good_one(tmp_path):
+    """With keep=1 a damaged newest one, counted as the newest, would be all that stays."""
+    good, bad = save(tmp_path, 1), save(tmp_path, 5)
+    (bad / "engine" / "value").write_text("7.0")  # was 0.0: the same size
+    assert newest_checkpoint(tmp_path) == bad
+    assert verified_checkpoint(bad, ONE) == good
+    assert save(tmp_path, 3, keep=1).exists()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_00000003",
+        "step_00000005.damaged",
+    ]
+    assert verified_checkpoint(newest_checkpoint(tmp_path), ONE).name == "step_00000003"
+
+
+def test_checkpoint_just_written_stays_whatever_else_there_is(tmp_path):
+    """Those of later steps were written by a start that nobody goes on from; they may be damaged."""
+    save(tmp_path, 7)
+    save(tmp_path, 8)
+    assert save(tmp_path, 2, keep=2).exists()
+    assert steps(tmp_path) == [2, 7, 8]
+
+
+def test_unreadable_state_of_an_old_checkpoint_does_not_end_a_save(tmp_path):
+    """Retention reads its score; the disk's fault in an old file must not cost the new one."""
+    old = save(tmp_path, 1, best=("val/top1", 10.0)) / "state.json"
+    old.write_text("x" * old.stat().st_size)
+    save(tmp_path, 2, keep=2)
+    save(tmp_path, 3, keep=2)
+    assert steps(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("where", ["run_dir", "checkpoints"])
+def test_vanished_directory_is_named(where, tmp_path):
+    """A run directory that is gone is not made anew: its history would be missing without a word."""
+    run_dir = tmp_path / "run"
+    if where == "checkpoints":
+        run_dir.mkdir()
+        (run_dir / "checkpoints").write_text("a file")
+    with pytest.raises(SaveError, match=f"{run_dir}/checkpoints/step_00000001: .*(No such file|File exists)"):
+        save(run_dir, 1)
+    assert run_dir.exists() == (where == "checkpoints")
+
+
+def test_save_in_the_background_is_complete_after_finish_and_tells_its_error(tmp_path):
+    """Nobody waits for the writing; what goes wrong is known before and raised by finish."""
+    saving = Save(tmp_path, OneTensor(2.0), {"step": 1}, ONE, 1, None, background=True)
+    assert saving.finish() == newest_checkpoint(tmp_path) and saving.error is None
+    saving = Save(tmp_path, OneTensor(fail=True), {"step": 2}, ONE, 1, None, background=True)
+    deadline = time.monotonic() + 10
+    while saving.error is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "disk full" in str(saving.error)
+    with pytest.raises(SaveError, match="disk full"):
+        saving.finish()
+    assert steps(tmp_path) == [1]
 
 
 def test_state_that_json_cannot_hold_is_an_error_and_no_checkpoint(tmp_path):

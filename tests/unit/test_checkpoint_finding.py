@@ -16,7 +16,7 @@ def make(run_dir: Path, step: int) -> Path:
     path = run_dir / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
     (path / "state.json").write_text("{}")
-    (path / COMPLETE).write_text(json.dumps({"step": step, "world_size": 1, "files": {"state.json": 2}}))
+    (path / COMPLETE).write_text(json.dumps({"step": step, "world_size": 1, "files": {"state.json": {"bytes": 2}}}))
     return path
 
 

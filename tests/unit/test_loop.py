@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,14 @@ ONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 def batch_of(loss: float, key: str, num_bad: int = 0) -> dict[str, Any]:
-    return {"loss": torch.tensor(loss), "keys": [key], "num_bad": num_bad, "weight": torch.ones(4)}
+    problems = [{"shard": "s", "key": key, "cause": "torn"}] * num_bad
+    return {
+        "loss": torch.tensor(loss),
+        "keys": [key],
+        "num_bad": num_bad,
+        "problems": problems,
+        "weight": torch.ones(4),
+    }
 
 
 class Loader(list):
@@ -32,8 +41,12 @@ class Loader(list):
 
     closed = False
 
-    def state_dict(self, images_seen: int) -> dict[str, Any]:
-        return {"position": images_seen}
+    def state_dict(self, images_seen: int, bad_images: int) -> dict[str, Any]:
+        return {"position": images_seen, "bad_images": bad_images}
+
+    def check_bad_images(self, bad_images: int, images_seen: int) -> None:
+        if bad_images > 3:
+            raise SampleError(f"{bad_images} of {images_seen} images are damaged")
 
     def close(self) -> None:
         self.closed = True
@@ -180,7 +193,7 @@ def test_images_and_position_count_on_from_where_the_run_resumed(saved):
     run = make_run(5, step=3, log_every_steps=1)
     loop.fit(run, StopRequest())
     assert run.images_seen == 80 and [run.log.lines[step]["images_seen"] for step in (4, 5)] == [64, 80]
-    assert [(state["images_seen"], state["data"]) for _, state, _ in saved] == [(80, {"position": 80})]
+    assert [(state["images_seen"], state["data"]) for _, state, _ in saved] == [(80, {"position": 80, "bad_images": 1})]
 
 
 def test_logged_loss_is_the_mean_over_the_steps_micro_batches_and_skipped_images_add_up(saved):
@@ -225,21 +238,35 @@ def test_evaluation_batches_count_by_their_images():
     assert loop.evaluate(partial(Task().scores, None), [full, one, none]) == {"val/loss": (4 * 1 + 9) / 5}
 
 
+def stop_at(stop: StopRequest, number: int, step: int) -> None:
+    """A real SIGTERM from within a step."""
+    if number == step:
+        stop.install()
+        signal.raise_signal(signal.SIGTERM)
+        stop.uninstall()
+
+
 @pytest.mark.parametrize("checkpoint_every_steps", [100, 2])
 def test_a_stop_ends_after_the_step_with_one_checkpoint_of_it(checkpoint_every_steps, saved):
     """The step that the signal met is finished; a checkpoint that was just written is not written again."""
     stop = StopRequest()
     run = make_run(9, checkpoint_every_steps=checkpoint_every_steps)
-    run.engine.before_step = lambda number: setattr(stop, "requested", "SIGTERM" if number == 2 else None)
+    run.engine.before_step = lambda number: stop_at(stop, number, 2)
     assert loop.fit(run, stop) is False
     assert [step for step, _, _ in saved] == [2] and run.step == 2 and run.images_seen == 32
     assert run.train_loader.closed and run.eval_loader.closed
 
 
 def test_a_stop_before_the_first_step_of_a_resumed_run_saves_nothing(saved):
-    stop = StopRequest()
-    stop.requested = "SIGTERM"
-    assert loop.fit(make_run(9, step=4), stop) is False and saved == []
+    assert loop.fit(make_run(9, step=4), StopRequest(after_sec=0)) is False and saved == []
+
+
+def test_a_time_limit_stops_like_a_signal(saved):
+    """Half a second of steps of a tenth: saved, and no step is begun after the limit."""
+    run, stop = make_run(100), StopRequest(after_sec=0.5)
+    run.engine.before_step = lambda number: time.sleep(0.1)
+    assert loop.fit(run, stop) is False and stop.requested == "the time limit"
+    assert 1 <= run.step <= 6 and [step for step, _, _ in saved] == [run.step]
 
 
 def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
@@ -251,7 +278,7 @@ def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
         stop = StopRequest()
         run = make_run(9, world=world)
         if world.rank == 1:
-            run.engine.before_step = lambda number: setattr(stop, "requested", "SIGTERM" if number >= 3 else None)
+            run.engine.before_step = lambda number: stop_at(stop, number, 3)
         loop.fit(run, stop)
         return run.step, steps
 
@@ -267,9 +294,62 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(saved):
 
     run = make_run(5, log_every_steps=1, checkpoint_every_steps=2)
     run.engine.before_step = fail
-    with pytest.raises(NonFiniteError, match=r"step 3 was not taken: .*is nan; .* the newest checkpoint is of step 2"):
+    with pytest.raises(loop.BadStepError, match=r"step 3 was not taken: .*is nan; .* checkpoint is of step 2"):
         loop.fit(run, StopRequest())
     assert (run.step, run.images_seen, max(run.log.lines), [step for step, _, _ in saved]) == (2, 32, 2, [2])
+
+
+def test_more_damaged_images_than_the_data_allow_end_the_run_when_they_are_counted(saved):
+    """Over all ranks, at log lines and checkpoints; the count goes on from the starts before."""
+    run = make_run(9, log_every_steps=1, evaluation=False)
+    run.bad_images = 2
+    with pytest.raises(SampleError, match="4 of 64 images are damaged"):
+        loop.fit(run, StopRequest())
+    assert run.log.lines[3]["data/skipped_images"] == 3
+
+
+def test_damaged_samples_are_listed_with_their_step(saved, tmp_path):
+    """Whoever repairs the shards finds each one by name; a line of a step that is run again is not there twice."""
+    for step in (0, 2):
+        run = make_run(4, step=step, evaluation=False)
+        run.config.run_dir, run.config.data.on_bad_sample = str(tmp_path), "replace"
+        loop.fit(run, StopRequest())
+    lines = (tmp_path / "bad_samples" / "rank_00000.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": step, "shard": "s", "key": "train1", "cause": "torn"} for step in (2, 4)
+    ]
+
+
+@pytest.mark.parametrize(("bad", "taken"), [({3}, True), ({3, 4}, True), ({3, 4, 5}, False), ({3, 5, 7}, True)])
+def test_skipped_steps_count_their_images_and_too_many_in_a_row_end_the_run(bad, taken, saved):
+    """The run is as long as planned, and the learning rate goes on."""
+
+    def fail(number: int) -> None:
+        calls.append(number)
+        if len(calls) in bad:
+            raise NonFiniteError("the global gradient norm is inf")
+
+    calls: list[int] = []
+    run = make_run(8, evaluation=False, on_bad_step="skip", max_bad_steps=2)
+    run.train_loader = Loader(batch_of(1.0, f"train{i}") for i in range(8))
+    run.engine.before_step = fail
+    if not taken:
+        with pytest.raises(loop.BadStepError, match="step 5 was not taken"):
+            loop.fit(run, StopRequest())
+        return
+    assert loop.fit(run, StopRequest())
+    assert (run.step, run.images_seen, len(run.engine.rates)) == (8, 128, 8 - len(bad))
+    assert run.log.steps_with("train/skipped_steps") == sorted(bad)
+
+
+def test_going_back_without_a_checkpoint_ends_the_run(saved):
+    def fail(number: int) -> None:
+        raise NonFiniteError("the global gradient norm is nan")
+
+    run = make_run(3, on_bad_step="rollback")
+    run.engine.before_step = fail
+    with pytest.raises(loop.BadStepError, match="step 1 was not taken: .* there is no checkpoint"):
+        loop.fit(run, StopRequest())
 
 
 @pytest.mark.parametrize("where", ["train_loader", "eval_loader"])

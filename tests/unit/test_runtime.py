@@ -59,7 +59,18 @@ def test_a_stop_signal_only_sets_a_flag_also_the_second_time(name: str) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.Signals[name])
             assert stop.requested == name
+    try:
+        os.kill(os.getpid(), signal.Signals[name])  # an impatient one on the way out
+    finally:
+        stop.uninstall()
     assert signal.getsignal(signal.Signals[name]) is before
+
+
+def test_handlers_are_put_back_when_nobody_asked_to_stop() -> None:
+    before = [signal.getsignal(number) for number in runtime.STOP_SIGNALS]
+    with StopRequest():
+        assert [signal.getsignal(number) for number in runtime.STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in runtime.STOP_SIGNALS] == before
 
 
 def test_a_process_that_is_asked_to_stop_ends_in_its_own_way() -> None:

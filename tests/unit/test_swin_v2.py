@@ -166,6 +166,9 @@ def test_drop_path_drops_whole_branches_per_sample_and_keeps_the_mean():
         ({"img_size": (256, 3)}, r"img_size width 3 is not a multiple of patch_size 4; nearest: 4$"),
         ({"img_size": (256, 0)}, r"img_size .* must be a positive int or a \(height, width\) pair"),
         ({"depths": (2, 2)}, r"must have one entry per stage"),
+        ({"num_heads": (0, 6, 12, 24)}, r"num_heads \(\(0, 6, 12, 24\)\) must be 1 or more"),
+        ({"depths": (), "num_heads": ()}, r"depths \(\(\)\) must be 1 or more"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate \(1.0\) must be at least 0 and less than 1"),
         ({"num_heads": (5, 6, 12, 24)}, r"num_heads\[0\] \(5\) does not divide the stage's 96 channels"),
         (
             {"pretrained_window_sizes": (0, 0, (4, 4, 4), 0)},
@@ -190,7 +193,7 @@ def test_images_and_masks_that_do_not_fit_are_rejected():
         model(torch.randn(1, 3, 32, 30), mask)
     with pytest.raises(ValueError, match="images' height 0 is not a multiple of patch_size 4; nearest: 4"):
         model(torch.randn(1, 3, 0, 32), mask)
-    with pytest.raises(ValueError, match=r"mask has shape \(1, 8, 8\), the images have \(1, 8, 16\) patches"):
+    with pytest.raises(ValueError, match=r"mask is .* of shape \(1, 8, 8\), the images have \(1, 8, 16\) patches"):
         model(torch.randn(1, 3, 32, 64), mask)
 
 

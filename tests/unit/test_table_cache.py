@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.attention import WindowAttention
@@ -87,3 +88,14 @@ def test_devices_do_not_share_tables():
         shapes = small_model(window_size=(5, 3))
     assert shapes(torch.randn(1, 3, 18, 26, device="meta")).shape == (1, 2)
     assert model(torch.randn(1, 3, 18, 26)).isfinite().all()
+
+
+def test_tables_made_in_an_export_are_not_kept_for_others():
+    """A fake tensor in the cache would be taken by every later forward pass of that size."""
+    model = small_model(window_size=3).eval()
+    images = torch.randn(1, 3, 26, 26)  # a size that no other test uses
+    torch.export.export(model, (images,))
+    torch.jit.trace(model, images)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(images)
+    assert type(model(images)) is torch.Tensor

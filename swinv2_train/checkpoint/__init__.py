@@ -1,0 +1,35 @@
+"""Run state on disk, complete or absent.
+
+RUN_DIR/checkpoints/step_00000100/
+    engine/          the engine's sharded state, every rank its own part
+    rng/rank_0000.json, .safetensors   random states of each rank
+    state.json       step, images_seen, data position, config, ...
+    COMPLETE         written last: step, world_size and of every file its size, checksum and the rank that wrote it
+
+A checkpoint is built under a temporary name.  Each rank flushes its files to the disk and says so in a file of its own
+(parts/); rank 0 collects these in COMPLETE and renames the folder.  A folder without COMPLETE, or one whose files are
+not those in it, is no checkpoint.
+"""
+
+from swinv2_train.checkpoint.finding import (
+    COMPLETE,
+    find_checkpoint,
+    newest_checkpoint,
+    remove_unfinished,
+    verified_checkpoint,
+)
+from swinv2_train.checkpoint.loading import load_checkpoint, read_weights
+from swinv2_train.checkpoint.saving import Save, SaveError, save_checkpoint
+
+__all__ = [
+    "COMPLETE",
+    "Save",
+    "SaveError",
+    "find_checkpoint",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "read_weights",
+    "remove_unfinished",
+    "save_checkpoint",
+    "verified_checkpoint",
+]

@@ -1,0 +1,52 @@
+"""Going on from a checkpoint, at any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from swinv2_train.checkpoint.finding import read_marker
+from swinv2_train.checkpoint.random_states import restore_random_states
+from swinv2_train.config import ConfigError
+from swinv2_train.distributed import World, raise_together
+from swinv2_train.lazy import LazyTensors
+from swinv2_train.runtime import seed_everything
+
+
+class Loadable(Protocol):
+    """The part of an engine that a resume needs."""
+
+    def load(self, directory: Path) -> None: ...
+
+
+def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> dict[str, Any]:
+    """Restore engine and random states on every rank; returns the saved state.  Collective.
+
+    Random states are restored where as many ranks saved them; at another number of ranks each rank's is derived from
+    (seed, step, rank).  Raises ConfigError on all ranks when path is no complete checkpoint or does not fit the engine.
+    """
+    error: BaseException | None = None
+    marker: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    try:
+        marker = read_marker(path)
+        state = json.loads((path / "state.json").read_text())
+    except (ConfigError, OSError, ValueError) as caught:
+        error = caught
+    raise_together(error)
+    engine.load(path / "engine")
+    if marker["world_size"] == world.world_size:  # last: loading may draw random numbers
+        raise_together(restore_random_states(path / "rng", world))
+    else:
+        seed_everything(int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0]), world.rank)
+    return state
+
+
+def read_weights(checkpoint: Path) -> LazyTensors:
+    """The float32 weights of a checkpoint by official name, read one at a time; saved by any number of ranks."""
+    from swinv2_train.engine.consolidate import read_weights as read_engine_weights
+
+    return read_engine_weights(checkpoint / "engine")

@@ -1,0 +1,36 @@
+"""JSON lines that every rank writes about its own steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from swinv2_train.runtime import replace_text
+
+
+class StepRecord:
+    """One JSONL file per rank, FOLDER/rank_00000.jsonl; every line has "step", and each is flushed.
+
+    Opening it drops the lines of steps after last_step: they are run again, so that a step never stands there twice.
+    """
+
+    def __init__(self, folder: Path, rank: int, last_step: int) -> None:
+        path = folder / f"rank_{rank:05d}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
+        replace_text(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a file that end in a newline: a killed process may have torn the last one."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,102 @@
+"""Stops of every kind of real runs: impatient signals, awkward moments, a time limit, a rank that dies alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from distributed.test_train import SMALL, finish, losses, ranks_of, shards, start, wait_for_step  # noqa: F401
+
+from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.runtime import EXIT_DONE, EXIT_STOPPED
+
+pytestmark = pytest.mark.slow
+DIES_WITHIN_SEC = 60  # torchrun asks its ranks every 0.1 s whether they live, then gives the others 30 s to leave
+
+
+def command(run_dir: Path, *overrides: str) -> tuple[str, ...]:
+    return ("experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=40", *SMALL, *overrides)
+
+
+def alone(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    """One process without torchrun, whose exit code is the command's own."""
+    return start(*command(run_dir, *overrides), "engine.precision=fp32", ranks=1)
+
+
+@pytest.mark.parametrize("gap_sec", [0.0, 0.01, 0.2])
+def test_a_second_signal_changes_nothing(gap_sec, shards, tmp_path):  # noqa: F811
+    """An impatient Ctrl-C, also while the checkpoint is written, tears nothing: one whole checkpoint, exit code 3."""
+    process = alone(tmp_path, *shards)
+    wait_for_step(tmp_path, 2, process)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(gap_sec)
+    code, output = finish(process)
+    assert code == EXIT_STOPPED, output
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None and "stopped by SIG" in output
+    assert max(losses(tmp_path)) == int(checkpoint.name.removeprefix("step_"))
+    code, output = finish(alone(tmp_path, *shards))
+    assert code == EXIT_DONE and f"resuming from {checkpoint}" in output, output
+
+
+def test_a_signal_before_the_first_step_leaves_something_to_resume_or_nothing(shards, tmp_path):  # noqa: F811
+    """At any moment of a start: the command ends by itself, and the same command then runs to the end."""
+    for number, delay_sec in enumerate((0.3, 1.5, 2.5, 3.5)):
+        run_dir = tmp_path / str(number)
+        process = alone(run_dir, *shards, "train.max_steps=4", "data.num_workers=1")
+        time.sleep(delay_sec)
+        process.send_signal(signal.SIGTERM)
+        code, output = finish(process, timeout_sec=60)
+        assert code in (EXIT_STOPPED, EXIT_DONE, -signal.SIGTERM), output
+        if code == EXIT_STOPPED:
+            assert newest_checkpoint(run_dir) is not None
+        code, output = finish(alone(run_dir, *shards, "train.max_steps=4"))
+        assert code == EXIT_DONE, output
+
+
+def test_a_time_limit_saves_and_the_same_command_goes_on(shards, tmp_path):  # noqa: F811
+    code, output = finish(alone(tmp_path, *shards, "train.max_steps=100000", "runtime.stop_after_sec=8"))
+    assert code == EXIT_STOPPED and "stopped by the time limit" in output, output
+    reached = newest_checkpoint(tmp_path)
+    assert reached is not None
+    steps = int(reached.name.removeprefix("step_"))
+    code, output = finish(alone(tmp_path, *shards, f"train.max_steps={steps + 2}"))
+    assert code == EXIT_DONE and f"resuming from {reached}" in output, output
+
+
+def test_a_rank_that_dies_alone_brings_the_others_down(shards, tmp_path):  # noqa: F811
+    process = start(*command(tmp_path, "train.max_steps=100000"), *shards)
+    wait_for_step(tmp_path, 5, process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    killed_at = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    code, output = finish(process, timeout_sec=DIES_WITHIN_SEC)
+    assert code == 1 and time.monotonic() - killed_at < DIES_WITHIN_SEC, output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert newest_checkpoint(tmp_path) is not None
+
+
+def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, tmp_path):  # noqa: F811
+    """--max-restarts: the same processes' command, the newest checkpoint, the same losses as without the kill."""
+    overrides = ("train.max_steps=12", "train.checkpoint_every_steps=2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    runs = [tmp_path / "disturbed", tmp_path / "quiet"]
+    for run_dir, extra in zip(runs, (["--max-restarts", "2"], []), strict=True):
+        arguments = [*torchrun, *extra, "-m", "swinv2_train.train", *command(run_dir, *overrides), *shards]
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        if extra:
+            wait_for_step(run_dir, 5, process)
+            os.kill(ranks_of(process)[0], signal.SIGKILL)
+        code, output = finish(process)
+        assert code == EXIT_DONE, output
+        assert ("resuming from" in output) is bool(extra), output
+    assert losses(runs[0]) == losses(runs[1])
