@@ -10,9 +10,7 @@ the kernel takes back when it needs memory.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
-import io
 import os
 import tempfile
 import threading
@@ -106,18 +104,18 @@ def compare(world: World, size: str, precision: str, folder: Path) -> tuple[int,
 
     def export_collected() -> None:
         if world.is_main:
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                save_file(get_fp32_state_dict_from_zero_checkpoint(str(state_dir), tag="zero"), exported)
+            save_file(dict(consolidate.read_weights(state_dir)), exported)
 
     results = {"a file into the engine, streamed": measured(world, load)}
     results["a file into the engine, the whole dictionary on every rank"] = measured(world, load_collected)
     results["out of the engine to rank 0, streamed"] = measured(world, gather)
     results["out of the engine to rank 0, collected"] = measured(world, gather_collected)
-    engine.save(state_dir)
+    state_dir.mkdir(exist_ok=True)
+    barrier()
+    engine.snapshot(copy=False).write(state_dir)
+    barrier()
     results["a checkpoint to a safetensors file, streamed"] = measured(world, export)
-    results["a checkpoint to a safetensors file, DeepSpeed's merger"] = measured(world, export_collected)
+    results["a checkpoint to a safetensors file, collected"] = measured(world, export_collected)
     if world.is_main:
         print(f"\n{size}, {precision}, {world.world_size} ranks: {total / MIB:.0f} MiB in fp32, ", end="")
         print(f"largest parameter {name} with {largest / MIB:.1f} MiB\n")

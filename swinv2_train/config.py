@@ -35,6 +35,8 @@ class TrainConfig:
     """Steps between metric lines."""
     checkpoint_every_steps: int
     """Steps between checkpoints; the last step is always saved."""
+    background_save: bool
+    """Copy the state to CPU memory and write it while training goes on; otherwise training waits."""
     keep_checkpoints: int
     """The newest complete checkpoints that are kept."""
     keep_best: str | None

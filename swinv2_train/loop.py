@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from swinv2_train.checkpoint import load_checkpoint, save_checkpoint
+from swinv2_train.checkpoint import Save, load_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.loader import EvalLoader, TrainLoader
 from swinv2_train.distributed import World, all_reduce_sum, any_rank, highest, raise_together
@@ -58,6 +58,8 @@ class Run:
     """Images of all completed steps, over all ranks."""
     saved_step: int
     """Step of the newest complete checkpoint; -1 when there is none."""
+    saving: Save | None = None
+    """A checkpoint that is being written in the background."""
     bad_images: int = 0
     """Damaged samples of the run over all ranks and starts, when they were last counted."""
     uncounted_bad_images: int = 0
@@ -84,6 +86,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
         if state == FAILED:
             raise_together(problem)
         if state == STOP:
+            finish_saving(run)
             if run.saved_step != run.step:
                 save(run, None)
             break
@@ -114,6 +117,8 @@ def fit(run: Run, stop: StopRequest) -> bool:
             log_step(run, losses.read() | {"train/lr": lr, "train/grad_norm": grad_norm}, speed.read())
         else:
             run.log.progress(run.step, run.total_steps)
+        if run.saving is not None and due(run.step, train.log_every_steps) and not any_rank(run.saving.under_way):
+            finish_saving(run)
         with speed.paused():
             if due(run.step, train.picture_every_steps) or last:
                 draw(run, micro_batches[-1])
@@ -125,6 +130,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
             score = scores.get(train.keep_best) if train.keep_best else None
             if due(run.step, train.checkpoint_every_steps) or last or score is not None:
                 save(run, score)
+    finish_saving(run)
     run.train_loader.close()
     if run.eval_loader is not None:
         run.eval_loader.close()
@@ -182,6 +188,7 @@ class BadSteps:
 
 def go_back(run: Run, problem: BadStepError) -> None:
     """Put the run back to its newest checkpoint, with a loader that begins there."""
+    finish_saving(run)
     if run.saved_step < 0:
         raise problem
     checkpoint = Path(run.config.run_dir) / "checkpoints" / f"step_{run.saved_step:08d}"
@@ -283,10 +290,21 @@ def save(run: Run, score: float | None) -> None:
         "data": run.train_loader.state_dict(run.images_seen, run.bad_images),
     }
     best = (train.keep_best, score) if train.keep_best is not None and score is not None else None
+    finish_saving(run)
     started = time.perf_counter()
-    save_checkpoint(Path(run.config.run_dir), run.engine, state, run.world, train.keep_checkpoints, best)
+    run_dir, background = Path(run.config.run_dir), train.background_save
+    run.saving = Save(run_dir, run.engine, state, run.world, train.keep_checkpoints, best, background)
+    if not background:
+        finish_saving(run)
     run.log.metrics(run.step, run.images_seen, {"checkpoint/stall_sec": time.perf_counter() - started})
-    run.saved_step = run.step
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for the checkpoint that is being written, if any; what went wrong with it is raised on every rank."""
+    if run.saving is not None:
+        saving, run.saving = run.saving, None
+        saving.finish()
+        run.saved_step = saving.step
 
 
 class Records:
@@ -308,9 +326,9 @@ class Records:
 
 def open_records(run: Run) -> Records:
     """The records that data.record_keys and data.on_bad_sample ask for, without steps that are run again."""
-    data, rank = run.config.data, run.world.rank
-    run_dir = Path(run.config.run_dir)
+    data, run_dir = run.config.data, Path(run.config.run_dir)
+    where = (run.world.rank, run.world.world_size, run.step)
     return Records(
-        StepRecord(run_dir / "sample_keys", rank, run.step) if data.record_keys else None,
-        StepRecord(run_dir / "bad_samples", rank, run.step) if data.on_bad_sample == "replace" else None,
+        StepRecord(run_dir / "sample_keys", *where) if data.record_keys else None,
+        StepRecord(run_dir / "bad_samples", *where) if data.on_bad_sample == "replace" else None,
     )

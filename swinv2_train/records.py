@@ -12,14 +12,18 @@ from swinv2_train.runtime import replace_text
 class StepRecord:
     """One JSONL file per rank, FOLDER/rank_00000.jsonl; every line has "step", and each is flushed.
 
-    Opening it drops the lines of steps after last_step: they are run again, so that a step never stands there twice.
+    Opening it drops the lines of steps after last_step, also those of ranks that an earlier start had and this one has
+    not: they are run again, so that a step never stands there twice.
     """
 
-    def __init__(self, folder: Path, rank: int, last_step: int) -> None:
-        path = folder / f"rank_{rank:05d}.jsonl"
+    def __init__(self, folder: Path, rank: int, world_size: int, last_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
-        replace_text(path, "".join(kept))
+        path = folder / _name(rank)
+        _trim(path, last_step)
+        if rank == 0:
+            for gone in folder.glob("rank_*.jsonl"):
+                if gone.name >= _name(world_size):
+                    _trim(gone, last_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values: Any) -> None:
@@ -28,6 +32,15 @@ class StepRecord:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _name(rank: int) -> str:
+    return f"rank_{rank:05d}.jsonl"
+
+
+def _trim(path: Path, last_step: int) -> None:
+    kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
+    replace_text(path, "".join(kept))
 
 
 def _complete_lines(path: Path) -> list[str]:

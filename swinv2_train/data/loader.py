@@ -94,15 +94,8 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         ahead = self.config.fetch_ahead_shards if self.manifest.cache is not None else None
-        batches = TrainBatches(
-            self.order,
-            self.start_images,
-            self.global_batch_size,
-            self.micro_batch_size,
-            self.rank,
-            self.world_size,
-            ahead,
-        )
+        sizes = (self.global_batch_size, self.micro_batch_size, self.rank, self.world_size)
+        batches = TrainBatches(self.order, self.start_images, *sizes, ahead)
         images_seen, bad_images = self.start_images, self.bad_images_before
         for batch in self._workers.run(self._fetch, batches, self.config):
             images_seen += self.micro_batch_size * self.world_size
@@ -123,7 +116,7 @@ class TrainLoader:
                 f"among {images_seen} images; repair the shards or raise it"
             )
 
-    def state_dict(self, images_seen: int, bad_images: int = 0) -> dict[str, Any]:
+    def state_dict(self, images_seen: int, bad_images: int) -> dict[str, Any]:
         """What a checkpoint keeps; the same on every rank.
 
         images_seen: images of all completed steps, all ranks; bad_images: the damaged samples among them.

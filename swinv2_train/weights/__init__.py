@@ -119,8 +119,8 @@ def save_weights(
 
     format: microsoft or timm, one file, by its suffix: .safetensors, or .pth, .pt, .bin for ``{"model": ...}`` as
     torch.save writes it; huggingface, a directory.  module tells the sizes and may be on the meta device.  weights: the
-    values by the module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes with
-    the SimMIM model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.
+    values by the module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes
+    with the SimMIM model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.
 
     An existing file is replaced when the new one is complete.  Raises, before anything is written, ConfigError when the
     format cannot hold the model or the weights are not the module's, ValueError when there are no values.

@@ -60,8 +60,8 @@ def open_weights(path: Path) -> WeightFile:
             found = next((path / name for name in HUGGINGFACE_FILES if (path / name).is_file()), None)
             if found is None:
                 raise ConfigError(
-                    f"{path} is a directory without weights: neither a run with checkpoints, nor a complete checkpoint, "
-                    f"nor with one of {', '.join(HUGGINGFACE_FILES)}; name a weight file or a run directory"
+                    f"{path} is a directory without weights: neither a run with checkpoints nor a complete checkpoint, "
+                    f"and without {', '.join(HUGGINGFACE_FILES)}; name a weight file or a run directory"
                 )
             return open_weights(found)
         if not path.is_file():

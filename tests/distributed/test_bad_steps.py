@@ -60,7 +60,7 @@ def test_going_back_once_gives_the_run_that_had_no_fault(engine, settings, tmp_p
     one_pass = "train.micro_batch_size=8" if ranks == 1 else "train.micro_batch_size=4"  # a forward pass a step
     runs = []
     for name, factor in (("clean", 1.0), ("fault", math.nan)):
-        own = ("train.on_bad_step=rollback", f"run_dir={tmp_path / name}", one_pass)
+        own = ("train.on_bad_step=rollback", "train.background_save=true", f"run_dir={tmp_path / name}", one_pass)
         runs.append(settings(*STEPS, *ENGINES[engine], *own, task="simmim"))
         assert run_with_fault(runs[-1], ranks, factor, 6, 6) == [EXIT_DONE] * ranks
     clean, fault = (weights_of(config) for config in runs)

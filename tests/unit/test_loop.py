@@ -120,10 +120,16 @@ def saved(monkeypatch) -> list[tuple[int, dict[str, Any], Any]]:
     """(step, state, best) of every checkpoint."""
     found: list[tuple[int, dict[str, Any], Any]] = []
 
-    def save(run_dir, engine, state, world, keep, best):
-        found.append((state["step"], state, best))
+    class Save:
+        under_way = False
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+        def __init__(self, run_dir, engine, state, world, keep, best, background):
+            self.step = state["step"]
+            found.append((self.step, state, best))
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(loop, "Save", Save)
     return found
 
 
@@ -274,7 +280,7 @@ def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
 
     def stopped_at(world: World) -> tuple[int, list[int]]:
         steps: list[int] = []
-        loop.save_checkpoint = lambda run_dir, engine, state, *others: steps.append(state["step"])  # a fork's own
+        loop.save = lambda run, score: steps.append(run.step)  # a fork's own
         stop = StopRequest()
         run = make_run(9, world=world)
         if world.rank == 1:
