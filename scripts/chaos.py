@@ -11,6 +11,7 @@ quiet run gave it, each once, and the losses must agree.  Prints a table in Mark
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -183,13 +184,14 @@ def kill_once(start: Start, run_dir: Path, common: tuple[str, ...]) -> None:
 
 
 def strike(process: subprocess.Popen[str], kind: str) -> None:
-    if kind == "SIGKILL all":
-        os.killpg(process.pid, signal.SIGKILL)
-    elif kind == "SIGKILL one":
-        ranks = subprocess.run(
+    if kind.startswith("SIGKILL"):
+        children = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
         ).stdout.split()
-        os.kill(int(ranks[-1]) if ranks else process.pid, signal.SIGKILL)
+        ranks = [int(pid) for pid in children] or [process.pid]
+        for pid in ranks if kind == "SIGKILL all" else ranks[-1:]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     elif kind == "SIGTERM":
         process.send_signal(signal.SIGTERM)
     else:

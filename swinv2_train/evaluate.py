@@ -26,6 +26,7 @@ from swinv2_train import loop
 from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.command_line import compose_source, guarded
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
+from swinv2_train.data.cache import shard_cache
 from swinv2_train.data.labels import Answers, answered, read_answers
 from swinv2_train.data.loader import EvalLoader, check_classes
 from swinv2_train.data.shards import Manifest, open_manifest
@@ -165,7 +166,7 @@ def open_splits(config: Config) -> dict[str, Split]:
         named[name] = (f"{SPLITS}{name}.shards", split.shards, split.labels)
     splits = {}
     for name, (key, pattern, labels) in named.items():
-        manifest = open_manifest(str(pattern), key)
+        manifest = open_manifest(str(pattern), key, cache=shard_cache(config.data))
         answers = None
         if isinstance(config.task, ClassifyConfig):
             if labels is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from swinv2_train import loop
 from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint, verified_checkpoint
 from swinv2_train.command_line import read_run, run_command
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
+from swinv2_train.data.cache import shard_cache
 from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps, check_classes
 from swinv2_train.data.shards import Manifest, open_manifest
 from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
@@ -30,6 +32,7 @@ from swinv2_train.runtime import (
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
+    RunDirLock,
     StopRequest,
     record_environment,
     replace_text,
@@ -44,11 +47,12 @@ from swinv2_train.weights import Head, match_weights, read_weights
 def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
     check_engine(config.engine)
-    with StopRequest(config.runtime.stop_after_sec) as stop:
+    run_dir = Path(config.run_dir)
+    with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)
         set_threads(config.runtime.num_threads, world.local_world_size)
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
-        run_dir = Path(config.run_dir)
+        on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
         shards = open_shards(config, world)
         total = total_steps(config.train, shards[0].num_samples)
@@ -61,6 +65,7 @@ def train(config: Config) -> int:
         groups = build_param_groups(task.module, config.optim)
         initial = initial_weights(config, task.module, world) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
+        on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code = EXIT_FAILED
@@ -265,7 +270,7 @@ def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None
     def open_one(key: str, pattern: str | None) -> Manifest | None:
         if pattern is None:
             return None
-        manifest = open_manifest(pattern, key)
+        manifest = open_manifest(pattern, key, partial(print, flush=True), shard_cache(config.data))
         if isinstance(config.task, ClassifyConfig):
             check_classes(manifest, config.task.num_classes, key)
         return manifest

@@ -3,6 +3,7 @@ parameter held by the block itself, a persistent buffer and a branch that can be
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,3 +163,10 @@ def train(engine: Any, world: Any, steps: int, micros: int = 1, first: int = 0, 
         norm = engine.step(1e-2 * (1 + step % 3))
         history.append([float(all_reduce_sum(loss)) / world.world_size, norm])
     return history
+
+
+def save_checkpoint(run_dir: Path, engine: Any, state: dict[str, Any], world: Any, keep: int, best: Any) -> Path:
+    """A checkpoint that is waited for."""
+    from swinv2_train.checkpoint import Save
+
+    return Save(run_dir, engine, state, world, keep, best, background=False).finish()

@@ -19,7 +19,7 @@ from swinv2_train.checkpoint.finding import (
     verified_checkpoint,
 )
 from swinv2_train.checkpoint.loading import load_checkpoint, read_weights
-from swinv2_train.checkpoint.saving import Save, SaveError, save_checkpoint
+from swinv2_train.checkpoint.saving import Save, SaveError
 
 __all__ = [
     "COMPLETE",
@@ -30,6 +30,5 @@ __all__ = [
     "newest_checkpoint",
     "read_weights",
     "remove_unfinished",
-    "save_checkpoint",
     "verified_checkpoint",
 ]

@@ -38,21 +38,6 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; the ones before it are as they were."""
 
 
-def save_checkpoint(
-    run_dir: Path,
-    engine: Saveable,
-    state: dict[str, Any],
-    world: World,
-    keep: int,
-    best: tuple[str, float] | None,
-) -> Path:
-    """Write the checkpoint of state["step"] and remove what retention no longer wants.  Collective.
-
-    The arguments and errors of Save; returns when the checkpoint is complete.
-    """
-    return Save(run_dir, engine, state, world, keep, best, background=False).finish()
-
-
 class Save:
     """One checkpoint on its way to the disk.  Making and finishing one are collective, what is between them is not.
 

@@ -193,11 +193,14 @@ def _can_be_mapped(path: Path) -> bool:
     """Whether the records of a zip file lie in it as they are; compressed ones do not.
 
     torch takes the bytes of a mapped tensor from where the archive's list says that they begin, and does not ask for
-    more.  Raises zipfile.BadZipFile when that list and the records contradict each other.
+    more; nor does it see when a record cannot be decompressed.  Raises zipfile.BadZipFile, or what else zipfile raises,
+    when the list and the records contradict each other.
     """
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} has not the content that the archive's list says")
             return False
         borders = [*(record.header_offset for record in records[1:]), archive.start_dir]
         for record, border in zip(records, borders, strict=True):

@@ -119,7 +119,7 @@ def _check_head(head: object) -> None:
     """ValueError unless head is a word of HeadWord, a Path, or a sequence of ints."""
     if isinstance(head, str):
         known = head in get_args(HeadWord)
-    elif isinstance(head, Sequence):
+    elif isinstance(head, Sequence) and not isinstance(head, bytes):
         known = all(isinstance(row, Integral) and not isinstance(row, bool) for row in head)
     else:
         known = isinstance(head, Path)

@@ -11,14 +11,13 @@ import threading
 import pytest
 import torch
 from harness import run_distributed
-from toy import build, full_state, toy_config, train
+from toy import build, full_state, save_checkpoint, toy_config, train
 
 from swinv2_train.checkpoint import (
     Save,
     load_checkpoint,
     newest_checkpoint,
     remove_unfinished,
-    save_checkpoint,
     verified_checkpoint,
 )
 from swinv2_train.config import ConfigError

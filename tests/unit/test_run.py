@@ -262,7 +262,7 @@ def test_a_resumed_run_stands_where_its_checkpoint_says(build):
     """Steps, images, data position and the newest save; lines after it leave the log."""
     world = World(0, 0, 1, 1, torch.device("cpu"))
     fresh, _ = build(world)
-    state = {"step": 2, "images_seen": 32, "data": fresh.train_loader.state_dict(32)}
+    state = {"step": 2, "images_seen": 32, "data": fresh.train_loader.state_dict(32, 0)}
     run, log = build(world, Path("step_00000002"), state)
     assert (run.step, run.images_seen, run.saved_step, log.resumed) == (2, 32, 2, [2])
     first = next(iter(run.train_loader))["keys"]

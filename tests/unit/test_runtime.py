@@ -15,7 +15,14 @@ import pytest
 import torch
 
 from swinv2_train import runtime
-from swinv2_train.runtime import StopRequest, environment_record, read_environment, record_environment, seed_everything
+from swinv2_train.runtime import (
+    RunDirLock,
+    StopRequest,
+    environment_record,
+    read_environment,
+    record_environment,
+    seed_everything,
+)
 
 
 def draw() -> tuple[float, float, float]:
@@ -89,6 +96,32 @@ sys.exit(EXIT_STOPPED)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     assert (out, process.returncode) == ("saved after SIGTERM\n", 3)
+
+
+def test_a_run_directory_holds_one_run_and_is_free_when_that_ends_however(tmp_path: Path) -> None:
+    """A killed launcher may leave ranks that go on writing; two runs in a directory would remove each other's files."""
+    code = """
+import sys, time
+from pathlib import Path
+from swinv2_train.runtime import RunDirLock
+lock = RunDirLock(Path(sys.argv[1]))
+lock.acquire()
+print("locked", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    with RunDirLock(tmp_path, wait_sec=0.2) as lock:
+        with pytest.raises(BlockingIOError, match="is in use by another run; end that first"):
+            lock.acquire()
+        process.kill()
+        process.wait()
+        lock.acquire()
+        lock.acquire()  # a second time is no harm
+        assert list(tmp_path.iterdir()) == []
+    nowhere = RunDirLock(tmp_path / "nowhere")
+    nowhere.acquire()
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_exit_codes_are_the_contract() -> None:

@@ -95,7 +95,7 @@ def test_official_simmim_files_read_into_simmim_and_into_a_classifier(tmp_path, 
         assert_same(state_of(simmim()), state_of(again))
     else:
         with pytest.raises(
-            ConfigError, match=r"has no SimMIM decoder or mask token \(decoder\.0\.bias, decoder\.0\.weight\)"
+            ConfigError, match=r"lacks a part of the SimMIM decoder or mask token \(decoder\.0\.bias, decoder"
         ):
             load_weights(again, tmp_path / "a.pth")
 
@@ -210,14 +210,18 @@ def test_queries_keys_and_values_that_only_add_up_are_refused(tmp_path):
 def test_a_run_of_our_own_reads_by_its_directory_or_its_checkpoint(tmp_path, kind):
     """Its newest complete checkpoint, through the engine that wrote it."""
     from swinv2_train.checkpoint import COMPLETE
-    from swinv2_train.engine.checks import FACTS
+    from swinv2_train.distributed import World
+    from swinv2_train.engine.pieces import whole_pieces
+    from swinv2_train.engine.shards import describe, snapshot
 
     model = classifier() if kind == "classifier" else simmim()
+    state = state_of(model)
     step = tmp_path / "checkpoints" / "step_00000007"
     (step / "engine").mkdir(parents=True)
-    torch.save({"module": model.state_dict()}, step / "engine" / "local.pt")
-    (step / "engine" / FACTS).write_text(json.dumps({"engine": "local"}))
-    files = {f"engine/{p.name}": p.stat().st_size for p in (step / "engine").iterdir()}
+    described = describe({name: (tuple(tensor.shape), tensor.dtype, False) for name, tensor in state.items()})
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    sums = snapshot(whole_pieces(state), described, {"engine": "local"}, world, None).write(step / "engine")
+    files = {f"engine/{name}": {"bytes": sum.num_bytes, "crc32": "", "rank": 0} for name, sum in sums.items()}
     (step / COMPLETE).write_text(json.dumps({"step": 7, "world_size": 1, "files": files}))
     for path in (tmp_path, step):
         weights = read_weights(path)
@@ -231,3 +235,18 @@ def test_a_run_of_our_own_reads_by_its_directory_or_its_checkpoint(tmp_path, kin
     (step / COMPLETE).unlink()
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         read_weights(tmp_path)
+
+
+def test_a_huggingface_directory_reads_whatever_its_name_and_its_folders(tmp_path):
+    """A step in the name, or a folder called checkpoints, does not make a run of it."""
+    model = classifier()
+    save_weights(model, tmp_path / "step_00005000", "huggingface")
+    save_weights(model, tmp_path / "other", "huggingface")
+    (tmp_path / "other" / "checkpoints").mkdir()
+    for name in ("step_00005000", "other"):
+        weights = read_weights(tmp_path / name)
+        assert weights.format == "huggingface"
+        assert_same(state_of(model), dict(weights))
+    (tmp_path / "step_00000007").mkdir()
+    with pytest.raises(ConfigError, match="step_00000007 is a directory without weights: .* nor a complete checkpoint"):
+        read_weights(tmp_path / "step_00000007")

@@ -9,7 +9,9 @@ import pickle
 import re
 import sys
 import types
-from collections import deque
+import uuid
+import zipfile
+from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from weights_samples import SMALL, assert_same, classifier, state_of, with_offic
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.weights import load_weights, read_weights, save_weights
+from swinv2_train.weights.files import open_weights
 
 
 class Payload:
@@ -65,6 +68,30 @@ def test_a_bare_pickle_and_a_call_of_eval_are_refused(tmp_path):
     torch.save({"model": Evil()}, tmp_path / "b.pth")
     with pytest.raises(ConfigError, match="refused, .* asks for eval"):
         read_weights(tmp_path / "b.pth")
+
+
+def test_what_is_no_tensor_is_refused_without_being_called_a_danger(tmp_path):
+    torch.save({"model": state_of(classifier()), "id": uuid.uuid4()}, tmp_path / "a.pth")
+    with pytest.raises(
+        ConfigError, match=r"it asks for uuid\.UUID, which is no tensor, and what is none may be a program; use a"
+    ):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_attributes_that_a_file_gives_its_objects_do_not_stand_for_methods(tmp_path):
+    """A pickle may set any attribute on a dictionary or a tensor; none of them may be called or looked up."""
+    state = state_of(classifier())
+    marked = state["norm.weight"].clone()
+    marked.detach, marked.clone = 5, 5
+    content = OrderedDict(model=OrderedDict({**state, "norm.weight": marked}))
+    for mapping in (content, content["model"]):
+        mapping.__dict__.update(get=5, keys=5, itemZ=5, __getitem__=5)
+    save(content, tmp_path / "a.pth", "legacy")
+    written = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(written.replace(b"itemZ", b"items"))  # with which it could not be saved
+    model = SwinTransformerV2(**SMALL)
+    load_weights(model, tmp_path / "a.pth")
+    assert_same(state, state_of(model))
 
 
 def test_names_that_are_let_in_stand_for_nothing(tmp_path):
@@ -139,8 +166,8 @@ def test_training_checkpoints_of_others_read_without_their_packages(tmp_path, fo
     assert_same(state, dict(read_weights(tmp_path / "a.pth")))
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict", "state_dict_ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("key", ["model", "state_dict", "state_dict_ema", "model_state_dict", "module", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod."])
 def test_containers_and_wrappers_come_off(tmp_path, key, prefix):
     state = state_of(classifier())
     torch.save({key: {prefix + name: value for name, value in state.items()}, "epoch": 1}, tmp_path / "a.pth")
@@ -156,6 +183,7 @@ def test_trained_weights_go_before_averaged_ones_and_the_report_says_so(tmp_path
     assert report.left_out == ("state_dict_ema.*",) and "1 left out: state_dict_ema.*" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_is_no_weight_file_gives_one_message_with_its_path(tmp_path):
     def refused(name, match, content=None):
         path = tmp_path / name
@@ -185,7 +213,16 @@ def test_what_is_no_weight_file_gives_one_message_with_its_path(tmp_path):
     torch.save({"model": {"epoch": 3}}, tmp_path / "number.pth")
     refused("number.pth", "'epoch' is int, not a tensor")
     torch.save({"model": {"x": torch.eye(3).to_sparse()}}, tmp_path / "sparse.pth")
-    refused("sparse.pth", "x is sparse or quantized")
+    refused("sparse.pth", "x is sparse, quantized or nested")
+    torch.save({"model": {"x": torch.nested.nested_tensor([torch.ones(2)])}}, tmp_path / "nested.pth")
+    refused("nested.pth", "x is sparse, quantized or nested")
+    torch.save({"model": {"x": torch.ones(2, device="meta")}}, tmp_path / "meta.pth")
+    refused("meta.pth", "x is on the meta device and has no values")
+    torch.save({1: torch.ones(2), "1": torch.ones(2)}, tmp_path / "numbered.pth")
+    refused("numbered.pth", "1 is no name of a tensor")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(state_of(classifier()), protocol=4))
+    refused("pickle.pth", r"cannot be read as weights \(Unsupported operand [0-9]+\); fetch it again$")
+    refused("x" * 5000, r"cannot be read \(File name too long\)")
     save_file({n: v.to(torch.float8_e4m3fn) for n, v in state_of(classifier()).items()}, tmp_path / "f8.safetensors")
     refused("f8.safetensors", "is F8_E4M3; save it as float32")
     state = state_of(classifier())
@@ -210,6 +247,41 @@ def test_a_truncated_file_is_refused_before_anything_changes(tmp_path, name, sha
     assert_same(before, state_of(model))
 
 
+def test_an_archive_that_somebody_compressed_reads_as_torch_reads_it(tmp_path):
+    """Mapped, its bytes would be taken for numbers."""
+    state = state_of(classifier())
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as plain,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "b.pth").stat().st_size < (tmp_path / "a.pth").stat().st_size
+    assert_same(state, dict(read_weights(tmp_path / "b.pth")))
+
+
+def test_an_archive_whose_list_is_damaged_gives_the_same_weights_or_none(tmp_path):
+    """Every bit of what the list says of two tensors, flipped: mapped records are not looked at by torch itself."""
+    state, path = {"a": torch.arange(40.0), "b": -torch.arange(40.0)}, tmp_path / "a.pth"
+    torch.save(state, path)
+    whole = path.read_bytes()
+    refused = 0
+    for record in (b"a/data/0", b"a/data/1"):
+        name = whole.rindex(record)  # the list is at the end of the file, and a record of it 46 bytes before its name
+        for bit in range(8 * (name - 46), 8 * (name + len(record))):
+            damaged = bytearray(whole)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            try:
+                entries = open_weights(path).entries
+            except ConfigError:
+                refused += 1
+                continue
+            assert_same(state, {name: entry.read() for name, entry in entries.items()})
+    assert refused > 400  # of 864: the others are dates, versions and the like, which mean nothing here
+
+
 def test_an_index_must_name_files_that_are_there_and_hold_what_it_says(tmp_path):
     state = state_of(classifier())
     index = tmp_path / "model.safetensors.index.json"
@@ -231,9 +303,17 @@ def test_an_index_must_name_files_that_are_there_and_hold_what_it_says(tmp_path)
     write({**dict.fromkeys(state, "one.safetensors"), "more.weight": "one.safetensors"})
     with pytest.raises(ConfigError, match=r"one\.safetensors does not hold more\.weight, which it lists"):
         read_weights(tmp_path)
-    index.write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read as an index"):
-        read_weights(tmp_path)
+    for content, match in (
+        ("{", "cannot be read as an index"),
+        ("[" * 200000, "cannot be read as an index"),
+        ('{"weight_map": {"a": ["x"]}}', "weight_map does not give a file for each tensor"),
+        ('{"weight_map": {"a": {"b": 1}}}', "weight_map does not give a file for each tensor"),
+        ('{"weight_map": []}', "weight_map does not give a file for each tensor"),
+        ('{"weight_map": {}}', "weight_map lists no tensors"),
+    ):
+        index.write_text(content)
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(index))}: .*{match}.*; fetch it again$"):
+            read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])

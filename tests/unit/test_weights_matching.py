@@ -51,6 +51,19 @@ def test_rows_of_a_larger_head_are_gathered_by_an_index_file(tmp_path):
         load_weights(model, tmp_path / "headless.safetensors", head=rows)
 
 
+@pytest.mark.parametrize(
+    "head", ["frehs", "", "map.txt", None, 5, b"load", [0, 1, 2, 3, 4, 5, 6.0], [True] * 7, ["0"] * 7]
+)
+def test_a_head_that_means_nothing_is_refused_before_anything_changes(tmp_path, head):
+    """A mistyped word would otherwise load the file's head."""
+    save_weights(classifier(), tmp_path / "a.safetensors", "microsoft")
+    model = SwinTransformerV2(**SMALL)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"head \(.*\) must be one of load, auto, fresh, .* or the Path of a file"):
+        load_weights(model, tmp_path / "a.safetensors", head=head)
+    assert_same(before, state_of(model))
+
+
 def test_heads_are_loaded_kept_fresh_or_left_out_as_told(tmp_path):
     save_weights(classifier(), tmp_path / "a.safetensors", "microsoft")
     source = state_of(classifier())
@@ -142,7 +155,11 @@ def test_not_strict_reports_what_strict_refuses_but_never_a_shape(tmp_path):
     with pytest.raises(ConfigError, match=r"does not fit the model: 1 missing: norm\.bias; 1 unexpected: .*qkv\.bias"):
         load_weights(model, tmp_path / "a.safetensors", head="auto")  # the backbone is spoken of before the head
     save_file({**state, "norm.bias": torch.zeros(64)}, tmp_path / "b.safetensors")
-    with pytest.raises(ConfigError, match=r"has no head \(head\.bias\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lacks a part of the head \(head\.bias\); head=fresh starts with a new one, strict=False loads the rest "
+        r"and keeps the model's head\.bias$",
+    ):
         load_weights(model, tmp_path / "b.safetensors", head="auto")
     report = load_weights(model, tmp_path / "a.safetensors", strict=False)
     assert isinstance(report, LoadReport)
@@ -154,8 +171,10 @@ def test_not_strict_reports_what_strict_refuses_but_never_a_shape(tmp_path):
         "1 not in this model: layers.0.blocks.0.attn.qkv.bias",
     ]
     save_file({**state, "norm.weight": torch.zeros(65)}, tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match=r"norm\.weight is \(65,\), the model has \(64,\)"):
-        load_weights(model, tmp_path / "a.safetensors", strict=False)
+    for strict in (True, False):
+        with pytest.raises(ConfigError, match=r"norm\.weight is \(65,\), the model has \(64,\)") as caught:
+            load_weights(model, tmp_path / "a.safetensors", strict=strict)
+        assert "strict=False" not in str(caught.value), "it would not help"
 
 
 def test_a_file_of_which_nothing_fits_is_refused_even_when_not_strict(tmp_path):

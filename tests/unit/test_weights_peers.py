@@ -13,7 +13,7 @@ from weights_samples import SMALL, assert_same, classifier, randomise, simmim, s
 
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2
-from swinv2_train.weights import Preprocessing, load_weights, read_weights, save_weights
+from swinv2_train.weights import Preprocessing, load_weights, read_weights, save_weights, trained_windows
 
 
 def images(size: tuple[int, int] = (64, 64)) -> torch.Tensor:
@@ -51,6 +51,53 @@ def test_a_classifier_that_transformers_saved_gives_the_same_logits(tmp_path, pr
     )
     with torch.no_grad():
         close(model(images()), theirs(images()).logits)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"pretrained_window_sizes": [3, 0, 2, 0]},
+        {"window_size": 16},  # clamped from the third stage on
+        {"depths": [1, 1], "num_heads": [1, 2], "pretrained_window_sizes": [0, 5]},
+    ],
+)
+def test_the_windows_of_a_huggingface_directory_are_those_that_transformers_normalises_by(tmp_path, overrides):
+    import transformers
+
+    small = {"image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
+    theirs = transformers.Swinv2Model(transformers.Swinv2Config(**{**small, **overrides}))
+    theirs.save_pretrained(tmp_path)
+    windows = trained_windows(tmp_path)
+    assert windows == trained_windows(tmp_path / "model.safetensors")
+    for stage, (rows, cols) in zip(theirs.encoder.layers, windows, strict=True):
+        attention = stage.blocks[0].attention.self
+        assert rows == cols
+        largest = 8 * (attention.window_size[0] - 1) / (rows - 1)  # arXiv:2111.09883 section 3.3, and the official 8
+        assert attention.relative_coords_table.max().item() == pytest.approx(np.log2(largest + 1) / 3, rel=1e-6)
+
+
+def test_our_own_huggingface_directory_tells_the_windows_and_nothing_else_does(tmp_path):
+    for name, overrides in {"a": {}, "b": {"pretrained_window_sizes": (3, 3, 3, 2)}, "c": {"window_size": 1}}.items():
+        model = classifier(**overrides)
+        save_weights(model, tmp_path / name, "huggingface")
+        assert trained_windows(str(tmp_path / name)) == model.pretrained_window_sizes
+    config = tmp_path / "a" / "config.json"
+    good = json.loads(config.read_text())
+    for change in (
+        {"model_type": "swin"}, {"window_size": None}, {"window_size": "8"}, {"window_size": True}, {"patch_size": 0},
+        {"image_size": [64]}, {"image_size": 8, "pretrained_window_sizes": [0] * 4}, {"depths": [2]}, {"depths": 5},
+        {"pretrained_window_sizes": [4, 4, 4, -1]}, {"pretrained_window_sizes": [4, 4, 4, 2.0]},
+        {"pretrained_window_sizes": None},
+    ):  # fmt: skip
+        config.write_text(json.dumps({**good, **change}))
+        assert trained_windows(config.parent) is None, change
+    for text in ("", "[]", "5", "{}", "[" * 200000, "\ud800"):
+        config.write_bytes(text.encode(errors="surrogatepass"))
+        assert trained_windows(config.parent) is None
+    save_weights(classifier(), tmp_path / "b" / "other.pth", "timm")  # which config.json does not describe
+    for path in (tmp_path / "b" / "other.pth", tmp_path / "absent", "x" * 5000, tmp_path):
+        assert trained_windows(path) is None
 
 
 def test_a_bare_model_gives_the_same_features(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import weakref
@@ -66,6 +68,44 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     assert left == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "new/folder/a.pth", "a", "new/folder/a"])
+def test_a_full_disk_leaves_nothing_and_the_same_command_works_again(tmp_path, name):
+    """A folder that was left would be refused as existing, and the message must name what the user named."""
+    model, path = classifier(), tmp_path / name
+    format = "microsoft" if path.suffix else "huggingface"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is then an OSError
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+        with pytest.raises(ConfigError, match=rf"^{path}(/model\.safetensors)?: cannot be written \(File too large\)"):
+            save_weights(model, path, format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
+    save_weights(model, path, format)
+    assert_same(state_of(model), dict(read_weights(path)))
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_other_files_and_other_writers_are_left_alone(tmp_path, name):
+    """Two exports to one name: the last one wins, whole."""
+    model, path = classifier(), tmp_path / name
+    for others in (".unfinished", ".staged.safetensors", ".staged.safetensors.unfinished"):
+        (tmp_path / f"{name}{others}").write_text("mine")
+    state = state_of(model)
+    entries = {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
+
+    def read_and_write():
+        save_weights(classifier(), path, "microsoft")  # another export, while this one is on its way
+        return state["norm.bias"]
+
+    entries["norm.bias"] = entries["norm.bias"]._replace(read=read_and_write)
+    save_weights(model, path, "microsoft", weights=LazyTensors(entries))
+    assert_same(state, dict(read_weights(path)))
+    assert [file.read_text() for file in sorted(tmp_path.iterdir()) if file != path] == ["mine"] * 3
+
+
 @pytest.mark.parametrize("format", ["microsoft", "timm", "huggingface"])
 def test_a_file_may_be_replaced_by_what_is_read_from_it(tmp_path, format):
     """Reading is lazy, so the source must last until the export is complete."""
@@ -81,10 +121,21 @@ def test_a_model_without_memory_tells_the_sizes_and_the_weights_come_from_elsewh
     with torch.device("meta"):
         shell = SwinTransformerV2(**{**SMALL, "num_classes": 7 if make is classifier else 0})
         shell = shell if make is classifier else SimMIM(shell)
-    for format in ("microsoft", "huggingface"):
-        save_weights(model, tmp_path / f"{format}_a", format)
-        save_weights(shell, tmp_path / f"{format}_b", format, weights=state_of(model))
-        assert_same(dict(read_weights(tmp_path / f"{format}_a")), dict(read_weights(tmp_path / f"{format}_b")))
+    for format, suffix in (("microsoft", ".pth"), ("microsoft", ".safetensors"), ("huggingface", "")):
+        ours, theirs = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+        save_weights(model, ours, format)
+        save_weights(shell, theirs, format, weights=state_of(model))
+        assert_same(dict(read_weights(ours)), dict(read_weights(theirs)))
+        with pytest.raises(ValueError, match=r"is on the meta device .* give them: weights="):
+            save_weights(shell, tmp_path / f"c{suffix}", format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a",
+        "a.pth",
+        "a.safetensors",
+        "b",
+        "b.pth",
+        "b.safetensors",
+    ]
 
 
 def test_a_simmim_encoder_is_written_alone_for_timm(tmp_path):
@@ -148,9 +199,21 @@ def test_more_refusals_of_exports(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="is a file; format=huggingface writes a directory"):
         save_weights(model, tmp_path / "file", "huggingface")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        save_weights(model, tmp_path / "file" / "below.safetensors", "timm")
+    for name, format in (("below.safetensors", "timm"), ("below.pth", "timm"), ("below", "huggingface")):
+        with pytest.raises(ConfigError, match=rf"{name}.*: cannot be written \(.*\); choose another path"):
+            save_weights(model, tmp_path / "file" / name, format)
+    for name, format in (("x" * 5000 + ".pth", "timm"), ("x" * 5000, "huggingface")):
+        with pytest.raises(ConfigError, match=r"cannot be written \(File name too long\)"):
+            save_weights(model, tmp_path / name, format)
     assert (tmp_path / "file").read_text() == "mine"
+    for name in ("a", "a.ckpt", "a.pth.tar", "a.safetensor"):
+        with pytest.raises(
+            ConfigError, match=rf"{name}: format=timm writes a file that ends in one of \.safetensors, "
+        ):
+            save_weights(model, tmp_path / name, "timm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "file"]
+    (path,) = save_weights(model, tmp_path / "A.PTH", "microsoft")
+    assert_same(torch.load(path, weights_only=True)["model"], state)
 
 
 def test_a_huggingface_export_names_its_classes_and_its_crop(tmp_path):
