@@ -41,7 +41,7 @@ from swinv2_train.runtime import (
 )
 from swinv2_train.schedule import total_steps, warmup_steps
 from swinv2_train.tasks import Task, build_model, build_task
-from swinv2_train.weights import Head, match_weights, read_weights
+from swinv2_train.weights import Head, match_weights, read_weights, trained_windows
 
 
 def train(config: Config) -> int:
@@ -243,16 +243,19 @@ def initial_weights(config: Config, module: nn.Module, world: World) -> Initial 
 
 
 def other_windows(config: Config, module: nn.Module) -> list[str]:
-    """A warning where task.init_from is a run whose position bias belongs to other windows than this model assumes."""
+    """A warning where the position bias of task.init_from belongs to other windows than this model assumes.
+
+    Known of our own runs and of Hugging Face directories; other files do not tell.
+    """
     source = Path(str(config.task.init_from))
+    theirs = trained_windows(source)
     runs = [folder for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
-    if not runs:
-        return []
-    with torch.device("meta"):
-        theirs = build_model(read_run(runs[0]).model, num_classes=0).pretrained_window_sizes
+    if runs:
+        with torch.device("meta"):
+            theirs = build_model(read_run(runs[0]).model, num_classes=0).pretrained_window_sizes
     encoder = module.encoder if isinstance(module, SimMIM) else module
     assert isinstance(encoder, SwinTransformerV2)
-    if theirs == encoder.pretrained_window_sizes:
+    if theirs is None or theirs == encoder.pretrained_window_sizes:
         return []
     value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for rows, cols in theirs)
     return [

@@ -213,11 +213,16 @@ def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settin
     """Fine-tuning at another window without pretrained_window_sizes would change what the bias means, unseen."""
     source = settings("train.max_steps=1", f"run_dir={tmp_path / 'source'}", task="simmim")
     assert run_alone(source) == EXIT_DONE
-    larger = ("model.img_size=32", "model.window_size=4", f"task.init_from={tmp_path / 'source'}")
-    for overrides, warned in ((larger, True), ((*larger, "model.pretrained_window_sizes=[2,2]"), False)):
-        config = settings(*overrides)
+    model = build_task(settings(), CPU).module
+    save_weights(model, tmp_path / "hf", "huggingface")
+    save_weights(model, tmp_path / "bare.pth", "microsoft")
+    larger = ("model.img_size=32", "model.window_size=4")
+    right = "model.pretrained_window_sizes=[2,2]"
+    cases = [(name, (*larger, *more), not more) for name in ("source", "hf") for more in ((), (right,))]
+    for name, overrides, warned in [*cases, ("bare.pth", larger, False)]:
+        config = settings(*overrides, f"task.init_from={tmp_path / name}")
         initial = train.initial_weights(config, build_task(config, CPU).module, World(0, 0, 1, 1, CPU))
-        assert ("model.pretrained_window_sizes=[2,2] keeps its meaning" in initial.report) is warned
+        assert (f"{right} keeps its meaning" in initial.report) is warned, (name, overrides)
 
 
 # --------------------------------------------------------------------------------------------------------------------
