@@ -26,10 +26,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.command_line import compose_overrides, guarded
+from swinv2_train.command_line import compose_overrides, guarded, read_run
 from swinv2_train.config import TASKS
 from swinv2_train.console import duration_text
-from swinv2_train.gate import known_keys, read_config
+from swinv2_train.gate import known_keys
 from swinv2_train.log import read_metrics
 from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def precision_for(run_dir: Path) -> str:
     """bf16, or fp32 on a CPU whose bf16 would turn minutes into hours; what a run was begun with, it goes on with."""
     if (run_dir / "config.yaml").exists():
-        return read_config(run_dir / "config.yaml").engine.precision
+        return read_run(run_dir).engine.precision
     if torch.cuda.device_count() >= PROCESSES:
         return "bf16"
     ratio = matmul_sec(torch.bfloat16) / matmul_sec(torch.float32)

@@ -341,10 +341,14 @@ def _same(batch: Any) -> Any:
     return batch
 
 
+_ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
 def _init_worker(worker: int) -> None:
     """Ctrl-C and the scheduler's signals reach the whole process group; the training process alone answers them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _ANSWERED_BY_MAIN:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_MAIN)
 
 
 class _Workers:
@@ -374,7 +378,11 @@ class _Workers:
                     pin_memory=torch.cuda.is_available(),
                     generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from
                 )
-            results = iter(self._running["loader"])
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED_BY_MAIN)  # a new worker ignores them too late
+            try:
+                results = iter(self._running["loader"])
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for result in results:
             if isinstance(result, ConfigError):
                 self.close()

@@ -32,14 +32,14 @@ class TableCache:
 
     def get(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
         """The table of this key, built where it is not kept.  Nobody may write into it."""
-        if is_traced():
-            return build()
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)
                 return self._tables[key]
         with torch.inference_mode(False):  # or a table made under inference mode would spoil later training
             table = build()
+        if type(table) is not Tensor or torch._C._get_tracing_state() is not None:
+            return table  # a fake or traced tensor is of no use to anybody else
         with self._lock:
             if table.nbytes <= self.max_bytes and key not in self._tables:
                 self._tables[key] = table
@@ -47,12 +47,6 @@ class TableCache:
             while self.nbytes > self.max_bytes or len(self._tables) > self.max_entries:
                 self.nbytes -= self._tables.popitem(last=False)[1].nbytes
         return table
-
-
-def is_traced() -> bool:
-    """Whether tensors made now belong to a trace, an export or a fake mode, and are of no use to anybody else."""
-    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return bool(modes) or torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
 TABLES = TableCache(max_bytes=256 * 2**20, max_entries=256)
