@@ -74,6 +74,14 @@ def centre_crop(
     factors = (size[0] / crop_pct / height, size[1] / crop_pct / width)
     vertical, horizontal = factors if squash else (max(factors), max(factors))
     resized = (max(round(height * vertical), size[0]), max(round(width * horizontal), size[1]))
-    image = resize(image, resized, interpolation)
-    top, left = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
+    if max(resized) > 16 * max(size):  # a strip: nearly all of what would be resized, gigabytes, would be cut off
+        kept = [min(n, math.ceil(s / crop_pct / vertical) + 8) for n, s in zip((height, width), size, strict=True)]
+        image = _centre(image, (kept[0], kept[1]))
+        return centre_crop(image, size, crop_pct, interpolation)
+    return _centre(resize(image, resized, interpolation), size)
+
+
+def _centre(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(3, H, W) -> (3, *size)"""
+    top, left = round((image.shape[-2] - size[0]) / 2), round((image.shape[-1] - size[1]) / 2)
     return image[:, top : top + size[0], left : left + size[1]]

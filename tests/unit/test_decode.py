@@ -234,3 +234,25 @@ def test_centre_crop_resizes_the_shorter_side_then_cuts_the_centre():
     left = round((resized.width - 56) / 2)
     assert np.abs(ours - np.asarray(resized.crop((left, 4, left + 56, 60)))).max() <= 2
     assert centre_crop(torch.zeros(3, 30, 90, dtype=torch.uint8), (32, 48), 1.0, "bilinear").shape == (3, 32, 48)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (2, 3_000)])
+def test_a_strip_is_cropped_without_being_resized_whole(shape, monkeypatch):
+    """One pixel by 20,000 would be 224 x 4,480,000 on the way; what is kept is the same as of its middle alone."""
+    from swinv2_train.data import crop
+
+    largest = [0]
+    plain = crop.resize
+
+    def watched(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+        largest[0] = max(largest[0], size[0] * size[1])
+        return plain(image, size, interpolation)
+
+    monkeypatch.setattr(crop, "resize", watched)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator)
+    ours = centre_crop(image, (224, 224), 0.875, "bicubic")
+    assert ours.shape == (3, 224, 224) and largest[0] < 4e6
+    middle = [slice(max(0, (n - 60) // 2), (n + 60) // 2) for n in shape]
+    other = centre_crop(image[:, middle[0], middle[1]], (224, 224), 0.875, "bicubic")
+    assert (ours.int() - other.int()).abs().max() <= 1
