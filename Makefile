@@ -31,7 +31,7 @@ test: setup  ## the whole test suite
 	$(PYTEST)
 
 test-fast: setup  ## the quick part of the tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" -n auto
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from swinv2_train.data.shards import write_shards
 from swinv2_train.log import read_metrics
 
 GLOBAL_BATCH = 24  # divides by 1, 2, 3 and 4 ranks
-STEPS_PER_KILL = 150
+STEPS_PER_KILL = 60
 KINDS = ("SIGKILL all", "SIGKILL one", "SIGTERM", "SIGINT twice")
 MODEL = (
     "experiment=cifar10_simmim", "model.embed_dim=16", "model.depths=[1,1]", "model.num_heads=[1,2]", "optim.lr=1e-4",

@@ -135,3 +135,25 @@ def test_decoder_belongs_to_the_last_layer_and_groups_carry_their_scale():
 def test_layer_decay_without_layers_is_rejected():
     with pytest.raises(ConfigError, match=r"optim\.layer_decay \(0\.9\) needs parameters named layers\.I\.blocks\.J"):
         build_param_groups(nn.Linear(3, 3), config(no_decay=("1d",), layer_decay=0.9))
+
+
+def test_the_official_pretraining_rule_of_decaying_position_bias_and_logit_scale_is_a_setting_and_not_the_default():
+    """The official SimMIM code means to spare both, but its patterns never match behind 'encoder.'."""
+    from configs import make_config
+
+    from swinv2_train.models import SimMIM, SwinTransformerV2
+
+    encoder = SwinTransformerV2(
+        img_size=32, num_classes=0, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4,
+        pretrained_window_sizes=(0, 0),
+    )  # fmt: skip
+    module = SimMIM(encoder, encoder_stride=8)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+
+    def decayed(**optim) -> set[str]:
+        groups = build_param_groups(module, make_config(optim=optim).optim)
+        return {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+
+    spared = {name for name in names.values() if "cpb_mlp" in name and name.endswith("weight") or "logit_scale" in name}
+    assert len(spared) == 2 * 3 and not spared & decayed()
+    assert decayed(no_decay=["1d", ".bias", "mask_token"]) == decayed() | spared
