@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import hydra
 import yaml
@@ -24,8 +24,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config import TASKS, Config, ConfigError
-from swinv2_train.gate import known_keys, load_config, one_line, unknown_key
+from swinv2_train.gate import config_yaml, known_keys, load_config, one_line, unknown_key
 from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+
+T = TypeVar("T")
 
 
 def conf_dir() -> Path:
@@ -44,6 +46,29 @@ def run_command(run: Callable[[Config], int]) -> None:
     def command() -> int:
         config = compose_argv()
         return EXIT_DONE if config is None else run(config)
+
+    sys.exit(guarded(command))
+
+
+def run_on_weights(
+    usage: str, parse: Callable[[list[str]], tuple[Config, T]], run: Callable[[Config, T], object]
+) -> None:
+    """Exit with the code of a command on existing weights, whose keys parse splits from the configuration's.
+
+    ``--help`` prints usage, ``--cfg job`` the configuration.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        sys.exit(EXIT_DONE)
+
+    def command() -> int:
+        config, request = parse([argument for argument in arguments if argument not in ("--cfg", "job")])
+        if "--cfg" in arguments:
+            print(config_yaml(config), end="")
+        else:
+            run(config, request)
+        return EXIT_DONE
 
     sys.exit(guarded(command))
 

@@ -24,7 +24,7 @@ import torch
 
 from swinv2_train import loop
 from swinv2_train.checkpoint import find_checkpoint
-from swinv2_train.command_line import compose_source, guarded
+from swinv2_train.command_line import compose_source, run_on_weights
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
 from swinv2_train.data.cache import shard_cache
 from swinv2_train.data.labels import Answers, answered, read_answers
@@ -32,16 +32,15 @@ from swinv2_train.data.loader import EvalLoader, check_classes
 from swinv2_train.data.shards import Manifest, open_manifest
 from swinv2_train.distributed import World, all_reduce_sum, init_distributed, raise_together, shutdown_distributed
 from swinv2_train.engine.local import to_device
-from swinv2_train.gate import SPLITS, config_yaml
+from swinv2_train.gate import SPLITS
 from swinv2_train.metrics import Confusion, ConfusionCounter
 from swinv2_train.pictures import confusion_map
-from swinv2_train.runtime import EXIT_DONE, replace_text, set_threads
+from swinv2_train.runtime import replace_text, set_threads
 from swinv2_train.tasks import Forward, Task, build_task
 from swinv2_train.tasks.classify import ClassifyTask
 from swinv2_train.train import on_main
 from swinv2_train.weights import LoadReport, load_weights
 
-USAGE = __doc__
 OWN_KEYS = ("checkpoint", "weights", "format", "out", "crop_pcts")
 WORST_CLASSES = 5
 
@@ -303,20 +302,7 @@ def parse(arguments: list[str]) -> tuple[Config, Request]:
 
 def main() -> None:
     """The console script swinv2-evaluate."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        sys.exit(EXIT_DONE)
-
-    def command() -> int:
-        config, request = parse([a for a in arguments if a not in ("--cfg", "job")])
-        if "--cfg" in arguments:
-            print(config_yaml(config), end="")
-        else:
-            evaluate(config, request)
-        return EXIT_DONE
-
-    sys.exit(guarded(command))
+    run_on_weights(__doc__, parse, evaluate)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from swinv2_train.command_line import compose_source, guarded
+from swinv2_train.command_line import compose_source, run_on_weights
 from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.models import SimMIM, SwinTransformerV2
-from swinv2_train.runtime import EXIT_DONE
 from swinv2_train.tasks import build_task
 from swinv2_train.weights import WRITTEN_FORMATS, Preprocessing, match_weights, read_weights, save_weights
-
-USAGE = __doc__
 
 
 @dataclass(frozen=True)
@@ -95,16 +91,7 @@ def parse(arguments: list[str]) -> tuple[Config, Request]:
 
 def main() -> None:
     """The console script swinv2-export."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        sys.exit(EXIT_DONE)
-
-    def command() -> int:
-        export(*parse(arguments))
-        return EXIT_DONE
-
-    sys.exit(guarded(command))
+    run_on_weights(__doc__, parse, export)
 
 
 if __name__ == "__main__":

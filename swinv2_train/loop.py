@@ -100,6 +100,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
                 raise
             run.log.say(f"warning: {bad}; train.on_bad_step={train.on_bad_step}")
             if train.on_bad_step == "rollback":
+                records.close()
                 go_back(run, bad)
                 records, batches = open_records(run), iter(run.train_loader)
                 continue
@@ -131,6 +132,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
             if due(run.step, train.checkpoint_every_steps) or last or score is not None:
                 save(run, score)
     finish_saving(run)
+    records.close()
     run.train_loader.close()
     if run.eval_loader is not None:
         run.eval_loader.close()
@@ -322,6 +324,12 @@ class Records:
             for batch in micro_batches:
                 for problem in batch.get("problems", ()):
                     self.bad_samples.write(step, **problem)
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        for record in (self.keys, self.bad_samples):
+            if record is not None:
+                record.close()
 
 
 def open_records(run: Run) -> Records:

@@ -138,3 +138,14 @@ def test_wrong_input_is_one_message_and_writes_nothing(arguments, message, tmp_p
 
     assert re.search(message, error) and error.count("\n") == 1, error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_cfg_prints_the_configuration_and_help_the_usage(tmp_path, monkeypatch, capsys):
+    """As the train and evaluate commands do; nothing is written."""
+    for argument, expected in (("--cfg", "embed_dim: 8"), ("--help", "format=huggingface out=DIR")):
+        out = tmp_path / "x.pth"
+        arguments = ["weights=w.pth", "format=timm", f"out={out}", *CLASSIFY, *MODEL, argument, "job"]
+        monkeypatch.setattr(sys, "argv", ["export", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            export.main()
+        assert stopped.value.code == EXIT_DONE and expected in capsys.readouterr().out and not out.exists()
