@@ -5,12 +5,22 @@ After the gate nothing is assigned to: derived numbers are functions.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class ConfigError(ValueError):
     """The user's input is wrong; the message names the key, the value and the remedy."""
+
+
+PIPE = "pipe:"
+"""Begins a part of data.shards that is a shell command which prints a shard."""
+
+
+def is_pipe(pattern: str) -> bool:
+    """True when a part of a shard pattern is a command."""
+    return any(part.startswith(PIPE) for part in pattern.split("::"))
 
 
 @dataclass
@@ -74,7 +84,13 @@ class ModelConfig:
     extra_norm_period: int | None
     """A LayerNorm on the main branch after every so many blocks; 0 = none, null = the size's own (huge, giant: 6)."""
     recompute: str
-    """Activation checkpointing: none, blocks (recompute each) or offload (fairscale: block inputs in CPU memory)."""
+    """Activation checkpointing: none, blocks, stages:I-J, attention or every:K; then @PLACE (docs/model.md)."""
+    sequential_stages: list[int]
+    """Stages, from 1, that attend in a chunk of windows at a time (arXiv:2111.09883 section 3.5: [1, 2]); [] = none."""
+    attention_chunk_windows: int | None
+    """Windows of the whole micro-batch in one chunk; null = as many as attention_chunk_mib allows."""
+    attention_chunk_mib: float
+    """MiB for one chunk's tensors of tokens x tokens (models/sequential.py says which); one window always fits."""
 
 
 @dataclass
@@ -120,7 +136,7 @@ class EvalSplitConfig:
 @dataclass
 class DataConfig:
     shards: str
-    """Training shards: a path or address (https://, s3://) with {00..11} braces or * wildcards; several joined by ::"""
+    """Training shards: path or address (https://, s3://) with {00..11} braces or *, or pipe:COMMAND; :: joins parts"""
     eval_shards: str | None
     """Evaluation shards, in the same notation; null = no evaluation."""
     eval_splits: dict[str, EvalSplitConfig]
@@ -133,6 +149,8 @@ class DataConfig:
     """Streams into which an epoch is cut; ranks read whole lanes."""
     window_shards: int
     """Shards that are shuffled together in one lane."""
+    shuffle_buffer_images: int
+    """Undecoded images that each loader process of a pipe mixes; other shards are mixed by lanes and window_shards."""
     crop_scale: list[float]
     """Share of the image's area that a random crop covers: [low, high]."""
     crop_ratio: list[float]
@@ -215,16 +233,24 @@ class EngineConfig:
     """0, 1, 2 or 3 (DeepSpeed)."""
     precision: str
     """fp32, or bf16 weights with fp32 masters and fp32 gradient accumulation."""
+    optimizer_states: str
+    """fp32 masters and averages, or bf16 (ZeRO 2 and 3 with precision=bf16): 6 bytes a parameter, and less exact."""
     offload_optimizer: str
-    """none or cpu: where the optimizer's state lives (ZeRO 1 to 3)."""
-    reduce_bucket_size: int
-    """Elements that are reduced together."""
-    prefetch_bucket_size: int
+    """Where masters and averages live and AdamW runs: none (the accelerator), cpu (ZeRO 1 to 3) or nvme (ZeRO-3)."""
+    offload_param: str
+    """ZeRO-3: where a rank's share of the weights lives between uses: none (the accelerator), cpu or nvme."""
+    nvme_dir: str | None
+    """Folder on a fast local disk for what is offloaded to nvme; each run's ranks make their own files below it."""
+    reduce_bucket_size: int | None
+    """Elements that are reduced together; null = by the model's layers (engine/buckets.py), as the four below."""
+    prefetch_bucket_size: int | None
     """ZeRO-3: elements gathered ahead of their use."""
-    persistence_threshold: int
-    """ZeRO-3: parameters smaller than this many elements stay gathered."""
-    max_reuse_distance: int
+    persistence_threshold: int | None
+    """ZeRO-3: parameters of at most so many elements stay gathered."""
+    max_reuse_distance: int | None
     """ZeRO-3: a parameter used again within this many elements stays gathered."""
+    max_live_parameters: int | None
+    """ZeRO-3: no more is gathered ahead while so many elements are gathered."""
     overlap_comm: bool
     """Overlap the gradient reduction with the backward pass."""
     deepspeed_overrides: dict[str, Any]
@@ -254,6 +280,54 @@ class RuntimeConfig:
 
 
 @dataclass
+class HardwareConfig:
+    name: str
+    """What the plan calls it."""
+    device: str | None
+    """cuda or cpu; null, here and below = as this machine is found to be."""
+    memory_gib: float | None
+    """Memory of one accelerator as torch reports it; of a CPU, what its ranks share."""
+    reserved_gib: float | None
+    """Of it, what never holds a tensor: CUDA's context, libraries' workspaces, NCCL's buffers, lost fragments."""
+    tflops_bf16: float | None
+    """Dense peak of matrix products with fp32 accumulation."""
+    tflops_fp32: float | None
+    """The same in fp32, as torch computes it by default (without TF32)."""
+    matmul_efficiency: float | None
+    """Share of the peak that this model's products reach."""
+    memory_gb_per_sec: float | None
+    """Bandwidth of the accelerator's memory, peak."""
+    memory_efficiency: float | None
+    """Share of that bandwidth that elementwise operations reach."""
+    op_overhead_us: float | None
+    """Microseconds of host time to start one operation; small models wait for it."""
+    gpus_per_node: int | None
+    """Ranks that share the fast fabric."""
+    intra_node_gb_per_sec: float | None
+    """What one rank sends inside a node while all do, one way."""
+    inter_node_gb_per_sec: float | None
+    """What one rank sends between nodes while all do, one way."""
+    host_gb_per_sec: float | None
+    """Between one accelerator and CPU memory, one way."""
+    storage_gb_per_sec: float | None
+    """What all ranks together write to the run directory."""
+
+
+@dataclass
+class PlanConfig:
+    num_gpus: int | None
+    """Ranks to plan for; null = those of the launcher, else one node's."""
+    num_images: int | None
+    """Images of the training shards, for the length of the run; null = what their manifest says, where there is one."""
+    margin: float
+    """Share of the memory that must stay free."""
+    recommend: bool
+    """Search for the fastest setting that fits (--recommend)."""
+    picture: str | None
+    """PNG file to draw: where the bytes go over a step."""
+
+
+@dataclass
 class Config:
     seed: int
     """Seed of everything random."""
@@ -267,12 +341,64 @@ class Config:
     engine: EngineConfig
     log: LogConfig
     runtime: RuntimeConfig
+    hardware: HardwareConfig
+    """Used by the planner alone, here and in the train command's warning at its start."""
+    plan: PlanConfig
 
 
 SCORES = {"simmim": ("val/loss",), "classify": ("val/loss", "val/top1", "val/top5")}
 """What each task measures on the evaluation shards."""
 
 TASKS: dict[str, type[TaskConfig]] = {"simmim": SimMIMConfig, "classify": ClassifyConfig}
+
+
+RECOMPUTE_PLACES = ("stay", "cpu", "fairscale", "partitioned")
+
+
+class Recompute(NamedTuple):
+    """What model.recompute says."""
+
+    part: str | None
+    """blocks or attention; None = nothing is computed again."""
+    stages: tuple[int, int] | None
+    """First and last stage, from 1, whose blocks are; None = all."""
+    keep_every: int | None
+    """Every so many-th block keeps its activations all the same."""
+    place: str
+    """Where the saved inputs wait: stay (as they are), cpu, fairscale (cpu too) or partitioned (DeepSpeed)."""
+
+
+def parse_recompute(text: str, num_stages: int) -> Recompute:
+    """The one reader of model.recompute: WHAT or WHAT@PLACE.  num_stages: of the model.
+
+    Raises ConfigError naming the key, the value and the remedy.
+    """
+    what, at, place = text.partition("@")
+    if text == "offload":
+        raise ConfigError("model.recompute (offload) is now spelled blocks@fairscale; or blocks@cpu, torch's own way")
+    if (at and place not in RECOMPUTE_PLACES) or (at and what == "none"):
+        raise ConfigError(
+            f"model.recompute ({text}): the saved inputs of a policy other than none go to one of "
+            f"{', '.join('@' + name for name in RECOMPUTE_PLACES)}"
+        )
+    place = place or "stay"
+    if what == "none":
+        return Recompute(None, None, None, place)
+    if what in ("blocks", "attention"):
+        return Recompute(what, None, None, place)
+    if match := re.fullmatch(r"every:(\d+)", what):
+        if int(match[1]) < 2:
+            raise ConfigError(f"model.recompute ({text}) would keep every block; set 2 or more, or none")
+        return Recompute("blocks", None, int(match[1]), place)
+    if match := re.fullmatch(r"stages:(\d+)(?:-(\d+))?", what):
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not 1 <= first <= last <= num_stages:
+            raise ConfigError(f"model.recompute ({text}): the model has the stages 1 to {num_stages}")
+        return Recompute("blocks", (first, last), None, place)
+    raise ConfigError(
+        f"model.recompute ({text}) is none of none, blocks, attention, stages:I-J (such as stages:1-2) and every:K "
+        "(every:3 keeps one block in 3)"
+    )
 
 
 def pair(key: str, value: Any) -> tuple[int, int]:

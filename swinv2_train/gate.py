@@ -26,7 +26,9 @@ from swinv2_train.config import (
     EvalSplitConfig,
     SimMIMConfig,
     TaskConfig,
+    is_pipe,
     pair,
+    parse_recompute,
 )
 
 SPLITS = "data.eval_splits."
@@ -161,8 +163,19 @@ def check_config(config: Config) -> None:
     _one_of("engine.name", config.engine.name, ("deepspeed", "local"))
     _one_of("engine.zero_stage", config.engine.zero_stage, (0, 1, 2, 3))
     _one_of("engine.precision", config.engine.precision, ("fp32", "bf16"))
-    _one_of("engine.offload_optimizer", config.engine.offload_optimizer, ("none", "cpu"))
-    _one_of("model.recompute", config.model.recompute, ("none", "blocks", "offload"))
+    _one_of("engine.optimizer_states", config.engine.optimizer_states, ("fp32", "bf16"))
+    _one_of("engine.offload_optimizer", config.engine.offload_optimizer, ("none", "cpu", "nvme"))
+    _one_of("engine.offload_param", config.engine.offload_param, ("none", "cpu", "nvme"))
+    num_stages = len(config.model.pretrained_window_sizes)
+    recompute = parse_recompute(config.model.recompute, num_stages)
+    if recompute.place == "partitioned" and config.engine.name != "deepspeed":
+        raise ConfigError(
+            f"model.recompute ({config.model.recompute}) needs engine.name=deepspeed, not {config.engine.name}; "
+            "set engine.name=deepspeed, or another place of the saved inputs"
+        )
+    for stage in config.model.sequential_stages:
+        _within("model.sequential_stages", stage, 1, num_stages)
+    _one_of("hardware.device", config.hardware.device, (None, "cuda", "cpu"))
     _one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rollback"))
     _one_of("optim.schedule.name", schedule.name, ("cosine", "linear", "multistep", "constant"))
     _one_of("train.loss_mean", train.loss_mean, ("local", "global"))
@@ -188,10 +201,13 @@ def check_config(config: Config) -> None:
         ("model.embed_dim", config.model.embed_dim, 1),
         ("model.extra_norm_period", config.model.extra_norm_period, 0),
         ("model.mlp_ratio", config.model.mlp_ratio, ABOVE_0),
+        ("model.attention_chunk_windows", config.model.attention_chunk_windows, 1),
+        ("model.attention_chunk_mib", config.model.attention_chunk_mib, ABOVE_0),
         ("data.num_workers", data.num_workers, 0),
         ("data.prefetch_batches", data.prefetch_batches, 1),
         ("data.lanes", data.lanes, 1),
         ("data.window_shards", data.window_shards, 1),
+        ("data.shuffle_buffer_images", data.shuffle_buffer_images, 1),
         ("data.cache_gib", data.cache_gib, ABOVE_0),
         ("data.fetch_ahead_shards", data.fetch_ahead_shards, 0),
         ("data.fetch_stall_sec", data.fetch_stall_sec, ABOVE_0),
@@ -209,6 +225,20 @@ def check_config(config: Config) -> None:
         ("engine.prefetch_bucket_size", config.engine.prefetch_bucket_size, 0),
         ("engine.persistence_threshold", config.engine.persistence_threshold, 0),
         ("engine.max_reuse_distance", config.engine.max_reuse_distance, 0),
+        ("engine.max_live_parameters", config.engine.max_live_parameters, 1),
+        ("hardware.memory_gib", config.hardware.memory_gib, ABOVE_0),
+        ("hardware.reserved_gib", config.hardware.reserved_gib, 0),
+        ("hardware.tflops_bf16", config.hardware.tflops_bf16, ABOVE_0),
+        ("hardware.tflops_fp32", config.hardware.tflops_fp32, ABOVE_0),
+        ("hardware.memory_gb_per_sec", config.hardware.memory_gb_per_sec, ABOVE_0),
+        ("hardware.op_overhead_us", config.hardware.op_overhead_us, 0),
+        ("hardware.gpus_per_node", config.hardware.gpus_per_node, 1),
+        ("hardware.intra_node_gb_per_sec", config.hardware.intra_node_gb_per_sec, ABOVE_0),
+        ("hardware.inter_node_gb_per_sec", config.hardware.inter_node_gb_per_sec, ABOVE_0),
+        ("hardware.host_gb_per_sec", config.hardware.host_gb_per_sec, ABOVE_0),
+        ("hardware.storage_gb_per_sec", config.hardware.storage_gb_per_sec, ABOVE_0),
+        ("plan.num_gpus", config.plan.num_gpus, 1),
+        ("plan.num_images", config.plan.num_images, 1),
         ("runtime.num_threads", config.runtime.num_threads, 1),
         ("runtime.stop_after_sec", config.runtime.stop_after_sec, ABOVE_0),
         ("runtime.process_group_timeout_sec", config.runtime.process_group_timeout_sec, 1),
@@ -218,10 +248,16 @@ def check_config(config: Config) -> None:
         _within(key, value, 0, 1)
     for key, value in (
         ("model.drop_path_rate", config.model.drop_path_rate),
+        ("plan.margin", config.plan.margin),
         *(("optim.betas", beta) for beta in optim.betas),
     ):
         _within(key, value, 0, BELOW_1)
-    for key, value in (("data.eval_crop_pct", data.eval_crop_pct), ("optim.layer_decay", optim.layer_decay)):
+    for key, value in (
+        ("data.eval_crop_pct", data.eval_crop_pct),
+        ("optim.layer_decay", optim.layer_decay),
+        ("hardware.matmul_efficiency", config.hardware.matmul_efficiency),
+        ("hardware.memory_efficiency", config.hardware.memory_efficiency),
+    ):
         _within(key, value, ABOVE_0, 1)
     for key, values in (
         ("model.depths", config.model.depths),
@@ -262,12 +298,32 @@ def check_config(config: Config) -> None:
     if isinstance(config.task, ClassifyConfig):
         _within("task.num_classes", config.task.num_classes, 1, math.inf)
         _within("task.label_smoothing", config.task.label_smoothing, 0, 1)
+    if is_pipe(data.shards):
+        _check_pipe(config)
+    if config.engine.optimizer_states == "bf16" and optim.betas[1] > 0.996:  # 1 - 2^-8, bf16's step
+        raise ConfigError(
+            f"optim.betas ({optim.betas}) with engine.optimizer_states (bf16): a bf16 average times {optim.betas[1]:g} "
+            "is rounded to what it was and never decays; set optim.betas=[0.9,0.99] or engine.optimizer_states=fp32"
+        )
     if train.keep_best is not None:
         _one_of("train.keep_best", train.keep_best, SCORES[config.task.name])
     if train.keep_best is not None and data.eval_shards is None:
         raise ConfigError(
             f"train.keep_best ({train.keep_best}) needs data.eval_shards; set it, or train.keep_best=null"
         )
+
+
+def _check_pipe(config: Config) -> None:
+    """Images that a command prints cannot be counted beforehand, so every length must be given in steps."""
+    for key, steps, epochs in (
+        ("train.max_steps", config.train.max_steps, "train.epochs"),
+        ("optim.schedule.warmup_steps", config.optim.schedule.warmup_steps, "optim.schedule.warmup_epochs"),
+    ):
+        if steps is None:
+            raise ConfigError(
+                f"{epochs} has no length where data.shards is a pipe ({config.data.shards}), whose images cannot be "
+                f"counted beforehand; set {key}"
+            )
 
 
 def _one_given(key: str, value: float | None, other: str, other_value: float | None) -> None:

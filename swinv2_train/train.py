@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from swinv2_train import loop
 from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint, verified_checkpoint
 from swinv2_train.command_line import read_run, run_command
-from swinv2_train.config import ClassifyConfig, Config, ConfigError
+from swinv2_train.config import ClassifyConfig, Config, ConfigError, is_pipe
 from swinv2_train.data.cache import shard_cache
-from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps, check_classes
+from swinv2_train.data.loader import EvalLoader, accumulation_steps, check_classes
 from swinv2_train.data.shards import Manifest, open_manifest
+from swinv2_train.data.stream import NOT_ELASTIC, Stream, build_train_loader, open_stream
 from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine, check_engine
+from swinv2_train.engine.recompute import recompute_warning
 from swinv2_train.gate import config_yaml
 from swinv2_train.lazy import LazyTensors
 from swinv2_train.log import Console, RunLog, open_console
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models.initial import without_values
 from swinv2_train.optim import build_param_groups
+from swinv2_train.planning.check import memory_warning
 from swinv2_train.report import write_report
 from swinv2_train.runtime import (
     EXIT_DONE,
@@ -41,7 +45,11 @@ from swinv2_train.runtime import (
 )
 from swinv2_train.schedule import total_steps, warmup_steps
 from swinv2_train.tasks import Task, build_model, build_task
+from swinv2_train.tasks.initial import InitialValues
 from swinv2_train.weights import Head, match_weights, read_weights, trained_windows
+
+MEMORY_KEYS = ("recompute", "sequential_stages", "attention_chunk_windows", "attention_chunk_mib")
+"""Keys of the model section that say how it is computed and change no weight."""
 
 
 def train(config: Config) -> int:
@@ -60,8 +68,8 @@ def train(config: Config) -> int:
             on_main(world, lambda: say_complete(run_dir, total))
             shutdown_distributed()
             return EXIT_DONE
-        seed_everything(config.seed, 0)  # the same initial weights on every rank
-        task = build_task(config, world.device)
+        with without_values():  # each rank makes those of its own share, in the engine
+            task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
         initial = initial_weights(config, task.module, world) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
@@ -96,7 +104,7 @@ def build_run(
     world: World,
     task: Task,
     param_groups: list[dict[str, Any]],
-    shards: tuple[Manifest, Manifest | None],
+    shards: tuple[Manifest | Stream, Manifest | None],
     log: RunLog,
     newest: Path | None,
     initial: Initial | None,
@@ -107,16 +115,24 @@ def build_run(
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
+    if world.is_main and (warning := memory_warning(config, world, task.module)):
+        log.say(f"warning: {warning} (swinv2-plan --recommend)")
     engine = build_engine(task.module, param_groups, config, world, accumulation)
     seed_everything(config.seed, world.rank)
     state: dict[str, Any] = {"step": 0, "images_seen": 0}
     if newest is not None:
         state = load_checkpoint(newest, engine, world, config.seed)
         log.say(f"resuming from {newest}")
-    elif initial is not None:
-        engine.load_full(initial.weights)
-        log.say(initial.report)
-    loader = TrainLoader(
+    else:
+        engine.initialise(InitialValues(task.module, config.seed))
+        if initial is not None:
+            engine.load_full(initial.weights)
+            log.say(initial.report)
+    if isinstance(shards[0], Stream):
+        log.say(NOT_ELASTIC)
+    if warning := recompute_warning(config.model.recompute):
+        log.say(f"warning: {warning}")
+    loader = build_train_loader(
         shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
         state["images_seen"],
     )  # fmt: skip
@@ -190,7 +206,8 @@ def checked_newest(run_dir: Path, config: Config) -> Path | None:
 
 def _identity(config: Config) -> dict[str, Any]:
     """What makes a run's weights: the task and the model without its memory policies."""
-    model = {f"model.{key}": value for key, value in dataclasses.asdict(config.model).items() if key != "recompute"}
+    settings = dataclasses.asdict(config.model)
+    model = {f"model.{key}": value for key, value in settings.items() if key not in MEMORY_KEYS}
     classes = {"task.num_classes": config.task.num_classes} if isinstance(config.task, ClassifyConfig) else {}
     return {"task.name": config.task.name, **classes, **model}
 
@@ -200,6 +217,8 @@ def make_run_dir(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run_dir ({run_dir}) cannot be made: {error}; choose another") from error
+    if not os.access(run_dir, os.W_OK):  # also where the whole file system is read-only
+        raise ConfigError(f"run_dir ({run_dir}) is read-only; make it writable, or choose another")
 
 
 def write_run_files(run_dir: Path, config: Config, world: World) -> None:
@@ -251,7 +270,7 @@ def other_windows(config: Config, module: nn.Module) -> list[str]:
     theirs = trained_windows(source)
     runs = [folder for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
     if runs:
-        with torch.device("meta"):
+        with without_values():
             theirs = build_model(read_run(runs[0]).model, num_classes=0).pretrained_window_sizes
     encoder = module.encoder if isinstance(module, SimMIM) else module
     assert isinstance(encoder, SwinTransformerV2)
@@ -264,15 +283,17 @@ def other_windows(config: Config, module: nn.Module) -> list[str]:
     ]
 
 
-def open_shards(config: Config, world: World) -> tuple[Manifest, Manifest | None]:
-    """The manifests of training and evaluation shards; rank 0 indexes what has no index yet.
+def open_shards(config: Config, world: World) -> tuple[Manifest | Stream, Manifest | None]:
+    """The manifests of training and evaluation shards; rank 0 indexes what has no index yet.  A pipe has none.
 
     Raises ConfigError for missing or damaged shards, and for labels that the task has no class for.
     """
 
-    def open_one(key: str, pattern: str | None) -> Manifest | None:
+    def open_one(key: str, pattern: str | None) -> Manifest | Stream | None:
         if pattern is None:
             return None
+        if key == "data.shards" and is_pipe(pattern):
+            return open_stream(pattern)
         manifest = open_manifest(pattern, key, partial(print, flush=True), shard_cache(config.data))
         if isinstance(config.task, ClassifyConfig):
             check_classes(manifest, config.task.num_classes, key)

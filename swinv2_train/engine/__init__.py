@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
 from swinv2_train.engine.checks import NonFiniteError
+from swinv2_train.engine.construct import Values
 from swinv2_train.engine.deepspeed_config import check_engine
 from swinv2_train.engine.recompute import apply_recompute
 from swinv2_train.engine.shards import Snapshot
@@ -56,8 +57,8 @@ class Engine(Protocol):
     def snapshot(self, copy: bool) -> Snapshot:
         """This rank's part of weights, masters and optimizer state, which it can write without the engine.
 
-        copy: the part is copied to CPU memory, and training may go on before it is written; the memory is kept and used
-        again by the next such snapshot.  Else the part is a view.
+        copy: the part is copied to CPU memory by a thread, and training may go on at once: step(), load() and
+        load_full() wait for the copy.  The memory is kept for the next such snapshot.  Else the part is a view.
         """
         ...
 
@@ -66,6 +67,13 @@ class Engine(Protocol):
 
         The number of ranks, stage, precision and parameter groups may be others.  Raises ConfigError on every rank for
         another model's state before anything is changed, and for a missing or damaged file.
+        """
+        ...
+
+    def initialise(self, values: Values) -> None:
+        """Start from values, before the first step: each rank makes those of its own share, float32 masters unrounded.
+
+        So a seed's weights are the same bit for bit in every engine, stage, precision and number of ranks.
         """
         ...
 
@@ -93,8 +101,8 @@ def build_engine(
 ) -> Engine:
     """The engine that config.engine names, holding the module on world.device.
 
-    module: constructed plainly, in float32, on the CPU; rank 0's values are given to all ranks.  (Models that do not
-    fit into one process's memory need construction under deepspeed.zero.Init, which belongs in front of this call.)
+    module: without values (models/initial.py), and then Engine.initialise or load must follow: under ZeRO-3 no rank
+    ever holds it whole.  Or constructed plainly, in float32, on the CPU; rank 0's values are given to all ranks.
     param_groups: from optim.build_param_groups.  accumulation_steps: backward passes per optimizer step.
     The process group must be up.  Raises ConfigError for a combination that cannot be computed right.
     """

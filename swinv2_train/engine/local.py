@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
+from swinv2_train.engine.construct import Values, allocate, has_no_values
 from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces
 from swinv2_train.engine.shards import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.startup import adamw
@@ -33,6 +34,8 @@ class LocalEngine:
             raise ConfigError(
                 f"engine.name=local runs on one process, but there are {world.world_size}; set engine.name=deepspeed"
             )
+        if has_no_values(module):
+            allocate(module)
         self.module = module.to(world.device)
         self.optimizer = adamw(
             param_groups,
@@ -60,6 +63,7 @@ class LocalEngine:
     def step(self, lr: float) -> float:
         assert self._num_backward == self._accumulation_steps, "backward() is due"
         self._num_backward = 0
+        self._host_memory.wait()
         # A parameter that had no part in the loss takes part in the step with a gradient of zero, as in ZeRO.
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -90,6 +94,7 @@ class LocalEngine:
         return snapshot(self._pieces(), self._described(), settings, self._world, self._host_memory if copy else None)
 
     def load(self, directory: Path) -> None:
+        self._host_memory.wait()
         restore(Shards(directory), self._pieces(), self._described())
 
     def _pieces(self) -> list[Piece]:
@@ -98,12 +103,17 @@ class LocalEngine:
     def _described(self) -> dict[str, Described]:
         return describe({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in self._tensors().items()})
 
+    def initialise(self, values: Values) -> None:
+        for piece in plain_pieces(self.module, self.optimizer):
+            values.fill(piece.tensors["weight"], piece.name, piece.start)
+
     def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, tensor in self._tensors().items():
             yield name, tensor.detach().to("cpu", copy=True)
 
     def load_full(self, state: Mapping[str, Tensor] | None) -> None:
         assert state is not None, "the only rank has the tensors"
+        self._host_memory.wait()
         tensors = self._tensors()
         check_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, state)
         with torch.no_grad():

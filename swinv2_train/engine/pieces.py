@@ -69,20 +69,48 @@ def zero_1_2_pieces(module: nn.Module, optimizer: Any) -> Iterator[Piece]:
 
 def zero_3_pieces(module: nn.Module, optimizer: Any, rank: int) -> Iterator[Piece]:
     """The parameters under ZeRO-3; optimizer: DeepSpeed's."""
-    inner = optimizer.optimizer
     for name, parameter in module.named_parameters():
-        shard, numel = vars(parameter)["ds_tensor"], vars(parameter)["ds_numel"]
-        first = rank * shard.numel()
-        held = min(shard.numel(), numel - first)
-        if held <= 0:  # nothing but padding
-            continue
+        yield from _zero_3_piece(name, parameter, optimizer, rank)
+
+
+def _zero_3_piece(name: str, parameter: nn.Parameter, optimizer: Any, rank: int) -> Iterator[Piece]:
+    """A parameter's piece, if this rank has more of it than padding."""
+    shard, numel = vars(parameter)["ds_tensor"], vars(parameter)["ds_numel"]
+    first = rank * shard.ds_numel
+    held = min(shard.ds_numel, numel - first)
+    if held <= 0:
+        return
+    if not parameter.requires_grad:
+        yield Piece(name, first, {"weight": shard.detach().view(-1)[:held]}, None, False)
+        return
+    inner = optimizer.optimizer
+    sub_group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    flat = optimizer.fp32_partitioned_groups_flat[sub_group]
+    group = inner.param_groups[optimizer.sub_group_to_group_id[sub_group]]
+    yield _flat_piece(name, first, flat, start, held, inner, group)
+
+
+def swapped_pieces(module: nn.Module, optimizer: Any, rank: int) -> Iterator[Piece]:
+    """The parameters under ZeRO-3 whose masters and averages are on disk: read, and written back with the weights that
+    are made of them, one flat tensor at a time.  A piece may be used until the next one is asked for."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
-            yield Piece(name, first, {"weight": shard.detach().view(-1)[:held]}, None, False)
-            continue
-        sub_group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        flat = optimizer.fp32_partitioned_groups_flat[sub_group]
-        group = inner.param_groups[optimizer.sub_group_to_group_id[sub_group]]
-        yield _flat_piece(name, first, flat, start, held, inner, group)
+            yield from _zero_3_piece(name, parameter, optimizer, rank)
+    for number, parameters in enumerate(optimizer.fp16_groups):
+        swapped = optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        for parameter in parameters:
+            yield from _zero_3_piece(names[id(parameter)], parameter, optimizer, rank)
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+
+
+def in_memory(piece: Piece) -> Piece:
+    """A copy that stays when the piece is gone."""
+    return piece._replace(tensors={kind: tensor.clone() for kind, tensor in piece.tensors.items()})
 
 
 def _flat_piece(

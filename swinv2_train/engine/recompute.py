@@ -1,60 +1,126 @@
 """Activation checkpointing as a policy that is applied to a finished module from outside.
 
-The block's forward is replaced on the instance, so parameter names, state dicts and isinstance checks stay as they
-are.  Both policies replay the random state, so drop path draws the same numbers when a block is computed again.
+The forward of a block, or of its attention, is replaced on the instance, so parameter names, state dicts and isinstance
+checks stay as they are.  Every policy replays the random state, so drop path draws the same numbers again.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, Recompute, parse_recompute
 
-POLICIES = ("none", "blocks", "offload")
+Forward = Callable[..., Any]
 
 
 def apply_recompute(module: nn.Module, policy: str, block_types: tuple[type[nn.Module], ...] | None = None) -> int:
-    """Recompute each transformer block in the backward pass instead of keeping its activations.
+    """Compute parts of the model again in the backward pass instead of keeping their activations.
 
-    policy: "none"; "blocks" keeps only each block's input (torch checkpoint, non-reentrant); "offload" keeps that input
-    in CPU memory (fairscale checkpoint_wrapper; not under torch.autocast, which it replays in the wrong dtype).
-    block_types: the classes to wrap; None = SwinBlock.  Returns the number of wrapped blocks; raises ConfigError for an
-    unknown policy and for a module without such blocks.
+    policy: as model.recompute (docs/model.md).  What is recomputed keeps its input only: as it is, in CPU memory
+    (torch or fairscale), or cut into as many parts as there are model-parallel ranks (DeepSpeed).
+    block_types: the classes of blocks; None = SwinBlock.  Returns the number of wrapped modules; raises ConfigError for
+    an unknown policy and for one that finds nothing in this model.
     """
-    if policy not in POLICIES:
-        raise ConfigError(f"model.recompute '{policy}' is unknown; choose {', '.join(POLICIES)}")
-    if policy == "none":
-        return 0
     if block_types is None:
         from swinv2_train.models.swin_v2 import SwinBlock
 
         block_types = (SwinBlock,)
-    blocks = [child for child in module.modules() if isinstance(child, block_types)]
-    if not blocks:
+    blocks = [(name, child) for name, child in module.named_modules() if isinstance(child, block_types)]
+    recompute = parse_recompute(policy, max((_stage(name) for name, _ in blocks), default=1))
+    if recompute.part is None:
+        return 0
+    targets = _targets(recompute, blocks)
+    if not targets:
         names = ", ".join(block_type.__name__ for block_type in block_types)
         raise ConfigError(
-            f"model.recompute ({policy}): the model has no {names} to recompute; set model.recompute=none"
+            f"model.recompute ({policy}): the model's blocks ({len(blocks)} {names}) leave nothing to recompute; "
+            "set model.recompute=none"
         )
-    for block in blocks:
-        assert "forward" not in vars(block), "this block is recomputed already"
-        if policy == "blocks":
-            # Through a weak reference: a module that holds itself in a cycle is freed late, and its memory with it.
-            vars(block)["forward"] = functools.partial(_checkpointed, type(block).forward, weakref.ref(block))
-        else:
+    for target in targets:
+        assert "forward" not in vars(target), "this module is recomputed already"
+        if recompute.place == "fairscale":
             from fairscale.nn.checkpoint import checkpoint_wrapper
 
-            checkpoint_wrapper(block, offload_to_cpu=True)
-    return len(blocks)
+            checkpoint_wrapper(target, offload_to_cpu=True)
+        else:
+            # Through a weak reference: a module that holds itself in a cycle is freed late, and its memory with it.
+            vars(target)["forward"] = functools.partial(
+                _recomputed, _PLACES[recompute.place], type(target).forward, weakref.ref(target)
+            )
+    return len(targets)
 
 
-def _checkpointed(forward: Any, block: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
+def _stage(name: str) -> int:
+    """The stage, from 1, that a block of this name is in; a model without stages is one."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.blocks\.\d+$", name)
+    return int(match[1]) + 1 if match else 1
+
+
+def _targets(recompute: Recompute, blocks: list[tuple[str, nn.Module]]) -> list[nn.Module]:
+    if recompute.part == "attention":
+        attentions = [getattr(block, "attn", None) for _, block in blocks]
+        return [attention for attention in attentions if isinstance(attention, nn.Module)]
+    first, last = recompute.stages or (1, len(blocks))
+    return [
+        block
+        for number, (name, block) in enumerate(blocks, 1)
+        if first <= _stage(name) <= last and (recompute.keep_every is None or number % recompute.keep_every)
+    ]
+
+
+def _recomputed(
+    again: Callable[..., Any], forward: Forward, target: weakref.ref[nn.Module], x: Tensor, *rest: Any
+) -> Any:
+    run = functools.partial(forward, target())
+    return again(run, x, *rest) if torch.is_grad_enabled() else run(x, *rest)
+
+
+def _stay(run: Forward, x: Tensor, *rest: Any) -> Any:
     from torch.utils.checkpoint import checkpoint
 
-    if not torch.is_grad_enabled():
-        return forward(block(), *args, **kwargs)
-    return checkpoint(functools.partial(forward, block()), *args, use_reentrant=False, **kwargs)
+    return checkpoint(run, x, *rest, use_reentrant=False)
+
+
+def _cpu(run: Forward, x: Tensor, *rest: Any) -> Any:
+    with _saved_on_cpu(x):  # of all that is saved, the checkpoint leaves its input alone to these hooks
+        return _stay(run, x, *rest)
+
+
+def _saved_on_cpu(x: Tensor) -> AbstractContextManager[Any]:
+    if x.is_meta:  # a shape moves nowhere, but it must not count as kept on the device either
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: (saved.shape, saved.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device="meta")
+        )
+    return torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
+
+
+def _partitioned(run: Forward, x: Tensor, *rest: Any) -> Any:
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    if not checkpointing.is_configured():
+        checkpointing.configure(None, partition_activations=True)
+    if not x.requires_grad:  # or DeepSpeed would compute no gradient at all, of no weight either
+        x = x.detach().requires_grad_()
+    # An alias, because DeepSpeed empties the tensor that it is given, and others still read it (a block's residual).
+    return checkpointing.checkpoint(lambda alias: run(alias, *rest), x.view_as(x))
+
+
+_PLACES: dict[str, Callable[..., Any]] = {"stay": _stay, "cpu": _cpu, "partitioned": _partitioned}
+
+
+def recompute_warning(policy: str) -> str | None:
+    """What the user should know of a policy that works but does not do what its name promises here."""
+    if not policy.endswith("@partitioned"):
+        return None
+    return (
+        f"model.recompute ({policy}) frees nothing here: DeepSpeed cuts saved inputs over model-parallel ranks, and "
+        "under data parallelism every rank's inputs are its own; use @stay, or @cpu to move them out"
+    )

@@ -16,6 +16,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,9 +66,13 @@ class Snapshot:
     starts: dict[str, int]
     steps: dict[str, float]
     tensors: dict[str, Tensor]
+    copying: Future[None] | None
+    """What still fills the tensors; None = they are views."""
 
     def write(self, directory: Path) -> dict[str, Sum]:
         """Write the rank's files into directory, which exists, and flush them; returns their sums by file name."""
+        if self.copying is not None:
+            self.copying.result()
         name = _file_name(self.rank)
         sums = {name: write_durably(directory / name, self._chunks())}
         if self.rank == 0:
@@ -100,18 +105,71 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._thread = ThreadPoolExecutor(1, "snapshot")
+        self._copying: Future[None] | None = None
 
-    def copies_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors in this memory, where they stay until the next call."""
-        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
-        starts = [0, *itertools.accumulate(-(-size // 16) * 16 for size in sizes)]  # any dtype may begin there
+    def wait(self) -> None:
+        """Until the copies are made: to be called before one of the tensors changes."""
+        if self._copying is not None:
+            wait([self._copying])  # an error is told by whoever writes the copies
+
+    def copies_of(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Future[None]]:
+        """The same tensors in this memory, where they stay until the next call, and the copying that is under way."""
+        self.wait()
+        runs = _adjacent(tensors)
+        starts = [0, *itertools.accumulate(-(-run.numel() // 16) * 16 for run, _ in runs)]  # any dtype may begin there
+        on_gpu = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         if self._memory.numel() < starts[-1]:
-            pinned = any(tensor.is_cuda for tensor in tensors.values())
-            self._memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
-        return {
-            key: self._memory[start : start + size].view(tensor.dtype).copy_(tensor)
-            for (key, tensor), start, size in zip(tensors.items(), starts[:-1], sizes, strict=True)
-        }
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=on_gpu is not None)
+        pairs, copies = [], {}
+        for (run, offsets), start in zip(runs, starts[:-1], strict=True):
+            copy = self._memory[start : start + run.numel()]
+            pairs.append((copy, run))
+            for key, offset in offsets.items():
+                size = tensors[key].numel() * tensors[key].element_size()
+                copies[key] = copy[offset : offset + size].view(tensors[key].dtype)
+        made = None if on_gpu is None else torch.cuda.current_stream(on_gpu).record_event()
+        self._copying = self._thread.submit(_copy, pairs, made)
+        return {key: copies[key] for key in tensors}, self._copying
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]], made: torch.cuda.Event | None) -> None:
+    """Fill each first tensor of the pairs from its second; made: when the GPU has computed those."""
+    if made is None:
+        for copy, original in pairs:
+            copy.copy_(original)
+        return
+    stream = torch.cuda.Stream(made.device)  # type: ignore[no-untyped-call]
+    stream.wait_event(made)
+    with torch.cuda.stream(stream):
+        for copy, original in pairs:
+            copy.copy_(original, non_blocking=True)
+    stream.synchronize()
+
+
+def _adjacent(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, int]]]:
+    """The tensors' memory as few runs of bytes, uint8, each with the tensors in it and where they begin there.
+
+    The pieces of a flat tensor lie one behind the other: copied together they take two thirds of the time.
+    """
+    spans: list[tuple[int, int, Tensor, dict[str, int]]] = []  # address, bytes, the first tensor, offsets
+    for address, key, tensor in sorted((tensor.data_ptr(), key, tensor) for key, tensor in tensors.items()):
+        size = tensor.numel() * tensor.element_size()
+        if spans:
+            begin, length, first, offsets = spans[-1]
+            if address == begin + length and first.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+                offsets[key] = length
+                spans[-1] = (begin, length + size, first, offsets)
+                continue
+        spans.append((address, size, tensor, {key: 0}))
+    return [(_bytes_at(first, length), offsets) for _, length, first, offsets in spans]
+
+
+def _bytes_at(first: Tensor, length: int) -> Tensor:
+    """So many bytes of a tensor's storage from where the tensor begins, as uint8 (length,)."""
+    offset = first.storage_offset() * first.element_size()
+    empty = torch.empty(0, dtype=torch.uint8, device=first.device)
+    return empty.set_(first.untyped_storage(), offset, (length,))  # type: ignore[call-overload]
 
 
 def snapshot(
@@ -127,12 +185,14 @@ def snapshot(
     """
     own = [piece for piece in pieces if world.is_main or not piece.replicated]
     tensors = {f"{kind}/{piece.name}": tensor for piece in own for kind, tensor in piece.tensors.items()}
+    tensors, copying = (tensors, None) if memory is None else memory.copies_of(tensors)
     return Snapshot(
         rank=world.rank,
         facts={**settings, "world_size": world.world_size, "tensors": described},
         starts={piece.name: piece.start for piece in own},
         steps={piece.name: float(piece.step) for piece in own if piece.step is not None},
-        tensors=tensors if memory is None else memory.copies_of(tensors),
+        tensors=tensors,
+        copying=copying,
     )
 
 

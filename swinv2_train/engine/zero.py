@@ -17,10 +17,20 @@ from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World, any_rank, broadcast_object, raise_together
+from swinv2_train.engine.buckets import layer_sizes
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
+from swinv2_train.engine.construct import Values, allocate, allocate_shards, has_no_values
 from swinv2_train.engine.deepspeed_config import deepspeed_json
 from swinv2_train.engine.local import persistent_buffers, to_device
-from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces, zero_1_2_pieces, zero_3_pieces
+from swinv2_train.engine.pieces import (
+    Piece,
+    in_memory,
+    plain_pieces,
+    swapped_pieces,
+    whole_pieces,
+    zero_1_2_pieces,
+    zero_3_pieces,
+)
 from swinv2_train.engine.shards import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.startup import adamw, avoid_compiler, import_deepspeed, quick_initialize
 
@@ -36,7 +46,9 @@ class ZeroEngine:
         world: World,
         accumulation_steps: int,
     ) -> None:
-        settings = deepspeed_json(config, world.world_size, accumulation_steps)
+        settings = deepspeed_json(
+            config, world.world_size, accumulation_steps, layer_sizes(module), pin_memory=world.device.type != "cpu"
+        )
         deepspeed = import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
         deepspeed.init_distributed(auto_mpi_discovery=False)
@@ -47,7 +59,13 @@ class ZeroEngine:
             from swinv2_train.models.swin_v2 import SwinBlock
 
             set_z3_leaf_modules(module, [SwinBlock], raise_if_not_found=False)
-        optimizer_on_cpu = world.device.type == "cpu" or config.engine.offload_optimizer == "cpu"
+        if has_no_values(module):
+            if config.engine.zero_stage == 3:
+                dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+                allocate_shards(module, settings, dtype, world.device)
+            else:
+                allocate(module)
+        optimizer_on_cpu = world.device.type == "cpu" or config.engine.offload_optimizer != "none"
         with quick_initialize():
             optimizer = adamw(
                 param_groups,
@@ -61,6 +79,7 @@ class ZeroEngine:
         self.module: nn.Module = self._ds.module
         self._groups: list[dict[str, Any]] = self._ds.optimizer.param_groups
         self._stage = config.engine.zero_stage
+        self._on_disk = "nvme" in (config.engine.offload_optimizer, config.engine.offload_param)
         self._world = world
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
@@ -92,6 +111,7 @@ class ZeroEngine:
     def step(self, lr: float) -> float:
         assert self._num_backward == self._accumulation_steps, "backward() is due"
         self._num_backward = 0
+        self._host_memory.wait()
         for group in self._groups:
             group["lr"] = lr * group["lr_scale"]
         if self._stage == 0:
@@ -151,32 +171,43 @@ class ZeroEngine:
     # not in ours at all: their rate and decay are the configuration's (trap 3).
 
     def snapshot(self, copy: bool) -> Snapshot:
-        return snapshot(
-            self._pieces(), self._described(), self._settings, self._world, self._host_memory if copy else None
-        )
+        memory = self._host_memory if copy else None
+        pieces = map(in_memory, self._pieces()) if self._on_disk else self._pieces()
+        return snapshot(pieces, self._described(), self._settings, self._world, memory)
 
     def load(self, directory: Path) -> None:
         assert self._num_backward == 0, "load between steps only"
+        self._host_memory.wait()
         self._ds.empty_partition_cache()  # under ZeRO-3, what is gathered now would hide what is loaded
-        pieces = self._pieces()
         error: ConfigError | None = None
         try:
-            restore(Shards(directory, self._world.rank), pieces, self._described())
+            restore(Shards(directory, self._world.rank), self._pieces(), self._described())
         except ConfigError as caught:
             error = caught
         raise_together(error)
         self._renew_weights()
 
-    def _pieces(self) -> list[Piece]:
-        """What this rank holds."""
+    def initialise(self, values: Values) -> None:
+        assert self._ds.global_steps == 0 == self._num_backward, "before the first step only"
+        for piece in self._parameter_pieces():
+            values.fill(piece.tensors["weight"], piece.name, piece.start)
+        self._renew_weights()
+
+    def _pieces(self) -> Iterator[Piece]:
+        """What this rank holds.  Of what is on disk, each piece is in memory until the next one is asked for."""
+        yield from self._parameter_pieces()
+        yield from whole_pieces(persistent_buffers(self.module))
+
+    def _parameter_pieces(self) -> Iterator[Piece]:
         optimizer = self._ds.optimizer
-        if self._stage == 3:
-            parameters = list(zero_3_pieces(self.module, optimizer, self._world.rank))
+        if self._on_disk:
+            yield from swapped_pieces(self.module, optimizer, self._world.rank)
+        elif self._stage == 3:
+            yield from zero_3_pieces(self.module, optimizer, self._world.rank)
         elif self._stage > 0:
-            parameters = list(zero_1_2_pieces(self.module, optimizer))
+            yield from zero_1_2_pieces(self.module, optimizer)
         else:
-            parameters = plain_pieces(self.module, optimizer)
-        return parameters + whole_pieces(persistent_buffers(self.module))
+            yield from plain_pieces(self.module, optimizer)
 
     def _described(self) -> dict[str, Described]:
         tensors = {name: (_shape(p), p.dtype, p.requires_grad) for name, p in self.module.named_parameters()}
@@ -188,6 +219,8 @@ class ZeroEngine:
         optimizer = self._ds.optimizer
         if self._stage in (1, 2):
             optimizer.update_lp_params()
+        elif self._on_disk:
+            pass  # swapped_pieces has done it
         elif self._stage == 3:
             for weights, master in zip(
                 optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
@@ -206,6 +239,7 @@ class ZeroEngine:
 
     def load_full(self, state: Mapping[str, Tensor] | None) -> None:
         assert (state is not None) == self._world.is_main, "rank 0 gives the tensors"
+        self._host_memory.wait()
         parameters, buffers = dict(self.module.named_parameters()), persistent_buffers(self.module)
         shapes = {name: _shape(p) for name, p in parameters.items()} | {n: tuple(b.shape) for n, b in buffers.items()}
         raise_together(None if state is None else _caught(check_fit, shapes, state))
@@ -252,7 +286,7 @@ class ZeroEngine:
     def _set_full_value(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Write one parameter: the weights in their own dtype, the master unrounded."""
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param
 
         with GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
             if self._stage < 3 or self._world.is_main:
@@ -262,10 +296,15 @@ class ZeroEngine:
         if self._stage < 3:
             safe_set_full_fp32_param(parameter, value)
             return
-        # Not safe_set_full_fp32_param: it fails where the elements do not divide evenly among the ranks.
-        size: int = vars(parameter)["ds_tensor"].numel()
+        # Not safe_set_full_fp32_param: it fails where the elements do not divide evenly among the ranks.  Nor
+        # safe_set_local_fp32_param: of weights on disk it sets all elements to the first one.
+        optimizer = self._ds.optimizer
+        size: int = vars(parameter)["ds_tensor"].ds_numel
         own = value.flatten()[size * self._world.rank :][:size]
-        safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, size - own.numel())))
+        master, group = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
+        master.data.copy_(nn.functional.pad(own, (0, size - own.numel())))
+        if optimizer._swappable_optimizer_subgroup(group):
+            optimizer._optimizer_states_and_gradient_swap_out(group)
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

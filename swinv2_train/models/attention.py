@@ -1,6 +1,6 @@
 """Window attention of SwinV2: scaled cosine attention with a log-spaced continuous position bias.
 
-Legend: B batch, C channels, nW windows per image, N tokens per window, h heads, d head dim.
+Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinv2_train.models.cosine import attention_weights, join_heads, split_heads, unit_vectors, window_bias
 from swinv2_train.models.precision import Float32Linear, at_least_float32
-from swinv2_train.models.windows import log_spaced_coordinates, relative_position_index
+from swinv2_train.models.sequential import Chunks, sequential_window_attention
+from swinv2_train.models.windows import WindowGrid, attention_mask, cut_windows, join_windows, log_spaced_coordinates
 
 LOGIT_SCALE_MAX = math.log(1.0 / 0.01)  # tau >= 0.01, arXiv:2111.09883 section 3.2
 BIAS_HIDDEN = 512
@@ -27,14 +29,21 @@ class WindowAttention(nn.Module):
     matrices in the dtype of the weights, or autocast's.  Keys have no bias.
     pretrained_window_size: (rows, cols) of the window at which the bias was trained; it normalises the offsets,
     whatever window a forward pass uses.
+    chunks: None attends in all windows at once, otherwise so many at a time, computed again in the backward pass.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, pretrained_window_size: tuple[int, int], qkv_bias: bool = True
+        self,
+        dim: int,
+        num_heads: int,
+        pretrained_window_size: tuple[int, int],
+        qkv_bias: bool = True,
+        chunks: Chunks | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.pretrained_window_size = pretrained_window_size
+        self.chunks = chunks
         self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(num_heads, 1, 1)))
         self.cpb_mlp = nn.Sequential(
             Float32Linear(2, BIAS_HIDDEN), nn.ReLU(inplace=True), Float32Linear(BIAS_HIDDEN, num_heads, bias=False)
@@ -44,42 +53,46 @@ class WindowAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def position_bias(self, window: tuple[int, int], device: torch.device) -> Tensor:
-        """The additive position bias of a window (rows, cols): (h, N, N) in at least float32, within 0..16."""
+    def position_table(self, window: tuple[int, int], device: torch.device) -> Tensor:
+        """The position bias of every offset within a window (rows, cols): ((2rows-1)(2cols-1), h), at least float32."""
         dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         coordinates = log_spaced_coordinates(window, self.pretrained_window_size, dtype, device)
-        table = BIAS_RANGE * torch.sigmoid(self.cpb_mlp(coordinates))  # ((2rows-1)(2cols-1), h)
-        index = relative_position_index(window, device)
-        tokens = index.shape[0]
-        return table[index.flatten()].t().reshape(-1, tokens, tokens)  # indexing: its gradient is deterministic on CUDA
+        return BIAS_RANGE * torch.sigmoid(self.cpb_mlp(coordinates))
 
-    def forward(self, windows: Tensor, window: tuple[int, int], mask: Tensor | None = None) -> Tensor:
-        """windows: (B*nW, N, C), grouped by image, of N = rows x cols tokens.  mask: (nW, N, N) additive or None.
+    def position_bias(self, window: tuple[int, int], device: torch.device) -> Tensor:
+        """The additive position bias of a window (rows, cols): (h, N, N) in at least float32, within 0..16."""
+        return window_bias(self.position_table(window, device), window)
 
-        Returns (B*nW, N, C).
+    def forward(self, x: Tensor, grid: WindowGrid) -> Tensor:
+        """x: (B, H, W, C), a map as it is, neither padded nor shifted; grid: the windows to lay over it.
+
+        Returns (B, H, W, C).
         """
-        count, tokens, dim = windows.shape
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(windows, self.qkv.weight, bias)
-        q, k, v = qkv.view(count, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B*nW, h, N, d)
+        qkv = F.linear(x, self.qkv.weight, bias)  # (B, H, W, 3C)
         scale = at_least_float32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp()
-        logits = (unit_vectors(q) @ unit_vectors(k).transpose(-2, -1)) * scale  # float32: scale promotes
-        additive = self.position_bias(window, windows.device)  # (h, N, N)
-        if mask is None:
-            logits = logits + additive
+        table = self.position_table(grid.window, x.device)
+        if self.chunks is None:
+            out = window_attention(qkv, scale, table, grid, self.num_heads)
         else:
-            additive = additive + mask[:, None]  # (nW, h, N, N)
-            logits = (logits.view(-1, *additive.shape) + additive).view(logits.shape)
-        attention = logits.softmax(dim=-1).to(v.dtype)
-        out = (attention @ v).transpose(1, 2).reshape(count, tokens, dim)
+            at_a_time = self.chunks.windows_at_a_time(grid, self.num_heads, qkv.dtype)
+            out = sequential_window_attention(qkv, scale, table, grid, self.num_heads, at_a_time)
         return self.proj(out)
 
 
-def unit_vectors(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, computed in at least float32 and returned in x's dtype; zero stays zero.
+def window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
+    """Attention in all windows of a map at once: the reference that every other way of computing it must equal.
 
-    In float16 the official lower bound of the length, 1e-12, would be 0, and padding (keys have no bias) become NaN.
+    qkv: (B, H, W, 3C), the projected map, channel order (3, h, d).  scale: (h, 1, 1) and table:
+    ((2rows-1)(2cols-1), h), both at least float32.  Returns (B, H, W, C) in the dtype of qkv.
+    Padding is zeros, which no token of the map looks at.
     """
-    return F.normalize(at_least_float32(x), dim=-1).to(x.dtype)
+    windows = cut_windows(qkv, grid)  # (B*nW, N, 3C)
+    windows = windows.view(qkv.shape[0], -1, *windows.shape[1:])  # (B, nW, N, 3C)
+    q, k, v = split_heads(windows, num_heads)  # (B, nW, h, N, d)
+    mask = attention_mask(grid, qkv.device).unsqueeze(1) if grid.needs_mask else None  # (nW, 1, N, N)
+    weights = attention_weights(unit_vectors(q), unit_vectors(k), scale, window_bias(table, grid.window), mask)
+    out = join_windows(join_heads(weights.to(v.dtype) @ v).flatten(0, 1), grid)
+    return out.contiguous()  # of a view, a linear layer adds its bias to the already rounded product

@@ -30,6 +30,11 @@ class TableCache:
     def __len__(self) -> int:
         return len(self._tables)
 
+    def tensors(self) -> list[Tensor]:
+        """What is kept."""
+        with self._lock:
+            return list(self._tables.values())
+
     def get(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
         """The table of this key, built where it is not kept.  Nobody may write into it."""
         with self._lock:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.precision import Float32LayerNorm
-from swinv2_train.models.windows import WindowGrid, attention_mask, cut_windows, join_windows, window_grid
+from swinv2_train.models.sequential import Chunks
+from swinv2_train.models.windows import WindowGrid, window_grid
 
 Size = int | Sequence[int]
 
@@ -53,6 +54,7 @@ class SwinBlock(nn.Module):
 
     window_size, shifted, clamp_to_shorter_side: what :func:`window_grid` makes of them for the map at hand.
     extra_norm adds a LayerNorm on the main branch behind the block (section 3.6, huge and giant).
+    chunks: None, or how many windows attend at a time (section 3.5).
     """
 
     def __init__(
@@ -67,27 +69,23 @@ class SwinBlock(nn.Module):
         qkv_bias: bool,
         drop_path_rate: float,
         extra_norm: bool,
+        chunks: Chunks | None,
     ) -> None:
         super().__init__()
         self.window_size = window_size
         self.shifted = shifted
         self.clamp_to_shorter_side = clamp_to_shorter_side
         self.drop_path_rate = drop_path_rate
-        self.attn = WindowAttention(dim, num_heads, pretrained_window_size, qkv_bias)
+        self.attn = WindowAttention(dim, num_heads, pretrained_window_size, qkv_bias, chunks)
         self.norm1 = Float32LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm2 = Float32LayerNorm(dim)
         self.norm3 = Float32LayerNorm(dim) if extra_norm else None
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention in the windows of the whole map: (B, H, W, C) -> (B, H, W, C)."""
+    def forward(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2])
         grid = window_grid(size, self.window_size, self.shifted, self.clamp_to_shorter_side)
-        mask = attention_mask(grid, x.device) if grid.needs_mask else None
-        return join_windows(self.attn(cut_windows(x, grid), grid.window, mask), grid)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + drop_path(self.norm1(self.attend(x)), self.drop_path_rate, self.training)
+        x = x + drop_path(self.norm1(self.attn(x, grid)), self.drop_path_rate, self.training)
         x = x + drop_path(self.norm2(self.mlp(x)), self.drop_path_rate, self.training)
         return x if self.norm3 is None else self.norm3(x)
 
@@ -149,6 +147,9 @@ class SwinTransformerV2(nn.Module):
     window_size.  The attribute holds what that came to, one pair per stage, and stays what it is when images or
     windows of other sizes come: so the model keeps the meaning of its weights.
     extra_norm_period: a LayerNorm on the main branch after every so many blocks of a stage, 0 = none (section 3.6).
+    sequential_stages: stages, counted from 1, whose attention takes its windows a chunk at a time and computes each
+    again in the backward pass (section 3.5: the first two): attention_chunk_windows windows of the whole batch, None =
+    as many as attention_chunk_mib MiB allow; see :class:`Chunks`.
     Raises ValueError when numbers do not fit together.
     """
 
@@ -171,6 +172,9 @@ class SwinTransformerV2(nn.Module):
         pretrained_window_sizes: Sequence[Size] = (0, 0, 0, 0),
         extra_norm_period: int = 0,
         clamp_to_shorter_side: bool = False,
+        sequential_stages: Sequence[int] = (),
+        attention_chunk_windows: int | None = None,
+        attention_chunk_mib: float = 256.0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -184,8 +188,10 @@ class SwinTransformerV2(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.extra_norm_period = extra_norm_period
         self.clamp_to_shorter_side = clamp_to_shorter_side
+        self.sequential_stages = tuple(sequential_stages)
         self.num_features = embed_dim * 2 ** (len(self.depths) - 1)
-        self._check_numbers(pretrained_window_sizes)
+        chunks = Chunks(attention_chunk_windows, attention_chunk_mib)
+        self._check_numbers(pretrained_window_sizes, chunks)
         self.set_input_size(img_size, window_size)
         self.pretrained_window_sizes = tuple(
             _trained_window(given, grid.window) for given, grid in zip(pretrained_window_sizes, self.grids, strict=True)
@@ -210,6 +216,7 @@ class SwinTransformerV2(nn.Module):
                     qkv_bias=qkv_bias,
                     drop_path_rate=rates[first + j],
                     extra_norm=extra_norm_period > 0 and (j + 1) % extra_norm_period == 0,
+                    chunks=chunks if i + 1 in self.sequential_stages else None,
                 )
                 for j in range(depth)
             ]
@@ -224,7 +231,7 @@ class SwinTransformerV2(nn.Module):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
 
-    def _check_numbers(self, pretrained_window_sizes: Sequence[Size]) -> None:
+    def _check_numbers(self, pretrained_window_sizes: Sequence[Size], chunks: Chunks) -> None:
         stages = len(self.depths)
         for name, numbers in (
             ("depths", self.depths),
@@ -239,6 +246,13 @@ class SwinTransformerV2(nn.Module):
             raise ValueError(
                 f"depths {self.depths}, num_heads {self.num_heads} and pretrained_window_sizes "
                 f"{tuple(pretrained_window_sizes)} must have one entry per stage"
+            )
+        if not all(1 <= stage <= stages for stage in self.sequential_stages):
+            raise ValueError(f"sequential_stages {self.sequential_stages} must be among the stages 1 to {stages}")
+        if chunks.mib <= 0 or (chunks.windows is not None and chunks.windows < 1):
+            raise ValueError(
+                f"attention_chunk_windows ({chunks.windows}) must be 1 or more, and attention_chunk_mib ({chunks.mib}) "
+                "more than 0"
             )
         for i, heads in enumerate(self.num_heads):
             if self.embed_dim * 2**i % heads:

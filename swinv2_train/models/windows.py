@@ -15,6 +15,7 @@ from torch import Tensor
 from swinv2_train.models.cache import cached_table
 
 MASKED_LOGIT = -100.0  # the official additive mask between regions that the cyclic shift brought together
+PADDING = -1  # the region of padded tokens
 
 
 class WindowGrid(NamedTuple):
@@ -89,25 +90,45 @@ def join_windows(windows: Tensor, grid: WindowGrid) -> Tensor:
 
 
 @cached_table
-def attention_mask(grid: WindowGrid, device: torch.device) -> Tensor:
-    """Additive mask (nW, N queries, N keys) float32 of the windows that :func:`cut_windows` gives.
+def window_tokens(grid: WindowGrid, device: torch.device) -> Tensor:
+    """Row in the flattened map of every token of the windows that :func:`cut_windows` gives: (nW, N) int64, -1 for
+    padding."""
+    height, width = grid.size
+    places = torch.arange(1, height * width + 1, device=device).view(1, height, width, 1)
+    return cut_windows(places, grid)[..., 0] - 1
 
-    -100 between the regions that the cyclic shift brought together (official), -inf for padded keys, so that padding
-    gets no weight at all.  No row is -inf throughout, because every window holds a token of the map: less than a window
-    is padded, so a window in place begins inside the map, and so does a shifted one, except the last of an axis, which
-    ends with the first rows (columns) of the map.
-    """
+
+@cached_table
+def window_regions(grid: WindowGrid, device: torch.device) -> Tensor:
+    """Which tokens of a window belong together: (nW, N) int8, one number for each of the up to four regions that the
+    cyclic shift brought together, PADDING for padding."""
     wrapped, real = [], []  # per axis, of the shifted map
     for length, padded, shift in zip(grid.size, grid.padded, grid.shift, strict=True):
         place = torch.arange(padded, device=device)
-        wrapped.append(place >= padded - shift)  # cuts the last window alone in two
+        wrapped.append((place >= padded - shift).to(torch.int8))  # cuts the last window alone in two
         real.append((place < length).roll(-shift))
-    region_map = wrapped[0][:, None] * 2 + wrapped[1][None, :]  # (H, W)
-    real_map = real[0][:, None] & real[1][None, :]
-    region_ids, is_real = (partition_windows(m[None, :, :, None], grid.window)[..., 0] for m in (region_map, real_map))
-    apart = region_ids[:, None, :] != region_ids[:, :, None]  # (nW, N, N)
-    mask = torch.zeros(apart.shape, dtype=torch.float32, device=device).masked_fill_(apart, MASKED_LOGIT)
-    return mask.masked_fill_(~is_real[:, None, :], -math.inf)
+    regions = wrapped[0][:, None] * 2 + wrapped[1][None, :]  # (H, W)
+    regions = regions.masked_fill(~(real[0][:, None] & real[1][None, :]), PADDING)
+    return partition_windows(regions[None, :, :, None], grid.window)[..., 0]
+
+
+def region_mask(regions: Tensor) -> Tensor:
+    """Additive mask (n, N queries, N keys) float32 of n windows whose tokens are in these regions (n, N).
+
+    -100 between regions (official), -inf for padded keys, so that padding gets no weight at all.  No row is -inf
+    throughout, because every window holds a token of the map: less than a window is padded, so a window in place begins
+    inside the map, and so does a shifted one, except the last of an axis, which ends with the first rows (columns) of
+    the map.
+    """
+    apart = regions[:, None, :] != regions[:, :, None]  # (n, N, N)
+    mask = torch.zeros(apart.shape, dtype=torch.float32, device=regions.device).masked_fill_(apart, MASKED_LOGIT)
+    return mask.masked_fill_((regions == PADDING)[:, None, :], -math.inf)
+
+
+@cached_table
+def attention_mask(grid: WindowGrid, device: torch.device) -> Tensor:
+    """The additive mask (nW, N, N) of all windows that :func:`cut_windows` gives; see :func:`region_mask`."""
+    return region_mask(window_regions(grid, device))
 
 
 @cached_table

@@ -85,6 +85,9 @@ def build_model(config: ModelConfig, num_classes: int) -> SwinTransformerV2:
             drop_path_rate=config.drop_path_rate,
             pretrained_window_sizes=config.pretrained_window_sizes,
             clamp_to_shorter_side=config.clamp_to_shorter_side,
+            sequential_stages=config.sequential_stages,
+            attention_chunk_windows=config.attention_chunk_windows,
+            attention_chunk_mib=config.attention_chunk_mib,
             **{key: value for key, value in own.items() if value is not None},
         )
     except ValueError as error:

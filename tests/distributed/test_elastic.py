@@ -37,7 +37,7 @@ CHAIN = [
     ("deepspeed", 1, "bf16", "none", 3, {}),
     ("deepspeed", 2, "fp32", "cpu", 4, {}),
     ("deepspeed", 0, "fp32", "none", 2, {}),
-    ("deepspeed", 3, "bf16", "cpu", 3, {"overrides": SUB_GROUPS}),
+    ("deepspeed", 3, "bf16", "cpu", 3, {"overrides": SUB_GROUPS, "offload_param": "cpu"}),
     ("deepspeed", 2, "bf16", "none", 2, {"layer_decay": 1.0}),
     ("deepspeed", 3, "fp32", "none", 4, {"persistence": 100_000}),
     ("deepspeed", 1, "fp32", "none", 1, {}),

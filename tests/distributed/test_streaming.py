@@ -16,6 +16,7 @@ from toy import batches, build_toy, full_state, part, save_state, toy_config, tr
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
+from swinv2_train.engine.buckets import layer_sizes
 from swinv2_train.engine.consolidate import read_weights
 from swinv2_train.engine.deepspeed_config import deepspeed_json
 from swinv2_train.engine.startup import import_deepspeed
@@ -105,7 +106,7 @@ def test_loading_works_into_parameters_built_under_zero_init(precision):
     def run(world, sharded):
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
-        settings = deepspeed_json(config, world.world_size, 1)
+        settings = deepspeed_json(config, world.world_size, 1, layer_sizes(build_toy()))
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=sharded):
             module = build_toy()
         assert sharded == all(p.numel() == 0 for p in module.parameters())

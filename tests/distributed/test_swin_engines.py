@@ -17,12 +17,12 @@ LOSS_ATOL = 2e-6  # measured worst 1.2e-7 over 10 steps and 4 stages in fp32; bf
 NORM_RTOL = 1e-5  # measured worst 1.2e-6; bf16 gives 7e-2
 
 
-def simmim_steps(world, config, drop_path=0.0):
+def simmim_steps(world, config):
     """[loss, gradient norm] of 10 steps on 16 random images, this rank's part of them."""
     torch.manual_seed(0)
     encoder = swin_v2(
         "demo", img_size=32, window_size=4, num_classes=0, embed_dim=16, depths=(2, 2), num_heads=(1, 2),
-        pretrained_window_sizes=(0, 0), drop_path_rate=drop_path, extra_norm_period=2,
+        pretrained_window_sizes=(0, 0), drop_path_rate=0.0, extra_norm_period=2,
     )  # fmt: skip
     module = SimMIM(encoder, 8)
     config.optim.no_decay = ["1d", ".bias", "cpb_mlp", "logit_scale", "mask_token"]
@@ -53,12 +53,3 @@ def test_simmim_losses_of_every_stage_equal_plain_torch(stage):
         assert loss == pytest.approx(expected_loss, abs=LOSS_ATOL)
         assert norm == pytest.approx(expected_norm, rel=NORM_RTOL)
     assert reference[-1][0] < reference[0][0]
-
-
-@pytest.mark.parametrize("policy", ["blocks", "offload"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recomputation_of_real_blocks_changes_no_bit_under_zero_3(policy, precision):
-    """With drop path, whose random numbers must be drawn again as they were."""
-    plain, _ = run_distributed(simmim_steps, 2, toy_config(micro=8, precision=precision), 0.3)
-    recomputed, _ = run_distributed(simmim_steps, 2, toy_config(micro=8, precision=precision, recompute=policy), 0.3)
-    assert recomputed == plain

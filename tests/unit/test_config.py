@@ -81,7 +81,7 @@ WRONG = {
     "unknown choice": (("engine.precision=fp8",), r"engine.precision \(fp8\) is none of fp32, bf16"),
     "unknown engine": (("engine.name=fsdp",), r"engine.name \(fsdp\) is none of deepspeed, local"),
     "unknown stage": (("engine.zero_stage=4",), r"engine.zero_stage \(4\) is none of 0, 1, 2, 3"),
-    "unknown offload": (("engine.offload_optimizer=nvme",), r"offload_optimizer \(nvme\) is none of none, cpu"),
+    "unknown offload": (("engine.offload_optimizer=disk",), r"offload_optimizer \(disk\) is none of none, cpu, nvme"),
     "no such experiment": (
         ("experiment=cifar10_simmin",),
         r"there is no such experiment; did you mean cifar10_simmim\?",

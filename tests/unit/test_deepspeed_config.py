@@ -11,10 +11,27 @@ from configs import make_config
 
 from swinv2_train.config import ConfigError, EngineConfig
 from swinv2_train.engine import check_engine
+from swinv2_train.engine.buckets import LayerSizes
 from swinv2_train.engine.deepspeed_config import KNOWN_KEYS, deepspeed_json
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed_configs.json"
-ENGINE = EngineConfig("deepspeed", 3, "bf16", "none", 100_000_000, 50_000_000, 100_000, 1_000_000_000, True, {})
+ENGINE = EngineConfig(
+    name="deepspeed",
+    zero_stage=3,
+    precision="bf16",
+    optimizer_states="fp32",
+    offload_optimizer="none",
+    offload_param="none",
+    nvme_dir=None,
+    reduce_bucket_size=None,
+    prefetch_bucket_size=None,
+    persistence_threshold=None,
+    max_reuse_distance=None,
+    max_live_parameters=None,
+    overlap_comm=True,
+    deepspeed_overrides={},
+)
+SIZES = LayerSizes(largest_block=50_000_000, largest_vector=100_000, small=200_000)
 
 
 def config(clip=5.0, **engine):
@@ -25,6 +42,16 @@ def config(clip=5.0, **engine):
 
 CASES = {
     "stage 3 bf16": {},
+    "stage 3 bf16, all on the CPU, own sizes": {
+        "offload_optimizer": "cpu",
+        "offload_param": "cpu",
+        "reduce_bucket_size": 1,
+        "prefetch_bucket_size": 2,
+        "persistence_threshold": 3,
+        "max_reuse_distance": 4,
+        "max_live_parameters": 5,
+    },
+    "stage 2 bf16, bf16 states": {"zero_stage": 2, "optimizer_states": "bf16"},
     "stage 2 bf16, optimizer on the CPU": {"zero_stage": 2, "offload_optimizer": "cpu"},
     "stage 1 fp32, one more key": {
         "zero_stage": 1,
@@ -37,19 +64,19 @@ CASES = {
 
 def test_generated_json_equals_the_golden_file():
     """A change here changes what runs compute: make the golden file anew only on purpose."""
-    made = {name: deepspeed_json(config(**case), world_size=4, accumulation_steps=2) for name, case in CASES.items()}
+    made = {name: deepspeed_json(config(**case), 4, 2, SIZES) for name, case in CASES.items()}
     assert made == json.loads(GOLDEN.read_text())
 
 
 @pytest.mark.parametrize("clip", [0.0, 5.0])
 def test_clipping_is_always_written(clip):
     """Trap 1: without the key DeepSpeed clips at 1.0."""
-    assert deepspeed_json(config(clip), 4, 2)["gradient_clipping"] == clip
+    assert deepspeed_json(config(clip), 4, 2, SIZES)["gradient_clipping"] == clip
 
 
 def test_deepspeeds_in_place_linear_is_off():
     """Trap 5: it adds the bias in place, which gives wrong gradients under selective recomputation."""
-    assert deepspeed_json(config(), 4, 2)["zero_optimization"]["memory_efficient_linear"] is False
+    assert deepspeed_json(config(), 4, 2, SIZES)["zero_optimization"]["memory_efficient_linear"] is False
 
 
 def test_stage_0_with_16_bit_is_refused():
@@ -78,7 +105,14 @@ def test_overrides_that_deepspeed_ignores_or_that_contradict_ours_are_refused(ov
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": "cpu"}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": "cpu"}, r"needs .*zero_stage 1, 2, 3, not 0"),
+        ({"zero_stage": 2, "offload_optimizer": "nvme", "nvme_dir": "x"}, r"\(nvme\) needs .*zero_stage 3, not 2"),
+        ({"zero_stage": 2, "offload_param": "cpu"}, r"offload_param \(cpu\) needs engine\.zero_stage 3, not 2"),
+        ({"offload_param": "cpu"}, r"set engine\.offload_optimizer=cpu or nvme"),
+        ({"offload_optimizer": "nvme"}, r"engine\.nvme_dir has no value"),
+        ({"zero_stage": 1, "optimizer_states": "bf16"}, r"stage 1 keeps fp32 states all the same"),
+        ({"precision": "fp32", "optimizer_states": "bf16"}, r"engine\.precision \(fp32\).*engine\.precision=bf16"),
+        ({"offload_optimizer": "cpu", "optimizer_states": "bf16"}, r"its own CPU optimizer only"),
         ({"name": "local"}, "engine.name=local, which is the fp32 reference"),
     ],
 )

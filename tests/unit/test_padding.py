@@ -12,6 +12,7 @@ from unit.model_cases import random_model
 
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.cosine import attention_weights, join_heads, split_heads, unit_vectors, window_bias
 from swinv2_train.models.windows import attention_mask, cut_windows, join_windows, window_grid
 
 CPU = torch.device("cpu")
@@ -84,22 +85,34 @@ def test_cutting_and_joining_windows_gives_the_map_back(shifted):
 def test_whatever_stands_in_the_padding_changes_nothing(shifted):
     """Bit for bit: padded keys have a weight of 0, not a small one."""
     grid = window_grid((7, 10), (4, 4), shifted)
-    attention = WindowAttention(8, 2, (4, 4))
-    torch.nn.init.normal_(attention.qkv.weight)
-    x = torch.randn(2, 7, 10, 8)
-    windows = cut_windows(x, grid)
-    real = cut_windows(torch.ones_like(x), grid).bool()
+    scale, bias = torch.full((2, 1, 1), 10.0), window_bias(torch.randn(49, 2), grid.window)
+    windows = cut_windows(torch.randn(2, 7, 10, 24), grid)  # (B*nW, N, 3C)
+    real = cut_windows(torch.ones(2, 7, 10, 1), grid)[..., 0].bool()  # (B*nW, N)
     assert not real.all()
-    other = torch.where(real, windows, 100 * torch.randn_like(windows))
-    mask = attention_mask(grid, CPU)
-    with Outputs() as outputs:
-        expected = attention(windows, grid.window, mask)
-    assert torch.equal(attention(other, grid.window, mask)[real], expected[real])
-    assert not torch.allclose(attention(other, grid.window)[real], expected[real])  # without the mask it would
-    (weights,) = outputs.of["_softmax"]  # (B*nW, h, N, N)
-    padded_keys = ~real[..., 0][:, None, None].expand_as(weights)
+    mask = attention_mask(grid, CPU).repeat(2, 1, 1).unsqueeze(1)
+
+    def attended(windows, mask):
+        q, k, v = split_heads(windows, 2)
+        weights = attention_weights(unit_vectors(q), unit_vectors(k), scale, bias, mask)
+        return weights, join_heads(weights @ v)[real]
+
+    weights, expected = attended(windows, mask)
+    other = torch.where(real.unsqueeze(-1), windows, 100 * torch.randn_like(windows))
+    assert torch.equal(attended(other, mask)[1], expected)
+    assert not torch.allclose(attended(other, None)[1], expected)  # without the mask it would
+    padded_keys = ~real[:, None, None].expand_as(weights)
     assert not weights[padded_keys].any()
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_attention_of_a_map_gives_padding_no_weight(shifted):
+    grid = window_grid((7, 10), (4, 4), shifted)
+    with Outputs() as outputs:
+        WindowAttention(8, 2, (4, 4))(torch.randn(2, 7, 10, 8), grid)
+    (weights,) = outputs.of["_softmax"]  # (B, nW, h, N, N)
+    real = cut_windows(torch.ones(2, 7, 10, 1), grid)[..., 0].bool().view(2, -1, 1, 1, 16)
+    assert not weights[~real.expand_as(weights)].any()
 
 
 def test_a_fresh_model_on_padded_maps_has_finite_gradients():

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unit.model_cases import random_model, reference_of, settings_of
 
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.models.attention import WindowAttention, unit_vectors
+from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.cosine import unit_vectors
 from swinv2_train.models.precision import Float32LayerNorm
 
 MODES = ("weights", "autocast")

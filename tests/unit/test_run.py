@@ -245,7 +245,9 @@ def build(settings, shards, monkeypatch):
 
     def build_run(world: World, newest: Path | None = None, state: dict[str, Any] | None = None) -> Any:
         config = settings("train.epochs=3", "optim.schedule.warmup_epochs=1.5", "train.global_batch_size=16")
-        monkeypatch.setattr(train, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments))
+        monkeypatch.setattr(
+            train, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments, initialise=print)
+        )
         monkeypatch.setattr(train, "load_checkpoint", lambda *arguments: state)
         task = train.build_task(config, torch.device("cpu"))
         manifests = tuple(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards)
@@ -307,7 +309,8 @@ def test_a_run_directory_of_another_model_is_refused_by_the_key(key, settings, t
     setattr(getattr(config, section), name, IDENTITY[key])
     with pytest.raises(ConfigError, match=f"holds a run with {key}=.*, but this command has {key}="):
         train.checked_newest(tmp_path / "run", config)
-    assert {f"model.{f.name}" for f in dataclasses.fields(config.model)} - {"model.recompute"} <= IDENTITY.keys()
+    rest = {f.name for f in dataclasses.fields(config.model)} - set(train.MEMORY_KEYS)
+    assert {f"model.{name}" for name in rest} <= IDENTITY.keys()
 
 
 def test_a_resume_may_change_memory_policy_length_and_rate(settings, tmp_path, monkeypatch):
@@ -316,7 +319,10 @@ def test_a_resume_may_change_memory_policy_length_and_rate(settings, tmp_path, m
     checkpoint.mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(config_yaml(settings()))
     monkeypatch.setattr(train, "newest_checkpoint", lambda run_dir: checkpoint)
-    other = settings("model.recompute=blocks", "train.max_steps=99", "optim.lr=0.5", "task.label_smoothing=0")
+    other = settings(
+        "model.recompute=blocks", "model.sequential_stages=[1]", "model.attention_chunk_windows=2",
+        "model.attention_chunk_mib=9", "train.max_steps=99", "optim.lr=0.5", "task.label_smoothing=0",
+    )  # fmt: skip
     assert train.checked_newest(tmp_path / "run", other) == checkpoint
     with pytest.raises(ConfigError, match="holds a run with task.name=classify, but this command has task.name=simmim"):
         train.checked_newest(tmp_path / "run", settings(task="simmim"))

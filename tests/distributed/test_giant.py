@@ -1,0 +1,106 @@
+"""The giant's experiments take two steps on a cluster of 16 that is not there: wrong shapes and names cannot hide.
+
+DeepSpeed's own ZeRO-3 engine runs on rank 0 of 16, over torch's fake process group, with the model at its full size and
+input.  Tensors are fake (torch's FakeTensorMode: shapes, dtypes and devices without memory), so every operation of
+forward, loss, backward, reduction and AdamW checks its operands, and none computes.  What is asked of a value (is the
+norm finite?) is answered with 1.  What the numbers are is the matter of test_construct.py and test_swin_engines.py.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from harness import run_distributed
+
+from swinv2_train.command_line import compose_overrides
+from swinv2_train.distributed import World
+from swinv2_train.engine import build_engine
+from swinv2_train.models.initial import initial_rule, without_values
+from swinv2_train.optim import build_param_groups
+from swinv2_train.tasks import build_task
+
+RANKS = 16
+PARAMETERS = {"giant_1536": 3_001_940_680, "simmim_giant_192": 3_010_430_176}
+
+
+class Rules:
+    """Values that are not made: only their names and places are looked at."""
+
+    def __init__(self, model):
+        self.model = model
+        self.pieces = {}
+
+    def fill(self, target, name, start):
+        initial_rule(self.model, name)  # or it raises
+        self.pieces[name] = (start, target.numel(), target.dtype)
+
+
+def fake_batch(config):
+    batch, size, patches = config.train.micro_batch_size, config.model.img_size, config.model.img_size // 4
+    common = {"images": torch.zeros(batch, 3, size, size, dtype=torch.uint8), "weight": torch.ones(batch)}
+    if config.task.name == "simmim":
+        return {**common, "mask": torch.zeros(batch, patches, patches, dtype=torch.bool)}
+    return {**common, "labels": torch.zeros(batch, dtype=torch.int64)}
+
+
+def two_steps(world, name):
+    """In a process of its own: the engine as the trainer builds it, but for one micro-batch a step."""
+    import torch.distributed as dist
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Answers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return 1.0 if args[0].is_floating_point() else int(args[0].dtype != torch.bool)
+            return func(*args, **(kwargs or {}))
+
+    # Fewer chunks than the shipped 256 MiB make: each is a pass through the same operations.
+    config = compose_overrides([f"experiment={name}", "data.shards=x", "model.attention_chunk_mib=8192"])
+    world = World(0, 0, RANKS, 8, torch.device("cpu"))
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Answers(),
+        mock.patch.object(
+            torch.nn.Module, "to", lambda module, *args, **kwargs: module
+        ),  # no weak reference survives it
+        mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda numbers: None),
+    ):
+        task = build_task(config, world.device)  # drawn, in fake memory
+        shapes = {key: tuple(p.shape) for key, p in task.module.named_parameters()}
+        groups = build_param_groups(task.module, config.optim)
+        engine = build_engine(task.module, groups, config, world, 1)
+        rules = Rules(task.module)
+        engine.initialise(rules)
+        for _ in range(2):
+            loss = task.loss(engine.forward, fake_batch(config))
+            assert loss.shape == () and loss.dtype == torch.float32
+            engine.backward(loss)
+            engine.step(config.optim.lr)
+        optimizer = engine._ds.optimizer
+        averages = sum(state["exp_avg"].numel() for state in optimizer.optimizer.state.values())
+        return shapes, rules.pieces, averages, len(groups), optimizer.dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_giant_takes_two_steps_on_16_ranks(name):
+    """Each rank holds a sixteenth of masters and averages, every parameter has a rule for its initial values, and the
+    trainer's model without values has the same names and shapes."""
+    ((shapes, pieces, averages, num_groups, dtype),) = run_distributed(two_steps, 1, name, timeout_sec=600, init=False)
+    config = compose_overrides([f"experiment={name}", "data.shards=x"])
+    assert config.model.recompute == "blocks" and config.model.sequential_stages == [1, 2]
+    with without_values():
+        module = build_task(config, torch.device("cpu")).module
+    assert shapes == {key: tuple(p.shape) for key, p in module.named_parameters()}
+    numels = {key: p.numel() for key, p in module.named_parameters()}
+    assert sum(numels.values()) == PARAMETERS[name]
+    assert pieces == {key: (0, -(-numel // RANKS), torch.float32) for key, numel in numels.items()}
+    assert averages == sum(-(-numel // RANKS) for numel in numels.values())
+    assert dtype == torch.bfloat16
+    assert num_groups == len(build_param_groups(module, config.optim)) >= 2
