@@ -1,23 +1,25 @@
 """Images per second of the loader alone, beside a bare decode loop and webdataset's own streaming, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader_throughput.py [--rounds 7] [--images 1000] [--size 192]
+    OMP_NUM_THREADS=1 python benchmarks/loader_throughput.py [--rounds 30] [--images 600] [--size 192]
 
 Every reader does the same work with the same functions (read a JPEG of 500 x 375 pixels from a tar, decode it, cut a
 random box, resize it, flip it), except the one named "PIL", which decodes and resizes with Pillow, as webdataset's own
-examples do.  The readers take turns; what counts is the median over the rounds of each one's ratio to the bare loop of
-the same round.
+examples do.  The readers stay alive and take turns of a second; what counts is the median over the rounds of each one's
+ratio to the bare loop with as many processes in the same round.  The ratio is given twice: by the clock, and by the CPU
+time per image of all processes of a reader (Linux), which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import io
 import itertools
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
@@ -81,19 +83,23 @@ def bare(manifest: Manifest, crop: Crop) -> Iterator[int]:
 
 
 def bare_processes(manifest: Manifest, crop: Crop, processes: int) -> Iterator[int]:
-    """The same in several processes at once."""
-    done = get_context("fork").SimpleQueue()
+    """The same in several processes at once, each at most two batches ahead of the caller."""
+    context = get_context("fork")
+    done, ahead = context.SimpleQueue(), context.Semaphore(2 * processes)
 
     def work() -> None:
         for count in bare(manifest, crop):
             done.put(count)
+            ahead.acquire()
 
-    workers = [get_context("fork").Process(target=work, daemon=True) for _ in range(processes)]
+    workers = [context.Process(target=work, daemon=True) for _ in range(processes)]
     for worker in workers:
         worker.start()
     try:
         while True:
-            yield done.get()
+            count = done.get()
+            ahead.release()
+            yield count
     finally:
         for worker in workers:
             worker.kill()
@@ -133,22 +139,44 @@ def webdataset(manifest: Manifest, crop: Crop, workers: int, pil: bool) -> Itera
         yield len(batch["images"])
 
 
-def images_per_sec(batches: Iterator[int], images: int) -> float:
-    """Measured between the arrivals of two batches, after a start that fills every queue once."""
-    for _ in range(6):
+class Reader:
+    """A stream of batches with the processes that it starts."""
+
+    def __init__(self, batches: Iterator[int]) -> None:
+        before = children()
+        self.batches = batches
         next(batches)
-    started, count = time.perf_counter(), 0
-    while count < images:
-        count += next(batches)
-    seconds = time.perf_counter() - started
-    batches.close()  # type: ignore[attr-defined]
-    return count / seconds
+        self.processes = children() - before
+
+    def turn(self, images: int) -> tuple[float, float]:
+        """(seconds, CPU seconds of all its processes) per image, between the arrivals of two batches."""
+        for _ in range(6):  # what was made before the turn
+            next(self.batches)
+        started, cpu, count = time.perf_counter(), self.cpu_sec(), 0
+        while count < images:
+            count += next(self.batches)
+        seconds, cpu = time.perf_counter() - started, self.cpu_sec() - cpu
+        while self.processes:  # until its queues are full again
+            before = self.cpu_sec()
+            time.sleep(0.05)
+            if self.cpu_sec() - before < 0.005:
+                break
+        return seconds / count, cpu / count
+
+    def cpu_sec(self) -> float:
+        threads = (path for pid in self.processes for path in glob.glob(f"/proc/{pid}/task/*/schedstat"))
+        return time.process_time() + sum(int(open(path).read().split()[0]) for path in threads) / 1e9
+
+
+def children() -> set[int]:
+    """The process ids of this process's children."""
+    return {int(pid) for path in glob.glob("/proc/self/task/*/children") for pid in open(path).read().split()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=1000, help="per reader and round")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--images", type=int, default=600, help="per reader and round")
     parser.add_argument("--size", type=int, default=192, help="side of the crop in pixels")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,27 +190,34 @@ def main() -> None:
 
 def measure(manifest: Manifest, crop: Crop, rounds: int, images: int) -> None:
     one, two = "bare decode loop", "bare decode loop, 2 processes"
-    readers: dict[str, tuple[str, Callable[[], Iterator[int]]]] = {
-        one: (one, lambda: bare(manifest, crop)),
-        "ours, in the training process": (one, lambda: ours(manifest, crop, 0)),
-        "webdataset, our functions": (one, lambda: webdataset(manifest, crop, 0, pil=False)),
-        "webdataset, PIL": (one, lambda: webdataset(manifest, crop, 0, pil=True)),
-        two: (two, lambda: bare_processes(manifest, crop, 2)),
-        "ours, 2 workers": (two, lambda: ours(manifest, crop, 2)),
-        "webdataset, our functions, 2 workers": (two, lambda: webdataset(manifest, crop, 2, pil=False)),
-        "webdataset, PIL, 2 workers": (two, lambda: webdataset(manifest, crop, 2, pil=True)),
+    streams = {
+        one: (one, bare(manifest, crop)),
+        "ours, in the training process": (one, ours(manifest, crop, 0)),
+        "webdataset, our functions": (one, webdataset(manifest, crop, 0, pil=False)),
+        "webdataset, PIL": (one, webdataset(manifest, crop, 0, pil=True)),
+        two: (two, bare_processes(manifest, crop, 2)),
+        "ours, 2 workers": (two, ours(manifest, crop, 2)),
+        "webdataset, our functions, 2 workers": (two, webdataset(manifest, crop, 2, pil=False)),
+        "webdataset, PIL, 2 workers": (two, webdataset(manifest, crop, 2, pil=True)),
     }
-    rates: dict[str, list[float]] = {name: [] for name in readers}
+    readers = {name: Reader(batches) for name, (_, batches) in streams.items()}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
     for _ in range(rounds):
-        for name, (_, start) in readers.items():
-            rates[name].append(images_per_sec(start(), images))
+        for name, reader in readers.items():
+            turns[name].append(reader.turn(images))
     size = sum(manifest.sizes) / manifest.num_samples / 1000
     print(f"{manifest.num_samples} JPEGs of 500 x 375 px, {size:.0f} kB each, to {crop.size} px; batches of {BATCH}\n")
-    print("| reader | images/s (median) | min - max | ratio to bare |\n|---|---|---|---|")
-    for name, (base, _) in readers.items():
-        ratio = statistics.median(rate / of for rate, of in zip(rates[name], rates[base], strict=True))
-        low, high = min(rates[name]), max(rates[name])
-        print(f"| {name} | {statistics.median(rates[name]):.0f} | {low:.0f} - {high:.0f} | {ratio:.2f} |")
+    print("| reader | images/s (median) | quartiles | ratio to bare | CPU ms/image (median) | ratio to bare |")
+    print("|---|---|---|---|---|---|")
+    for name, (base, _) in streams.items():
+        rates = [1 / seconds for seconds, _ in turns[name]]
+        low, middle, high = statistics.quantiles(rates, n=4)
+        pairs = list(zip(turns[name], turns[base], strict=True))
+        by_clock, by_cpu = (statistics.median(of[i] / own[i] for own, of in pairs) for i in (0, 1))
+        cpu = 1000 * statistics.median(cpu for _, cpu in turns[name])
+        print(f"| {name} | {middle:.0f} | {low:.0f} - {high:.0f} | {by_clock:.3f} | {cpu:.3f} | {by_cpu:.3f} |")
+    for _, batches in streams.values():
+        batches.close()
 
 
 if __name__ == "__main__":

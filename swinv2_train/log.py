@@ -5,6 +5,7 @@ Only rank 0 writes.  Everything that libraries print goes to RUN_DIR/logs/rank_N
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -77,8 +78,11 @@ class RunLog:
         clean = {name: _number(value) for name, value in values.items()}
         if self._file is None:
             self._file = _open_append(self.run_dir / "metrics.jsonl")
-        self._file.write(json.dumps({"step": step, "images_seen": images_seen, **clean}, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, "images_seen": images_seen, **clean}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk; the system does not say which file it was
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         if self._wandb is not None:
             numbers = {name: value for name, value in clean.items() if value is not None}
             self._wandb.put({"step": step, "images_seen": images_seen, **numbers})
@@ -116,7 +120,8 @@ class RunLog:
         if self._progress is not None:
             self._progress.close()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take; metrics() has said so
+                self._file.close()
             self._file = None
         if self._wandb is not None:
             self._wandb.close(exit_code)

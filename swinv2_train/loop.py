@@ -16,6 +16,7 @@ import torch
 from swinv2_train.checkpoint import Save, load_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.loader import EvalLoader, TrainLoader
+from swinv2_train.data.stream import StreamLoader
 from swinv2_train.distributed import World, all_reduce_sum, any_rank, highest, raise_together
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.log import RunLog
@@ -46,7 +47,7 @@ class Run:
     world: World
     task: Task
     engine: Engine
-    train_loader: TrainLoader
+    train_loader: TrainLoader | StreamLoader
     eval_loader: EvalLoader | None
     log: RunLog
     accumulation_steps: int
@@ -60,6 +61,8 @@ class Run:
     """Step of the newest complete checkpoint; -1 when there is none."""
     saving: Save | None = None
     """A checkpoint that is being written in the background."""
+    stall_sec: float | None = None
+    """How long the last save has held training up so far; None when that is logged."""
     bad_images: int = 0
     """Damaged samples of the run over all ranks and starts, when they were last counted."""
     uncounted_bad_images: int = 0
@@ -159,6 +162,7 @@ def take_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, watch: L
             if problem is not None:
                 loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
         run.engine.backward(loss * share)
+    log_stall(run)
     try:
         grad_norm = run.engine.step(lr)
     except NonFiniteError as error:
@@ -298,11 +302,25 @@ def save(run: Run, score: float | None) -> None:
     run.saving = Save(run_dir, run.engine, state, run.world, train.keep_checkpoints, best, background)
     if not background:
         finish_saving(run)
-    run.log.metrics(run.step, run.images_seen, {"checkpoint/stall_sec": time.perf_counter() - started})
+    run.stall_sec = time.perf_counter() - started
+    if not background:
+        log_stall(run)
+
+
+def log_stall(run: Run) -> None:
+    """Log how long the last save held training up, and wait for what is left of its copy: the optimizer moves next."""
+    if run.stall_sec is None:
+        return
+    started = time.perf_counter()
+    if run.saving is not None:
+        run.saving.wait_for_copy()
+    stall_sec, run.stall_sec = run.stall_sec + time.perf_counter() - started, None
+    run.log.metrics(run.step, run.images_seen, {"checkpoint/stall_sec": stall_sec})
 
 
 def finish_saving(run: Run) -> None:
     """Wait for the checkpoint that is being written, if any; what went wrong with it is raised on every rank."""
+    log_stall(run)
     if run.saving is not None:
         saving, run.saving = run.saving, None
         saving.finish()

@@ -85,8 +85,10 @@ def set_threads(num_threads: int | None, local_world_size: int) -> int:
 class StopRequest:
     """Turns SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and a time limit into a flag that the training loop reads between steps.
 
-    A further signal only sets the flag again, so an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees
-    its own signals: the loop agrees over the ranks (``distributed.any_rank(stop.requested is not None)``).
+    So does the death of torchrun, which ends its ranks by a signal unless it is killed itself.  Without torchrun a
+    parent that ends means nothing: the shell of a nohup or an srun may.  A further signal only sets the flag again, so
+    an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees its own signals: the loop agrees over the ranks
+    (``distributed.any_rank(stop.requested is not None)``).
 
         with StopRequest() as stop:
             ...
@@ -96,12 +98,15 @@ class StopRequest:
     def __init__(self, after_sec: float | None = None) -> None:
         """after_sec: seconds from now after which a stop is requested; None = never."""
         self._deadline = math.inf if after_sec is None else time.monotonic() + after_sec
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._signal: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> str | None:
-        """Name of the last stop signal, e.g. "SIGTERM", or "the time limit"; None while nothing asks to stop."""
+        """Name of the last stop signal, e.g. "SIGTERM", or another reason; None while nothing asks to stop."""
+        if self._signal is None and self._torchrun not in (None, os.getppid()):
+            return "the death of torchrun"
         return self._signal or ("the time limit" if time.monotonic() >= self._deadline else None)
 
     def install(self) -> Self:
@@ -241,11 +246,15 @@ def read_environment(run_dir: Path) -> list[dict[str, Any]]:
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, meets the old text or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it would take the room of the next attempt
+        raise
 
 
 def git_commit() -> dict[str, Any] | None:

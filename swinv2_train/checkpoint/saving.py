@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,10 @@ _VISIBLE_SEC = 60.0
 
 class Snapshot(Protocol):
     """One rank's part of an engine's state."""
+
+    @property
+    def copying(self) -> Future[None] | None:
+        """Until it is done, the engine's state may not change; None = until the snapshot is written."""
 
     def write(self, directory: Path) -> Mapping[str, Sum]: ...
 
@@ -44,8 +49,8 @@ class Save:
     run_dir: exists.  state: JSON-able values; "step" is required.  keep: the newest checkpoints that stay, at least 1.
     best: the metric that keep_best watches and this checkpoint's value of it, oriented as it is named (a name that ends
     in "loss" is better when lower, any other when higher); the best checkpoint of all stays besides the newest ones.
-    background: the state is copied to CPU memory and written by a thread while training goes on; only one such save may
-    be under way.  Otherwise finish() writes it.
+    background: the state is copied to CPU memory and written by threads while training goes on, which the engine's next
+    step waits for as far as the copy goes; only one such save may be under way.  Otherwise finish() writes it.
     Raises SaveError or RankError on all ranks when any rank cannot write; the checkpoints before stay as they are.
     """
 
@@ -82,6 +87,11 @@ class Save:
         """True while this rank's thread has something to do."""
         return self._thread is not None and self._thread.is_alive()
 
+    def wait_for_copy(self) -> None:
+        """Until this rank's state is copied, and the optimizer may move."""
+        if self._copying is not None:
+            wait([self._copying])  # what goes wrong with it, finish() raises
+
     def finish(self) -> Path:
         """Wait until the checkpoint is complete; returns its path.  Collective."""
         if self._thread is None:
@@ -108,9 +118,11 @@ class Save:
         try:
             part()
         except Exception as error:  # noqa: BLE001  other ranks are waiting, and a thread has nobody to raise to
+            remedy = "those before it are as they were; mend the disk, and the same command resumes"
+            if not self._run_dir.is_dir():
+                remedy = f"run_dir ({self._run_dir}) is gone: put it back, and the same command resumes, or starts anew"
             said = SaveError(
-                f"{self.path}: the checkpoint could not be written ({error or type(error).__name__}); those before it "
-                "are as they were; mend the disk, and the same command resumes"
+                f"{self.path}: the checkpoint could not be written ({error or type(error).__name__}); {remedy}"
             )
             said.__cause__ = error
             return said
@@ -141,6 +153,7 @@ class Save:
 
     def _take(self, engine: Saveable, copy: bool) -> None:
         self._snapshot, self._random_states = engine.snapshot(copy), random_states(self._world)
+        self._copying = self._snapshot.copying
 
     def _write_own_part(self) -> None:
         """This rank's files, and when they are on the disk their sums."""

@@ -16,12 +16,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import glob
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,13 @@ class ShardCache:
     max_bytes: int
     patience: Patience
 
-    def entries(self, urls: Sequence[str], progress: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:
+    def entries(
+        self, urls: Sequence[str], wildcards: Sequence[str] = (), progress: Callable[[str], None] | None = None
+    ) -> dict[str, dict[str, Any]]:
         """The manifest entry of every shard, from the manifest beside it, or else by fetching and indexing it once.
 
-        Every shard's size is asked of the server and compared.  Raises ShardError for one that is missing or another.
+        wildcards: those that gave urls.  Every shard's size is asked of the server and compared.  Raises ShardError for
+        one that is missing, also one that a wildcard means and only the manifest knows, or another.
         """
         found: dict[str, dict[str, Any]] = {}
         for folder in dict.fromkeys(map(folder_of, urls)):
@@ -79,12 +83,22 @@ class ShardCache:
             theirs = self._their_entries(group[0])
             with self._usable():
                 known = {**read_entries(self._place(group[0])), **theirs}
+            lost = {name for wildcard in wildcards for name in _meant(wildcard, folder, theirs or known)}
+            lost.difference_update(map(base_name, group))
+            if lost:
+                where = shown(folder) + MANIFEST_NAME if theirs else self._place(group[0]) / MANIFEST_NAME
+                raise ShardError(
+                    f"{shown(folder)}{min(lost)} is missing, {where} lists it ({len(lost)} such shards); put it there "
+                    "again, or delete its entry to go on without it"
+                )
             for url, size in zip(group, sizes(group, self.patience), strict=True):
                 entry = known.get(base_name(url))
                 if entry is None:
                     continue
                 if size is not None and size != entry["bytes"]:
-                    where = folder + MANIFEST_NAME if base_name(url) in theirs else self._place(url) / MANIFEST_NAME
+                    where = (
+                        shown(folder) + MANIFEST_NAME if base_name(url) in theirs else self._place(url) / MANIFEST_NAME
+                    )
                     raise ShardError(
                         f"{shown(url)}: {size} bytes, manifest says {entry['bytes']}; put the shard there again, or "
                         f"delete {where} and index it anew"
@@ -264,6 +278,13 @@ class ShardCache:
                 return False
             os.ftruncate(lock, size)
             return True
+
+
+def _meant(wildcard: str, folder: str, names: Iterable[str]) -> list[str]:
+    """The names that a wildcard address would match in a folder."""
+    theirs, ours = (address.partition("://")[2] for address in (folder_of(wildcard), folder))  # s3a:// lists as s3://
+    deep = "**" in theirs or theirs.count("/") == ours.count("/")  # fnmatch's * goes over slashes
+    return fnmatch.filter(names, base_name(wildcard)) if deep and fnmatch.fnmatchcase(ours, theirs) else []
 
 
 def _hold(path: Path) -> int | None:

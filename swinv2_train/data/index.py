@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
     shard = name or path
     fd = os.open(path, os.O_RDONLY)
     try:
-        for member, offset, size in _members(fd, shard):
+        for member, offset, size in tar_members(_File(fd), shard):
             match = _KEY_AND_EXTENSION.match(member)
             if match is None or _META_MEMBER.match(member):
                 continue
@@ -73,7 +74,7 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
                 if key not in images or preference < images[key][0]:
                     images[key] = (preference, offset, size)
             elif extension == LABEL_EXTENSION:
-                labels[key] = _parse_label(os.pread(fd, min(size, _LABEL_BYTES + 1), offset))
+                labels[key] = parse_label(os.pread(fd, min(size, _LABEL_BYTES + 1), offset))
     finally:
         os.close(fd)
     if not keys:
@@ -91,44 +92,75 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
     return index
 
 
-def _parse_label(text: bytes) -> int:
+def parse_label(text: bytes) -> int:
+    """The content of a .cls member as a number, or LABEL_UNREADABLE."""
     if len(text) > _LABEL_BYTES or not text.strip().isdigit():
         return LABEL_UNREADABLE
     label = int(text)
     return label if label < 2**63 else LABEL_UNREADABLE
 
 
-def _members(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, byte offset and size of every regular file, in order (ustar, GNU and PAX headers)."""
-    file_size = os.fstat(fd).st_size
-    if file_size == 0:
-        raise ShardError(f"{path}: the file is empty (0 bytes); {_REMEDY}")
+class TarBytes(Protocol):
+    """The bytes of a tar.  tar_members asks for them in rising order alone, so that they may come out of a pipe."""
+
+    def read_at(self, size: int, position: int) -> bytes:
+        """Fewer at the end."""
+
+    def reaches(self, end: int) -> bool:
+        """True when there are at least `end` bytes."""
+
+    def size(self) -> int:
+        """All there are; asked only when the end has been met."""
+
+
+class _File:
+    def __init__(self, fd: int) -> None:
+        self._fd, self._size = fd, os.fstat(fd).st_size
+
+    def read_at(self, size: int, position: int) -> bytes:
+        return os.pread(self._fd, size, position)
+
+    def reaches(self, end: int) -> bool:
+        return end <= self._size
+
+    def size(self) -> int:
+        return self._size
+
+
+def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
+    """Name, byte offset and size of every regular file, in order (ustar, GNU and PAX headers).
+
+    path: what errors call the tar.  Raises ShardError, naming the byte, where the tar is damaged.
+    """
     position = 0
     long_name: str | None = None
     pax: dict[str, str] = {}
     while True:
-        header = os.pread(fd, BLOCK, position)
+        header = source.read_at(BLOCK, position)
         if len(header) < BLOCK:
+            if source.size() == 0:
+                raise ShardError(f"{path}: empty (0 bytes); {_REMEDY}")
             raise ShardError(
-                f"{path}: cut off at byte {file_size}: there is no end mark, so samples are missing; {_REMEDY}"
+                f"{path}: cut off at byte {source.size()}: there is no end mark, so samples are missing; {_REMEDY}"
             )
         if not any(header):
-            _check_tail(fd, path, position)
+            _check_tail(source, path, position)
             return
         size = _check_header(header, path, position)
         kind = header[156:157]
         start = position + BLOCK
         if kind == b"x":
-            pax = _pax_records(os.pread(fd, size, start), path, position)
+            pax = _pax_records(source.read_at(size, start), path, position)
         elif kind == b"L":
-            long_name = os.pread(fd, size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            long_name = source.read_at(size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
         if kind not in (b"x", b"L", b"K", b"g"):  # a real member: the records before it speak of it
             if not pax.get("size", "0").isdecimal():
                 raise ShardError(f"{path}: damaged PAX header before byte {position}; {_REMEDY}")
             size = int(pax.get("size", size))
-        if start + size > file_size:
+        if not source.reaches(start + size):
             raise ShardError(
-                f"{path}: cut off at byte {file_size}: the member at byte {position} ends at {start + size}; {_REMEDY}"
+                f"{path}: cut off at byte {source.size()}: the member at byte {position} ends at {start + size}; "
+                f"{_REMEDY}"
             )
         position = start + -(-size // BLOCK) * BLOCK
         if kind in (b"x", b"L", b"K", b"g"):
@@ -157,9 +189,9 @@ def _check_header(header: bytes, path: str, position: int) -> int:
     raise ShardError(f"{path}: not a tar file (no valid header at byte 0); {_REMEDY}")
 
 
-def _check_tail(fd: int, path: str, position: int) -> None:
+def _check_tail(source: TarBytes, path: str, position: int) -> None:
     end_mark = position
-    while chunk := os.pread(fd, 1 << 20, position):  # "only zeros may follow"; a legal tail has up to 11,263 of them
+    while chunk := source.read_at(1 << 20, position):  # "only zeros may follow"; a legal tail has up to 11,263 of them
         if chunk.count(0) != len(chunk):
             first = position + next(i for i, byte in enumerate(chunk) if byte)
             raise ShardError(

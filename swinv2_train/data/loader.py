@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.data.batches import BatchRequest, EvalBatches, TrainBatches
 from swinv2_train.data.decode import DecodeError, decode_image
+from swinv2_train.data.memory import Batch, BatchMemory
 from swinv2_train.data.order import GlobalOrder, Location, rank_shards
 from swinv2_train.data.shards import Manifest, Sample, SampleError, ShardError, TarReader
+from swinv2_train.data.workers import Fetch, Workers
 
-Batch = dict[str, Any]
 _log = logging.getLogger(__name__)
 _SAMPLE_STREAM = 2  # spawn key of the per-sample random numbers; order.py uses 0 and 1
 
@@ -79,7 +76,7 @@ class TrainLoader:
         world_size: int,
         start_images: int,
     ) -> None:
-        accumulation_steps(global_batch_size, micro_batch_size, world_size)
+        passes = accumulation_steps(global_batch_size, micro_batch_size, world_size)
         _check_labels(manifest, config, transform, "data.shards")
         self.manifest, self.config, self.seed = manifest, config, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -88,8 +85,8 @@ class TrainLoader:
         self.bad_images_before = 0
         """Damaged samples of the run, all ranks, until this start."""
         mixed = (math.ceil(config.lanes / world_size) + 1) * config.window_shards
-        self._fetch = _Fetcher(manifest, config, transform, seed, max_open=mixed)
-        self._workers = _Workers(self)
+        self._fetch = _Fetcher(manifest, config, transform, seed, mixed, micro_batch_size, held=2 * passes)
+        self._workers = Workers(self)
         _check_room(self.order, manifest, config, start_images, global_batch_size, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -184,8 +181,8 @@ class EvalLoader:
         _check_labels(manifest, config, transform, key)
         self.manifest, self.config, self.micro_batch_size = manifest, config, micro_batch_size
         self.rank, self.world_size, self.key = rank, world_size, key
-        self._fetch = _Fetcher(manifest, config, transform, seed=0, max_open=4)  # one after the other
-        self._workers = _Workers(self)
+        self._fetch = _Fetcher(manifest, config, transform, seed=0, max_open=4, rows=micro_batch_size, held=2)
+        self._workers = Workers(self)
 
     def __len__(self) -> int:
         """Batches per rank."""
@@ -258,23 +255,43 @@ def _check_room(
 # Fetching: runs in the worker processes
 
 
-class _Fetcher(Dataset[Any]):
-    """Reads, decodes and transforms one micro-batch.  Picklable; holds no random state and no position."""
+class _Fetcher(Fetch):
+    """Reads, decodes and transforms one micro-batch.  Picklable; holds no random state and no position.
 
-    def __init__(self, manifest: Manifest, config: DataConfig, transform: Transform, seed: int, max_open: int) -> None:
+    rows: of a micro-batch.  held: micro-batches that the caller keeps at a time.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        config: DataConfig,
+        transform: Transform,
+        seed: int,
+        max_open: int,
+        rows: int,
+        held: int,
+    ) -> None:
         # within the usual limit of 1024 file descriptors: one for a shard that is open, one for one that is at hand
         self.reader = TarReader(manifest, max_open=min(max_open, 256))
         self.transform, self.seed = transform, seed
+        self.rows, self.held = rows, held
         self.on_bad_sample = config.on_bad_sample
         self.first_sample = np.cumsum([0, *manifest.counts]).tolist()
         self._filler: dict[str, torch.Tensor] | None = None
 
     def __getitems__(self, request: BatchRequest) -> Batch | ConfigError:
-        """The batch, or the error to raise in the main process (DataLoader would wrap it into a traceback)."""
         try:
             return self.batch(request)
         except ConfigError as error:
             return error
+
+    def memory(self, ahead: int) -> BatchMemory | None:
+        nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
+        try:
+            row = self.transform(nothing, 0 if self.transform.needs_label else None, np.random.default_rng(0))
+        except SampleError:
+            return None
+        return BatchMemory({**row, "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
 
     def batch(self, request: BatchRequest) -> Batch:
         if request.soon is not None:
@@ -282,13 +299,15 @@ class _Fetcher(Dataset[Any]):
         rows: list[dict[str, torch.Tensor] | None] = []
         keys: list[str] = []
         problems: list[dict[str, str]] = []
-        for location in request.locations:
-            if location is None:  # a padding row
+        # all at once: between two images, with the processor's caches full of pixels, it takes five times as long
+        rngs = [None if place is None else self._rng(place) for place in request.locations]
+        for location, rng in zip(request.locations, rngs, strict=True):
+            if location is None or rng is None:  # a padding row
                 rows.append(None)
                 keys.append("")
                 continue
             try:
-                rows.append(self._row(location))
+                rows.append(self._row(location, rng))
             except SampleError as error:
                 if self.on_bad_sample != "replace":
                     remedy = "repair it, or set data.on_bad_sample=replace to go on without it"
@@ -298,22 +317,23 @@ class _Fetcher(Dataset[Any]):
             keys.append(self.reader.key(location[1], location[2]))
         stand_in = next((row for row in rows if row is not None), None) or self._readable(request.near)
         filled = [stand_in if row is None else row for row in rows]
-        # in a worker default_collate stacks into shared memory at once, which saves a copy
-        batch: Batch = {name: default_collate([row[name] for row in filled]) for name in stand_in}
-        batch["weight"] = torch.tensor([float(row is not None) for row in rows])
+        batch = self.stacked(filled, [float(row is not None) for row in rows])
         batch["keys"] = keys
         batch["num_bad"] = len(problems)
         batch["problems"] = problems
         return batch
 
-    def _row(self, location: Location) -> dict[str, torch.Tensor]:
+    def _rng(self, location: Location) -> np.random.Generator:
         epoch, shard, index = location
+        return sample_rng(self.seed, epoch, self.first_sample[shard] + index)
+
+    def _row(self, location: Location, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        _, shard, index = location
         sample: Sample = self.reader.read(shard, index)
         try:
             if sample.label is None and self.transform.needs_label:
                 raise SampleError("no readable label (.cls)")
-            image = decode_image(sample.image, sample.extension)
-            return self.transform(image, sample.label, sample_rng(self.seed, epoch, self.first_sample[shard] + index))
+            return self.transform(decode_image(sample.image, sample.extension), sample.label, rng)
         except DecodeError as error:
             at = self.reader.offset(shard, index)
             raise SampleError(f"{error}, at byte {at}", sample.shard, sample.key) from error
@@ -328,75 +348,10 @@ class _Fetcher(Dataset[Any]):
         for shard in (*range(near, len(counts)), *range(near)):
             for index in range(counts[shard]):
                 try:
-                    self._filler = self._row((0, shard, index))
+                    self._filler = self._row((0, shard, index), self._rng((0, shard, index)))
                     return self._filler
                 except SampleError as error:
                     if self.on_bad_sample != "replace":
                         raise
                     _log.debug("not usable as a stand-in: %s", error)
         raise ShardError(f"{self.reader.manifest.name(near)} and its like hold no readable sample; name other shards")
-
-
-def _same(batch: Any) -> Any:
-    return batch
-
-
-_ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def _init_worker(worker: int) -> None:
-    """Ctrl-C and the scheduler's signals reach the whole process group; the training process alone answers them."""
-    for number in _ANSWERED_BY_MAIN:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_MAIN)
-
-
-class _Workers:
-    """Runs a fetcher over batch lists, here or in worker processes, and ends those processes in every case."""
-
-    def __init__(self, owner: object) -> None:
-        self._running: dict[str, Any] = {}
-        # Workers ignore SIGTERM, so they must be told to end before multiprocessing's own exit handler joins them.
-        # The registry keeps `_running` alive: nothing in it may lead back to `owner`, or that would never be freed.
-        weakref.finalize(owner, _stop, self._running)
-
-    def run(self, fetch: _Fetcher, batches: Any, config: DataConfig) -> Iterator[Batch]:
-        results: Iterator[Any]
-        if config.num_workers == 0:
-            results = map(fetch.__getitems__, batches)
-        else:
-            if "loader" not in self._running:
-                warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-                self._running["loader"] = DataLoader(
-                    fetch,
-                    batch_sampler=batches,
-                    num_workers=config.num_workers,
-                    prefetch_factor=max(config.prefetch_batches, 1),
-                    persistent_workers=True,
-                    collate_fn=_same,
-                    worker_init_fn=_init_worker,
-                    pin_memory=torch.cuda.is_available(),
-                    generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from
-                )
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED_BY_MAIN)  # a new worker ignores them too late
-            try:
-                results = iter(self._running["loader"])
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for result in results:
-            if isinstance(result, ConfigError):
-                self.close()
-                raise result
-            for problem in result["problems"]:
-                _log.warning("damaged sample replaced: %(shard)s: sample '%(key)s': %(cause)s", problem)
-            yield result
-
-    def close(self) -> None:
-        _stop(self._running)
-
-
-def _stop(running: dict[str, Any]) -> None:
-    loader: DataLoader[Any] | None = running.pop("loader", None)
-    stop: Callable[[], None] | None = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
-    if stop is not None:
-        stop()

@@ -7,6 +7,7 @@ import glob
 import os
 from pathlib import Path
 
+from swinv2_train.config import PIPE, is_pipe
 from swinv2_train.data.index import ShardError
 from swinv2_train.data.manifest import MANIFEST_NAME, read_entries
 from swinv2_train.data.remote import is_remote, list_matching, shown
@@ -17,27 +18,57 @@ def expand_pattern(pattern: str, key: str = "data.shards", complete: bool = True
 
     A part may be an address that fsspec knows (https://, s3://, ...); there wildcards need a file system that can
     list, and whether the named shards exist is found out by who opens them.  Raises ShardError naming `key` when a part
-    matches no file, when (`complete`) a wildcard misses shards that the manifest beside them lists, or for a pipe.
+    matches no file, when (`complete`) a local wildcard misses shards that the manifest beside them lists, or for a
+    pipe.
     """
-    from braceexpand import braceexpand
-
     paths: list[str] = []
     for part in pattern.split("::"):
-        if part.startswith("pipe:"):
+        if is_pipe(part):
             raise ShardError(
-                f"{key} '{part}': what a command prints can be read once only, so no order of it could be kept or "
-                "resumed; write it to a folder, or name an address (https://, s3://, ...)"
+                f"{key} '{part}': what a command prints can be read once only and has no index, so data.shards alone "
+                "may be a pipe; write it to a folder, or name an address (https://, s3://, ...)"
             )
-        try:
-            candidates = list(braceexpand(os.path.expanduser(part.removeprefix("file://"))))
-        except ValueError as error:  # a brace without its partner
-            raise ShardError(f"{key} '{part}': {error}; a range is written {{00..11}}") from error
-        for candidate in candidates:
+        for candidate in _candidates(part, key):
             paths += _remote(candidate, key) if is_remote(candidate) else _local(candidate, key, complete)
     doubled = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if doubled:
         raise ShardError(f"{key} names {shown(doubled[0])} twice; every shard may appear once")
     return paths
+
+
+def remote_wildcards(pattern: str) -> list[str]:
+    """The addresses with a wildcard; what they miss is found out by who fetches the manifest beside them."""
+    candidates = [candidate for part in pattern.split("::") for candidate in _candidates(part, "")]
+    return [candidate for candidate in candidates if is_remote(candidate) and _has_wildcard(candidate)]
+
+
+def expand_commands(pattern: str, key: str = "data.shards") -> list[str]:
+    """Shell commands of a pattern of ``pipe:COMMAND`` parts with braces, joined by ``::``, without their ``pipe:``.
+
+    Raises ShardError naming `key` when a part is no pipe, or an empty one.
+    """
+    commands: list[str] = []
+    for part in pattern.split("::"):
+        if not part.startswith(PIPE) or not part.removeprefix(PIPE).strip():
+            raise ShardError(
+                f"{key} '{part}': {'an empty pipe' if part.startswith(PIPE) else 'no pipe, but other parts are'}; "
+                "name pipes (pipe:COMMAND) or indexed shards, not both"
+            )
+        commands += _braces(part.removeprefix(PIPE).strip(), key)
+    return commands
+
+
+def _candidates(part: str, key: str) -> list[str]:
+    return _braces(os.path.expanduser(part.removeprefix("file://")), key)
+
+
+def _braces(part: str, key: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(part))
+    except ValueError as error:  # a brace without its partner
+        raise ShardError(f"{key} '{part}': {error}; a range is written {{00..11}}") from error
 
 
 def _local(candidate: str, key: str, complete: bool) -> list[str]:
@@ -63,7 +94,7 @@ def _local(candidate: str, key: str, complete: bool) -> list[str]:
 
 
 def _remote(candidate: str, key: str) -> list[str]:
-    if not any(char in candidate.split("?")[0] for char in "*["):  # a ? begins the query of an address
+    if not _has_wildcard(candidate):
         return [candidate]
     found = list_matching(candidate)
     if not found:
@@ -72,3 +103,7 @@ def _remote(candidate: str, key: str) -> list[str]:
             "{000000..000011}"
         )
     return found
+
+
+def _has_wildcard(address: str) -> bool:
+    return any(char in address.split("?")[0] for char in "*[")  # a ? begins the query of an address

@@ -32,7 +32,7 @@ from swinv2_train.data.manifest import (
     read_entries,
     sha256_of,
 )
-from swinv2_train.data.pattern import expand_pattern
+from swinv2_train.data.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.remote import base_name, is_remote, shown
 
 __all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "shard_files"]
@@ -125,7 +125,7 @@ def open_manifest(
     if remote:
         if cache is None:
             raise ShardError(f"{key} '{shown(remote[0])}' is not a local path; copy the shards to a disk and name that")
-        found |= cache.entries(remote, progress)
+        found |= cache.entries(remote, remote_wildcards(pattern), progress)
     entries = [found[path] for path in paths]
     if not any(entry["samples"] for entry in entries):
         raise ShardError(f"{key} '{pattern}': all {len(paths)} shards are empty; name shards that hold samples")

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from swinv2_train.checkpoint import (
     verified_checkpoint,
 )
 from swinv2_train.config import ConfigError
+from swinv2_train.engine import shards
 from swinv2_train.engine.shards import Snapshot
 
 CASES = [
@@ -220,7 +222,8 @@ def test_no_checkpoint_left_after_bit_flips_is_an_error_that_names_the_last_on_a
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_save_in_the_background_holds_the_state_of_its_step(stage, tmp_path):
-    """Training goes on while it is written, and the checkpoint has nothing of it: it equals one that was waited for."""
+    """Training goes on while it is copied and written, and the checkpoint has nothing of it: it equals one that was
+    waited for.  The copy takes longer than a forward and a backward pass, so the next step has to wait for it."""
 
     def run(world):
         engine = build(toy_config(stage=stage, precision="bf16"), world)
@@ -231,6 +234,8 @@ def test_save_in_the_background_holds_the_state_of_its_step(stage, tmp_path):
         written = threading.Event()
         write = Snapshot.write
         Snapshot.write = lambda *arguments: (written.wait(), write(*arguments))[1]  # not before training went on
+        copy = shards._copy
+        shards._copy = lambda *arguments: (time.sleep(1.0), copy(*arguments))[1]
         saving = Save(tmp_path / "b", engine, {"step": 2}, world, 2, None, background=True)
         train(engine, world, 2, first=2)
         assert not saving.path.exists()

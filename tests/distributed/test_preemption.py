@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ import pytest
 from distributed.test_train import SMALL, finish, losses, ranks_of, shards, start, wait_for_step  # noqa: F401
 
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.runtime import EXIT_DONE, EXIT_STOPPED
+from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 
 pytestmark = pytest.mark.slow
+NOTICES_WITHIN_SEC = 20  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share
 DIES_WITHIN_SEC = 60  # torchrun asks its ranks every 0.1 s whether they live, then gives the others 30 s to leave
 
 
@@ -100,3 +102,98 @@ def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, t
         assert code == EXIT_DONE, output
         assert ("resuming from" in output) is bool(extra), output
     assert losses(runs[0]) == losses(runs[1])
+
+
+def test_ranks_whose_torchrun_is_killed_save_and_leave(shards, tmp_path):  # noqa: F811
+    """kill -9 of the launcher alone: nobody is left to end them, and two runs must not share a directory."""
+    overrides = command(tmp_path, "train.max_steps=100000", "train.checkpoint_every_steps=100000")
+    process = start(*overrides, *shards)
+    wait_for_step(tmp_path, 5, process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    process.kill()
+    killed_at = time.monotonic()
+    wait_for_end(ranks, NOTICES_WITHIN_SEC)
+    print(f"all ranks had left {time.monotonic() - killed_at:.1f} s after torchrun was killed")
+    output, _ = process.communicate(timeout=10)
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None and "stopped by the death of torchrun" in output, output
+    step = int(checkpoint.name.removeprefix("step_"))
+    code, output = finish(start(*command(tmp_path, f"train.max_steps={step + 1}"), *shards))
+    assert code == EXIT_DONE and f"resuming from {checkpoint}" in output, output
+
+
+def test_a_run_without_torchrun_outlives_its_parent(shards, tmp_path):  # noqa: F811
+    """nohup, setsid, a shell that ends: only torchrun's death means anything."""
+    script = """
+import pathlib, subprocess, sys, time
+run = subprocess.Popen(sys.argv[2:], stdout=sys.stderr)
+while not pathlib.Path(sys.argv[1]).exists() and run.poll() is None:
+    time.sleep(0.05)
+print(run.pid)
+"""
+    overrides = command(tmp_path, "train.max_steps=60", "engine.precision=fp32")
+    arguments = [tmp_path / "metrics.jsonl", sys.executable, "-m", "swinv2_train.train", *overrides, *shards]
+    log = tmp_path.with_suffix(".log")
+    with open(log, "w") as file:
+        parent = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            check=True,
+            text=True,
+        )
+    wait_for_end([int(parent.stdout.split()[-1])], 120)
+    assert max(losses(tmp_path)) == 60, log.read_text()
+
+
+def by_hand(run_dir: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """Two ranks as srun starts them: each on its own, and nobody who watches over them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "swinv2_train.train", *command(run_dir, *overrides)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_without_a_launcher_brings_the_other_down(victim, shards, tmp_path):  # noqa: F811
+    """srun without --kill-on-bad-exit: the survivor's next collective fails, long before its time limit."""
+    ranks = by_hand(tmp_path, "train.max_steps=100000", "runtime.process_group_timeout_sec=600", *shards)
+    wait_for_step(tmp_path, 5, ranks[0])
+    ranks[victim].kill()
+    killed_at = time.monotonic()
+    code, output = finish(ranks[1 - victim], timeout_sec=NOTICES_WITHIN_SEC)
+    print(f"the other rank had left {time.monotonic() - killed_at:.1f} s later")
+    ranks[victim].communicate()
+    assert code == EXIT_FAILED and f"rank {1 - victim} failed" in output, output
+    assert newest_checkpoint(tmp_path) is not None
+
+
+def wait_for_end(pids: list[int], timeout_sec: float) -> None:
+    """Until none of the processes runs; those of a dead parent may stay as zombies."""
+    deadline = time.monotonic() + timeout_sec
+    while any(running(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            left = [pid for pid in pids if running(pid)]
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"still running: {left}")
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -59,6 +59,16 @@ def run_script(body: str, run_dir: Path, **more: str) -> subprocess.CompletedPro
 # --- metrics.jsonl
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_is_named_once(tmp_path):
+    """The system does not say which file was too large, and closing must not raise over what was said."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = make_log(tmp_path)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        log.metrics(1, 64, {"train/loss": 1.0})
+    log.close(1)
+
+
 def test_every_line_is_strict_json_with_step_and_images_seen(tmp_path: Path) -> None:
     """Other people's tools read the file; NaN is no JSON."""
     log = make_log(tmp_path)

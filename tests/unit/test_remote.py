@@ -153,6 +153,36 @@ def test_wildcards_need_a_server_that_lists(tmp_path, server):
         open_manifest(f"{server.url}/t-*.tar", cache=cache)
 
 
+@pytest.mark.parametrize("listed", ["beside them", "in the cache"])
+def test_a_wildcard_that_misses_a_shard_is_an_error(listed, tmp_path, server):
+    """A shard that was deleted or renamed on the server: training on the rest would be another data set in silence."""
+    cache, served = cache_in(tmp_path / "cache"), tmp_path / "served"
+    where = f"{server.url}/manifest.json"
+    if listed == "in the cache":
+        (served / "manifest.json").unlink()
+        where = f"{tmp_path}/cache/.*/manifest.json"
+    open_manifest(f"{server.url}/t-*.tar", cache=cache)
+    (served / "t-000001.tar").rename(served / "x-000001.tar")
+    (served / "t-000003.tar").unlink()
+    message = rf"^{server.url}/t-000001.tar is missing, {where} lists it \(2 such shards\); put it there"
+    with pytest.raises(ShardError, match=message):
+        open_manifest(f"{server.url}/t-*.tar", cache=cache)
+    for pattern in ("t-*0.tar", "t-*[02].tar", "t-{000000,000002}.tar"):
+        assert open_manifest(f"{server.url}/{pattern}", cache=cache).num_samples > 0, "it asks for none that is gone"
+
+
+def test_a_bucket_that_misses_a_shard_is_an_error_in_its_own_folder(tmp_path, bucket):
+    served = tmp_path / "served" / "bucket"
+    write_shards(samples(4), str(served / "b" / "t"), 2)
+    cache = cache_in(tmp_path / "cache")
+    assert open_manifest("s3://bucket/{a,b}/t-*.tar", cache=cache).num_samples == 14
+    (served / "b" / "t-000001.tar").unlink()
+    for pattern in ("s3://bucket/{a,b}/t-*.tar", "s3a://bucket/b/t-*.tar"):
+        with pytest.raises(ShardError, match=r"^s3://bucket/b/t-000001.tar is missing, s3://bucket/b/manifest.json"):
+            open_manifest(pattern, cache=cache)
+    assert open_manifest("s3://bucket/a/t-*.tar::s3://bucket/b/*0.tar", cache=cache).num_samples == 12
+
+
 def test_local_and_remote_shards_mix(tmp_path, server):
     local = write_plain_tar(tmp_path / "l.tar", [("x.png", image_bytes(50))])
     manifest = open_manifest(f"{local}::{server.url}/t-000003.tar", cache=cache_in(tmp_path / "cache"))
@@ -184,7 +214,7 @@ def test_an_address_that_nobody_can_read_is_one_error(tmp_path):
     for pattern, message in (("nosuch://x/t.tar", "nosuch"), ("http://127.0.0.1:9/t.tar", "cannot be fetched")):
         with pytest.raises(ShardError, match=message):
             open_manifest(pattern, cache=cache_in(tmp_path / "cache", Patience(0.4, 0.5)))
-    with pytest.raises(ShardError, match="what a command prints can be read once only"):
+    with pytest.raises(ShardError, match="data.shards alone may be a pipe"):
         open_manifest("pipe:cat t.tar", cache=cache_in(tmp_path / "cache"))
 
 

@@ -134,7 +134,7 @@ def _damage(name: str, path: Path) -> None:
         ("zeroed header", "non-zero bytes at byte .* after the end mark"),
         ("corrupt header", "damaged header at byte"),
         ("appended tar", "non-zero bytes at byte .* after the end mark"),
-        ("0 bytes", "the file is empty"),
+        ("0 bytes", r"empty \(0 bytes\)"),
         ("not a tar", "not a tar file"),
         ("gzip", "compressed tar has no random access"),
     ],
