@@ -145,10 +145,16 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     return load_config(saved)
 
 
-def compose_overrides(overrides: list[str]) -> Config:
-    """The validated configuration of a list of overrides, as the train command would compose it."""
+def compose_overrides(overrides: list[str], unused: tuple[str, ...] = ()) -> Config:
+    """The validated configuration of a list of overrides, as the train command would compose it.
+
+    unused: keys at which the command does not look, so that they need no value.
+    """
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("train", overrides)
+    for key in unused:
+        if OmegaConf.select(composed, key, throw_on_missing=False) is None:
+            OmegaConf.update(composed, key, "unused")
     return load_config(composed)
 
 

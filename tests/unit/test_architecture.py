@@ -21,7 +21,7 @@ FLOORS = {
     "data": 2,
     "tasks": 3, "optim": 3, "schedule": 3, "ema": 3,
     "engine": 4,
-    "checkpoint": 5, "weights": 5, "report": 5,
+    "checkpoint": 5, "weights": 5, "report": 5, "planning": 5,
     "loop": 6,
     "command_line": 7, "train": 7, "evaluate": 7, "plan": 7, "export": 7,
 }  # fmt: skip

@@ -1,0 +1,106 @@
+"""``python -m swinv2_train.plan experiment=NAME hardware=a100_40gb plan.num_gpus=N [--recommend] [KEY=VALUE ...]``
+
+Predicts a run before it is paid for: memory of a rank by part and phase, time of a step, images/s, days, checkpoints.
+
+    hardware=NAME        conf/hardware/: a100_40gb a100_80gb h100 h200 rtx4090 cpu, or a file of yours with the same
+                         keys; without it, this machine
+    plan.num_gpus=N      ranks (default: one node's)
+    plan.num_images=N    images of the training shards, for days and GPU-days (default: their manifest's)
+    plan.margin=0.05     share of the memory that must stay free
+    plan.picture=FILE    draw where the bytes go, as PNG
+    --recommend          search ZeRO stage, recomputation, sequential stages, micro-batch and accumulation for the
+                         fastest setting that fits, and print its command
+
+Everything else is the train command's.  Times assume the rates in the hardware file; memory is that of the real model,
+run without contents.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from swinv2_train.command_line import compose_overrides, run_on_weights
+from swinv2_train.config import Config, ConfigError, is_pipe
+from swinv2_train.data.manifest import MANIFEST_NAME
+from swinv2_train.data.shards import open_manifest
+from swinv2_train.engine import check_engine
+from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.memory import plan_memory
+from swinv2_train.planning.picture import draw_plan
+from swinv2_train.planning.search import recommend
+from swinv2_train.planning.speed import pass_seconds, plan_speed
+from swinv2_train.planning.table import host_line, memory_table, speed_lines, verdict
+from swinv2_train.schedule import total_steps
+
+UNUSED = ("run_dir", "data.shards")
+"""Keys that training needs and a plan can do without."""
+
+
+def parse(arguments: list[str]) -> tuple[Config, list[str]]:
+    """The configuration to plan for, and the arguments that a recommended command repeats."""
+    repeated = [each for each in arguments if each != "--recommend" and not each.startswith("plan.")]
+    overrides = ["plan.recommend=true" if each == "--recommend" else each for each in arguments]
+    return compose_overrides(overrides, UNUSED), repeated
+
+
+def plan(config: Config, arguments: list[str]) -> None:
+    """Print the plan of a configuration, and draw or recommend where it asks for that.
+
+    arguments: what the recommended command starts with.  Raises ConfigError where the run itself would.
+    """
+    check_engine(config.engine)
+    gpus = num_gpus(config)
+    hardware = complete(config.hardware, min(gpus, config.hardware.gpus_per_node or gpus))
+    if config.plan.recommend:
+        print(recommend(config, hardware, gpus, arguments))
+        return
+    memory, trace = plan_memory(config, hardware, gpus)
+    speed = plan_speed(config, hardware, memory.num_parameters, pass_seconds(hardware, trace), gpus)
+    batch = config.train
+    print(f"{config.model.name}, {config.model.img_size} px, window {config.model.window_size}, {config.task.name}: "
+          f"{memory.num_parameters:,} parameters; {config.engine.name} ZeRO-{config.engine.zero_stage} "
+          f"{config.engine.precision}, recompute {config.model.recompute}, sequential stages "
+          f"{config.model.sequential_stages}; {batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
+          f"time on each of {gpus} ranks\n")  # fmt: skip
+    print(memory_table(memory), verdict(memory, hardware, gpus), host_line(memory), "", sep="\n")
+    print(*speed_lines(config, hardware, memory, speed, gpus, steps(config)), sep="\n")
+    if config.plan.picture is not None:
+        print(f"picture: {draw_plan(memory, Path(config.plan.picture), f'{config.model.name} on {hardware.name}')}")
+
+
+def num_gpus(config: Config) -> int:
+    """plan.num_gpus, else the launcher's ranks, else one node; one for engine.name=local (ConfigError for more)."""
+    if config.engine.name == "local":
+        if config.plan.num_gpus not in (None, 1):
+            raise ConfigError(
+                f"plan.num_gpus ({config.plan.num_gpus}) with engine.name=local, which runs on one process; "
+                "set engine.name=deepspeed"
+            )
+        return 1
+    if config.plan.num_gpus is not None:
+        return config.plan.num_gpus
+    announced = os.environ.get("WORLD_SIZE", "")
+    if announced.isdigit():
+        return int(announced)
+    return config.hardware.gpus_per_node or complete(config.hardware, 1, rates=False).gpus_per_node or 1
+
+
+def steps(config: Config) -> int | None:
+    """Optimizer steps of the run; None where nobody knows how many images there are."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    images = config.plan.num_images
+    shards = config.data.shards
+    if images is None and not is_pipe(shards) and (Path(shards).parent / MANIFEST_NAME).is_file():
+        images = open_manifest(shards, "data.shards").num_samples
+    return None if images is None else total_steps(config.train, images)
+
+
+def main() -> None:
+    """The console script swinv2-plan."""
+    run_on_weights(str(__doc__), parse, plan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""How much memory a rank needs, when it needs most, and whether it has that much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from swinv2_train.config import Config, HardwareConfig, pair
+from swinv2_train.data.loader import accumulation_steps
+from swinv2_train.engine.buckets import layer_sizes
+from swinv2_train.models import count_parameters
+from swinv2_train.optim import build_param_groups
+from swinv2_train.planning.states import GRADIENTS, LIVE, EngineMemory, ModelSizes, engine_memory
+from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
+
+GIB = 2**30
+FORWARD, BACKWARD, EXCHANGE, STEP = "forward", "backward", "gradient exchange", "step"
+LOADER, SAVED_INPUTS, TABLES = "micro-batches", "block inputs in CPU memory", "tables"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank by part, in each phase of a step."""
+
+    phases: dict[str, dict[str, int]]
+    """On the device: forward, backward, gradient exchange, step."""
+    host: dict[str, int]
+    """In CPU memory; on a CPU the phases hold these too."""
+    disk: dict[str, int]
+    rests: int
+    """On the device between two steps."""
+    available: int
+    """What the device has for all this."""
+    margin: float
+    """Share of the available bytes that should stay free."""
+    num_parameters: int
+
+    @property
+    def when(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        return sum(self.phases[self.when].values())
+
+    @property
+    def free(self) -> int:
+        """Bytes that stay free beyond the margin; negative where it does not fit."""
+        return int(self.available * (1 - self.margin)) - self.peak
+
+    @property
+    def fits(self) -> bool:
+        return self.free >= 0
+
+
+def model_sizes(module: nn.Module, config: Config) -> ModelSizes:
+    """What the engine's formulas need of a module, on any device."""
+    groups = build_param_groups(module, config.optim)
+    numels = [[parameter.numel() for parameter in group["params"]] for group in groups]
+    return ModelSizes(
+        parameters=count_parameters(module),
+        largest_parameter=max(max(group) for group in numels),
+        largest_group=max(sum(group) for group in numels),
+        layers=layer_sizes(module),
+    )
+
+
+def plan_memory(config: Config, hardware: HardwareConfig, world_size: int) -> tuple[MemoryPlan, Trace]:
+    """The memory of one rank among world_size, and the trace it was taken from.
+
+    hardware: without null values (planning/hardware.py).  Raises ConfigError where model, batch and ranks do not fit
+    together.
+    """
+    on_cpu = hardware.device == "cpu"
+    sizes = model_sizes(meta_task(config).module, config)
+    accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    engine = engine_memory(config.engine, sizes, world_size, accumulation, on_cpu)
+    trace = trace_step(config, engine.kept_gradient_bytes, on_cpu)
+    return combine(config, hardware, engine, sizes, trace, world_size), trace
+
+
+def combine(
+    config: Config, hardware: HardwareConfig, engine: EngineMemory, sizes: ModelSizes, trace: Trace, world_size: int
+) -> MemoryPlan:
+    """Engine, activations and loader, phase by phase."""
+    accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    kept = {GRADIENTS: int(engine.kept_gradient_bytes * sizes.parameters), TABLES: trace.backward.tables}
+    held = {}
+    if LIVE in engine.backward:  # what is held is gathered again; by then a block's has been freed
+        a_block = sizes.layers.largest_block * (2 if config.engine.precision == "bf16" else 4)
+        held = {LIVE: max(0, min(trace.held_weight_bytes, trace.weight_bytes + a_block - engine.backward[LIVE]))}
+    phases = {
+        FORWARD: _sum(engine.rests, engine.forward, held, _activations(trace.forward)),
+        BACKWARD: _sum(engine.rests, engine.backward, held, _activations(trace.backward)),
+        EXCHANGE: _sum(engine.rests, engine.exchange, kept),
+        STEP: _sum(engine.rests, engine.step, kept),
+    }
+    host = _sum(engine.host, {SAVED_INPUTS: trace.host_bytes, LOADER: loader_bytes(config, accumulation)})
+    if hardware.device == "cpu":
+        phases = {phase: _sum(parts, engine.host, {LOADER: host[LOADER]}) for phase, parts in phases.items()}
+    return MemoryPlan(
+        phases=phases,
+        host=host,
+        disk=engine.disk,
+        rests=sum(engine.rests.values()) + trace.backward.tables,
+        available=int((_known(hardware.memory_gib) - _known(hardware.reserved_gib)) * GIB),
+        margin=config.plan.margin,
+        num_parameters=sizes.parameters,
+    )
+
+
+def loader_bytes(config: Config, accumulation_steps: int) -> int:
+    """Decoded images in CPU memory: those of the step, and what the workers have prepared."""
+    height, width = pair("model.img_size", config.model.img_size)
+    batch = config.train.micro_batch_size * 3 * height * width
+    return batch * (accumulation_steps + config.data.num_workers * config.data.prefetch_batches)
+
+
+def _activations(peak: Peak) -> dict[str, int]:
+    parts = {f"activations, {part}": nbytes for part, nbytes in sorted(peak.kept.items())}
+    workspace = {f"workspace, {kind}": nbytes for kind, nbytes in sorted(peak.workspace.items())}
+    return parts | workspace | {TABLES: peak.tables, GRADIENTS: peak.gradients}
+
+
+def _sum(*parts: dict[str, int]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in parts:
+        total.update(each)
+    return {part: nbytes for part, nbytes in total.items() if nbytes}
+
+
+def _known(value: float | None) -> float:
+    assert value is not None, "hardware is completed before it is planned with"
+    return value

@@ -1,0 +1,375 @@
+"""One training step of the real model on the meta device, with every allocation and every operation counted.
+
+Whatever policy, chunk or kernel the model runs with is counted as it runs, because it does run: tensors on the meta
+device have sizes and no contents, and a dispatch mode sees each one come and go.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swinv2_train.config import ClassifyConfig, Config, pair
+from swinv2_train.engine import apply_recompute
+from swinv2_train.models import SimMIM, SwinTransformerV2, count_parameters
+from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.cache import TABLES as TABLE_CACHE
+from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.planning.results import Results, signature
+from swinv2_train.tasks import Task, build_task
+
+ALLOCATION_UNIT = 512
+"""CUDA's caching allocator rounds every request up to a multiple of so many bytes (c10/cuda/CUDACachingAllocator)."""
+CPU_ALLOCATION_UNIT = 64
+"""Bytes to which torch aligns an allocation in CPU memory (c10/core/alignment.h)."""
+META = torch.device("meta")
+FORWARD, BACKWARD = "forward", "backward"
+ATTENTION, OTHER, TABLES = "attention", "other", "tables"
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+"""Matrix products, and the place of their first factor among the arguments."""
+_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+_TO_HOST = aten._to_copy.default
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a pass at which most bytes are alive.  All numbers in bytes of one rank's device."""
+
+    kept: dict[str, int]
+    """By part of the model (stage 1, ..., ends): what the forward pass left for the backward pass."""
+    workspace: dict[str, int]
+    """attention and other: everything else, such as what is recomputed and gradients of activations."""
+    tables: int
+    """Masks, indices and coordinates that are kept from step to step (models/cache.py)."""
+    gradients: int
+    """Gradients of parameters that stay until the step."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.kept.values()) + sum(self.workspace.values()) + self.tables + self.gradients
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one operation costs."""
+
+    flops: int
+    nbytes: int
+    """Read and written; views move nothing."""
+    precision: str
+    """bf16 or fp32."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One micro-batch's forward and backward pass on one rank."""
+
+    forward: Peak
+    backward: Peak
+    host_bytes: int
+    """What the inputs of recomputed modules take in CPU memory, where the policy keeps them there."""
+    operations: list[Operation]
+    num_parameters: int
+    weight_bytes: int
+    held_weight_bytes: int
+    """Of the weights of which the forward pass leaves a view for the backward pass (states.py says what that costs)."""
+    forward_operations: int
+    """How many of the operations belong to the forward pass."""
+
+    @property
+    def flops(self) -> int:
+        return sum(operation.flops for operation in self.operations)
+
+
+def meta_task(config: Config, on_cpu: bool = False) -> Task:
+    """The task of a configuration with its module on the meta device, in the engine's precision and with its policy.
+
+    on_cpu: it stands for one on the CPU, where inputs that are moved to CPU memory stay where they are.
+    """
+    with META:
+        task = build_task(config, META)
+    if config.engine.precision == "bf16":
+        task.module.bfloat16()
+    policy = config.model.recompute.removesuffix("@partitioned")  # which frees nothing (engine/recompute.py)
+    apply_recompute(task.module, policy.partition("@")[0] if on_cpu else policy)
+    return task
+
+
+def meta_batch(config: Config, batch_size: int) -> dict[str, Tensor]:
+    """A training batch as the loader gives it, without contents."""
+    height, width = pair("model.img_size", config.model.img_size)
+    batch = {
+        "images": torch.empty(batch_size, 3, height, width, dtype=torch.uint8, device=META),
+        "weight": torch.empty(batch_size, device=META),
+    }
+    if isinstance(config.task, ClassifyConfig):
+        return batch | {"labels": torch.empty(batch_size, dtype=torch.int64, device=META)}
+    patch = config.model.patch_size
+    mask = torch.empty(batch_size, height // patch, width // patch, dtype=torch.bool, device=META)
+    return batch | {"mask": mask}
+
+
+def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False) -> Trace:
+    """Run one micro-batch forward and backward on the meta device.  Seconds for giant.
+
+    kept_gradient_bytes: what the engine keeps of each gradient element from the backward pass to the step; 0 where it
+    has a buffer for them all the time.  on_cpu: the device that it stands for is a CPU.
+    Raises ConfigError where the model cannot be built.
+    """
+    task = meta_task(config, on_cpu)
+    unit = CPU_ALLOCATION_UNIT if on_cpu else ALLOCATION_UNIT
+    batch = meta_batch(config, config.train.micro_batch_size)
+    module = task.module.train()
+    counter = _Counter([*module.parameters(), *module.buffers(), *batch.values()], unit)
+
+    def take(parameter: Tensor) -> None:
+        numel, parameter.grad = parameter.numel(), None
+        counter.keep_gradient(int(numel * kept_gradient_bytes))
+
+    handles: list[Any] = []
+    for parameter in module.parameters():
+        handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
+    on_host = not on_cpu and config.model.recompute.endswith(("@cpu", "@fairscale"))
+    handles += list(_follow(module, counter, on_host))
+    held: dict[int, int] = {}
+    weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in module.parameters()}
+
+    def note(saved: Tensor) -> Tensor:
+        key = saved.untyped_storage()._cdata
+        if key in weights and not saved.is_leaf:
+            held[key] = weights[key]
+        return saved.detach()  # or an operation's own result would hold itself
+
+    with counter:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            loss = task.loss(module.__call__, batch)
+        forward = counter.end_forward()
+        torch.autograd.backward(loss)
+        del loss
+    backward = counter.peak()
+    for handle in handles:
+        handle.remove()
+    return Trace(
+        forward=forward,
+        backward=backward,
+        host_bytes=counter.host,
+        operations=counter.operations,
+        num_parameters=count_parameters(module),
+        weight_bytes=sum(weights.values()),
+        held_weight_bytes=sum(held.values()),
+        forward_operations=counter.forward_operations,
+    )
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that have a name of their own in the table."""
+    encoder = module.encoder if isinstance(module, SimMIM) else module
+    assert isinstance(encoder, SwinTransformerV2)
+    for number, stage in enumerate(encoder.layers, start=1):
+        yield stage, f"stage {number}"
+        for block in stage.modules():
+            if isinstance(block, (SwinBlock, WindowAttention)):
+                yield block, f"stage {number}"
+
+
+def _follow(module: nn.Module, counter: _Counter, inputs_on_host: bool) -> Iterator[Any]:
+    """Tell the counter where in the model the passes are; yields the hooks' handles.
+
+    The backward pass comes to a stage when the gradient of its output is known.
+    """
+
+    def enter(child: nn.Module, part: str) -> Callable[..., None]:
+        kind = ATTENTION if isinstance(child, WindowAttention) else OTHER
+        recomputed = inputs_on_host and "forward" in vars(child)
+
+        def hook(_module: nn.Module, inputs: Any) -> None:
+            counter.where.append((part, kind))
+            if recomputed and counter.phase == FORWARD:
+                counter.host += inputs[0].nbytes
+
+        return hook
+
+    def leave(part: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            counter.where.pop()
+            if isinstance(output, Tensor) and output.requires_grad and counter.phase == FORWARD:
+                output.register_hook(lambda _: counter.come_to(part))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    for child, part in _parts(module):
+        yield child.register_forward_pre_hook(enter(child, part))
+        yield child.register_forward_hook(leave(part))
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation; knows which storages are alive and what they belong to."""
+
+    def __init__(self, outside: list[Tensor], unit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.unit = unit
+        self.phase = FORWARD
+        self.where: list[tuple[str, str]] = [("ends", OTHER)]
+        self.operations: list[Operation] = []
+        self.forward_operations = 0
+        self.host = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in outside}  # the engine's, not ours
+        self._alive: dict[int, tuple[Any, int, tuple[str, str, str], int]] = {}  # weak storage, bytes, owner, birth
+        self._by_owner: Counter[tuple[str, str, str]] = Counter()  # (phase, part, kind) -> bytes
+        self._gradients = self._live = self._births = 0
+        self._results = Results()
+        self._costs: dict[Any, Operation] = {}
+        self._highest = -1
+        self._at_peak: tuple[Counter[tuple[str, str, str]], int, int] = (Counter(), 0, 0)  # owners, gradients, births
+
+    def come_to(self, part: str) -> None:
+        """The backward pass comes to a part of the model."""
+        self.where[:] = [(part, OTHER)]
+
+    def keep_gradient(self, nbytes: int) -> None:
+        """A parameter's gradient is complete, and so much of it stays."""
+        self._gradients += nbytes
+        self._live += nbytes
+        self._look()
+
+    def end_forward(self) -> Peak:
+        """The forward pass's peak; what lives now is kept for the backward pass."""
+        self._find_tables()
+        owners, gradients, births = self._at_peak
+        survivors: Counter[tuple[str, str, str]] = Counter()
+        for _, nbytes, owner, birth in self._alive.values():
+            if birth <= births:
+                survivors[owner] += nbytes
+        tables = sum(n for (_, _, kind), n in survivors.items() if kind == TABLES)
+        kept = _by(1, {owner: n for owner, n in survivors.items() if owner[2] != TABLES})
+        workspace = _by(2, {owner: n for owner, n in owners.items() if owner[2] != TABLES})
+        for (_, _, kind), nbytes in survivors.items():
+            if kind != TABLES:
+                workspace[kind] -= nbytes
+        peak = Peak(kept, {kind: n for kind, n in workspace.items() if n > 0}, tables, gradients)
+        self.phase, self.forward_operations = BACKWARD, len(self.operations)
+        self.where[:] = [("ends", OTHER)]
+        self._highest = -1
+        self._look()
+        return peak
+
+    def peak(self) -> Peak:
+        """The backward pass's peak."""
+        owners, gradients, _ = self._at_peak
+        parts = {owner: n for owner, n in owners.items() if owner[2] != TABLES}
+        return Peak(
+            kept=_by(1, {owner: n for owner, n in parts.items() if owner[0] == FORWARD}),
+            workspace=_by(2, {owner: n for owner, n in parts.items() if owner[0] == BACKWARD}),
+            tables=sum(n for owner, n in owners.items() if owner[2] == TABLES),
+            gradients=gradients,
+        )
+
+    def _find_tables(self) -> None:
+        """What was made in the forward pass and is now in the cache of tables stays there for all steps."""
+        cached = {table.untyped_storage()._cdata for table in TABLE_CACHE.tensors()}
+        at_peak, gradients, births = self._at_peak
+        for key in cached & self._alive.keys():
+            weak, nbytes, owner, birth = self._alive[key]
+            if owner[2] != TABLES:
+                table = (owner[0], owner[1], TABLES)
+                self._alive[key] = (weak, nbytes, table, birth)
+                for owners in (self._by_owner, at_peak) if birth <= births else (self._by_owner,):
+                    owners[owner] -= nbytes
+                    owners[table] += nbytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs: list[Tensor] = []
+        key = (func, signature(args, inputs), signature(tuple(kwargs.items()), inputs))
+        for tensor in inputs:  # a table that was made before
+            self._add(tensor, TABLES)
+        if func is _TO_HOST and kwargs.get("device") == _CPU and inputs[0].is_meta:
+            on_host = torch.empty_like(inputs[0], dtype=kwargs.get("dtype") or inputs[0].dtype)
+            self._add(on_host, on_host=True)
+            return on_host
+        result = self._results.call(func, args, kwargs, key)
+        outputs: list[Tensor] = []
+        signature(result, outputs)
+        for tensor in outputs:
+            self._add(tensor)
+        if not (func.is_view or func is aten._unsafe_view.default):
+            self._count(key, args, inputs, outputs)
+        return result
+
+    def _add(self, tensor: Tensor, kind: str | None = None, on_host: bool = False) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self._known:
+            return
+        nbytes = 0 if on_host or not tensor.is_meta else -(-storage.nbytes() // self.unit) * self.unit
+        part, own_kind = self.where[-1]
+        owner = (self.phase, part, kind or own_kind)
+        self._births += 1
+
+        def gone(_: Any) -> None:
+            _, nbytes, owner, _ = self._alive.pop(key)
+            self._live -= nbytes
+            self._by_owner[owner] -= nbytes
+
+        self._alive[key] = (weakref.ref(storage, gone), nbytes, owner, self._births)
+        self._live += nbytes
+        self._by_owner[owner] += nbytes
+        self._look()
+
+    def _look(self) -> None:
+        if self._live > self._highest:
+            self._highest = self._live
+            self._at_peak = (Counter(self._by_owner), self._gradients, self._births)
+
+    def _count(self, key: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if key not in self._costs:
+            self._costs[key] = _cost(key[0], args, inputs, outputs)
+        self.operations.append(self._costs[key])
+
+
+def _cost(func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Operation:
+    flops, nbytes = 0, _moved(func, inputs, outputs)
+    if func in _PRODUCTS:
+        flops = 2 * outputs[0].numel() * args[_PRODUCTS[func]].shape[-1]
+    elif func in _CONVOLUTIONS:
+        forward = func is _CONVOLUTIONS[0]
+        weight, result = (inputs[1], outputs[0]) if forward else (inputs[2], inputs[0])
+        flops = 2 * (1 if forward else sum(args[-1][:2])) * result.numel() * weight[0].numel()
+    precision = "bf16" if inputs and inputs[0].dtype in (torch.bfloat16, torch.float16) else "fp32"
+    return Operation(flops, nbytes, precision)
+
+
+def _moved(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Bytes that an operation reads and writes."""
+    name = func.overloadpacket.__name__
+
+    def size(tensor: Tensor) -> int:  # an expanded tensor is smaller than its shape
+        return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+    if name.startswith(("empty", "new_empty")):
+        return 0
+    if name == "index":  # reads no more of its source than it returns
+        return 2 * sum(map(size, outputs)) + sum(map(size, inputs[1:]))
+    if name.startswith("index_put"):  # the values come last
+        return 2 * size(inputs[-1]) + sum(map(size, inputs[1:]))
+    if name == "copy_":
+        return size(inputs[1]) + size(outputs[0])
+    return sum(map(size, [*inputs, *outputs]))
+
+
+def _by(place: int, owners: dict[tuple[str, str, str], int]) -> dict[str, int]:
+    """Bytes by one entry of their owners."""
+    total: Counter[str] = Counter()
+    for owner, nbytes in owners.items():
+        total[owner[place]] += nbytes
+    return {name: nbytes for name, nbytes in total.items() if nbytes}
