@@ -85,6 +85,8 @@ class ModelConfig:
     """A LayerNorm on the main branch after every so many blocks; 0 = none, null = the size's own (huge, giant: 6)."""
     recompute: str
     """Activation checkpointing: none, blocks, stages:I-J, attention or every:K; then @PLACE (docs/model.md)."""
+    attention: str
+    """reference (torch), or fused: Triton kernels without N x N scores on CUDA, and the reference elsewhere."""
     sequential_stages: list[int]
     """Stages, from 1, that attend in a chunk of windows at a time (arXiv:2111.09883 section 3.5: [1, 2]); [] = none."""
     attention_chunk_windows: int | None

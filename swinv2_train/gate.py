@@ -173,6 +173,7 @@ def check_config(config: Config) -> None:
             f"model.recompute ({config.model.recompute}) needs engine.name=deepspeed, not {config.engine.name}; "
             "set engine.name=deepspeed, or another place of the saved inputs"
         )
+    _one_of("model.attention", config.model.attention, ("reference", "fused"))
     for stage in config.model.sequential_stages:
         _within("model.sequential_stages", stage, 1, num_stages)
     _one_of("hardware.device", config.hardware.device, (None, "cuda", "cpu"))

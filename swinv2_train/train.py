@@ -27,6 +27,7 @@ from swinv2_train.gate import config_yaml
 from swinv2_train.lazy import LazyTensors
 from swinv2_train.log import Console, RunLog, open_console
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models.fused import HAS_TRITON
 from swinv2_train.models.initial import without_values
 from swinv2_train.optim import build_param_groups
 from swinv2_train.planning.check import memory_warning
@@ -48,7 +49,7 @@ from swinv2_train.tasks import Task, build_model, build_task
 from swinv2_train.tasks.initial import InitialValues
 from swinv2_train.weights import Head, match_weights, read_weights, trained_windows
 
-MEMORY_KEYS = ("recompute", "sequential_stages", "attention_chunk_windows", "attention_chunk_mib")
+MEMORY_KEYS = ("recompute", "attention", "sequential_stages", "attention_chunk_windows", "attention_chunk_mib")
 """Keys of the model section that say how it is computed and change no weight."""
 
 
@@ -132,6 +133,8 @@ def build_run(
         log.say(NOT_ELASTIC)
     if warning := recompute_warning(config.model.recompute):
         log.say(f"warning: {warning}")
+    if config.model.attention == "fused" and not (HAS_TRITON and world.device.type == "cuda"):
+        log.say("note: model.attention (fused) needs CUDA and the package triton; the reference serves here")
     loader = build_train_loader(
         shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
         state["images_seen"],

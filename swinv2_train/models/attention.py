@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.cosine import attention_weights, join_heads, split_heads, unit_vectors, window_bias
+from swinv2_train.models.fused import fused_available, fused_window_attention
 from swinv2_train.models.precision import Float32Linear, at_least_float32
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
 from swinv2_train.models.windows import WindowGrid, attention_mask, cut_windows, join_windows, log_spaced_coordinates
@@ -29,7 +30,9 @@ class WindowAttention(nn.Module):
     matrices in the dtype of the weights, or autocast's.  Keys have no bias.
     pretrained_window_size: (rows, cols) of the window at which the bias was trained; it normalises the offsets,
     whatever window a forward pass uses.
-    chunks: None attends in all windows at once, otherwise so many at a time, computed again in the backward pass.
+    fused: attend by Triton kernels (models/fused.py) where they are available; on the meta device they always are.
+    chunks: where they are not, None attends in all windows at once, otherwise so many at a time, computed again in the
+    backward pass.
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class WindowAttention(nn.Module):
         num_heads: int,
         pretrained_window_size: tuple[int, int],
         qkv_bias: bool = True,
+        fused: bool = False,
         chunks: Chunks | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.pretrained_window_size = pretrained_window_size
+        self.fused = fused
         self.chunks = chunks
         self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(num_heads, 1, 1)))
         self.cpb_mlp = nn.Sequential(
@@ -74,7 +79,9 @@ class WindowAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, H, W, 3C)
         scale = at_least_float32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp()
         table = self.position_table(grid.window, x.device)
-        if self.chunks is None:
+        if self.fused and (qkv.is_meta or fused_available(qkv, grid, self.num_heads)):
+            out = fused_window_attention(qkv, scale, table, grid, self.num_heads)
+        elif self.chunks is None:
             out = window_attention(qkv, scale, table, grid, self.num_heads)
         else:
             at_a_time = self.chunks.windows_at_a_time(grid, self.num_heads, qkv.dtype)

@@ -54,7 +54,7 @@ class SwinBlock(nn.Module):
 
     window_size, shifted, clamp_to_shorter_side: what :func:`window_grid` makes of them for the map at hand.
     extra_norm adds a LayerNorm on the main branch behind the block (section 3.6, huge and giant).
-    chunks: None, or how many windows attend at a time (section 3.5).
+    fused, chunks: how attention is computed, as :class:`WindowAttention` has it.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class SwinBlock(nn.Module):
         qkv_bias: bool,
         drop_path_rate: float,
         extra_norm: bool,
+        fused: bool,
         chunks: Chunks | None,
     ) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class SwinBlock(nn.Module):
         self.shifted = shifted
         self.clamp_to_shorter_side = clamp_to_shorter_side
         self.drop_path_rate = drop_path_rate
-        self.attn = WindowAttention(dim, num_heads, pretrained_window_size, qkv_bias, chunks)
+        self.attn = WindowAttention(dim, num_heads, pretrained_window_size, qkv_bias, fused, chunks)
         self.norm1 = Float32LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.norm2 = Float32LayerNorm(dim)
@@ -147,6 +148,7 @@ class SwinTransformerV2(nn.Module):
     window_size.  The attribute holds what that came to, one pair per stage, and stays what it is when images or
     windows of other sizes come: so the model keeps the meaning of its weights.
     extra_norm_period: a LayerNorm on the main branch after every so many blocks of a stage, 0 = none (section 3.6).
+    fused_attention: attend by Triton kernels on CUDA, which hold no N x N scores; elsewhere the next rule applies.
     sequential_stages: stages, counted from 1, whose attention takes its windows a chunk at a time and computes each
     again in the backward pass (section 3.5: the first two): attention_chunk_windows windows of the whole batch, None =
     as many as attention_chunk_mib MiB allow; see :class:`Chunks`.
@@ -172,6 +174,7 @@ class SwinTransformerV2(nn.Module):
         pretrained_window_sizes: Sequence[Size] = (0, 0, 0, 0),
         extra_norm_period: int = 0,
         clamp_to_shorter_side: bool = False,
+        fused_attention: bool = False,
         sequential_stages: Sequence[int] = (),
         attention_chunk_windows: int | None = None,
         attention_chunk_mib: float = 256.0,
@@ -188,6 +191,7 @@ class SwinTransformerV2(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.extra_norm_period = extra_norm_period
         self.clamp_to_shorter_side = clamp_to_shorter_side
+        self.fused_attention = fused_attention
         self.sequential_stages = tuple(sequential_stages)
         self.num_features = embed_dim * 2 ** (len(self.depths) - 1)
         chunks = Chunks(attention_chunk_windows, attention_chunk_mib)
@@ -216,6 +220,7 @@ class SwinTransformerV2(nn.Module):
                     qkv_bias=qkv_bias,
                     drop_path_rate=rates[first + j],
                     extra_norm=extra_norm_period > 0 and (j + 1) % extra_norm_period == 0,
+                    fused=fused_attention,
                     chunks=chunks if i + 1 in self.sequential_stages else None,
                 )
                 for j in range(depth)

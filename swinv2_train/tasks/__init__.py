@@ -85,6 +85,7 @@ def build_model(config: ModelConfig, num_classes: int) -> SwinTransformerV2:
             drop_path_rate=config.drop_path_rate,
             pretrained_window_sizes=config.pretrained_window_sizes,
             clamp_to_shorter_side=config.clamp_to_shorter_side,
+            fused_attention=config.attention == "fused",
             sequential_stages=config.sequential_stages,
             attention_chunk_windows=config.attention_chunk_windows,
             attention_chunk_mib=config.attention_chunk_mib,
