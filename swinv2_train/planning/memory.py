@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +13,7 @@ from swinv2_train.data.loader import accumulation_steps
 from swinv2_train.engine.buckets import layer_sizes
 from swinv2_train.models import count_parameters
 from swinv2_train.optim import build_param_groups
-from swinv2_train.planning.states import GRADIENTS, LIVE, EngineMemory, ModelSizes, engine_memory
+from swinv2_train.planning.states import GRADIENTS, EngineMemory, ModelSizes, engine_memory
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
 
 GIB = 2**30
@@ -88,13 +89,13 @@ def combine(
     """Engine, activations and loader, phase by phase."""
     accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size)
     kept = {GRADIENTS: int(engine.kept_gradient_bytes * sizes.parameters), TABLES: trace.backward.tables}
-    held = {}
-    if LIVE in engine.backward:  # what is held is gathered again; by then a block's has been freed
-        a_block = sizes.layers.largest_block * (2 if config.engine.precision == "bf16" else 4)
-        held = {LIVE: max(0, min(trace.held_weight_bytes, trace.weight_bytes + a_block - engine.backward[LIVE]))}
     phases = {
-        FORWARD: _sum(engine.rests, engine.forward, held, _activations(trace.forward)),
-        BACKWARD: _sum(engine.rests, engine.backward, held, _activations(trace.backward)),
+        FORWARD: _highest(
+            _sum(engine.rests, engine.in_forward(trace, peak), _activations(peak)) for peak in trace.forward_peaks
+        ),
+        BACKWARD: _highest(
+            _sum(engine.rests, engine.in_backward(trace, peak), _activations(peak)) for peak in trace.backward_peaks
+        ),
         EXCHANGE: _sum(engine.rests, engine.exchange, kept),
         STEP: _sum(engine.rests, engine.step, kept),
     }
@@ -123,6 +124,11 @@ def _activations(peak: Peak) -> dict[str, int]:
     parts = {f"activations, {part}": nbytes for part, nbytes in sorted(peak.kept.items())}
     workspace = {f"workspace, {kind}": nbytes for kind, nbytes in sorted(peak.workspace.items())}
     return parts | workspace | {TABLES: peak.tables, GRADIENTS: peak.gradients}
+
+
+def _highest(places: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The parts in the place where they are most together."""
+    return max(places, key=lambda parts: sum(parts.values()))
 
 
 def _sum(*parts: dict[str, int]) -> dict[str, int]:

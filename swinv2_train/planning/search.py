@@ -107,12 +107,12 @@ def scale(trace: Trace, images: int, gradients: int) -> Trace:
 
     def peak(one: Peak, kept_gradients: int) -> Peak:
         kept, workspace = ({part: n * images for part, n in parts.items()} for parts in (one.kept, one.workspace))
-        return Peak(kept, workspace, one.tables, kept_gradients)
+        return replace(one, kept=kept, workspace=workspace, gradients=kept_gradients)
 
     return replace(
         trace,
-        forward=peak(trace.forward, 0),
-        backward=peak(trace.backward, gradients),
+        forward_peaks=[peak(each, 0) for each in trace.forward_peaks],
+        backward_peaks=[peak(each, gradients) for each in trace.backward_peaks],
         host_bytes=trace.host_bytes * images,
     )
 

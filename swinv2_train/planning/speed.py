@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from swinv2_train.config import Config, HardwareConfig
 from swinv2_train.data.loader import accumulation_steps
-from swinv2_train.planning.trace import Operation, Trace
+from swinv2_train.planning.operations import Operation
+from swinv2_train.planning.trace import Trace
 
 ADAMW_BYTES = 30
 """Traffic of an AdamW step per parameter: master and two averages read and written, gradient read, weight written."""

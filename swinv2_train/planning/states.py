@@ -9,11 +9,11 @@ fp32).  The formulas are read from DeepSpeed 0.19.8 and torch's AdamW, and were 
 | local, ZeRO-0 fp32 | 4N weights, 8N averages | 4N gradients, one by one | 4N flat copy (W > 1) | 8P, P the largest parameter |
 | ZeRO-1 bf16 | 2N weights, 4N gradients, 4N/W masters, 8N/W averages | 2N gradients, one by one | 6N copies | 8S |
 | ZeRO-1 fp32, ZeRO-2 | wN weights, 4N/W masters, 8N/W averages | 4N or 4N/W gradients, 2 or 3 buckets | | 8S |
-| ZeRO-3 | wN/W weights, 4N/W masters, 8N/W averages, 4N/W gradients, a bucket, small parameters | live weights, a bucket | | 4S + 8S |
+| ZeRO-3 | wN/W weights, 4N/W masters, 8N/W averages, 4N/W gradients, a bucket, small parameters | live weights, copies of a bucket, by place (Gathering) | | 4S + 8S |
 
-Live under ZeRO-3 are the block in use and the next one, and in the backward pass every weight of which autograd saved a
-view: a linear layer saves the transposed weight, which keeps what was gathered although DeepSpeed releases it, unless
-the layer's block is computed again.
+Live under ZeRO-3 are the block in use and the next one, and from the forward to the backward pass every weight of which
+autograd saved a view: a linear layer saves the transposed weight, which keeps what was gathered although DeepSpeed
+releases it, unless the layer's block is computed again.
 
 AdamW's 8S are torch's loop; the fused kernel on CUDA takes none.  The copies of an exchange are of at most 500 million
 elements (runtime/engine.py, allreduce_no_retain).  What is offloaded counts as the host's.
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from swinv2_train.config import EngineConfig
 from swinv2_train.engine.buckets import LayerSizes, buckets_of
+from swinv2_train.planning.trace import Peak, Trace
 
 EXCHANGED_TOGETHER = 500_000_000
 
@@ -43,15 +44,71 @@ class ModelSizes:
     layers: LayerSizes
 
 
+@dataclass(frozen=True)
+class Gathering:
+    """What ZeRO-3 adds to a pass in one place of the model.  Sizes in elements.
+
+    The largest blocks come last and have the smallest activations, so these bytes and those of the activations are
+    counted together, place by place, and are not each at their highest.
+    """
+
+    ahead: int
+    """The block in use and what is gathered before its turn or kept after it, at most."""
+    largest_block: int
+    bucket: int
+    element_bytes: int
+    world_size: int
+    copied: int
+    """What gloo gathers into a copy at a time; 0 on accelerators."""
+
+    def in_forward(self, trace: Trace, peak: Peak) -> dict[str, int]:
+        """Every block is still to come, in the backward pass if not in this one."""
+        return self._live(trace, peak, trace.num_parameters)
+
+    def in_backward(self, trace: Trace, peak: Peak) -> dict[str, int]:
+        """Where a bucket gets full, copies of it: the gradients put together, and a rank's share of them in fp32.
+
+        By then the window is full, and gloo copies what takes the place of a freed weight: one parameter at a time.
+        """
+        places = [place for place, _ in trace.gradients]
+        first = places.index(peak.place) if peak.place in places else 0
+        to_come = [numel for _, numel in trace.gradients[first:]]
+        parts = self._live(trace, peak, sum(to_come))
+        if peak.place in self._places_of_exchange(trace.gradients):
+            exchanged = self.element_bytes * self.bucket + 4 * self.bucket // self.world_size
+            parts[COPIES] = max(parts[COPIES], exchanged + self.element_bytes * min(self.copied, max(to_come)))
+        return parts
+
+    def _live(self, trace: Trace, peak: Peak, to_come: int) -> dict[str, int]:
+        """Live: what is gathered ahead, of what is still to come, and what autograd holds.
+
+        What is held is gathered again when its turn comes; by then what was held of a block has been freed.
+        """
+        live = self.element_bytes * min(self.ahead, to_come) + peak.held_weights
+        most = trace.weight_bytes + self.element_bytes * self.largest_block
+        return {LIVE: min(live, most), COPIES: self.element_bytes * min(self.copied, to_come)}
+
+    def _places_of_exchange(self, gradients: list[tuple[str, int]]) -> set[str]:
+        """Where a gradient does not fit into the bucket any more, which is then exchanged (stage3.py)."""
+        places, filled = set(), 0
+        for place, numel in gradients:
+            if filled and filled + numel > self.bucket:
+                places.add(place)
+                filled = 0
+            filled += numel
+        return places
+
+
 @dataclass
 class EngineMemory:
     """Bytes by part on one rank."""
 
     rests: dict[str, int] = field(default_factory=dict)
     """Always there."""
-    forward: dict[str, int] = field(default_factory=dict)
-    """On top, while the forward pass runs."""
     backward: dict[str, int] = field(default_factory=dict)
+    """On top, while the backward pass runs."""
+    gathering: Gathering | None = None
+    """ZeRO-3's, on top of both passes."""
     exchange: dict[str, int] = field(default_factory=dict)
     """On top, when the backward pass is over and gradients are exchanged."""
     step: dict[str, int] = field(default_factory=dict)
@@ -61,6 +118,13 @@ class EngineMemory:
     """In engine.nvme_dir."""
     kept_gradient_bytes: float = 0.0
     """What a gradient element leaves behind from its making to the step, besides what rests."""
+
+    def in_forward(self, trace: Trace, peak: Peak) -> dict[str, int]:
+        """On top of what rests, in the forward pass's place of peak."""
+        return self.gathering.in_forward(trace, peak) if self.gathering else {}
+
+    def in_backward(self, trace: Trace, peak: Peak) -> dict[str, int]:
+        return self.gathering.in_backward(trace, peak) if self.gathering else self.backward
 
 
 def engine_memory(
@@ -98,11 +162,9 @@ def engine_memory(
         }
         memory.step = {TEMPORARIES: 2 * state * group if loop else 0}
     else:
-        _zero_3(memory, config, sizes, share, group, w, state, loop, world_size)
-    if on_cpu and stage > 0 and world_size > 1:  # gloo gathers into a copy
-        gathered = sizes.layers.largest_block if stage == 3 else sizes.largest_group
-        for phase in (memory.forward, memory.backward) if stage == 3 else (memory.step,):
-            phase[COPIES] = phase.get(COPIES, 0) + w * gathered  # or scatters out of one
+        _zero_3(memory, config, sizes, share, group, w, state, loop, world_size, on_cpu)
+    if on_cpu and stage in (1, 2) and world_size > 1:  # gloo gathers into a copy
+        memory.step[COPIES] = w * sizes.largest_group
     if accumulation_steps > 1 and memory.kept_gradient_bytes:  # those of earlier micro-batches are there all the time
         memory.rests[GRADIENTS] = memory.rests.get(GRADIENTS, 0) + int(memory.kept_gradient_bytes * n)
         memory.kept_gradient_bytes = 0.0
@@ -120,6 +182,7 @@ def _zero_3(
     state: int,
     loop: bool,
     world_size: int,
+    on_cpu: bool,
 ) -> None:
     buckets = buckets_of(config, sizes.layers)
     memory.rests = {
@@ -129,13 +192,15 @@ def _zero_3(
         GRADIENTS: 4 * share,
         BUCKETS: w * buckets.reduce_bucket_size,
     }
-    ahead = max(buckets.prefetch_bucket_size, buckets.max_reuse_distance)
-    live = w * min(sizes.parameters, sizes.layers.largest_block + ahead)
-    memory.forward = {LIVE: live}
-    memory.backward = {
-        LIVE: live,
-        COPIES: w * buckets.reduce_bucket_size + 4 * buckets.reduce_bucket_size // world_size,
-    }
+    largest_block = sizes.layers.largest_block
+    memory.gathering = Gathering(
+        ahead=largest_block + max(buckets.prefetch_bucket_size, buckets.max_reuse_distance),
+        largest_block=largest_block,
+        bucket=buckets.reduce_bucket_size,
+        element_bytes=w,
+        world_size=world_size,
+        copied=largest_block if on_cpu and world_size > 1 else 0,
+    )
     memory.step = {GRADIENTS: state * group, TEMPORARIES: 2 * state * group if loop else 0}
 
 

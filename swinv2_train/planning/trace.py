@@ -9,8 +9,8 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from swinv2_train.models import SimMIM, SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
 from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.planning.operations import Operation, cost_of
 from swinv2_train.planning.results import Results, signature
 from swinv2_train.tasks import Task, build_task
 
@@ -34,17 +35,16 @@ FORWARD, BACKWARD = "forward", "backward"
 ATTENTION, OTHER, TABLES = "attention", "other", "tables"
 
 aten = torch.ops.aten
-_PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
-"""Matrix products, and the place of their first factor among the arguments."""
-_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 _TO_HOST = aten._to_copy.default
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a pass at which most bytes are alive.  All numbers in bytes of one rank's device."""
+    """The moment of a pass, in one place of the model, at which most is alive.  All numbers in bytes of one rank."""
 
+    place: str
+    """stage 1, ..., ends: where the pass is at that moment."""
     kept: dict[str, int]
     """By part of the model (stage 1, ..., ends): what the forward pass left for the backward pass."""
     workspace: dict[str, int]
@@ -53,38 +53,39 @@ class Peak:
     """Masks, indices and coordinates that are kept from step to step (models/cache.py)."""
     gradients: int
     """Gradients of parameters that stay until the step."""
+    held_weights: int
+    """Weights of which autograd has saved a view and not yet used it (states.py says what that costs)."""
 
     @property
     def total(self) -> int:
+        """Without the weights, which are the engine's."""
         return sum(self.kept.values()) + sum(self.workspace.values()) + self.tables + self.gradients
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What one operation costs."""
-
-    flops: int
-    nbytes: int
-    """Read and written; views move nothing."""
-    precision: str
-    """bf16 or fp32."""
 
 
 @dataclass(frozen=True)
 class Trace:
     """One micro-batch's forward and backward pass on one rank."""
 
-    forward: Peak
-    backward: Peak
+    forward_peaks: list[Peak]
+    """One for each place."""
+    backward_peaks: list[Peak]
+    gradients: list[tuple[str, int]]
+    """The place in which each parameter's gradient is made and its elements, in the order of their making."""
     host_bytes: int
     """What the inputs of recomputed modules take in CPU memory, where the policy keeps them there."""
     operations: list[Operation]
     num_parameters: int
     weight_bytes: int
-    held_weight_bytes: int
-    """Of the weights of which the forward pass leaves a view for the backward pass (states.py says what that costs)."""
     forward_operations: int
     """How many of the operations belong to the forward pass."""
+
+    @property
+    def forward(self) -> Peak:
+        return max(self.forward_peaks, key=lambda peak: peak.total)
+
+    @property
+    def backward(self) -> Peak:
+        return max(self.backward_peaks, key=lambda peak: peak.total)
 
     @property
     def flops(self) -> int:
@@ -94,14 +95,17 @@ class Trace:
 def meta_task(config: Config, on_cpu: bool = False) -> Task:
     """The task of a configuration with its module on the meta device, in the engine's precision and with its policy.
 
-    on_cpu: it stands for one on the CPU, where inputs that are moved to CPU memory stay where they are.
+    on_cpu: it stands for one on the CPU, where inputs that "@cpu" moves to CPU memory stay where they are, and no
+    attention is fused.
     """
+    if on_cpu:
+        config = replace(config, model=replace(config.model, attention="reference"))
     with META:
         task = build_task(config, META)
     if config.engine.precision == "bf16":
         task.module.bfloat16()
     policy = config.model.recompute.removesuffix("@partitioned")  # which frees nothing (engine/recompute.py)
-    apply_recompute(task.module, policy.partition("@")[0] if on_cpu else policy)
+    apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy)
     return task
 
 
@@ -130,43 +134,43 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
     unit = CPU_ALLOCATION_UNIT if on_cpu else ALLOCATION_UNIT
     batch = meta_batch(config, config.train.micro_batch_size)
     module = task.module.train()
-    counter = _Counter([*module.parameters(), *module.buffers(), *batch.values()], unit)
+    counter = _Counter([*module.parameters(), *module.buffers(), *batch.values()], unit, on_cpu)
 
     def take(parameter: Tensor) -> None:
         numel, parameter.grad = parameter.numel(), None
-        counter.keep_gradient(int(numel * kept_gradient_bytes))
+        counter.keep_gradient(numel, int(numel * kept_gradient_bytes))
 
     handles: list[Any] = []
     for parameter in module.parameters():
         handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
     on_host = not on_cpu and config.model.recompute.endswith(("@cpu", "@fairscale"))
     handles += list(_follow(module, counter, on_host))
-    held: dict[int, int] = {}
     weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in module.parameters()}
 
-    def note(saved: Tensor) -> Tensor:
-        key = saved.untyped_storage()._cdata
-        if key in weights and not saved.is_leaf:
-            held[key] = weights[key]
-        return saved.detach()  # or an operation's own result would hold itself
+    def note(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor.detach())  # or an operation's own result would hold itself
+        key = tensor.untyped_storage()._cdata
+        if key in weights and not tensor.is_leaf:
+            counter.hold(key, weights[key], saved)
+        return saved
 
     with counter:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved.tensor):
             loss = task.loss(module.__call__, batch)
         forward = counter.end_forward()
         torch.autograd.backward(loss)
         del loss
-    backward = counter.peak()
+    backward = counter.peaks()
     for handle in handles:
         handle.remove()
     return Trace(
-        forward=forward,
-        backward=backward,
+        forward_peaks=forward,
+        backward_peaks=backward,
+        gradients=counter.gradients,
         host_bytes=counter.host,
         operations=counter.operations,
         num_parameters=count_parameters(module),
         weight_bytes=sum(weights.values()),
-        held_weight_bytes=sum(held.values()),
         forward_operations=counter.forward_operations,
     )
 
@@ -212,12 +216,29 @@ def _follow(module: nn.Module, counter: _Counter, inputs_on_host: bool) -> Itera
         yield child.register_forward_hook(leave(part))
 
 
+class _Saved:
+    """What autograd keeps of a tensor; it dies when the backward pass has used it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Moment(NamedTuple):
+    """What is alive when a place's peak is reached."""
+
+    owners: Counter[tuple[str, str, str]]
+    gradients: int
+    births: int
+    held_weights: int
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation; knows which storages are alive and what they belong to."""
 
-    def __init__(self, outside: list[Tensor], unit: int) -> None:
+    def __init__(self, outside: list[Tensor], unit: int, on_cpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.unit = unit
+        self.on_cpu = on_cpu
         self.phase = FORWARD
         self.where: list[tuple[str, str]] = [("ends", OTHER)]
         self.operations: list[Operation] = []
@@ -229,23 +250,47 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gradients = self._live = self._births = 0
         self._results = Results()
         self._costs: dict[Any, Operation] = {}
-        self._highest = -1
-        self._at_peak: tuple[Counter[tuple[str, str, str]], int, int] = (Counter(), 0, 0)  # owners, gradients, births
+        self.gradients: list[tuple[str, int]] = []
+        self._views: Counter[int] = Counter()  # how many of a weight are saved
+        self._held_weights = 0
+        self._highest: Counter[str] = Counter()  # by place
+        self._at_peak: dict[str, _Moment] = {}
 
     def come_to(self, part: str) -> None:
         """The backward pass comes to a part of the model."""
         self.where[:] = [(part, OTHER)]
 
-    def keep_gradient(self, nbytes: int) -> None:
+    def keep_gradient(self, numel: int, nbytes: int) -> None:
         """A parameter's gradient is complete, and so much of it stays."""
+        self.gradients.append((self.where[-1][0], numel))
         self._gradients += nbytes
         self._live += nbytes
         self._look()
 
-    def end_forward(self) -> Peak:
-        """The forward pass's peak; what lives now is kept for the backward pass."""
+    def hold(self, key: int, nbytes: int, saved: _Saved) -> None:
+        """Autograd saved a view of a weight, which it holds until it has used it."""
+
+        def used() -> None:
+            self._views[key] -= 1
+            self._held_weights -= 0 if self._views[key] else nbytes
+
+        self._held_weights += 0 if self._views[key] else nbytes
+        self._views[key] += 1
+        weakref.finalize(saved, used)
+
+    def end_forward(self) -> list[Peak]:
+        """The forward pass's peaks; what lives now is kept for the backward pass."""
         self._find_tables()
-        owners, gradients, births = self._at_peak
+        peaks = [self._forward_peak(place, moment) for place, moment in self._at_peak.items()]
+        self.phase, self.forward_operations = BACKWARD, len(self.operations)
+        self.where[:] = [("ends", OTHER)]
+        self._highest.clear()
+        self._at_peak.clear()
+        self._look()
+        return peaks
+
+    def _forward_peak(self, place: str, moment: _Moment) -> Peak:
+        owners, gradients, births, held_weights = moment
         survivors: Counter[tuple[str, str, str]] = Counter()
         for _, nbytes, owner, birth in self._alive.values():
             if birth <= births:
@@ -256,34 +301,35 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for (_, _, kind), nbytes in survivors.items():
             if kind != TABLES:
                 workspace[kind] -= nbytes
-        peak = Peak(kept, {kind: n for kind, n in workspace.items() if n > 0}, tables, gradients)
-        self.phase, self.forward_operations = BACKWARD, len(self.operations)
-        self.where[:] = [("ends", OTHER)]
-        self._highest = -1
-        self._look()
-        return peak
+        workspace = {kind: n for kind, n in workspace.items() if n > 0}
+        return Peak(place, kept, workspace, tables, gradients, held_weights)
 
-    def peak(self) -> Peak:
-        """The backward pass's peak."""
-        owners, gradients, _ = self._at_peak
+    def peaks(self) -> list[Peak]:
+        """The backward pass's peaks."""
+        return [self._backward_peak(place, moment) for place, moment in self._at_peak.items()]
+
+    def _backward_peak(self, place: str, moment: _Moment) -> Peak:
+        owners, gradients, _, held_weights = moment
         parts = {owner: n for owner, n in owners.items() if owner[2] != TABLES}
         return Peak(
+            place=place,
             kept=_by(1, {owner: n for owner, n in parts.items() if owner[0] == FORWARD}),
             workspace=_by(2, {owner: n for owner, n in parts.items() if owner[0] == BACKWARD}),
             tables=sum(n for owner, n in owners.items() if owner[2] == TABLES),
             gradients=gradients,
+            held_weights=held_weights,
         )
 
     def _find_tables(self) -> None:
         """What was made in the forward pass and is now in the cache of tables stays there for all steps."""
         cached = {table.untyped_storage()._cdata for table in TABLE_CACHE.tensors()}
-        at_peak, gradients, births = self._at_peak
         for key in cached & self._alive.keys():
             weak, nbytes, owner, birth = self._alive[key]
             if owner[2] != TABLES:
                 table = (owner[0], owner[1], TABLES)
                 self._alive[key] = (weak, nbytes, table, birth)
-                for owners in (self._by_owner, at_peak) if birth <= births else (self._by_owner,):
+                moments = [moment.owners for moment in self._at_peak.values() if birth <= moment.births]
+                for owners in (self._by_owner, *moments):
                     owners[owner] -= nbytes
                     owners[table] += nbytes
 
@@ -294,6 +340,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in inputs:  # a table that was made before
             self._add(tensor, TABLES)
         if func is _TO_HOST and kwargs.get("device") == _CPU and inputs[0].is_meta:
+            if self.on_cpu:  # it is there already
+                return inputs[0]
             on_host = torch.empty_like(inputs[0], dtype=kwargs.get("dtype") or inputs[0].dtype)
             self._add(on_host, on_host=True)
             return on_host
@@ -327,44 +375,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._look()
 
     def _look(self) -> None:
-        if self._live > self._highest:
-            self._highest = self._live
-            self._at_peak = (Counter(self._by_owner), self._gradients, self._births)
+        place = self.where[-1][0]
+        if self._live > self._highest[place]:
+            self._highest[place] = self._live
+            self._at_peak[place] = _Moment(Counter(self._by_owner), self._gradients, self._births, self._held_weights)
 
     def _count(self, key: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if key not in self._costs:
-            self._costs[key] = _cost(key[0], args, inputs, outputs)
+            self._costs[key] = cost_of(key[0], args, inputs, outputs)
         self.operations.append(self._costs[key])
-
-
-def _cost(func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Operation:
-    flops, nbytes = 0, _moved(func, inputs, outputs)
-    if func in _PRODUCTS:
-        flops = 2 * outputs[0].numel() * args[_PRODUCTS[func]].shape[-1]
-    elif func in _CONVOLUTIONS:
-        forward = func is _CONVOLUTIONS[0]
-        weight, result = (inputs[1], outputs[0]) if forward else (inputs[2], inputs[0])
-        flops = 2 * (1 if forward else sum(args[-1][:2])) * result.numel() * weight[0].numel()
-    precision = "bf16" if inputs and inputs[0].dtype in (torch.bfloat16, torch.float16) else "fp32"
-    return Operation(flops, nbytes, precision)
-
-
-def _moved(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    """Bytes that an operation reads and writes."""
-    name = func.overloadpacket.__name__
-
-    def size(tensor: Tensor) -> int:  # an expanded tensor is smaller than its shape
-        return min(tensor.nbytes, tensor.untyped_storage().nbytes())
-
-    if name.startswith(("empty", "new_empty")):
-        return 0
-    if name == "index":  # reads no more of its source than it returns
-        return 2 * sum(map(size, outputs)) + sum(map(size, inputs[1:]))
-    if name.startswith("index_put"):  # the values come last
-        return 2 * size(inputs[-1]) + sum(map(size, inputs[1:]))
-    if name == "copy_":
-        return size(inputs[1]) + size(outputs[0])
-    return sum(map(size, [*inputs, *outputs]))
 
 
 def _by(place: int, owners: dict[tuple[str, str, str], int]) -> dict[str, int]:

@@ -39,7 +39,8 @@ def composed(*overrides: str) -> Config:
 
 
 def step_peak(world: World, overrides: list[str]) -> float:
-    """The most that the third step had allocated over what there was before it, by torch's allocator."""
+    """MiB that a step has allocated at its peak over what there was before it, by torch's allocator: the least of three
+    steps after the first two, because late frees and early gathers only ever add."""
     config = composed(*overrides)
     task = build_task(config, world.device)
     engine = build_engine(task.module, build_param_groups(task.module, config.optim), config, world, 1)
@@ -53,14 +54,17 @@ def step_peak(world: World, overrides: list[str]) -> float:
 
     for _ in range(2):
         step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    live = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak / 2**20
+    peaks = []
+    for _ in range(3):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        live = peak = 0
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        peaks.append(peak / 2**20)
+    return min(peaks)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
