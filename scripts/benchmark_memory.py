@@ -159,8 +159,8 @@ def in_own_process(case: Case, device: str, size: str) -> dict[str, Any]:
 def side_by_side(size: str, img_size: int) -> Iterator[Case]:
     """Window 32 as in the paper; and 24, whose windows tile every map, because the official code never pads."""
     for window in (32, 24):
-        yield Case("ours", img_size, window, 1, "blocks", (1, 2))
-        yield Case("ours", img_size, window, 1, "blocks")
+        for stages in ((1, 2, 3, 4), (1, 2), ()):  # (1, 2) as in the paper
+            yield Case("ours", img_size, window, 1, "blocks", stages)
         yield Case("official", img_size, window, 1, "blocks")
         if size != "giant" or window == 24:
             yield Case("official", img_size, window, 1)
@@ -230,7 +230,7 @@ def main() -> None:
     say(header)
     for case in side_by_side(size, img_size):
         say(row(case, run(case), budget))
-    best = Case("ours", img_size, 32, 1, "blocks", (1, 2))
+    best = Case("ours", img_size, 32, 1, "blocks", (1, 2, 3, 4))
     say(f"\nLargest batch at {img_size} px:\n\n{header}")
     for case, result in largest((replace(best, batch_size=n) for n in (2, 3, 4, 5, 6, 8, 12, 16)), run, budget):
         say(row(case, result, budget))

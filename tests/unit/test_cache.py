@@ -300,8 +300,12 @@ def test_the_order_over_http_is_the_local_one_and_each_shard_comes_once_per_epoc
     attempts = {f"t-{number:06d}.tar": 1 + (number in (1, 2, 3, 4)) for number in range(12)}
     if workers == 0:
         assert fetched(server) == attempts
-    else:  # two workers are up to a whole block apart here, where a block is two batches
-        assert all(attempts[name] <= count <= attempts[name] + 1 for name, count in fetched(server).items())
+    else:  # two workers are up to a whole block apart, which is two batches, so that each may fetch all for itself; and
+        # in so little room a shard that came ahead is now and then let go before it is read (1 run in 10)
+        counts = fetched(server)
+        assert counts.keys() == attempts.keys()
+        assert all(attempts[name] <= count <= attempts[name] + 2 for name, count in counts.items()), counts
+        assert sum(counts.values()) <= sum(attempts.values()) + len(counts), counts
     resumed = train_loader(manifest, config, start_images=48)
     assert stream(resumed, 12) == local[12:]
 
