@@ -21,6 +21,7 @@ import torch
 from swinv2_train.command_line import compose_source, run_on_weights
 from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models.initial import without_values
 from swinv2_train.tasks import build_task
 from swinv2_train.weights import WRITTEN_FORMATS, Preprocessing, match_weights, read_weights, save_weights
 
@@ -53,7 +54,7 @@ def export(config: Config, request: Request) -> list[Path]:
     if request.out.exists():
         raise ConfigError(f"out ({request.out}) exists; name a new file or directory, or remove it")
     source = read_weights(request.weights or request.checkpoint or config.run_dir, request.weights_format)
-    with torch.device("meta"):
+    with without_values():
         module = build_task(config, torch.device("cpu")).module
     assert isinstance(module, SwinTransformerV2 | SimMIM)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -44,8 +44,8 @@ _GIB = 1024**3
 def seed_everything(seed: int, rank: int) -> None:
     """Seed python, numpy and torch (CPU and every CUDA device) with a number that belongs to (seed, rank).
 
-    Ranks get distinct streams, so dropout and stochastic depth differ between them.  To give every rank the same
-    initial weights, call it with rank 0 on all ranks before the model is built, and with the own rank afterwards.
+    Ranks get distinct streams, so stochastic depth differs between them.  Initial weights do not come from here
+    (tasks/initial.py).
     """
     import torch
 

@@ -55,6 +55,15 @@ def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(sequence))
 
 
+def check_bad_fraction(max_bad_fraction: float, counted: int, bad_images: int, images_seen: int) -> None:
+    """Raise SampleError when more than max_bad_fraction of the counted images were damaged samples."""
+    if bad_images > max_bad_fraction * counted:
+        raise SampleError(
+            f"data.max_bad_fraction ({max_bad_fraction}) is exceeded: {bad_images} damaged samples among {images_seen} "
+            "images; repair the shards or raise it"
+        )
+
+
 class TrainLoader:
     """An endless stream of this rank's micro-batches, from image number `start_images` on.
 
@@ -107,11 +116,8 @@ class TrainLoader:
         in one and late in another.
         """
         num_samples = self.manifest.num_samples
-        if bad_images > self.config.max_bad_fraction * num_samples * max(1, math.ceil(images_seen / num_samples)):
-            raise SampleError(
-                f"data.max_bad_fraction ({self.config.max_bad_fraction}) is exceeded: {bad_images} damaged samples "
-                f"among {images_seen} images; repair the shards or raise it"
-            )
+        counted = num_samples * max(1, math.ceil(images_seen / num_samples))
+        check_bad_fraction(self.config.max_bad_fraction, counted, bad_images, images_seen)
 
     def state_dict(self, images_seen: int, bad_images: int) -> dict[str, Any]:
         """What a checkpoint keeps; the same on every rank.

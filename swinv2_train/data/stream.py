@@ -24,7 +24,7 @@ from torch.utils.data import get_worker_info
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.data.decode import DecodeError, decode_image
 from swinv2_train.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardError, parse_label, tar_members
-from swinv2_train.data.loader import TrainLoader, Transform, accumulation_steps
+from swinv2_train.data.loader import TrainLoader, Transform, accumulation_steps, check_bad_fraction
 from swinv2_train.data.memory import Batch
 from swinv2_train.data.pattern import expand_commands
 from swinv2_train.data.shards import Manifest, Sample, SampleError
@@ -124,11 +124,8 @@ class StreamLoader:
 
         Both count over all ranks and starts.
         """
-        if bad_images > self._max_bad_fraction * max(images_seen, _COUNTED_AT_LEAST):
-            raise SampleError(
-                f"data.max_bad_fraction ({self._max_bad_fraction}) is exceeded: {bad_images} damaged samples among "
-                f"{images_seen} images; repair the shards or raise it"
-            )
+        counted = max(images_seen, _COUNTED_AT_LEAST)
+        check_bad_fraction(self._max_bad_fraction, counted, bad_images, images_seen)
 
     def state_dict(self, images_seen: int, bad_images: int) -> dict[str, Any]:
         """What a checkpoint keeps; arguments as of TrainLoader.state_dict."""

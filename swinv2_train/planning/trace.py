@@ -21,6 +21,7 @@ from swinv2_train.engine import apply_recompute
 from swinv2_train.models import SimMIM, SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
+from swinv2_train.models.initial import without_values
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.planning.operations import Operation, cost_of
 from swinv2_train.planning.results import Results, signature
@@ -100,7 +101,7 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
     """
     if on_cpu:
         config = replace(config, model=replace(config.model, attention="reference"))
-    with META:
+    with without_values():
         task = build_task(config, META)
     if config.engine.precision == "bf16":
         task.module.bfloat16()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from swinv2_train.command_line import compose_overrides, conf_dir
 from swinv2_train.config import Config
@@ -23,6 +22,7 @@ from swinv2_train.planning.speed import pass_seconds, plan_speed
 from swinv2_train.planning.states import engine_memory
 from swinv2_train.planning.trace import meta_batch, meta_task, trace_step
 from swinv2_train.tasks import build_task
+from tests.live_bytes import allocated_peak
 
 SMALL = [
     "model=demo",
@@ -68,14 +68,7 @@ def allocated(config: Config) -> int:
     passes()  # tables are made, and gradients: the second pass adds to them
     for parameter in task.module.parameters():
         parameter.grad = None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        passes()
-    live = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return allocated_peak(passes)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config
@@ -19,6 +18,7 @@ from swinv2_train.planning.memory import LOADER, plan_memory
 from swinv2_train.planning.states import ModelSizes, engine_memory
 from swinv2_train.tasks import build_task
 from tests.harness import run_distributed
+from tests.live_bytes import allocated_peak
 
 BASE = ["model=demo", "model.img_size=32", "model.embed_dim=192", "task=classify", "task.num_classes=10",
         "train.micro_batch_size=2", "train.global_batch_size=4", "hardware=cpu"]  # fmt: skip
@@ -54,17 +54,7 @@ def step_peak(world: World, overrides: list[str]) -> float:
 
     for _ in range(2):
         step()
-    peaks = []
-    for _ in range(3):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        live = peak = 0
-        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
-        peaks.append(peak / 2**20)
-    return min(peaks)
+    return min(allocated_peak(step) for _ in range(3)) / 2**20
 
 
 @pytest.mark.parametrize("engine", ENGINES)
