@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.attention import WindowAttention
-from swinv2_train.models.swin_v2 import PatchMerging, Stage, SwinBlock, drop_path
+from swinv2_train.models.swin_v2 import PatchMerging, Stage, SwinBlock, drop_path_factors
 from swinv2_train.models.windows import log_spaced_coordinates, relative_position_index
 
 
@@ -82,11 +82,11 @@ class OfficialArithmetic(nn.Module):
         if shift:
             x = torch.roll(x, shifts=(shift, shift), dims=(1, 2))
         x = x.view(batch, length, dim)
-        x = shortcut + drop_path(layer_norm(x, block.norm1), block.drop_path_rate, block.training)
+        x = shortcut + drop_path(layer_norm(x, block.norm1), block)
         hidden = F.linear(
             F.gelu(F.linear(x, block.mlp.fc1.weight, block.mlp.fc1.bias)), block.mlp.fc2.weight, block.mlp.fc2.bias
         )
-        x = x + drop_path(layer_norm(hidden, block.norm2), block.drop_path_rate, block.training)
+        x = x + drop_path(layer_norm(hidden, block.norm2), block)
         return x if block.norm3 is None else layer_norm(x, block.norm3)
 
     def attention(self, x: Tensor, attn: WindowAttention, stage: int, masked: bool) -> Tensor:
@@ -115,6 +115,12 @@ class OfficialArithmetic(nn.Module):
         weights = torch.softmax(scores, dim=-1)
         out = (weights @ v).transpose(1, 2).reshape(windows, tokens, dim)
         return F.linear(out, attn.proj.weight, attn.proj.bias)
+
+
+def drop_path(x: Tensor, block: SwinBlock) -> Tensor:
+    """Stochastic depth of a block's branch (B, L, C)."""
+    factors = drop_path_factors(x, block.drop_path_rate, block.training)
+    return x if factors is None else x * factors
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -58,10 +58,15 @@ TABLES = TableCache(max_bytes=256 * 2**20, max_entries=256)
 
 
 def cached_table(build: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Keep the results of a function in TABLES.  Its arguments, device and dtype among them, are hashable."""
+    """Keep the results of a function in TABLES.  Its arguments, device and dtype among them, are hashable.
+
+    torch.compile computes the table where it is used, from its arguments.
+    """
 
     @functools.wraps(build)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            return build(*args, **kwargs)
         key = (build, args, tuple(kwargs.items()))
         return TABLES.get(key, lambda: build(*args, **kwargs))
 

@@ -1,10 +1,12 @@
-"""Windowed cosine attention in one pass over the unpartitioned map, by Triton kernels, forward and backward.
+"""Windowed cosine attention in one pass over the unpartitioned map, forward and backward: Triton kernels on CUDA, and
+one written in C++ on a CPU (fused_cpu.py).
 
 Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import swinv2_train.models.fused_cpu as cpu
+from swinv2_train.models.precision import without_autocast
 from swinv2_train.models.windows import MASKED_LOGIT, WindowGrid
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -21,32 +25,74 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WINDOW = 64
 HEAD_DIMS = (16, 128)  # the smallest and the largest
 MIN_CAPABILITY = 8  # major: the first with bfloat16 matrix units
+TRIAL_BOUND = 0.05  # of the largest entry, in bfloat16
 TABLE_PROGRAMS = 2048  # of the table's gradient; a constant, because its sums must not depend on the card
 
 
-def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
-    """Whether :func:`fused_window_attention` is to be used for this qkv (B, H, W, 3C).
+def fused_problem(device: torch.device) -> str | None:
+    """Why nothing is fused on this device, whatever the sizes, in a few words; None where something is.
 
-    On CUDA, where Triton is installed, within the sizes and dtypes that its kernels know.  Triton's interpreter, which
-    serves tests, does not count.
+    Triton's interpreter, which serves tests, does not count.
     """
-    return (
-        HAS_TRITON
-        and qkv.is_cuda
-        and torch.version.hip is None
-        and qkv.dtype in DTYPES
-        and max(grid.window) <= MAX_WINDOW
-        and HEAD_DIMS[0] <= qkv.shape[-1] // (3 * num_heads) <= HEAD_DIMS[1]
-        and grid.size[0] * grid.size[1] * qkv.shape[-1] < 2**31  # offsets inside an image are 32-bit
-        and torch.cuda.get_device_properties(qkv.device).major >= MIN_CAPABILITY  # torch.compile can fold that
-    )
+    if device.type == "cpu":
+        return cpu.problem()
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"there are no kernels for {device.type if torch.version.hip is None else 'ROCm'}"
+    if not HAS_TRITON:
+        return "the package triton is missing"
+    capability = torch.cuda.get_device_capability(device)
+    return _trial(device) if capability[0] >= MIN_CAPABILITY else f"the GPU is too old ({capability}, 8.0 is needed)"
+
+
+@functools.cache
+def _trial(device: torch.device) -> str | None:
+    """What goes wrong when the kernels attend in a small map on this device, beside the reference; None when nothing.
+
+    So a card or a Triton that they do not work on costs speed and no run.  Draws none of the run's random numbers.
+    """
+    from swinv2_train.models.attention import window_attention
+
+    grid, heads = WindowGrid((10, 12), (8, 8), (4, 4)), 2
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, *grid.size, 3 * 32 * heads, generator=generator).to(device, torch.bfloat16)
+    scale = torch.full((heads, 1, 1), 10.0, device=device)
+    table = torch.rand(15 * 15, heads, generator=generator).to(device)
+    results = []
+    try:
+        with torch.enable_grad(), without_autocast(device):
+            for attention in (fused_window_attention, window_attention):
+                q, s, t = (x.detach().requires_grad_() for x in (qkv, scale, table))
+                out = attention(q, s, t, grid, heads)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, s, t))])
+        differences = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
+    except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
+        return f"the kernels failed on {device}: {type(error).__name__}: {error}"
+    good = all(difference <= TRIAL_BOUND for difference in differences)  # not if one is not a number
+    return None if good else f"on {device} the kernels are {max(differences):.2g} from the reference"
+
+
+def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
+    """Whether :func:`fused_window_attention` is to be used for this qkv (B, H, W, 3C): the kernels of its device know
+    its dtype and sizes, and :func:`fused_problem` has nothing against it."""
+    dim = qkv.shape[-1] // (3 * num_heads)
+    if qkv.device.type == "cpu":
+        known = qkv.dtype in cpu.DTYPES and math.prod(grid.window) <= cpu.MAX_TOKENS and dim <= HEAD_DIMS[1]
+    else:
+        known = (
+            qkv.dtype in DTYPES
+            and max(grid.window) <= MAX_WINDOW
+            and HEAD_DIMS[0] <= dim <= HEAD_DIMS[1]
+            and grid.size[0] * grid.size[1] * qkv.shape[-1] < 2**31  # offsets inside an image are 32-bit
+        )
+    return known and fused_problem(qkv.device) is None
 
 
 def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
     """Cosine attention inside the windows of a map, N x N scores never in memory (arXiv:2111.09883 section 3.2).
 
     softmax(cos(q, k) scale + bias + mask) v, as :mod:`swinv2_train.models.attention` computes it on cut windows.
-    qkv: (B, H, W, 3C), the projection of the map itself, channels ordered (3, h, d); float32, bfloat16 or float16.
+    qkv: (B, H, W, 3C), the projection of the map itself, channels ordered (3, h, d); float32, bfloat16 or, on CUDA,
+    float16.
     scale: (h, 1, 1) float32, exp(logit_scale).  table: ((2rows-1)(2cols-1), h) float32, the bias of every offset.
     Returns (B, H, W, C) in qkv's dtype.  Beside its arguments and the result it keeps the softmax's denominators for
     the backward pass, (B*nW, h, N) float32.  All gradients are the same bit for bit in every run: no sum is atomic.
@@ -134,6 +180,11 @@ class _Launch:
         return group, groups, splits, _rounded((2 * group - 1) * (2 * cols - 1), side)
 
 
+def _compiled(qkv: Tensor) -> bool:
+    """Whether C++ computes this, and not Triton, whose interpreter takes the CPU's tensors too."""
+    return qkv.device.type == "cpu"
+
+
 def _kernels() -> tuple[ModuleType, ModuleType]:
     assert HAS_TRITON, "the package triton is missing: ask fused_available() before fused_window_attention()"
     from swinv2_train.models import fused_kernels, fused_table_kernels  # here, because they import Triton
@@ -190,6 +241,9 @@ def _forward(
     _check(qkv, scale, table, grid, heads)
     qkv, scale = qkv.contiguous(), scale.contiguous()
     out, lse = _forward_fake(qkv, scale, table, size, window, shift, heads)
+    if _compiled(qkv):
+        cpu.forward(qkv, scale, table, out, lse, grid, heads)
+        return out, lse
     launch = _Launch(qkv, grid, heads)
     tiles = launch.tiles
     with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
@@ -218,10 +272,13 @@ def _backward(
     grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor,
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kernels, table_kernels = _kernels()
     grid = WindowGrid(_pair(size), _pair(window), _pair(shift))
     grad, qkv, scale = grad.contiguous(), qkv.contiguous(), scale.contiguous()
     grad_qkv, grad_scale, grad_table = _backward_fake(grad, qkv, scale, table, out, lse, size, window, shift, heads)
+    if _compiled(qkv):
+        scale_grad, grad_table = cpu.backward(grad, qkv, scale, table, lse, grad_qkv, grid, heads)
+        return grad_qkv, scale_grad.view_as(scale), grad_table
+    kernels, table_kernels = _kernels()
     launch = _Launch(qkv, grid, heads)
     sizes, constants, tiles = launch.sizes, launch.constants, launch.tiles
     group, groups, splits, bins = launch.table_programs()

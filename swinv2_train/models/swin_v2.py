@@ -27,13 +27,15 @@ def as_pair(value: Size, name: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: drop a sample's whole branch with probability rate, scale the rest by 1/(1-rate)."""
+def drop_path_factors(x: Tensor, rate: float, training: bool) -> Tensor | None:
+    """Stochastic depth: what every sample's branch is multiplied by, 0 with probability rate, otherwise 1/(1-rate).
+
+    x: (B, ...), of whose dtype and device they are.  Returns (B, 1, ...), or None where all are 1.
+    """
     if rate == 0.0 or not training:
-        return x
+        return None
     keep = 1.0 - rate
-    kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-    return x * (kept / keep)
+    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep) / keep
 
 
 class Mlp(nn.Module):
@@ -84,10 +86,17 @@ class SwinBlock(nn.Module):
         self.norm3 = Float32LayerNorm(dim) if extra_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
+        factors = [drop_path_factors(x, self.drop_path_rate, self.training) for _ in range(2)]
+        return self.branches(x, *factors)
+
+    def branches(self, x: Tensor, attn_factors: Tensor | None, mlp_factors: Tensor | None) -> Tensor:
+        """The block without its random numbers and its rate, so that blocks of one shape can share a compiled graph."""
         size = (x.shape[1], x.shape[2])
         grid = window_grid(size, self.window_size, self.shifted, self.clamp_to_shorter_side)
-        x = x + drop_path(self.norm1(self.attn(x, grid)), self.drop_path_rate, self.training)
-        x = x + drop_path(self.norm2(self.mlp(x)), self.drop_path_rate, self.training)
+        branch = self.norm1(self.attn(x, grid))
+        x = x + (branch if attn_factors is None else branch * attn_factors)
+        branch = self.norm2(self.mlp(x))
+        x = x + (branch if mlp_factors is None else branch * mlp_factors)
         return x if self.norm3 is None else self.norm3(x)
 
 

@@ -149,14 +149,15 @@ def test_forward_features_gives_one_map_per_stage():
 
 def test_drop_path_drops_whole_branches_per_sample_and_keeps_the_mean():
     """Per sample, never a skipped module: ZeRO-3 ranks must run the same modules."""
-    from swinv2_train.models.swin_v2 import drop_path
+    from swinv2_train.models.swin_v2 import drop_path_factors
 
     torch.manual_seed(0)
-    dropped = drop_path(torch.ones(4000, 3, 2), 0.3, training=True)
-    rows = dropped.flatten(1)
+    factors = drop_path_factors(torch.ones(4000, 3, 2), 0.3, training=True)
+    assert factors.shape == (4000, 1, 1)
+    rows = factors.flatten(1)
     assert ((rows == 0).all(1) | torch.isclose(rows, torch.tensor(1 / 0.7)).all(1)).all()
     assert rows.mean() == pytest.approx(1.0, abs=0.05)
-    assert torch.equal(drop_path(torch.ones(4, 3), 0.3, training=False), torch.ones(4, 3))
+    assert drop_path_factors(torch.ones(4, 3), 0.3, training=False) is None
 
 
 @pytest.mark.parametrize(

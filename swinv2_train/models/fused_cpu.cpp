@@ -1,0 +1,406 @@
+// Windowed cosine attention on a CPU, forward and backward, one window and head at a time.
+//
+// The same operation as the Triton kernels (fused_kernels.py): softmax(cos(q, k) scale + bias + mask) v inside the
+// windows of a map, read from the projection (B, H, W, 3C) as it lies and written to (B, H, W, C).  A window's N x N
+// scores stay in the cache of the core that computes them.  Everything is computed in float32, whatever the map's type.
+//
+// Legend: N tokens per window, d head dim; P and D are N and d rounded up to whole vectors.
+//
+// Every result is the same bit for bit whatever the number of threads: work is cut into chunks of windows by the sizes
+// alone, a chunk adds up its windows in order, and the caller adds up the chunks.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr long LANES = 16;  // floats per vector
+constexpr int REGISTERS = 16;  // accumulators of a tile; half of what there is, or all of it in smaller sets
+#else
+constexpr long LANES = 8;
+constexpr int REGISTERS = 8;
+#endif
+constexpr long ROUND = 16;  // N and d become multiples of it
+
+typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4)));
+
+constexpr float MASKED = -100.0f;  // between regions that the cyclic shift brought together
+constexpr float SMALLEST_LENGTH = 1e-12f;
+
+inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+inline void store(float* x, Vector v) { *reinterpret_cast<Vector*>(x) = v; }
+inline Vector fill(float x) { return x - Vector{}; }
+
+#ifdef __AVX512F__
+inline float sum(Vector v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float largest(Vector v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+inline float sum(Vector v) {
+  float total = 0;
+  for (long i = 0; i < LANES; i++) total += v[i];
+  return total;
+}
+inline float largest(Vector v) {
+  float most = v[0];
+  for (long i = 1; i < LANES; i++) most = std::max(most, v[i]);
+  return most;
+}
+#endif
+
+// e^x for x <= 0 to 2 units in the last place; 0 below -87.
+inline Vector exponential(Vector x) {
+  const Vector power = x * 1.44269504088896341f;
+  const Integers whole = __builtin_convertvector(power - 0.5f, Integers);  // x <= 0: rounds to the nearest
+  const Vector n = __builtin_convertvector(whole, Vector);
+  Vector r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vector p = fill(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Integers bits = (Integers)p + (whole << 23);
+  return x < -87.0f ? Vector{} : (Vector)bits;
+}
+
+// C = A B, or A^T B: a tile of ROWS x (VECTORS * LANES).  A is (m, k), of A^T (k, m); B (k, n); all row by row.
+template <bool TRANSPOSED, int ROWS, int VECTORS>
+inline void tile(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long depth) {
+  Vector total[ROWS][VECTORS] = {};
+  for (long k = 0; k < depth; k++) {
+    Vector row[VECTORS];
+    for (int v = 0; v < VECTORS; v++) row[v] = load(b + k * ldb + v * LANES);
+    for (int m = 0; m < ROWS; m++) {
+      const float x = TRANSPOSED ? a[k * lda + m] : a[m * lda + k];
+      for (int v = 0; v < VECTORS; v++) total[m][v] += x * row[v];
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int v = 0; v < VECTORS; v++) store(c + m * ldc + v * LANES, total[m][v]);
+}
+
+template <bool TRANSPOSED, int VECTORS>
+inline void tiles(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long rows, long depth) {
+  constexpr int STEP = REGISTERS / VECTORS;
+  for (long m = 0; m < rows; m += STEP)
+    tile<TRANSPOSED, STEP, VECTORS>(TRANSPOSED ? a + m : a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth);
+}
+
+// The product of matrices whose sides are multiples of ROUND.
+template <bool TRANSPOSED>
+void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long rows, long cols, long depth) {
+  long n = 0;
+  for (; n + 4 * LANES <= cols; n += 4 * LANES) tiles<TRANSPOSED, 4>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
+  for (; n + 2 * LANES <= cols; n += 2 * LANES) tiles<TRANSPOSED, 2>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
+  for (; n < cols; n += LANES) tiles<TRANSPOSED, 1>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
+}
+
+void transpose(const float* x, long rows, long cols, float* y) {
+  for (long i = 0; i < rows; i += ROUND)
+    for (long j = 0; j < cols; j++)
+      for (long k = 0; k < ROUND; k++) y[j * rows + i + k] = x[(i + k) * cols + j];
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
+
+// A vector of a map, and one into it: to the nearest, ties to even.
+inline Vector widen(const float* x) { return load(x); }
+inline Vector widen(const BFloat16* x) {
+  const Halves bits = *reinterpret_cast<const Halves*>(x);
+  return (Vector)(__builtin_convertvector(bits, Integers) << 16);
+}
+inline void narrow(Vector x, float* y) { store(y, x); }
+inline void narrow(Vector x, BFloat16* y) {
+  const Integers bits = (Integers)x;
+  const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Integers number = x == x ? rounded : Integers{} + 0x7fc0;
+  *reinterpret_cast<Halves*>(y) = __builtin_convertvector(number, Halves);
+}
+
+struct Sizes {
+  long batch, map;         // images, and tokens of each
+  long windows;            // of an image
+  long rows, cols;         // of a window
+  long heads, dim;
+  long chunks;             // of the windows of the batch
+};
+
+// What every chunk of a call reads.
+template <typename T>
+struct Map {
+  Sizes size;
+  const T* qkv;            // (B, H*W, 3C)
+  const float* table;      // (heads, offsets)
+  const int64_t* tokens;   // (windows, N): row of the map, -1 for padding
+  const int8_t* regions;   // (windows, N): tokens of different numbers are kept apart
+};
+
+// One window and head: its place, and the buffers for what is computed of it.
+template <typename T>
+struct Window {
+  const Map<T>& map;
+  const Sizes& s;
+  const long n, p, d, channels;
+  long head = 0;
+  const int64_t* tokens = nullptr;
+  const int8_t* regions = nullptr;
+  long first = 0;          // row of the image's first token in the batch
+  bool apart = false;      // more than one region
+  std::vector<float> bias;  // (N, P): of the head, -inf for what rounding up added
+  std::vector<float> region;  // (P)
+
+  explicit Window(const Map<T>& map)
+      : map(map), s(map.size), n(s.rows * s.cols), p((n + ROUND - 1) / ROUND * ROUND),
+        d((s.dim + ROUND - 1) / ROUND * ROUND), channels(s.heads * s.dim), bias(n * p), region(p) {}
+
+  // Where the table holds the bias of a query towards the first key of a row; that of the next key lies one before.
+  inline long place(long query, long key_row) const {
+    const long row = query / s.cols - key_row + s.rows - 1, col = query % s.cols + s.cols - 1;
+    return row * (2 * s.cols - 1) + col;
+  }
+
+  void take_head(long which, const float* table) {
+    head = which;
+    for (long i = 0; i < n; i++) {
+      float* row = &bias[i * p];
+      for (long r = 0; r < s.rows; r++) {
+        const float* from = table + place(i, r);
+        for (long c = 0; c < s.cols; c++) row[r * s.cols + c] = from[-c];
+      }
+      std::fill(row + n, row + p, -INFINITY);
+    }
+  }
+
+  // index: of the window in the batch.
+  void take(long index) {
+    const long image = index / s.windows, window = index % s.windows;
+    first = image * s.map;
+    tokens = map.tokens + window * n;
+    regions = map.regions + window * n;
+    apart = false;
+    for (long j = 0; j < n; j++) {
+      region[j] = regions[j];
+      apart |= regions[j] != regions[0];
+    }
+  }
+
+  // The window's rows of a map of `width` channels, beginning at channel `from`, into (P, D), zero where there is none.
+  void read(const T* x, long width, long from, float* y) const {
+    const long whole = s.dim / LANES * LANES;
+    for (long i = 0; i < n; i++, y += d) {
+      if (tokens[i] < 0) {
+        std::fill(y, y + d, 0.0f);
+        continue;
+      }
+      const T* row = x + (first + tokens[i]) * width + from + head * s.dim;
+      for (long c = 0; c < whole; c += LANES) store(y + c, widen(row + c));
+      if (whole < s.dim) {
+        T rest[LANES] = {};
+        std::copy(row + whole, row + s.dim, rest);
+        store(y + whole, widen(rest));
+      }
+    }
+  }
+
+  void write(const float* x, T* y, long width, long from) const {
+    const long whole = s.dim / LANES * LANES;
+    for (long i = 0; i < n; i++, x += d) {
+      if (tokens[i] < 0) continue;
+      T* row = y + (first + tokens[i]) * width + from + head * s.dim;
+      for (long c = 0; c < whole; c += LANES) narrow(load(x + c), row + c);
+      if (whole < s.dim) {
+        T rest[LANES];
+        narrow(load(x + whole), rest);
+        std::copy(rest, rest + s.dim - whole, row + whole);
+      }
+    }
+  }
+
+  // 1 / length of the rows of (P, D), bounded as torch's normalize bounds it.
+  void inverse_lengths(const float* x, float* inverse) const {
+    for (long i = 0; i < p; i++, x += d) {
+      Vector squares{};
+      for (long c = 0; c < d; c += LANES) squares += load(x + c) * load(x + c);
+      inverse[i] = sum(squares);
+    }
+    for (long i = 0; i < p; i++) inverse[i] = 1.0f / std::max(std::sqrt(inverse[i]), SMALLEST_LENGTH);
+  }
+
+  // The gradient of rows x from `factor` times that of x / |x|, which is divided by |x| already; in place.  Returns the
+  // sum of the products of both, without the factor.
+  float through_unit(const float* x, const float* inverse, float factor, float* gradient) const {
+    float total = 0;
+    for (long i = 0; i < n; i++, x += d, gradient += d) {
+      Vector products{};
+      for (long c = 0; c < d; c += LANES) products += load(gradient + c) * load(x + c);
+      const float product = sum(products);
+      const float along = inverse[i] * SMALLEST_LENGTH < 1.0f ? product * inverse[i] * inverse[i] : 0.0f;
+      for (long c = 0; c < d; c += LANES) store(gradient + c, (load(gradient + c) - load(x + c) * along) * factor);
+      total += product;
+    }
+    return total;
+  }
+
+  // bias + mask between query i and the keys from j on.
+  inline Vector added(long i, long j) const {
+    Vector x = load(&bias[i * p + j]);
+    if (apart) {
+      const Vector theirs = load(&region[j]);
+      x += theirs != fill(region[i]) ? fill(MASKED) : Vector{};
+      x = theirs == fill(-1.0f) ? fill(-INFINITY) : x;
+    }
+    return x;
+  }
+};
+
+template <typename T>
+void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, long chunk, long head) {
+  Window<T> w(map);
+  const Sizes& s = map.size;
+  const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
+  std::vector<float> q(p * d), k(p * d), kt(p * d), v(p * d), scores(p * p), o(p * d), of_query(p), of_key(p);
+  w.take_head(head, map.table + head * (2 * s.rows - 1) * (2 * s.cols - 1));
+  for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
+    w.take(index);
+    w.read(map.qkv, 3 * w.channels, 0, q.data());
+    w.read(map.qkv, 3 * w.channels, w.channels, k.data());
+    w.read(map.qkv, 3 * w.channels, 2 * w.channels, v.data());
+    w.inverse_lengths(q.data(), of_query.data());
+    w.inverse_lengths(k.data(), of_key.data());
+    transpose(k.data(), p, d, kt.data());
+    multiply<false>(q.data(), d, kt.data(), p, scores.data(), p, p, p, d);
+    for (long i = 0; i < n; i++) {
+      float* row = &scores[i * p];
+      const float factor = scale[head] * of_query[i];
+      Vector highest = fill(-INFINITY);
+      for (long j = 0; j < p; j += LANES) {
+        const Vector x = load(row + j) * load(&of_key[j]) * factor + w.added(i, j);
+        store(row + j, x);
+        highest = x > highest ? x : highest;
+      }
+      const float most = largest(highest);
+      Vector totals{};
+      for (long j = 0; j < p; j += LANES) {
+        const Vector e = exponential(load(row + j) - most);
+        store(row + j, e);
+        totals += e;
+      }
+      of_query[i] = 1.0f / sum(totals);  // no longer needed for the query
+      lse[(index * s.heads + head) * n + i] = most - std::log(of_query[i]);
+    }
+    multiply<false>(scores.data(), p, v.data(), d, o.data(), d, p, d, p);
+    for (long i = 0; i < n; i++)
+      for (long c = 0; c < d; c += LANES) store(&o[i * d + c], load(&o[i * d + c]) * of_query[i]);
+    w.write(o.data(), out, w.channels, 0);
+  }
+}
+
+template <typename T>
+void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const float* lse, T* grad_qkv,
+                    float* grad_scale, float* grad_table, long chunk, long head) {
+  Window<T> w(map);
+  const Sizes& s = map.size;
+  const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
+  std::vector<float> q(p * d), k(p * d), v(p * d), across(p * d), go(p * d), gv(p * d), gq(p * d), gk(p * d);
+  std::vector<float> weights(p * p), gradient(p * p), sums(n * p), of_query(p), of_key(p);
+  w.take_head(head, map.table + head * (2 * s.rows - 1) * (2 * s.cols - 1));
+  float scale_sum = 0;
+  for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
+    w.take(index);
+    w.read(map.qkv, 3 * w.channels, 0, q.data());
+    w.read(map.qkv, 3 * w.channels, w.channels, k.data());
+    w.read(map.qkv, 3 * w.channels, 2 * w.channels, v.data());
+    w.read(grad, w.channels, 0, go.data());
+    w.inverse_lengths(q.data(), of_query.data());
+    w.inverse_lengths(k.data(), of_key.data());
+    transpose(k.data(), p, d, across.data());
+    multiply<false>(q.data(), d, across.data(), p, weights.data(), p, p, p, d);
+    transpose(v.data(), p, d, across.data());
+    multiply<false>(go.data(), d, across.data(), p, gradient.data(), p, p, p, d);
+    for (long i = 0; i < n; i++) {
+      const float denominator = lse[(index * s.heads + head) * n + i];
+      const float factor = scale[head] * of_query[i];
+      Vector products{};
+      for (long j = 0; j < p; j += LANES) {
+        const Vector cosine = load(&weights[i * p + j]) * load(&of_key[j]);
+        const Vector e = exponential(cosine * factor + w.added(i, j) - denominator);
+        store(&weights[i * p + j], e);
+        products += e * load(&gradient[i * p + j]);
+      }
+      const float delta = sum(products);  // grad . out, of an out that was not rounded to the map's type
+      for (long j = 0; j < p; j += LANES) {
+        const Vector g = load(&weights[i * p + j]) * (load(&gradient[i * p + j]) - delta);
+        store(&gradient[i * p + j], g * load(&of_key[j]) * of_query[i]);
+        store(&sums[i * p + j], load(&sums[i * p + j]) + g);
+      }
+    }
+    std::fill(&weights[n * p], weights.data() + p * p, 0.0f);
+    std::fill(&gradient[n * p], gradient.data() + p * p, 0.0f);
+    multiply<true>(weights.data(), p, go.data(), d, gv.data(), d, p, d, p);
+    w.write(gv.data(), grad_qkv, 3 * w.channels, 2 * w.channels);
+    multiply<false>(gradient.data(), p, k.data(), d, gq.data(), d, p, d, p);
+    multiply<true>(gradient.data(), p, q.data(), d, gk.data(), d, p, d, p);
+    scale_sum += w.through_unit(q.data(), of_query.data(), scale[head], gq.data());
+    w.through_unit(k.data(), of_key.data(), scale[head], gk.data());
+    w.write(gq.data(), grad_qkv, 3 * w.channels, 0);
+    w.write(gk.data(), grad_qkv, 3 * w.channels, w.channels);
+  }
+  grad_scale[chunk * s.heads + head] = scale_sum;
+  float* table = grad_table + (chunk * s.heads + head) * (2 * s.rows - 1) * (2 * s.cols - 1);
+  for (long i = 0; i < n; i++)
+    for (long r = 0; r < s.rows; r++) {
+      float* to = table + w.place(i, r);
+      for (long c = 0; c < s.cols; c++) to[-c] += sums[i * p + r * s.cols + c];
+    }
+}
+
+template <typename T>
+void forward(const Sizes& s, const void* qkv, const float* scale, const float* table, const int64_t* tokens,
+             const int8_t* regions, void* out, float* lse, int threads) {
+  const Map<T> map{s, static_cast<const T*>(qkv), table, tokens, regions};
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long item = 0; item < s.chunks * s.heads; item++)
+    forward_chunk(map, scale, static_cast<T*>(out), lse, item / s.heads, item % s.heads);
+}
+
+template <typename T>
+void backward(const Sizes& s, const void* qkv, const float* scale, const float* table, const int64_t* tokens,
+              const int8_t* regions, const void* grad, const float* lse, void* grad_qkv,
+              float* grad_scale, float* grad_table, int threads) {
+  const Map<T> map{s, static_cast<const T*>(qkv), table, tokens, regions};
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long item = 0; item < s.chunks * s.heads; item++)
+    backward_chunk(map, scale, static_cast<const T*>(grad), lse, static_cast<T*>(grad_qkv), grad_scale,
+                    grad_table, item / s.heads, item % s.heads);
+}
+
+}  // namespace
+
+// All arrays are contiguous.  bfloat16: the type of qkv, out and their gradients; everything else is float32.
+extern "C" void window_attention_forward(int bfloat16, const Sizes* s, const void* qkv, const float* scale,
+                                         const float* table, const int64_t* tokens, const int8_t* regions, void* out,
+                                         float* lse, int threads) {
+  (bfloat16 ? forward<BFloat16> : forward<float>)(*s, qkv, scale, table, tokens, regions, out, lse, threads);
+}
+
+// grad_scale (chunks, heads) and grad_table (chunks, heads, offsets), zeroed by the caller, are one chunk's share each.
+extern "C" void window_attention_backward(int bfloat16, const Sizes* s, const void* qkv, const float* scale,
+                                          const float* table, const int64_t* tokens, const int8_t* regions,
+                                          const void* grad, const float* lse, void* grad_qkv,
+                                          float* grad_scale, float* grad_table, int threads) {
+  (bfloat16 ? backward<BFloat16> : backward<float>)(*s, qkv, scale, table, tokens, regions, grad, lse, grad_qkv,
+                                                    grad_scale, grad_table, threads);
+}
