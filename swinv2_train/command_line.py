@@ -78,7 +78,7 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # of torchrun, or of srun
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
@@ -91,12 +91,15 @@ def guarded(command: Callable[[], int]) -> int:
 
 def compose_argv() -> Config | None:
     """The validated configuration that sys.argv composes, or None after ``--help`` and ``--cfg``."""
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ConfigError(
+            "--multirun starts one run after another in one process; start each with its own run_dir, on a cluster as "
+            "a job array: SWEEP=FILE sbatch --array=1-N launch/train.sbatch ... (docs/cluster.md)"
+        )
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
     with _composition_errors():
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(composed.append)()
-    if len(composed) > 1:
-        raise ConfigError("--multirun starts one run after another in one process; start each with its own run_dir")
     return load_config(composed[0]) if composed else None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
-import re
 import socket
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
+from swinv2_train import slurm
 from swinv2_train.config import ConfigError
 
 
@@ -65,12 +65,13 @@ def init_distributed(timeout_sec: int) -> World:
             "environment do not fit together; start with torchrun or srun, or unset them to run one process"
         )
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        visible = torch.cuda.device_count()
+        if local_rank >= visible and not slurm.own_accelerator(visible, local_world_size):
             raise ConfigError(
-                f"{local_world_size} processes on this host but {torch.cuda.device_count()} accelerators; "
-                "start at most one process for each (torchrun --nproc-per-node)"
+                f"{local_world_size} processes on this host but {visible} accelerators; "
+                "start at most one process for each (torchrun --nproc-per-node, srun --ntasks-per-node)"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", min(local_rank, visible - 1))  # 0 where a task sees its own alone
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -184,22 +185,19 @@ def _listed(ranks_by_text: dict[str, list[int]]) -> str:
 
 def _announced_ranks() -> dict[str, int]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun, from srun (2 tasks or more), or alone."""
-    get = os.environ.get
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        names = {name: name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    elif "SLURM_PROCID" in os.environ and int(get("SLURM_NTASKS", "1")) > 1:
-        names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-        os.environ.setdefault("MASTER_ADDR", _first_host(get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(get("SLURM_JOB_ID", "0")) % 20000))
-        tasks = re.match(r"\d+", get("SLURM_STEP_TASKS_PER_NODE") or get("SLURM_NTASKS_PER_NODE") or "")
-        os.environ["LOCAL_WORLD_SIZE"] = tasks.group() if tasks else os.environ["SLURM_NTASKS"]
-        names["LOCAL_WORLD_SIZE"] = "LOCAL_WORLD_SIZE"
-    else:
-        return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        ranks = slurm.step_ranks()
+        if ranks is None:
+            return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        host, port = slurm.meeting_point()
+        os.environ.setdefault("MASTER_ADDR", host)
+        os.environ.setdefault("MASTER_PORT", str(port))
+        return ranks
+    names = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
     try:
-        found = {name: int(os.environ[variable]) for name, variable in names.items() if variable in os.environ}
+        found = {name: int(os.environ[name]) for name in names}
     except ValueError as error:
-        raise ConfigError(f"{sorted(names.values())} in the environment must be whole numbers: {error}") from error
+        raise ConfigError(f"{sorted(names)} in the environment must be whole numbers: {error}") from error
     found.setdefault("LOCAL_RANK", 0)
     found.setdefault("LOCAL_WORLD_SIZE", found["LOCAL_RANK"] + 1)
     return found
@@ -215,11 +213,6 @@ def _let_gloo_finish() -> None:
     time.sleep(0.1)
 
 
-def _first_host(nodelist: str) -> str:
-    """node[003-007,9],other -> node003"""
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
-
-
 def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
     """The key-value store where the ranks find each other.
 
@@ -231,13 +224,21 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} missing in the environment of rank {rank}; start with torchrun")
-    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        socket.gethostbyname(os.environ["MASTER_ADDR"]),
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not agent_hosts_it,
-        timeout=timeout,
-    )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = TCPStore(socket.gethostbyname(host), port, world_size, is_master=is_master, timeout=timeout)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"MASTER_ADDR ({host}) has no address on {socket.gethostname()}: {error.strerror}; "
+            "set MASTER_ADDR to an address of rank 0's host that every rank can reach"
+        ) from error
+    except dist.DistNetworkError as error:
+        if is_master:
+            raise ConfigError(
+                f"rank 0 cannot listen on MASTER_PORT ({port}): {str(error).splitlines()[0]}; "
+                "another program has it: set MASTER_PORT to a free port"
+            ) from error
+        raise
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"attempt_{attempt}", store)

@@ -24,6 +24,7 @@ from swinv2_train.distributed import (
     raise_together,
     shutdown_distributed,
 )
+from swinv2_train.slurm import meeting_point
 
 
 def test_collectives_join_what_the_ranks_say():
@@ -122,21 +123,23 @@ def test_missing_address_is_named(monkeypatch):
 
 
 def test_ranks_are_read_from_srun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "to be removed again")
         monkeypatch.delenv(name)
     for name, value in {
         "SLURM_PROCID": "5",
-        "SLURM_NTASKS": "8",
+        "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
         "SLURM_STEP_NODELIST": "gpu-[003-004],other",
         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
         "SLURM_JOB_ID": "20007",
+        "SLURM_STEP_ID": "0",
     }.items():
         monkeypatch.setenv(name, value)
     assert distributed._announced_ranks() == {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu-003", "20007")
-    assert distributed._first_host("node7") == "node7"
+    host, port = meeting_point()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (host, str(port)) and host == "gpu-003"
 
 
 def test_harness_reports_hung_and_failed_ranks():

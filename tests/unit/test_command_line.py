@@ -21,10 +21,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: optim.lr is wrong\n"
 
 
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_wrong_input_is_said_by_the_first_rank_alone(rank, lines, monkeypatch, capsys):
+def test_wrong_input_is_said_by_the_first_rank_alone(rank, lines, variable, monkeypatch, capsys):
     """Else a job of 64 ranks says it 64 times."""
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, rank)
     assert guarded(refuse) == EXIT_USER_ERROR
     assert len(capsys.readouterr().err.splitlines()) == lines
 
@@ -47,8 +49,10 @@ def test_exit_code_of_the_run_is_the_commands_own(monkeypatch, capsys):
 
 
 def test_several_runs_in_one_process_are_refused(monkeypatch, tmp_path, capsys):
-    """--multirun would silently train the first of them."""
+    """--multirun would train them one after another under one run_dir, and leave directories of Hydra's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train", "--multirun", "experiment=cifar10_simmim", "seed=1,2"])
-    with pytest.raises(ConfigError, match="--multirun starts one run after another in one process"):
-        compose_argv()
+    for flag, seeds in (("--multirun", "1,2"), ("-m", "1")):
+        monkeypatch.setattr(sys, "argv", ["train", flag, "experiment=cifar10_simmim", f"seed={seeds}"])
+        with pytest.raises(ConfigError, match="--multirun starts one run .* sbatch --array=1-N launch/train.sbatch"):
+            compose_argv()
+    assert not list(tmp_path.iterdir())
