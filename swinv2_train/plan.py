@@ -7,7 +7,12 @@ Predicts a run before it is paid for: memory of a rank by part and phase, time o
     plan.num_gpus=N      ranks (default: one node's)
     plan.num_images=N    images of the training shards, for days and GPU-days (default: their manifest's)
     plan.margin=0.05     share of the memory that must stay free
-    plan.picture=FILE    draw where the bytes go, as PNG
+    plan.picture=FILE    draw where the bytes go, or the curve of plan.scaling, as PNG
+    plan.json=FILE       write the same numbers as JSON
+    plan.step_seconds=X  a step of one micro-batch as one rank was measured to take it (perf/step_sec of a run on one
+                         rank with train.global_batch_size = train.micro_batch_size); without it, the hardware's rates
+    plan.scaling=strong  8 to 1,024 GPUs with the same global batch; =weak: with the same images a rank, as many as
+                         plan.num_gpus gives it of train.global_batch_size
     --recommend          search ZeRO stage, recomputation, sequential stages, micro-batch and accumulation for the
                          fastest setting that fits, and print its command
 
@@ -17,7 +22,9 @@ run without contents.
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from swinv2_train.command_line import compose_overrides, run_on_weights
@@ -27,10 +34,11 @@ from swinv2_train.data.shards import open_manifest
 from swinv2_train.engine import check_engine
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
-from swinv2_train.planning.picture import draw_plan
+from swinv2_train.planning.picture import draw_curve, draw_plan
+from swinv2_train.planning.scaling import scaling_curve, scaling_json
 from swinv2_train.planning.search import recommend
-from swinv2_train.planning.speed import pass_seconds, plan_speed
-from swinv2_train.planning.table import host_line, memory_table, speed_lines, verdict
+from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
+from swinv2_train.planning.table import host_line, memory_table, plan_json, scaling_lines, speed_lines, verdict
 from swinv2_train.schedule import total_steps
 
 UNUSED = ("run_dir", "data.shards")
@@ -52,21 +60,52 @@ def plan(config: Config, arguments: list[str]) -> None:
     check_engine(config.engine)
     gpus = num_gpus(config)
     hardware = complete(config.hardware, min(gpus, config.hardware.gpus_per_node or gpus))
+    check_request(config)
+    title = f"{config.model.name} on {hardware.name}"
     if config.plan.recommend:
         print(recommend(config, hardware, gpus, arguments))
         return
+    if config.plan.scaling is not None:
+        curve = scaling_curve(config, hardware, gpus)
+        print(*scaling_lines(curve, hardware), sep="\n")
+        write(config, lambda path: draw_curve(curve, path, title), scaling_json(curve))
+        return
     memory, trace = plan_memory(config, hardware, gpus)
-    speed = plan_speed(config, hardware, memory.num_parameters, pass_seconds(hardware, trace), gpus)
+    estimated = pass_seconds(hardware, trace)
+    passes = measured_pass(config, hardware, memory.sizes.parameters, estimated, estimated)
+    speed = plan_speed(config, hardware, memory.sizes, passes, gpus)
     batch = config.train
     print(f"{config.model.name}, {config.model.img_size} px, window {config.model.window_size}, {config.task.name}: "
-          f"{memory.num_parameters:,} parameters; {config.engine.name} ZeRO-{config.engine.zero_stage} "
+          f"{memory.sizes.parameters:,} parameters; {config.engine.name} ZeRO-{config.engine.zero_stage} "
           f"{config.engine.precision}, recompute {config.model.recompute}, sequential stages "
           f"{config.model.sequential_stages}; {batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
           f"time on each of {gpus} ranks\n")  # fmt: skip
     print(memory_table(memory), verdict(memory, hardware, gpus), host_line(memory), "", sep="\n")
-    print(*speed_lines(config, hardware, memory, speed, gpus, steps(config)), sep="\n")
+    print(*speed_lines(config, hardware, memory, speed, trace.model_flops_per_image, gpus, steps(config)), sep="\n")
+    write(config, lambda path: draw_plan(memory, path, title), plan_json(memory, speed, gpus))
+
+
+def check_request(config: Config) -> None:
+    """Raise ConfigError for what cannot be asked for together with --recommend."""
+    if config.plan.recommend:
+        for key in ("scaling", "step_seconds", "picture", "json"):
+            value = getattr(config.plan, key)
+            if value is not None:
+                raise ConfigError(
+                    f"plan.{key} ({value}) with --recommend, which compares settings of which none was measured; leave "
+                    "one of the two out"
+                )
+
+
+def write(config: Config, draw: Callable[[Path], Path], numbers: dict[str, object]) -> None:
+    """The picture and the JSON file that are asked for."""
     if config.plan.picture is not None:
-        print(f"picture: {draw_plan(memory, Path(config.plan.picture), f'{config.model.name} on {hardware.name}')}")
+        print(f"picture: {draw(Path(config.plan.picture))}")
+    if config.plan.json is not None:
+        path = Path(config.plan.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(numbers, indent=2) + "\n")
+        print(f"JSON: {path}")
 
 
 def num_gpus(config: Config) -> int:

@@ -19,12 +19,13 @@ _USUAL: dict[str, dict[str, float]] = {
     "cuda": {
         "reserved_gib": 1.5, "tflops_bf16": 100.0, "tflops_fp32": 20.0, "matmul_efficiency": 0.6,
         "memory_gb_per_sec": 1000.0, "memory_efficiency": 0.8, "op_overhead_us": 8.0, "intra_node_gb_per_sec": 10.0,
-        "inter_node_gb_per_sec": 1.0, "host_gb_per_sec": 20.0, "storage_gb_per_sec": 1.0,
+        "inter_node_gb_per_sec": 1.0, "intra_node_latency_us": 1.8, "inter_node_latency_us": 20.0,
+        "host_gb_per_sec": 20.0, "storage_gb_per_sec": 1.0,
     },
     "cpu": {
         "reserved_gib": 0.5, "matmul_efficiency": 0.6, "memory_efficiency": 0.5, "op_overhead_us": 10.0,
-        "intra_node_gb_per_sec": 1.0, "inter_node_gb_per_sec": 1.0, "host_gb_per_sec": 10.0,
-        "storage_gb_per_sec": 1.0,
+        "intra_node_gb_per_sec": 1.0, "inter_node_gb_per_sec": 1.0, "intra_node_latency_us": 50.0,
+        "inter_node_latency_us": 50.0, "host_gb_per_sec": 10.0, "storage_gb_per_sec": 1.0,
     },
 }  # fmt: skip
 """What cannot be found out in an instant: assumptions on the cautious side."""
@@ -54,6 +55,11 @@ def complete(hardware: HardwareConfig, local_world_size: int, rates: bool = True
     if device == "cpu" and merged.memory_gib is not None:
         merged.memory_gib /= local_world_size
     return merged
+
+
+def known(value: float | None) -> float:
+    assert value is not None, "hardware is completed before it is planned with"
+    return value
 
 
 def host_memory_bytes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -12,7 +12,9 @@ from swinv2_train.config import Config, HardwareConfig, pair
 from swinv2_train.data.loader import accumulation_steps
 from swinv2_train.engine.buckets import layer_sizes
 from swinv2_train.models import count_parameters
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.optim import build_param_groups
+from swinv2_train.planning.hardware import known
 from swinv2_train.planning.states import GRADIENTS, EngineMemory, ModelSizes, engine_memory
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
 
@@ -36,7 +38,7 @@ class MemoryPlan:
     """What the device has for all this."""
     margin: float
     """Share of the available bytes that should stay free."""
-    num_parameters: int
+    sizes: ModelSizes
 
     @property
     def when(self) -> str:
@@ -61,11 +63,15 @@ def model_sizes(module: nn.Module, config: Config) -> ModelSizes:
     """What the engine's formulas need of a module, on any device."""
     groups = build_param_groups(module, config.optim)
     numels = [[parameter.numel() for parameter in group["params"]] for group in groups]
+    blocks = [list(child.parameters()) for child in module.modules() if isinstance(child, SwinBlock)]
+    inside = {id(parameter) for block in blocks for parameter in block}
     return ModelSizes(
         parameters=count_parameters(module),
         largest_parameter=max(max(group) for group in numels),
-        largest_group=max(sum(group) for group in numels),
+        groups=tuple(sum(group) for group in numels),
         layers=layer_sizes(module),
+        blocks=tuple(tuple(parameter.numel() for parameter in block) for block in blocks),
+        others=tuple(parameter.numel() for parameter in module.parameters() if id(parameter) not in inside),
     )
 
 
@@ -107,9 +113,27 @@ def combine(
         host=host,
         disk=engine.disk,
         rests=sum(engine.rests.values()) + trace.backward.tables,
-        available=int((_known(hardware.memory_gib) - _known(hardware.reserved_gib)) * GIB),
+        available=int((known(hardware.memory_gib) - known(hardware.reserved_gib)) * GIB),
         margin=config.plan.margin,
-        num_parameters=sizes.parameters,
+        sizes=sizes,
+    )
+
+
+def scale(trace: Trace, images: int, gradients: int) -> Trace:
+    """The peaks of one image as those of several: everything but tables grows with the images.
+
+    gradients: bytes that gradients of parameters take in the end, added whole, so the estimate is on the safe side.
+    """
+
+    def peak(one: Peak, kept_gradients: int) -> Peak:
+        kept, workspace = ({part: n * images for part, n in parts.items()} for parts in (one.kept, one.workspace))
+        return replace(one, kept=kept, workspace=workspace, gradients=kept_gradients)
+
+    return replace(
+        trace,
+        forward_peaks=[peak(each, 0) for each in trace.forward_peaks],
+        backward_peaks=[peak(each, gradients) for each in trace.backward_peaks],
+        host_bytes=trace.host_bytes * images,
     )
 
 
@@ -136,8 +160,3 @@ def _sum(*parts: dict[str, int]) -> dict[str, int]:
     for each in parts:
         total.update(each)
     return {part: nbytes for part, nbytes in total.items() if nbytes}
-
-
-def _known(value: float | None) -> float:
-    assert value is not None, "hardware is completed before it is planned with"
-    return value

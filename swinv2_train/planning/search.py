@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.planning.check import missing
-from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes, plan_memory
+from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes, plan_memory, scale
 from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
 from swinv2_train.planning.states import engine_memory
 from swinv2_train.planning.table import memory_table, verdict
-from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
+from swinv2_train.planning.trace import meta_task, trace_step
 
 POLICIES = ("none", "attention", "every:2", "every:4", "every:8", "blocks", "blocks@cpu")
 """Values of model.recompute that are tried; the config's own is too."""
@@ -48,7 +48,7 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
         chosen = apply(config, candidate.setting)
         memory, trace = plan_memory(chosen, hardware, num_gpus)
         if memory.fits:
-            speed = plan_speed(chosen, hardware, memory.num_parameters, pass_seconds(hardware, trace), num_gpus)
+            speed = plan_speed(chosen, hardware, memory.sizes, pass_seconds(hardware, trace), num_gpus)
             return _recommended(Candidate(candidate.setting, memory, speed), config, hardware, num_gpus, arguments)
     if not found:
         raise ConfigError(
@@ -77,7 +77,7 @@ def candidates(config: Config, hardware: HardwareConfig, num_gpus: int) -> Itera
                 engine = engine_memory(chosen.engine, sizes, num_gpus, accumulation, on_cpu)
                 scaled = scale(trace, size, int(engine.kept_gradient_bytes * sizes.parameters))
                 memory = combine(chosen, hardware, engine, sizes, scaled, num_gpus)
-                speed = plan_speed(chosen, hardware, sizes.parameters, passes.times(size), num_gpus)
+                speed = plan_speed(chosen, hardware, sizes, passes.times(size), num_gpus)
                 yield Candidate(setting, memory, speed)
 
 
@@ -97,24 +97,6 @@ def micro_batch_sizes(global_batch_size: int, num_gpus: int) -> list[int]:
     if rest:
         return []
     return sorted({size for size in (2**k for k in range(12)) if share % size == 0} | {share})
-
-
-def scale(trace: Trace, images: int, gradients: int) -> Trace:
-    """The peaks of one image as those of several: everything but tables grows with the images.
-
-    gradients: bytes that gradients of parameters take in the end, added whole, so the estimate is on the safe side.
-    """
-
-    def peak(one: Peak, kept_gradients: int) -> Peak:
-        kept, workspace = ({part: n * images for part, n in parts.items()} for parts in (one.kept, one.workspace))
-        return replace(one, kept=kept, workspace=workspace, gradients=kept_gradients)
-
-    return replace(
-        trace,
-        forward_peaks=[peak(each, 0) for each in trace.forward_peaks],
-        backward_peaks=[peak(each, gradients) for each in trace.backward_peaks],
-        host_bytes=trace.host_bytes * images,
-    )
 
 
 def _policies(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from swinv2_train.config import Config, HardwareConfig
+from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.data.loader import accumulation_steps
+from swinv2_train.metrics import mfu
+from swinv2_train.planning.communication import Collective, collectives, ring, seconds
+from swinv2_train.planning.hardware import known
 from swinv2_train.planning.operations import Operation
+from swinv2_train.planning.states import ModelSizes
 from swinv2_train.planning.trace import Trace
 
 ADAMW_BYTES = 30
@@ -27,16 +31,26 @@ class SpeedPlan:
     hidden: float
     """Communication that goes on during the passes."""
     exposed: float
-    """Communication that the step waits for."""
+    """Communication that the step waits for: its bytes."""
+    latency: float
+    """The same: its messages, however small they are."""
     optimizer: float
     images: int
     """Of the global batch."""
     flops_per_image: int
     """As computed, recomputation included; a multiply-add is two."""
+    link: str
+    """The slower part of the fabric: intra-node or inter-node."""
+    collectives: tuple[Collective, ...]
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes alone."""
+        return self.products + self.traffic + self.launches
 
     @property
     def step_sec(self) -> float:
-        return self.products + self.traffic + self.launches + self.exposed + self.optimizer
+        return self.passes + self.exposed + self.latency + self.optimizer
 
     @property
     def images_per_sec(self) -> float:
@@ -51,57 +65,111 @@ class PassSeconds:
     traffic: float
     host: float
     """What the host needs to start all operations."""
+    backward: float
+    """Share of the backward pass in products and traffic."""
     flops: int
     moved_to_host: int
     """Bytes of block inputs that go to CPU memory and come back."""
 
+    @property
+    def total(self) -> float:
+        return max(self.products + self.traffic, self.host)
+
     def times(self, images: int) -> PassSeconds:
         """The same with so many times the images: each operation takes so many times as long, and is started once."""
-        return PassSeconds(
-            self.products * images, self.traffic * images, self.host, self.flops * images, self.moved_to_host * images
+        return replace(
+            self,
+            products=self.products * images,
+            traffic=self.traffic * images,
+            flops=self.flops * images,
+            moved_to_host=self.moved_to_host * images,
         )
 
 
 def pass_seconds(hardware: HardwareConfig, trace: Trace) -> PassSeconds:
     """Each operation takes the longer of its arithmetic and its memory traffic.  hardware: without null values."""
     products, traffic = _device_seconds(hardware, trace.operations)
-    host = len(trace.operations) * _rate(hardware.op_overhead_us) * 1e-6
-    return PassSeconds(products, traffic, host, trace.flops, trace.host_bytes)
+    forward = sum(_device_seconds(hardware, trace.operations[: trace.forward_operations]))
+    host = len(trace.operations) * known(hardware.op_overhead_us) * 1e-6
+    backward = 1 - forward / (products + traffic)
+    return PassSeconds(products, traffic, host, backward, trace.flops, trace.host_bytes)
+
+
+def measured_pass(
+    config: Config, hardware: HardwareConfig, num_parameters: int, configured: PassSeconds, passes: PassSeconds
+) -> PassSeconds:
+    """A micro-batch's passes by plan.step_seconds, measured on one rank; as they are where it is null.
+
+    configured: the estimate for train.micro_batch_size images, which is what was measured; the estimate in passes, for
+    any number of images, changes as much.  The optimizer's part of the measured step is estimated and taken off.
+    Raises ConfigError where nothing is left.
+    """
+    if config.plan.step_seconds is None:
+        return passes
+    optimizer = optimizer_seconds(config, hardware, num_parameters, 1)
+    if config.plan.step_seconds <= optimizer:
+        raise ConfigError(
+            f"plan.step_seconds ({config.plan.step_seconds}) is no more than the optimizer alone takes by "
+            f"hardware.memory_gb_per_sec ({optimizer:.3g} s on one rank); give the time of a whole step: perf/step_sec "
+            "of a run on one rank with train.global_batch_size = train.micro_batch_size"
+        )
+    total = config.plan.step_seconds - optimizer
+    change = total / (configured.products + configured.traffic)
+    return replace(
+        passes,
+        products=passes.products * change,
+        traffic=passes.traffic * change,
+        host=min(passes.host, total),
+    )
 
 
 def plan_speed(
-    config: Config, hardware: HardwareConfig, num_parameters: int, passes: PassSeconds, ranks: int
+    config: Config, hardware: HardwareConfig, sizes: ModelSizes, passes: PassSeconds, ranks: int
 ) -> SpeedPlan:
     """A step of accumulated micro-batches, each of which takes at least what the host needs to start its operations.
 
-    Communication by ring algorithms: a gather or a scatter of n bytes takes n (W-1)/W over the rate of the slowest
-    link, a sum over all ranks twice that.  It overlaps with the passes where the engine does that (ZeRO-2 and 3 with
-    engine.overlap_comm).
+    What goes over the fabric overlaps with the passes where the engine does that (planning/communication.py); none of
+    it slows the passes down.
     """
     accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, ranks)
-    products, traffic = accumulation * passes.products, accumulation * passes.traffic
-    host = accumulation * passes.host
-    hidden, exposed = _communication(config, hardware, num_parameters, passes, ranks, accumulation)
-    shard = 1 if config.engine.name == "local" or config.engine.zero_stage == 0 else ranks
-    optimizer = ADAMW_BYTES * num_parameters / shard / _traffic_rate(hardware)
-    if config.engine.offload_optimizer != "none":  # gradients out and weights in
-        optimizer += 6 * num_parameters / shard / (_rate(hardware.host_gb_per_sec) * 1e9)
+    sent = collectives(config.engine, sizes, ranks, accumulation, passes.backward)
+    hidden, exposed, latency = _communication(hardware, sent, passes, ranks, accumulation)
     return SpeedPlan(
-        products=products,
-        traffic=traffic,
-        launches=max(0.0, host - products - traffic),
+        products=accumulation * passes.products,
+        traffic=accumulation * passes.traffic,
+        launches=accumulation * max(0.0, passes.host - passes.products - passes.traffic),
         hidden=hidden,
         exposed=exposed,
-        optimizer=optimizer,
+        latency=latency,
+        optimizer=optimizer_seconds(config, hardware, sizes.parameters, ranks),
         images=config.train.global_batch_size,
         flops_per_image=passes.flops // config.train.micro_batch_size,
+        link=ring(hardware, ranks)[0],
+        collectives=tuple(sent),
     )
+
+
+def planned_mfu(
+    config: Config, hardware: HardwareConfig, model_flops_per_image: int, speed: SpeedPlan, ranks: int
+) -> float | None:
+    """Model FLOP utilisation of the hardware's peak in the engine's precision, 0..1."""
+    peak = known(hardware.tflops_bf16 if config.engine.precision == "bf16" else hardware.tflops_fp32) * 1e12
+    return mfu(model_flops_per_image, speed.images_per_sec, peak, ranks)
+
+
+def optimizer_seconds(config: Config, hardware: HardwareConfig, num_parameters: int, ranks: int) -> float:
+    """AdamW on a rank's share of the parameters."""
+    shard = 1 if config.engine.name == "local" or config.engine.zero_stage == 0 else ranks
+    taken = ADAMW_BYTES * num_parameters / shard / _traffic_rate(hardware)
+    if config.engine.offload_optimizer != "none":  # gradients out and weights in
+        taken += 6 * num_parameters / shard / (known(hardware.host_gb_per_sec) * 1e9)
+    return taken
 
 
 def _device_seconds(hardware: HardwareConfig, operations: Iterable[Operation]) -> tuple[float, float]:
     """Seconds bound by arithmetic, and seconds bound by memory."""
-    efficiency = _rate(hardware.matmul_efficiency) * 1e12
-    rates = {"bf16": _rate(hardware.tflops_bf16) * efficiency, "fp32": _rate(hardware.tflops_fp32) * efficiency}
+    efficiency = known(hardware.matmul_efficiency) * 1e12
+    rates = {"bf16": known(hardware.tflops_bf16) * efficiency, "fp32": known(hardware.tflops_fp32) * efficiency}
     bandwidth = _traffic_rate(hardware)
     products = traffic = 0.0
     for operation in operations:
@@ -114,35 +182,22 @@ def _device_seconds(hardware: HardwareConfig, operations: Iterable[Operation]) -
 
 
 def _communication(
-    config: Config, hardware: HardwareConfig, n: int, passes: PassSeconds, ranks: int, accumulation: int
-) -> tuple[float, float]:
-    """(seconds hidden behind the passes, seconds that the step waits)."""
-    engine = config.engine
-    weight = 2 if engine.precision == "bf16" else 4
-    local = ranks <= _rate(hardware.gpus_per_node)
-    link = _rate(hardware.intra_node_gb_per_sec if local else hardware.inter_node_gb_per_sec) * 1e9
-    a_pass = n * (ranks - 1) / ranks / link  # seconds a byte of each parameter needs once around
-    beside = after = 0.0
-    if ranks > 1 and engine.name != "local":
-        if engine.zero_stage == 3:  # gathered in both passes, scattered in the second, of each micro-batch
-            beside = 3 * weight * a_pass * accumulation
-        elif engine.zero_stage == 2 or (engine.zero_stage == 1 and engine.precision == "fp32"):
-            beside, after = 2 * weight * a_pass * accumulation, weight * a_pass
-        else:
-            after = 2 * weight * a_pass + (weight * a_pass if engine.zero_stage else 0.0)
-        if not engine.overlap_comm:
-            beside, after = 0.0, beside + after
-    moved = 2 * passes.moved_to_host * accumulation / (_rate(hardware.host_gb_per_sec) * 1e9)  # out and in
-    if hardware.device == "cuda":
-        beside += moved
-    hidden = min(beside, accumulation * (passes.products + passes.traffic))
-    return hidden, after + beside - hidden
+    hardware: HardwareConfig, sent: list[Collective], passes: PassSeconds, ranks: int, accumulation: int
+) -> tuple[float, float, float]:
+    """Seconds (hidden behind the passes, that the step waits for bytes, that it waits for messages)."""
+    room = accumulation * passes.total
+    parts = [(seconds(each, hardware, ranks), each.beside) for each in sent]
+    if hardware.device == "cuda":  # block inputs go to CPU memory and come back
+        moved = 2 * passes.moved_to_host * accumulation / (known(hardware.host_gb_per_sec) * 1e9)
+        parts.append(((moved, 0.0), 1.0))
+    hidden = exposed = latency = 0.0
+    for (for_bytes, for_messages), share in sorted(parts, key=lambda part: part[1]):
+        together = for_bytes + for_messages
+        behind = min(together, max(0.0, share * room - hidden))
+        left = 1 - behind / together if together else 0.0
+        hidden, exposed, latency = hidden + behind, exposed + left * for_bytes, latency + left * for_messages
+    return hidden, exposed, latency
 
 
 def _traffic_rate(hardware: HardwareConfig) -> float:
-    return _rate(hardware.memory_gb_per_sec) * _rate(hardware.memory_efficiency) * 1e9
-
-
-def _rate(value: float | None) -> float:
-    assert value is not None, "hardware is completed before it is planned with"
-    return value
+    return known(hardware.memory_gb_per_sec) * known(hardware.memory_efficiency) * 1e9

@@ -6,16 +6,16 @@ fp32).  The formulas are read from DeepSpeed 0.19.8 and torch's AdamW, and were 
 
 | | rests | while gradients are made | when they are exchanged | in the step |
 |---|---|---|---|---|
-| local, ZeRO-0 fp32 | 4N weights, 8N averages | 4N gradients, one by one | 4N flat copy (W > 1) | 8P, P the largest parameter |
-| ZeRO-1 bf16 | 2N weights, 4N gradients, 4N/W masters, 8N/W averages | 2N gradients, one by one | 6N copies | 8S |
-| ZeRO-1 fp32, ZeRO-2 | wN weights, 4N/W masters, 8N/W averages | 4N or 4N/W gradients, 2 or 3 buckets | | 8S |
-| ZeRO-3 | wN/W weights, 4N/W masters, 8N/W averages, 4N/W gradients, a bucket, small parameters | live weights, copies of a bucket, by place (Gathering) | | 4S + 8S |
+| local, ZeRO-0 fp32 | 4N weights, 8N averages | 4N gradients, one by one | 4N flat copy (W > 1) | |
+| ZeRO-1 bf16 | 2N weights, 4N gradients, 4N/W masters, 8N/W averages | 2N gradients, one by one | 6N copies | |
+| ZeRO-1 fp32, ZeRO-2 | wN weights, 4N/W masters, 8N/W averages | 4N or 4N/W gradients, 2 or 3 buckets | | |
+| ZeRO-3 | wN/W weights, 4N/W masters, 8N/W averages, 4N/W gradients, a bucket, small parameters | live weights, copies of a bucket, by place (Gathering) | | 4S |
 
 Live under ZeRO-3 are the block in use and the next one, and from the forward to the backward pass every weight of which
 autograd saved a view: a linear layer saves the transposed weight, which keeps what was gathered although DeepSpeed
 releases it, unless the layer's block is computed again.
 
-AdamW's 8S are torch's loop; the fused kernel on CUDA takes none.  The copies of an exchange are of at most 500 million
+AdamW is fused and takes no temporaries.  The copies of an exchange are of at most 500 million
 elements (runtime/engine.py, allreduce_no_retain).  What is offloaded counts as the host's.
 """  # noqa: E501
 
@@ -30,7 +30,7 @@ from swinv2_train.planning.trace import Peak, Trace
 EXCHANGED_TOGETHER = 500_000_000
 
 WEIGHTS, MASTERS, AVERAGES, GRADIENTS = "weights", "fp32 masters", "AdamW's averages", "gradients"
-BUCKETS, LIVE, COPIES, TEMPORARIES = "ZeRO buckets", "ZeRO-3 live weights", "gradient copies", "AdamW's temporaries"
+BUCKETS, LIVE, COPIES = "ZeRO buckets", "ZeRO-3 live weights", "gradient copies"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,17 @@ class ModelSizes:
 
     parameters: int
     largest_parameter: int
-    largest_group: int
-    """The largest parameter group of the optimizer (with layer decay there are many)."""
+    groups: tuple[int, ...]
+    """Of each parameter group of the optimizer (with layer decay there are many)."""
     layers: LayerSizes
+    blocks: tuple[tuple[int, ...], ...]
+    """Of each parameter of each block, in the order of the forward pass."""
+    others: tuple[int, ...]
+    """Of each parameter outside of blocks."""
+
+    @property
+    def largest_group(self) -> int:
+        return max(self.groups)
 
 
 @dataclass(frozen=True)
@@ -132,26 +140,23 @@ def engine_memory(
 ) -> EngineMemory:
     """The formulas above for one configuration.
 
-    on_cpu: the rank computes on the CPU, where AdamW runs as a loop and gloo copies what it gathers.
+    on_cpu: the rank computes on the CPU, where gloo copies what it gathers.
     """
     n, w = sizes.parameters, 2 if config.precision == "bf16" else 4
     share = -(-n // world_size)
     memory = EngineMemory()
     stage = 0 if config.name == "local" else config.zero_stage
     state = 2 if config.optimizer_states == "bf16" else 4
-    loop = on_cpu or config.offload_optimizer == "cpu"
     group = -(-sizes.largest_group // world_size)
     if stage == 0:
         memory.rests = {WEIGHTS: 4 * n, AVERAGES: 8 * n}
         memory.kept_gradient_bytes = 4
         if world_size > 1:
             memory.exchange = {COPIES: 4 * min(n, EXCHANGED_TOGETHER)}
-        memory.step = {TEMPORARIES: 8 * sizes.largest_parameter if loop else 0}
     elif stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
         memory.rests = {WEIGHTS: 2 * n, GRADIENTS: 4 * n, MASTERS: 4 * share, AVERAGES: 8 * share}
         memory.kept_gradient_bytes = 2
         memory.exchange = {COPIES: 6 * min(n, EXCHANGED_TOGETHER) if world_size > 1 else 0}
-        memory.step = {TEMPORARIES: 8 * group if loop else 0}
     elif stage in (1, 2):
         buckets = buckets_of(config, sizes.layers)
         memory.rests = {WEIGHTS: w * n, MASTERS: state * share, AVERAGES: 2 * state * share}
@@ -160,9 +165,8 @@ def engine_memory(
             BUCKETS: w * buckets.reduce_bucket_size * (2 if config.overlap_comm else 1),
             COPIES: w * buckets.reduce_bucket_size + (4 * sizes.largest_parameter if w == 2 else 0),
         }
-        memory.step = {TEMPORARIES: 2 * state * group if loop else 0}
     else:
-        _zero_3(memory, config, sizes, share, group, w, state, loop, world_size, on_cpu)
+        _zero_3(memory, config, sizes, share, group, w, state, world_size, on_cpu)
     if on_cpu and stage in (1, 2) and world_size > 1:  # gloo gathers into a copy
         memory.step[COPIES] = w * sizes.largest_group
     if accumulation_steps > 1 and memory.kept_gradient_bytes:  # those of earlier micro-batches are there all the time
@@ -180,7 +184,6 @@ def _zero_3(
     group: int,
     w: int,
     state: int,
-    loop: bool,
     world_size: int,
     on_cpu: bool,
 ) -> None:
@@ -201,7 +204,7 @@ def _zero_3(
         world_size=world_size,
         copied=largest_block if on_cpu and world_size > 1 else 0,
     )
-    memory.step = {GRADIENTS: state * group, TEMPORARIES: 2 * state * group if loop else 0}
+    memory.step = {GRADIENTS: state * group}
 
 
 def _offload(memory: EngineMemory, config: EngineConfig, share: int) -> None:
@@ -211,8 +214,7 @@ def _offload(memory: EngineMemory, config: EngineConfig, share: int) -> None:
         target = moved[config.offload_optimizer]
         for part in (MASTERS, AVERAGES):
             target[part] = memory.rests.pop(part)
-        memory.host[GRADIENTS] = memory.rests.pop(GRADIENTS, 0) + 4 * share
-        memory.host[TEMPORARIES] = memory.step.pop(TEMPORARIES, 0) + memory.step.pop(GRADIENTS, 0)
+        memory.host[GRADIENTS] = memory.rests.pop(GRADIENTS, 0) + 4 * share + memory.step.pop(GRADIENTS, 0)
         memory.kept_gradient_bytes = 0.0
     if config.offload_param != "none":
         weights = 2 if config.precision == "bf16" else 4

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from swinv2_train.charts import value_text
 from swinv2_train.config import Config, HardwareConfig
 from swinv2_train.planning.check import missing
+from swinv2_train.planning.communication import sent_by_card, total_sent
 from swinv2_train.planning.memory import GIB, MemoryPlan
-from swinv2_train.planning.speed import SpeedPlan
+from swinv2_train.planning.scaling import Curve
+from swinv2_train.planning.speed import SpeedPlan, planned_mfu
 
 STATE_BYTES = {"fp32": 12, "bf16": 6}
 """A checkpoint's bytes per parameter: master and two averages."""
@@ -46,7 +51,13 @@ def host_line(plan: MemoryPlan) -> str:
 
 
 def speed_lines(
-    config: Config, hardware: HardwareConfig, memory: MemoryPlan, speed: SpeedPlan, num_gpus: int, steps: int | None
+    config: Config,
+    hardware: HardwareConfig,
+    memory: MemoryPlan,
+    speed: SpeedPlan,
+    model_flops_per_image: int,
+    num_gpus: int,
+    steps: int | None,
 ) -> list[str]:
     """Seconds of a step and what follows from them."""
     parts = {
@@ -54,25 +65,99 @@ def speed_lines(
         "memory traffic": speed.traffic,
         "starting operations": speed.launches,
         "communication": speed.exposed,
+        "messages' latency": speed.latency,
         "optimizer": speed.optimizer,
     }
     together = " + ".join(
         f"{name} {seconds:.3g}" for name, seconds in parts.items() if seconds >= 5e-4 * speed.step_sec
     )
+    utilisation = planned_mfu(config, hardware, model_flops_per_image, speed, num_gpus)
     lines = [
-        f"computed per image, forward and backward: {speed.flops_per_image / 1e12:.3g} TFLOP (recomputation included)",
+        f"model FLOPs per image, forward and backward: {model_flops_per_image / 1e12:.3g} TFLOP; computed: "
+        f"{speed.flops_per_image / 1e12:.3g} TFLOP (recomputation included)",
         f"step of {speed.images} images: {speed.step_sec:.3g} s = {together}; hidden behind it: communication "
         f"{speed.hidden:.3g}",
-        f"{speed.images_per_sec:.3g} images/s, {speed.images_per_sec / num_gpus:.3g} of each rank",
+        f"{speed.images_per_sec:.3g} images/s, {speed.images_per_sec / num_gpus:.3g} of each rank"
+        + (f"; MFU {100 * utilisation:.0f} %" if utilisation else ""),
+        source_line(config.plan.step_seconds),
+        communication_line(speed, hardware, num_gpus),
     ]
     if steps is None:
         lines.append("length of the run: unknown; set plan.num_images (or train.max_steps)")
     else:
         days = steps * speed.step_sec / 86400
         lines.append(f"{steps} steps: {days:.3g} days, {days * num_gpus:.3g} GPU-days")
-    size = STATE_BYTES[config.engine.optimizer_states] * memory.num_parameters
+    size = STATE_BYTES[config.engine.optimizer_states] * memory.sizes.parameters
     assert hardware.storage_gb_per_sec is not None, "complete"
     lines.append(
         f"checkpoint: {size / GIB:.2f} GiB over all ranks, {size / hardware.storage_gb_per_sec / 1e9:.3g} s to write"
     )
     return lines
+
+
+def source_line(step_seconds: float | None) -> str:
+    """Whether the passes' time was measured."""
+    if step_seconds is None:
+        return "passes estimated from data-sheet rates and assumed efficiencies, not measured (plan.step_seconds)"
+    return f"passes from the {step_seconds:g} s that a step of one micro-batch took on one rank (plan.step_seconds)"
+
+
+def communication_line(speed: SpeedPlan, hardware: HardwareConfig, num_gpus: int) -> str:
+    """GiB that a rank sends in a step, by what they are."""
+    if not speed.collectives:
+        return "nothing goes over the fabric"
+    sent = total_sent(speed.collectives, num_gpus)
+    parts = ", ".join(
+        f"{each.what} {each.sent(num_gpus) / GIB:.3g} ({each.kind}s)"
+        for each in speed.collectives
+        if each.sent(num_gpus) >= 5e-4 * sent
+    )
+    by_card = sent_by_card(sent, hardware, num_gpus)
+    between = f"; {by_card / GIB:.3g} GiB by each network card" if by_card else ""
+    messages = sum(each.calls for each in speed.collectives)
+    return f"each rank sends and receives {sent / GIB:.3g} GiB a step in {messages} messages: {parts}{between}"
+
+
+def scaling_lines(curve: Curve, hardware: HardwareConfig) -> list[str]:
+    """The curve as a table."""
+    head = "  GPUs  nodes     images  micro x acc   step s  images/s  efficiency    MFU"
+    columns = [
+        name
+        for name in curve.points[0].parts
+        if any(each.parts[name] > 5e-4 * each.speed.step_sec for each in curve.points)
+    ]
+    lines = [
+        f"{curve.kind} scaling on {hardware.name}; {source_line(curve.measured)}",
+        head + "".join(f"{name:>12}" for name in columns) + f"{'limit':>12}  sent GiB  peak GiB",
+    ]
+    for each in curve.points:
+        batch = f"{each.micro_batch_size} x {each.accumulation_steps}"
+        row = (
+            f"{each.num_gpus:6,}{each.num_nodes:7}{each.speed.images:11,}{batch:>13}{each.speed.step_sec:9.4g}"
+            f"{value_text(each.speed.images_per_sec):>10}{100 * each.efficiency:9.1f} %"
+            + (f"{100 * each.mfu:5.1f} %" if each.mfu is not None else f"{'':6}")
+        )
+        row += "".join(f"{each.parts[name]:12.3g}" for name in columns) + f"{each.limit:>12}{each.sent / GIB:10.3g}"
+        lines.append(row + f"{each.memory.peak / GIB:10.1f}" + ("" if each.memory.fits else "  does not fit"))
+    lines += [f"{gpus:6,}  left out: {reason}" for gpus, reason in curve.left_out.items()]
+    return lines
+
+
+def plan_json(memory: MemoryPlan, speed: SpeedPlan, num_gpus: int) -> dict[str, object]:
+    """Memory and speed for a program: bytes of one rank, seconds of a step."""
+    return {
+        "num_gpus": num_gpus,
+        "parameters": memory.sizes.parameters,
+        "peak_bytes": memory.peak,
+        "available_bytes": memory.available,
+        "fits": memory.fits,
+        "phases_bytes": memory.phases,
+        "host_bytes": memory.host,
+        "disk_bytes": memory.disk,
+        "step_sec": speed.step_sec,
+        "images_per_sec": speed.images_per_sec,
+        "hidden_communication_sec": speed.hidden,
+        "exposed_communication_sec": speed.exposed + speed.latency,
+        "sent_bytes": total_sent(speed.collectives, num_gpus),
+        "collectives": [dataclasses.asdict(each) | {"sent_bytes": each.sent(num_gpus)} for each in speed.collectives],
+    }

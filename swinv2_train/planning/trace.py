@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,8 @@ class Trace:
     weight_bytes: int
     forward_operations: int
     """How many of the operations belong to the forward pass."""
+    model_flops_per_image: int
+    """What the model itself needs, whatever is computed again: three forward passes (metrics.mfu)."""
 
     @property
     def forward(self) -> Peak:
@@ -96,11 +98,8 @@ class Trace:
 def meta_task(config: Config, on_cpu: bool = False) -> Task:
     """The task of a configuration with its module on the meta device, in the engine's precision and with its policy.
 
-    on_cpu: it stands for one on the CPU, where inputs that "@cpu" moves to CPU memory stay where they are, and no
-    attention is fused.
+    on_cpu: it stands for one on the CPU, where inputs that "@cpu" moves to CPU memory stay where they are.
     """
-    if on_cpu:
-        config = replace(config, model=replace(config.model, attention="reference"))
     with without_values():
         task = build_task(config, META)
     if config.engine.precision == "bf16":
@@ -173,6 +172,7 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
         num_parameters=count_parameters(module),
         weight_bytes=sum(weights.values()),
         forward_operations=counter.forward_operations,
+        model_flops_per_image=6 * task.multiply_adds,
     )
 
 
