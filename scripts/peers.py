@@ -1,4 +1,7 @@
-"""Other people's implementations that the tests compare with.  transformers imports as it is; timm needs some help."""
+"""Importing the implementations that tests and benchmarks compare with.
+
+Each leans on torchvision, which is often absent or of another build than torch, but not for its SwinV2.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ def import_timm() -> ModuleType:
 
     timm takes image transforms, data sets and one norm from torchvision, none of which its SwinV2 uses.
     """
-    if "timm" not in sys.modules and importlib.util.find_spec("torchvision") is None:
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()
+    elif "timm" not in sys.modules:
         finder = _StandIns()
         sys.meta_path.append(finder)
         try:
@@ -29,6 +34,28 @@ def import_timm() -> ModuleType:
     import timm
 
     return timm
+
+
+def import_transformers() -> ModuleType:
+    """transformers, which imports torchvision where it is installed."""
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()
+    import transformers
+
+    return transformers
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, the real one, without what describes its compiled operators to torch.
+
+    Beside another build of torch those operators cannot be loaded, and describing them fails; SwinV2 uses none.
+    """
+    described = "torchvision._meta_registrations"
+    if "torchvision" not in sys.modules:
+        sys.modules[described] = ModuleType(described)
+    import torchvision
+
+    return torchvision
 
 
 class _StandIns(MetaPathFinder, Loader):
