@@ -86,7 +86,9 @@ class ModelConfig:
     recompute: str
     """Activation checkpointing: none, blocks, stages:I-J, attention or every:K; then @PLACE (docs/model.md)."""
     attention: str
-    """reference (torch), or fused: Triton kernels without N x N scores on CUDA, and the reference elsewhere."""
+    """fused: kernels without N x N scores in memory (Triton, C++), where there are any; or reference (torch)."""
+    compile: str
+    """none, or blocks: torch.compile each block; the first steps take longer, the others less time and memory."""
     sequential_stages: list[int]
     """Stages, from 1, that attend in a chunk of windows at a time (arXiv:2111.09883 section 3.5: [1, 2]); [] = none."""
     attention_chunk_windows: int | None
@@ -262,11 +264,13 @@ class EngineConfig:
 @dataclass
 class LogConfig:
     wandb: str
-    """offline, online or disabled."""
+    """offline (files, for wandb sync), online (offline where the server does not answer) or disabled."""
     wandb_project: str
     """Project under which wandb files the run."""
     wandb_name: str | None
     """Name of the wandb run; null = the run directory's name."""
+    wandb_artifacts: list[str]
+    """What wandb keeps as artifacts at the run's end: pictures (the task's), weights (of the last step)."""
     progress: str
     """auto (a bar on a terminal, lines elsewhere), bar, lines or none."""
 
@@ -279,6 +283,16 @@ class RuntimeConfig:
     """Seconds after which the run saves, ends with exit code 3 and can be resumed; null = no limit."""
     process_group_timeout_sec: int
     """A collective that waits longer than this ends the run."""
+    hang_timeout_sec: float | None
+    """A micro-batch, optimizer step or wait for data longer than this ends the run, with all stacks; null = never."""
+    gc_every_steps: int | None
+    """Steps between Python's garbage collections, on all ranks at the same step; null = whenever Python likes."""
+    profile: bool
+    """Write a trace of a few steps to RUN_DIR/profile/ (docs/profiling.md)."""
+    profile_steps: list[int]
+    """[first, last] step that is traced, counted from this start; the first ones allocate and compile."""
+    profile_all_ranks: bool
+    """Trace every rank; else rank 0 alone."""
 
 
 @dataclass
@@ -309,6 +323,10 @@ class HardwareConfig:
     """What one rank sends inside a node while all do, one way."""
     inter_node_gb_per_sec: float | None
     """What one rank sends between nodes while all do, one way."""
+    intra_node_latency_us: float | None
+    """Of a short message's hop from one rank to the next inside a node."""
+    inter_node_latency_us: float | None
+    """The same between nodes."""
     host_gb_per_sec: float | None
     """Between one accelerator and CPU memory, one way."""
     storage_gb_per_sec: float | None
@@ -325,8 +343,14 @@ class PlanConfig:
     """Share of the memory that must stay free."""
     recommend: bool
     """Search for the fastest setting that fits (--recommend)."""
+    scaling: str | None
+    """strong (train.global_batch_size stays) or weak (a rank's images of a step stay): plan for 8 to 1,024 GPUs."""
+    step_seconds: float | None
+    """Measured seconds of a step of one micro-batch on one rank; null = estimated by the hardware's rates."""
     picture: str | None
-    """PNG file to draw: where the bytes go over a step."""
+    """PNG file to draw: where the bytes go over a step, or with plan.scaling the curve."""
+    json: str | None
+    """JSON file to write: the same numbers."""
 
 
 @dataclass
@@ -350,6 +374,9 @@ class Config:
 
 SCORES = {"simmim": ("val/loss",), "classify": ("val/loss", "val/top1", "val/top5")}
 """What each task measures on the evaluation shards."""
+
+ARTIFACTS = ("pictures", "weights")
+"""What wandb may keep besides the numbers."""
 
 TASKS: dict[str, type[TaskConfig]] = {"simmim": SimMIMConfig, "classify": ClassifyConfig}
 

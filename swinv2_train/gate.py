@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config import (
+    ARTIFACTS,
     SCORES,
     TASKS,
     ClassifyConfig,
@@ -33,6 +34,8 @@ from swinv2_train.config import (
 
 SPLITS = "data.eval_splits."
 """Below it the user's own names begin."""
+MOST_TRACED = 20
+"""Steps of the longest trace."""
 ABOVE_0, BELOW_1 = math.ulp(0.0), 1.0 - math.ulp(0.5)
 """The open ends of ranges."""
 
@@ -174,9 +177,11 @@ def check_config(config: Config) -> None:
             "set engine.name=deepspeed, or another place of the saved inputs"
         )
     _one_of("model.attention", config.model.attention, ("reference", "fused"))
+    _one_of("model.compile", config.model.compile, ("none", "blocks"))
     for stage in config.model.sequential_stages:
         _within("model.sequential_stages", stage, 1, num_stages)
     _one_of("hardware.device", config.hardware.device, (None, "cuda", "cpu"))
+    _one_of("plan.scaling", config.plan.scaling, (None, "strong", "weak"))
     _one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rollback"))
     _one_of("optim.schedule.name", schedule.name, ("cosine", "linear", "multistep", "constant"))
     _one_of("train.loss_mean", train.loss_mean, ("local", "global"))
@@ -184,6 +189,8 @@ def check_config(config: Config) -> None:
     _one_of("data.interpolation", data.interpolation, ("bilinear", "bicubic"))
     _one_of("data.on_bad_sample", data.on_bad_sample, ("error", "replace"))
     _one_of("log.wandb", config.log.wandb, ("offline", "online", "disabled"))
+    for artifact in config.log.wandb_artifacts:
+        _one_of("log.wandb_artifacts", artifact, ARTIFACTS)
     _one_of("log.progress", config.log.progress, ("auto", "bar", "lines", "none"))
     _within("seed", config.seed, 0, 2**63 - 1)
     for key, value, low in (
@@ -236,13 +243,18 @@ def check_config(config: Config) -> None:
         ("hardware.gpus_per_node", config.hardware.gpus_per_node, 1),
         ("hardware.intra_node_gb_per_sec", config.hardware.intra_node_gb_per_sec, ABOVE_0),
         ("hardware.inter_node_gb_per_sec", config.hardware.inter_node_gb_per_sec, ABOVE_0),
+        ("hardware.intra_node_latency_us", config.hardware.intra_node_latency_us, 0),
+        ("hardware.inter_node_latency_us", config.hardware.inter_node_latency_us, 0),
         ("hardware.host_gb_per_sec", config.hardware.host_gb_per_sec, ABOVE_0),
         ("hardware.storage_gb_per_sec", config.hardware.storage_gb_per_sec, ABOVE_0),
         ("plan.num_gpus", config.plan.num_gpus, 1),
         ("plan.num_images", config.plan.num_images, 1),
+        ("plan.step_seconds", config.plan.step_seconds, ABOVE_0),
         ("runtime.num_threads", config.runtime.num_threads, 1),
         ("runtime.stop_after_sec", config.runtime.stop_after_sec, ABOVE_0),
         ("runtime.process_group_timeout_sec", config.runtime.process_group_timeout_sec, 1),
+        ("runtime.hang_timeout_sec", config.runtime.hang_timeout_sec, 1),
+        ("runtime.gc_every_steps", config.runtime.gc_every_steps, 1),
     ):
         _within(key, value, low, math.inf)
     for key, value in (("data.hflip", data.hflip), ("data.max_bad_fraction", data.max_bad_fraction)):
@@ -266,6 +278,12 @@ def check_config(config: Config) -> None:
     ):
         if values is not None and (not values or min(values) < 1):
             raise ConfigError(f"{key} ({values}) must hold one positive number per stage")
+    traced = config.runtime.profile_steps
+    if len(traced) != 2 or not 1 <= traced[0] <= traced[1] < traced[0] + MOST_TRACED:
+        raise ConfigError(
+            f"runtime.profile_steps ({traced}) must be [first, last] with 1 <= first <= last and at most {MOST_TRACED} "
+            "steps: a trace of more is too large to open"
+        )
     _range_pair("data.crop_scale", data.crop_scale, 1.0)
     _range_pair("data.crop_ratio", data.crop_ratio, math.inf)
     for key, numbers, length in (
@@ -301,6 +319,12 @@ def check_config(config: Config) -> None:
         _within("task.label_smoothing", config.task.label_smoothing, 0, 1)
     if is_pipe(data.shards):
         _check_pipe(config)
+    hang_sec = config.runtime.hang_timeout_sec
+    if hang_sec is not None and "://" in data.shards and hang_sec <= data.fetch_give_up_sec:
+        raise ConfigError(
+            f"runtime.hang_timeout_sec ({hang_sec:g}) must be more than data.fetch_give_up_sec "
+            f"({data.fetch_give_up_sec:g}), which a shard at an address may take; raise the one or lower the other"
+        )
     if config.engine.optimizer_states == "bf16" and optim.betas[1] > 0.996:  # 1 - 2^-8, bf16's step
         raise ConfigError(
             f"optim.betas ({optim.betas}) with engine.optimizer_states (bf16): a bf16 average times {optim.betas[1]:g} "

@@ -13,18 +13,19 @@ import queue
 import secrets
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from swinv2_train.config import LogConfig
 from swinv2_train.console import Console, Progress, open_console
-from swinv2_train.runtime import replace_text
+from swinv2_train.runtime import git_commit, replace_text
 
 __all__ = ["Console", "RunLog", "open_console", "read_metrics"]
 
+_WANDB_INIT_SEC = 30.0
 _WANDB_CLOSE_SEC = 60.0
 
 
@@ -105,6 +106,14 @@ class RunLog:
             self._wandb.put({"step": step, f"pictures/{name}": array})
         return path
 
+    def artifact(self, kind: str, files: Sequence[Path]) -> None:
+        """Hand files to wandb as an artifact of the run, e.g. kind "weights"; nothing where there are none.
+
+        wandb reads them when it uploads them, which is at `wandb sync` when offline: they must stay.
+        """
+        if self._wandb is not None and files:
+            self._wandb.put(_Artifact(kind, tuple(files)))
+
     def progress(self, step: int, total: int, loss: float | None = None, images_per_sec: float | None = None) -> None:
         """Move the display to `step` of `total`; loss and images/s stay as they were when None.  For every step."""
         if self._progress is not None:
@@ -169,6 +178,11 @@ def _number(value: float | None) -> float | int | None:
 # wandb
 
 
+class _Artifact(NamedTuple):
+    kind: str
+    files: tuple[Path, ...]
+
+
 class _WandbSink:
     """A wandb run fed by a thread of its own, so that neither its start (1 to 3 s) nor its network is ever waited for.
 
@@ -179,12 +193,15 @@ class _WandbSink:
 
     def __init__(self, run_dir: Path, config: LogConfig, run_config: dict[str, Any], console: Console) -> None:
         self._run_dir, self._config, self._run_config, self._console = run_dir, config, run_config, console
-        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[dict[str, Any] | _Artifact | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._exit_code = 0
+        self._failed = False
 
-    def put(self, values: dict[str, Any]) -> None:
-        """Hand over one history row; arrays are images."""
+    def put(self, values: dict[str, Any] | _Artifact) -> None:
+        """Hand over one history row, in which arrays are images, or an artifact."""
+        if self._failed:  # nobody would take it out again
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
             self._thread.start()
@@ -206,9 +223,13 @@ class _WandbSink:
         try:
             run = self._start()
             while (values := self._queue.get()) is not None:
-                run.log(self._with_images(values))
+                if isinstance(values, _Artifact):
+                    self._log_artifact(run, values)
+                else:
+                    run.log(self._with_images(values))
             run.finish(exit_code=self._exit_code)
         except Exception as error:  # noqa: BLE001  wandb is a mirror: whatever ails it, the run goes on
+            self._failed = True
             traceback.print_exc()
             self._console.say(f"warning: wandb stopped ({type(error).__name__}: {error}); the run goes on without it")
 
@@ -228,24 +249,47 @@ class _WandbSink:
             "console": "off",
             "silent": True,
             "save_code": False,
-            "x_disable_stats": self._config.wandb != "online",
+            "init_timeout": _WANDB_INIT_SEC,
             "x_transaction_log_flush_interval": 2.0,  # seconds that a kill can cost the run file
             "finish_timeout": _WANDB_CLOSE_SEC - 5,
         }
         known = wandb.Settings.model_fields  # the last two are younger than the oldest wandb that we accept
-        run = wandb.init(
-            mode="online" if self._config.wandb == "online" else "offline",
-            project=self._config.wandb_project,
-            name=self._config.wandb_name or self._run_dir.resolve().name,
-            id=id_path.read_text().strip(),
-            resume="allow",
-            dir=str(self._run_dir),
-            config=self._run_config,
-            settings=wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
-        )
+        arguments: dict[str, Any] = {
+            "mode": self._config.wandb,
+            "project": self._config.wandb_project,
+            "name": self._name,
+            "id": id_path.read_text().strip(),
+            "resume": "allow",
+            "dir": str(self._run_dir),
+            "config": self._run_config | {"git": git_commit()},
+            "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
+        }
+        try:
+            run = wandb.init(**arguments)
+        except Exception as error:
+            if self._config.wandb != "online":
+                raise
+            reason = (str(error).splitlines() or [""])[0]  # no network on this node, or no key
+            self._console.say(
+                f"warning: wandb is not online ({reason}); it writes offline files: wandb sync {folder}/offline-run-*"
+            )
+            wandb.teardown()  # its service holds the run id
+            run = wandb.init(**(arguments | {"mode": "offline"}))
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         return run
+
+    @property
+    def _name(self) -> str:
+        return self._config.wandb_name or self._run_dir.resolve().name
+
+    def _log_artifact(self, run: Any, artifact: _Artifact) -> None:
+        import wandb
+
+        kept = wandb.Artifact(f"{run.id}-{artifact.kind}", type=artifact.kind, description=self._name)
+        for file in artifact.files:
+            kept.add_file(str(file), policy="immutable")  # no copy of it
+        run.log_artifact(kept)
 
     def _with_images(self, values: dict[str, Any]) -> dict[str, Any]:
         import wandb

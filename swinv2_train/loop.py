@@ -5,34 +5,40 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swinv2_train.checkpoint import Save, load_checkpoint
-from swinv2_train.config import Config, ConfigError
+from swinv2_train.config import Config
 from swinv2_train.data.loader import EvalLoader, TrainLoader
 from swinv2_train.data.stream import StreamLoader
-from swinv2_train.distributed import World, all_reduce_sum, any_rank, highest, raise_together
+from swinv2_train.distributed import World, all_reduce_sum, any_rank, raise_together
 from swinv2_train.engine import Engine, NonFiniteError
+from swinv2_train.feed import FAILED, STOP, Batch, Feed, fetch
+from swinv2_train.garbage import Garbage
+from swinv2_train.health import DATA_WAIT, FIRST_STEP, Pulse
 from swinv2_train.log import RunLog
 from swinv2_train.metrics import (
+    BadSteps,
     LossWatch,
     Means,
     Throughput,
     device_peak_flops,
-    max_over_ranks,
+    each_rank,
     mfu,
     peak_memory_gib,
     ranks_where,
 )
-from swinv2_train.records import StepRecord
+from swinv2_train.profiling import BACKWARD, CHECKPOINT, DATA, EVALUATION, FORWARD, OPTIMIZER, Trace, label
+from swinv2_train.records import Records, StepRecord
 from swinv2_train.runtime import StopRequest
 from swinv2_train.schedule import lr_at
+from swinv2_train.stragglers import Lag, OwnTime, slowest
 from swinv2_train.tasks import Task
 
 Score = Callable[[dict[str, Any]], dict[str, torch.Tensor]]
@@ -67,6 +73,14 @@ class Run:
     """Damaged samples of the run over all ranks and starts, when they were last counted."""
     uncounted_bad_images: int = 0
     """Those of this rank since then."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """What this rank does, for those who look from outside."""
+    lag: Lag = field(default_factory=Lag)
+    """Whether the ranks wait for the same one again and again."""
+    trace: Trace | None = None
+    """What runtime.profile asks for."""
+    garbage: Garbage = field(default_factory=lambda: Garbage(None))
+    """When Python collects it."""
 
 
 def fit(run: Run, stop: StopRequest) -> bool:
@@ -80,12 +94,22 @@ def fit(run: Run, stop: StopRequest) -> bool:
     speed = Throughput(train.global_batch_size)
     watch = LossWatch(train.loss_spike_factor)
     records = open_records(run)
-    batches = iter(run.train_loader)
     bad_steps = BadSteps()
+    own = OwnTime(run.world.device)
+    tell_start(run)
+
+    @contextmanager
+    def waiting_for_data() -> Iterator[None]:
+        with run.pulse.doing(DATA_WAIT), speed.waiting_for_data(), own.apart(), label(DATA):
+            yield
+
+    def open_feed() -> Feed:
+        return Feed(iter(run.train_loader), run.accumulation_steps, run.world.device, stop, run.pulse, waiting_for_data)
+
+    feed = open_feed()
     while run.step < run.total_steps:
-        with speed.waiting_for_data():
-            micro_batches, problem = fetch(batches, run.accumulation_steps)
-        state = highest(FAILED if problem else STOP if stop.requested else GO)  # the same on every rank
+        trace_step(run, speed)
+        state, micro_batches, copies, problem = feed.take()
         if state == FAILED:
             raise_together(problem)
         if state == STOP:
@@ -96,7 +120,9 @@ def fit(run: Run, stop: StopRequest) -> bool:
         lr = lr_at(run.step, run.total_steps, config.optim.schedule, run.warmup_steps, config.optim.lr)
         losses: Means | None = None
         try:
-            losses, grad_norm = take_step(run, micro_batches, lr, watch)
+            with own.measured(due(run.step + 1, train.log_every_steps)):
+                shares = loss_shares(run, micro_batches)
+                losses, grad_norm = take_step(run, copies, shares, lr, watch, feed)
         except BadStepError as bad:
             bad_steps.add(run.step + 1)
             if train.on_bad_step == "stop" or bad_steps.in_a_row > train.max_bad_steps:
@@ -104,12 +130,14 @@ def fit(run: Run, stop: StopRequest) -> bool:
             run.log.say(f"warning: {bad}; train.on_bad_step={train.on_bad_step}")
             if train.on_bad_step == "rollback":
                 records.close()
-                go_back(run, bad)
-                records, batches = open_records(run), iter(run.train_loader)
+                with run.pulse.doing("going back"):
+                    go_back(run, bad)
+                records, feed = open_records(run), open_feed()
                 continue
         run.step += 1
         run.images_seen += train.global_batch_size
         speed.step_done()
+        run.pulse.step_done(run.step)
         for batch in micro_batches:
             run.uncounted_bad_images += batch["num_bad"]
         records.write(run.step, micro_batches)
@@ -118,23 +146,28 @@ def fit(run: Run, stop: StopRequest) -> bool:
         if losses is None:
             run.log.metrics(run.step, run.images_seen, {"train/skipped_steps": bad_steps.skipped})
         elif due(run.step, train.log_every_steps) or last or run.step == 1:
-            log_step(run, losses.read() | {"train/lr": lr, "train/grad_norm": grad_norm}, speed.read())
+            log_step(run, losses.read() | {"train/lr": lr, "train/grad_norm": grad_norm}, speed.read(), own.read())
         else:
             run.log.progress(run.step, run.total_steps)
         if run.saving is not None and due(run.step, train.log_every_steps) and not any_rank(run.saving.under_way):
             finish_saving(run)
         with speed.paused():
             if due(run.step, train.picture_every_steps) or last:
-                draw(run, micro_batches[-1])
+                with run.pulse.doing("drawing"):
+                    draw(run, micro_batches[-1])
             scores: dict[str, float] = {}
             if run.eval_loader is not None and (due(run.step, train.eval_every_steps) or last):
-                scores = evaluate(partial(run.task.scores, run.engine.evaluate), run.eval_loader)
+                with run.pulse.doing("evaluating"), label(EVALUATION):
+                    scores = evaluate(partial(run.task.scores, run.engine.evaluate), moving(run, run.eval_loader))
                 run.log.metrics(run.step, run.images_seen, scores)
                 run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
             score = scores.get(train.keep_best) if train.keep_best else None
             if due(run.step, train.checkpoint_every_steps) or last or score is not None:
                 save(run, score)
+        run.garbage.after_step(run.step)
     finish_saving(run)
+    if run.trace is not None and (written := run.trace.close()):
+        run.log.say(f"trace: {written}")
     records.close()
     run.train_loader.close()
     if run.eval_loader is not None:
@@ -146,25 +179,35 @@ class BadStepError(RuntimeError):
     """A step's loss or gradient is not finite, or its loss jumped.  On every rank; the weights are as they were."""
 
 
-def take_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, watch: LossWatch) -> tuple[Means, float]:
+def take_step(
+    run: Run, copies: Iterable[Batch], shares: list[float], lr: float, watch: LossWatch, feed: Feed
+) -> tuple[Means, float]:
     """Forward, backward and the optimizer's step; returns the losses and the gradient norm before clipping.
 
+    copies: micro-batches on the device; shares: what each counts.  The feed prepares the next step meanwhile.
+    The device is waited for once, for the gradient norm (engine/norm.py).
     Raises BadStepError on every rank, and nothing has moved.
     """
     losses, problem = Means(), None
-    for number, (batch, share) in enumerate(zip(micro_batches, loss_shares(run, micro_batches), strict=True), start=1):
-        loss = run.task.loss(run.engine.forward, batch)
+    for number, (batch, share) in enumerate(zip(copies, shares, strict=True), start=1):
+        with label(FORWARD):
+            loss = run.task.loss(run.engine.forward, batch)
         losses.add({"train/loss": loss}, weight=share)
-        if watch.factor is not None and number == len(micro_batches):
+        if watch.factor is not None and number == len(shares):
             mean = losses.read()["train/loss"]
             losses.add({"train/loss": torch.tensor(mean, dtype=torch.float64)})
             problem = watch.problem(mean)
             if problem is not None:
                 loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
-        run.engine.backward(loss * share)
+        with label(BACKWARD):
+            run.engine.backward(loss * share)
+        run.pulse.move()
+    if run.step + 1 < run.total_steps:
+        feed.prepare()
     log_stall(run)
     try:
-        grad_norm = run.engine.step(lr)
+        with label(OPTIMIZER):
+            grad_norm = run.engine.step(lr)
     except NonFiniteError as error:
         ranks = ranks_where(not bool(torch.isfinite(loss)), run.world)
         cause = problem or f"{error}; the last loss was not finite on ranks {ranks or 'none'}"
@@ -175,21 +218,6 @@ def take_step(run: Run, micro_batches: list[dict[str, Any]], lr: float, watch: L
     if watch.factor is not None:
         watch.add(mean)
     return losses, grad_norm
-
-
-class BadSteps:
-    """How many steps could not be taken: in a row, and at all."""
-
-    def __init__(self) -> None:
-        self.in_a_row = 0
-        self.skipped = 0
-        self._last = 0
-
-    def add(self, step: int) -> None:
-        """A step that was bad again, or the one after it, continues the row; any later one begins a new row."""
-        self.in_a_row = self.in_a_row + 1 if step <= self._last + 1 else 1
-        self.skipped += 1
-        self._last = step
 
 
 def go_back(run: Run, problem: BadStepError) -> None:
@@ -207,17 +235,6 @@ def go_back(run: Run, problem: BadStepError) -> None:
     run.log.say(f"back at {checkpoint}")
 
 
-GO, STOP, FAILED = 0, 1, 2
-
-
-def fetch(batches: Iterator[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], ConfigError | None]:
-    """The next batches (fewer at the end), or what is wrong with this rank's data, for all ranks to hear together."""
-    try:
-        return list(islice(batches, count)), None
-    except ConfigError as error:
-        return [], error
-
-
 def loss_shares(run: Run, micro_batches: list[dict[str, Any]]) -> list[float]:
     """What this rank's micro-batches count in the step's loss; the mean over ranks and micro-batches is 1.
 
@@ -232,18 +249,31 @@ def loss_shares(run: Run, micro_batches: list[dict[str, Any]]) -> list[float]:
     return (counts / mean).tolist() if mean > 0 else even  # where nothing counts every loss is 0 anyway
 
 
+def trace_step(run: Run, speed: Throughput) -> None:
+    """A step begins: what runtime.profile asks for begins or ends with it, and counts for no step's time."""
+    if run.trace is None:
+        return
+    with speed.paused():
+        if written := run.trace.next_step(run.step + 1):
+            run.log.say(f"trace: {written}")
+
+
 def due(step: int, every: int | None) -> bool:
     """True after every so many steps."""
     return every is not None and step % every == 0
 
 
-def log_step(run: Run, values: dict[str, float], speed: dict[str, float]) -> None:
-    """One line of metrics: this step's loss over all ranks, the slowest rank's times and the fullest rank's memory."""
-    slowest = max_over_ranks(
-        {"mem/peak_gib": peak_memory_gib(run.world.device), "data/wait_sec": speed.get("data/wait_sec", 0.0)}, run.world
-    )
+def log_step(run: Run, values: dict[str, float], speed: dict[str, float], own_sec: float) -> None:
+    """One line of metrics: this step's loss over all ranks, the slowest rank's times and the fullest rank's memory.
+
+    own_sec: what this rank took for the step without waiting for data or for other ranks; 0 = not measured.
+    """
+    mine = {"mem/peak_gib": peak_memory_gib(run.world.device), "data/wait_sec": speed.get("data/wait_sec", 0.0)}
+    ranks = each_rank(mine | {"perf/own_step_sec": own_sec}, run.world)
     count_bad_images(run)
-    values |= speed | slowest | {"data/skipped_images": run.bad_images}
+    values |= speed | {name: max(ranks[name]) for name in mine} | {"data/skipped_images": run.bad_images}
+    if run.world.world_size > 1 and speed and own_sec:
+        values |= name_slowest(run, ranks["perf/own_step_sec"], ranks["data/wait_sec"])
     images_per_sec = speed.get("perf/images_per_sec")
     utilisation = mfu(
         3 * 2 * run.task.multiply_adds,
@@ -253,6 +283,39 @@ def log_step(run: Run, values: dict[str, float], speed: dict[str, float]) -> Non
     )
     run.log.metrics(run.step, run.images_seen, values | {"perf/mfu": utilisation})
     run.log.progress(run.step, run.total_steps, values["train/loss"], images_per_sec)
+    run.pulse.tell(
+        images_seen=run.images_seen,
+        loss=values["train/loss"],
+        images_per_sec=images_per_sec,
+        seconds_left=run.pulse.seconds_left(run.total_steps),
+    )
+
+
+def name_slowest(run: Run, own_sec: list[float], data_wait_sec: list[float]) -> dict[str, float]:
+    """The rank that the others wait for: in the metrics and the status, and on the console if it stays the same."""
+    found = slowest(own_sec, data_wait_sec)
+    run.pulse.tell(slowest_rank=found._asdict())
+    if run.lag.add(found):
+        run.log.say(f"step {run.step}: {found}")
+    return {"perf/own_step_sec": found.own_sec, "perf/slowest_rank": found.rank}
+
+
+def tell_start(run: Run) -> None:
+    """The status of a run before its first step, which may compile."""
+    run.pulse.step = run.step
+    run.pulse.tell(
+        total_steps=run.total_steps,
+        images_seen=run.images_seen,
+        checkpoint_step=run.saved_step if run.saved_step >= 0 else None,
+    )
+    run.pulse.turn_to(FIRST_STEP)
+
+
+def moving(run: Run, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches; each is a sign that the run moves."""
+    for batch in batches:
+        run.pulse.move()
+        yield batch
 
 
 def count_bad_images(run: Run) -> None:
@@ -299,7 +362,8 @@ def save(run: Run, score: float | None) -> None:
     finish_saving(run)
     started = time.perf_counter()
     run_dir, background = Path(run.config.run_dir), train.background_save
-    run.saving = Save(run_dir, run.engine, state, run.world, train.keep_checkpoints, best, background)
+    with run.pulse.doing("saving"), label(CHECKPOINT):
+        run.saving = Save(run_dir, run.engine, state, run.world, train.keep_checkpoints, best, background)
     if not background:
         finish_saving(run)
     run.stall_sec = time.perf_counter() - started
@@ -313,7 +377,8 @@ def log_stall(run: Run) -> None:
         return
     started = time.perf_counter()
     if run.saving is not None:
-        run.saving.wait_for_copy()
+        with run.pulse.doing("saving"):
+            run.saving.wait_for_copy()
     stall_sec, run.stall_sec = run.stall_sec + time.perf_counter() - started, None
     run.log.metrics(run.step, run.images_seen, {"checkpoint/stall_sec": stall_sec})
 
@@ -323,31 +388,10 @@ def finish_saving(run: Run) -> None:
     log_stall(run)
     if run.saving is not None:
         saving, run.saving = run.saving, None
-        saving.finish()
+        with run.pulse.doing("saving"), label(CHECKPOINT):
+            saving.finish()
         run.saved_step = saving.step
-
-
-class Records:
-    """What every rank writes down about its samples: RUN_DIR/sample_keys/ and RUN_DIR/bad_samples/."""
-
-    def __init__(self, keys: StepRecord | None, bad_samples: StepRecord | None) -> None:
-        self.keys = keys
-        self.bad_samples = bad_samples
-
-    def write(self, step: int, micro_batches: list[dict[str, Any]]) -> None:
-        """The keys of a step, and the damaged samples among them."""
-        if self.keys is not None:
-            self.keys.write(step, keys=[key for batch in micro_batches for key in batch["keys"]])
-        if self.bad_samples is not None:
-            for batch in micro_batches:
-                for problem in batch.get("problems", ()):
-                    self.bad_samples.write(step, **problem)
-
-    def close(self) -> None:
-        """Nothing more is written."""
-        for record in (self.keys, self.bad_samples):
-            if record is not None:
-                record.close()
+        run.pulse.tell(checkpoint_step=run.saved_step)
 
 
 def open_records(run: Run) -> Records:

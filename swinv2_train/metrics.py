@@ -1,8 +1,8 @@
 """Numbers about a run: means over all ranks, speed, share of the device's peak, memory.
 
 Names are the contract of metrics.jsonl: train/loss, train/lr, train/grad_norm, perf/images_per_sec, perf/step_sec,
-perf/mfu, train/skipped_steps, data/wait_sec, data/skipped_images, mem/peak_gib, checkpoint/stall_sec, val/loss, and
-val/top1 and val/top5 in percent.
+perf/mfu, perf/own_step_sec, perf/slowest_rank, train/skipped_steps, data/wait_sec, data/skipped_images, mem/peak_gib,
+checkpoint/stall_sec, val/loss, and val/top1 and val/top5 in percent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Means:
         for name, value in values.items():
             value = value.detach().double()
             assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, a mean is a scalar"
-            w = torch.as_tensor(weight, dtype=torch.float64, device=value.device).detach()
+            # a tensor made of a number would be a copy from the host, which waits for the device
+            w = weight.detach().to(value) if isinstance(weight, torch.Tensor) else torch.full_like(value, weight)
             # a batch of weight 0 may hold nan (a mean over nothing) and must not poison the sum
             pair = torch.stack([torch.where(w == 0, torch.zeros_like(value), value * w), w])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
@@ -113,16 +114,12 @@ class ConfusionCounter:
         return Confusion(self.num_classes, merged // self.num_classes, merged % self.num_classes, total)
 
 
-def max_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
-    """The largest of each number over all ranks: the slowest rank's wait, the fullest rank's memory.  One collective.
-
-    Every rank gives the same names.
-    """
+def each_rank(values: Mapping[str, float], world: World) -> dict[str, list[float]]:
+    """Each number of every rank, by rank, on all of them.  One collective; every rank gives the same names."""
     names = sorted(values)
     slots = torch.zeros(len(names), world.world_size, dtype=torch.float64, device=world.device)
     slots[:, world.rank] = torch.tensor([values[name] for name in names], dtype=torch.float64)
-    highest = all_reduce_sum(slots).amax(dim=1).tolist()
-    return dict(zip(names, highest, strict=True))
+    return dict(zip(names, all_reduce_sum(slots).tolist(), strict=True))
 
 
 def ranks_where(flag: bool, world: World) -> list[int]:
@@ -158,6 +155,21 @@ class LossWatch:
     def add(self, loss: float) -> None:
         """Remember the loss of a step that was taken."""
         self._last.append(loss)
+
+
+class BadSteps:
+    """How many steps could not be taken: in a row, and at all."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+        self.skipped = 0
+        self._last = 0
+
+    def add(self, step: int) -> None:
+        """A step that was bad again, or the one after it, continues the row; any later one begins a new row."""
+        self.in_a_row = self.in_a_row + 1 if step <= self._last + 1 else 1
+        self.skipped += 1
+        self._last = step
 
 
 class Throughput:

@@ -34,6 +34,29 @@ class StepRecord:
         self._file.close()
 
 
+class Records:
+    """What every rank writes down about its samples: RUN_DIR/sample_keys/ and RUN_DIR/bad_samples/."""
+
+    def __init__(self, keys: StepRecord | None, bad_samples: StepRecord | None) -> None:
+        self.keys = keys
+        self.bad_samples = bad_samples
+
+    def write(self, step: int, micro_batches: list[dict[str, Any]]) -> None:
+        """The keys of a step, and the damaged samples among them."""
+        if self.keys is not None:
+            self.keys.write(step, keys=[key for batch in micro_batches for key in batch["keys"]])
+        if self.bad_samples is not None:
+            for batch in micro_batches:
+                for problem in batch.get("problems", ()):
+                    self.bad_samples.write(step, **problem)
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        for record in (self.keys, self.bad_samples):
+            if record is not None:
+                record.close()
+
+
 def _name(rank: int) -> str:
     return f"rank_{rank:05d}.jsonl"
 

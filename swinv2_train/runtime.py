@@ -5,6 +5,7 @@ torch is imported inside the functions, so that a wrong configuration is answere
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import fcntl
 import importlib.metadata
@@ -53,6 +54,22 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+def tune_allocator() -> bool:
+    """Let this process keep the memory that it frees; returns whether the C library can (glibc).
+
+    A training step on a CPU asks for the same large tensors again and again.  By default glibc gives each back to the
+    system and gets new pages, every one of which faults (benchmarks/speed_cpu_202611.md has a row for the difference).
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 * 2**20))
+    accepted = [mallopt(which, value) == 1 for which, value in settings]
+    return all(accepted)
 
 
 def available_cores() -> int:
@@ -258,10 +275,16 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """{"commit": hash, "dirty": bool} of the repository that tracks this very file; None for an installed copy."""
+    """{"commit": hash, "dirty": bool} of the repository that tracks this very file, or that launch/train.sbatch took
+    this copy from; None for an installed one.
+    """
     folder = Path(__file__).resolve().parent
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
+        commit_file = folder.parent / "commit.txt"
+        if not commit_file.is_file():
+            return None
+        changes = folder.parent / "changes.patch"
+        return {"commit": commit_file.read_text().strip(), "dirty": changes.stat().st_size > 0}
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:  # a repository before its first commit
         return None

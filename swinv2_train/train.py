@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from swinv2_train import loop
-from swinv2_train.checkpoint import load_checkpoint, newest_checkpoint, verified_checkpoint
+from swinv2_train.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, verified_checkpoint
 from swinv2_train.command_line import read_run, run_command
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, is_pipe
 from swinv2_train.data.cache import shard_cache
@@ -23,14 +23,18 @@ from swinv2_train.data.stream import NOT_ELASTIC, Stream, build_train_loader, op
 from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine, check_engine
 from swinv2_train.engine.recompute import recompute_warning
+from swinv2_train.export import Request, export
+from swinv2_train.garbage import Garbage
 from swinv2_train.gate import config_yaml
+from swinv2_train.health import ENDING, Heartbeat, Pulse
 from swinv2_train.lazy import LazyTensors
 from swinv2_train.log import Console, RunLog, open_console
 from swinv2_train.models import SimMIM, SwinTransformerV2
-from swinv2_train.models.fused import HAS_TRITON
+from swinv2_train.models.fused import fused_problem
 from swinv2_train.models.initial import without_values
 from swinv2_train.optim import build_param_groups
 from swinv2_train.planning.check import memory_warning
+from swinv2_train.profiling import Trace
 from swinv2_train.report import write_report
 from swinv2_train.runtime import (
     EXIT_DONE,
@@ -43,13 +47,21 @@ from swinv2_train.runtime import (
     replace_text,
     seed_everything,
     set_threads,
+    tune_allocator,
 )
 from swinv2_train.schedule import total_steps, warmup_steps
 from swinv2_train.tasks import Task, build_model, build_task
 from swinv2_train.tasks.initial import InitialValues
 from swinv2_train.weights import Head, match_weights, read_weights, trained_windows
 
-MEMORY_KEYS = ("recompute", "attention", "sequential_stages", "attention_chunk_windows", "attention_chunk_mib")
+MEMORY_KEYS = (
+    "recompute",
+    "attention",
+    "compile",
+    "sequential_stages",
+    "attention_chunk_windows",
+    "attention_chunk_mib",
+)
 """Keys of the model section that say how it is computed and change no weight."""
 
 
@@ -60,6 +72,8 @@ def train(config: Config) -> int:
     with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)
         set_threads(config.runtime.num_threads, world.local_world_size)
+        if world.device.type == "cpu":
+            tune_allocator()
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
@@ -76,23 +90,30 @@ def train(config: Config) -> int:
         on_main(world, lambda: make_run_dir(run_dir))
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
+            pulse = Pulse()
+            heartbeat = Heartbeat(pulse, run_dir, world.rank, world.world_size, config.runtime, console).start()
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
-            exit_code = EXIT_FAILED
+            exit_code, reason = EXIT_FAILED, None
             try:
-                run = build_run(config, world, task, groups, shards, log, newest, initial)
+                run = build_run(config, world, task, groups, shards, log, newest, initial, pulse)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
-                exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
+                with run.garbage:
+                    exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
-                    log.say(
-                        f"stopped by {stop.requested or 'a signal'} after step {run.step}; the same command resumes"
-                    )
-            except ConfigError:
-                exit_code = EXIT_USER_ERROR
+                    reason = stop.requested or "a signal"
+                    log.say(f"stopped by {reason} after step {run.step}; the same command resumes")
+                elif world.is_main:
+                    with pulse.doing(ENDING):
+                        log_artifacts(config, log)
+            except ConfigError as error:
+                exit_code, reason = EXIT_USER_ERROR, str(error)
                 raise
             except Exception as error:  # noqa: BLE001  the rank's log gets it whole and the console one line
                 console.fail(error)
+                reason = f"{type(error).__name__}: {error}"
                 return EXIT_FAILED
             finally:
+                heartbeat.close(exit_code, reason)
                 log.close(EXIT_DONE if exit_code == EXIT_STOPPED else exit_code)
                 if world.is_main and exit_code != EXIT_USER_ERROR:
                     write_report_of(run_dir, total, console)
@@ -109,6 +130,7 @@ def build_run(
     log: RunLog,
     newest: Path | None,
     initial: Initial | None,
+    pulse: Pulse | None = None,
 ) -> loop.Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
@@ -133,8 +155,8 @@ def build_run(
         log.say(NOT_ELASTIC)
     if warning := recompute_warning(config.model.recompute):
         log.say(f"warning: {warning}")
-    if config.model.attention == "fused" and not (HAS_TRITON and world.device.type == "cuda"):
-        log.say("note: model.attention (fused) needs CUDA and the package triton; the reference serves here")
+    if config.model.attention == "fused" and (problem := fused_problem(world.device)) is not None:
+        log.say(f"note: model.attention (fused) is not used here: {problem}; the reference serves")
     loader = build_train_loader(
         shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
         state["images_seen"],
@@ -165,6 +187,9 @@ def build_run(
         images_seen=state["images_seen"],
         saved_step=-1 if newest is None else state["step"],
         bad_images=loader.bad_images_before,
+        pulse=pulse or Pulse(),
+        trace=Trace(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None,
+        garbage=Garbage(config.runtime.gc_every_steps),
     )
 
 
@@ -307,6 +332,24 @@ def open_shards(config: Config, world: World) -> tuple[Manifest | Stream, Manife
         lambda: (open_one("data.shards", config.data.shards), open_one("data.eval_shards", config.data.eval_shards)),
     )
     return training, evaluation
+
+
+def log_artifacts(config: Config, log: RunLog) -> None:
+    """What log.wandb_artifacts keeps of a complete run; no failure of it changes how the run ended."""
+    run_dir, kinds = Path(config.run_dir), config.log.wandb_artifacts
+    if config.log.wandb == "disabled":
+        return
+    try:
+        if "pictures" in kinds:
+            log.artifact("pictures", sorted((run_dir / "pictures").glob(f"{config.task.name}_*.png")))
+        if "weights" in kinds:
+            newest = find_checkpoint(run_dir)
+            out = run_dir / "wandb" / f"weights_{step_of(newest):08d}.safetensors"
+            out.parent.mkdir(exist_ok=True)
+            log.artifact("weights", [out] if out.exists() else export(config, Request("microsoft", out)))
+    except Exception as error:  # noqa: BLE001  the run's own outcome counts
+        traceback.print_exc()
+        log.say(f"warning: no wandb artifacts ({type(error).__name__}: {error})")
 
 
 def step_of(checkpoint: Path) -> int:

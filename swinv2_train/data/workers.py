@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import warnings
 import weakref
@@ -141,6 +142,7 @@ def _same(batch: Any) -> Any:
 
 def _init_worker(worker: int) -> None:
     """Ctrl-C and the scheduler's signals reach the whole process group; the training process alone answers them."""
+    gc.enable()  # where the training process collects between steps alone (garbage.py)
     for number in _ANSWERED_BY_MAIN:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_MAIN)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
 from swinv2_train.engine.checks import NonFiniteError
+from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.engine.construct import Values
 from swinv2_train.engine.deepspeed_config import check_engine
 from swinv2_train.engine.recompute import apply_recompute
@@ -109,6 +110,8 @@ def build_engine(
     check_engine(config.engine)
     assert accumulation_steps >= 1, accumulation_steps
     apply_recompute(module, config.model.recompute)
+    if config.model.compile == "blocks":
+        compile_blocks(module)
     if config.engine.name == "local":
         from swinv2_train.engine.local import LocalEngine
 

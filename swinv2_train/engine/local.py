@@ -42,7 +42,6 @@ class LocalEngine:
             lr=0.0,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
-            fused=world.device.type == "cuda" or None,
         )
         self._clip_grad_norm = config.optim.clip_grad_norm
         self._accumulation_steps = accumulation_steps
@@ -137,12 +136,18 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, T
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
+def sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """() float64, on the gradients' device; 0 where there are none."""
+    squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2 for gradient in gradients]
+    return torch.stack(squares).sum() if squares else torch.zeros(())
+
+
 def clip_(gradients: list[Tensor], max_norm: float) -> float:
     """Scale the gradients in place so that their joint 2-norm is at most max_norm (0 = leave them).
 
     Returns the norm before, accumulated in float64.  The factor is max_norm / (norm + 1e-6), as torch and DeepSpeed.
     """
-    norm = math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients))
+    norm = math.sqrt(float(sum_of_squares(gradients)))
     if max_norm > 0 and math.isfinite(norm) and norm > max_norm:
         for gradient in gradients:
             gradient.mul_(max_norm / (norm + 1e-6))

@@ -2,11 +2,13 @@
 
 An untouched 2-rank ZeRO-3 start takes 34 s on 2 cores, nearly all of it imports and builds that training never uses:
 
-* torch's optimizers import torch._dynamo when the first parameter group is added, only to mark functions as "not to
-  be compiled".  The mark is cached in an attribute; we set it to the function itself.
+* torch's optimizers import torch._dynamo when the first parameter group is added, and so does the first call of an
+  operation of our own, only to mark functions as "not to be compiled".  The mark is cached in an attribute; we set it
+  to the function itself.
 * DeepSpeed imports its Muon optimizer to compare types, and that import compiles three functions with torch.compile,
   i.e. imports inductor; its ZeRO-3 hooks are marked as "not to be compiled".  During deepspeed.initialize both
   decorators return the function as it is.
+* DeepSpeed imports triton for fused kernels of its mixture of experts.  During deepspeed.initialize it is not found.
 * DeepSpeed builds the shm_comm extension with the C++ compiler (78 s when cold) for an operation of its inference
   engine.  We tell it that the extension is not available.
 * DeepSpeed's BF16_Optimizer (stage 1) reports the memory, with a garbage collection, before and after every group.
@@ -28,6 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 
 _MARK = "__dynamo_disable"
 """The attribute in which torch._disable_dynamo caches the marked function."""
@@ -47,12 +50,13 @@ def avoid_compiler() -> None:
 
 
 def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
-    """torch.optim.AdamW whose step does not import torch._dynamo (6.5 s) for a graph break that nobody compiles.
+    """torch.optim.AdamW, fused: one pass over weights, averages and gradients (benchmarks/optimizer_cpu_202611.md).
 
-    The type stays AdamW itself: DeepSpeed compares types exactly.
+    settings: further ones, such as lr.  Its step does not import torch._dynamo (6.5 s) for a graph break that nobody
+    compiles.  The type stays AdamW itself: DeepSpeed compares types exactly.
     """
     avoid_compiler()
-    optimizer = torch.optim.AdamW(groups, **settings)
+    optimizer = torch.optim.AdamW(groups, **{"fused": True, **settings})
     if not compiler_is_kept():
         plain_step = inspect.unwrap(torch.optim.AdamW.step)
 
@@ -93,9 +97,13 @@ def quick_initialize() -> Iterator[None]:
     originals = [getattr(owner, name) for owner, name, _ in changes]
     for owner, name, replacement in changes:
         setattr(owner, name, replacement)
+    modules: dict[str, Any] = sys.modules
+    without_triton = not compiler_is_kept() and modules.setdefault("triton", None) is None
     try:
         yield
     finally:
+        if without_triton:
+            del modules["triton"]
         for (owner, name, _), original in zip(changes, originals, strict=True):
             setattr(owner, name, original)
 
@@ -110,6 +118,9 @@ def _marked_functions() -> list[Any]:
     from torch.utils import checkpoint
 
     optimizer = torch.optim.Optimizer
+    operations = []
+    if "torch._dynamo" not in sys.modules:  # else model.compile is set, and the mark is to mean what it says
+        operations = [made for name, made in OPDEFS.items() if name.startswith("swinv2_train::")]
     wrappers: list[Any] = [
         optimizer.add_param_group,
         optimizer.state_dict,
@@ -117,6 +128,7 @@ def _marked_functions() -> list[Any]:
         optimizer.zero_grad,
         checkpoint.checkpoint,
         vars(checkpoint).get("_run_fn_with_dynamo_disabled"),
+        *(function for operation in operations for function in operation._backend_fns.values()),
     ]
     coordinator = sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator")
     if coordinator is not None:

@@ -21,7 +21,8 @@ from swinv2_train.engine.buckets import layer_sizes
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.construct import Values, allocate, allocate_shards, has_no_values
 from swinv2_train.engine.deepspeed_config import deepspeed_json
-from swinv2_train.engine.local import persistent_buffers, to_device
+from swinv2_train.engine.local import persistent_buffers, sum_of_squares, to_device
+from swinv2_train.engine.norm import norm_read_once, skip_overflow_scan
 from swinv2_train.engine.pieces import (
     Piece,
     in_memory,
@@ -65,17 +66,16 @@ class ZeroEngine:
                 allocate_shards(module, settings, dtype, world.device)
             else:
                 allocate(module)
-        optimizer_on_cpu = world.device.type == "cpu" or config.engine.offload_optimizer != "none"
         with quick_initialize():
             optimizer = adamw(
                 param_groups,
                 lr=0.0,  # step() sets it
                 betas=(config.optim.betas[0], config.optim.betas[1]),
                 eps=config.optim.eps,
-                fused=None if optimizer_on_cpu else True,
             )
             self._ds, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         avoid_compiler()  # again: DeepSpeed's coordinator is imported now
+        skip_overflow_scan(self._ds.optimizer)
         self.module: nn.Module = self._ds.module
         self._groups: list[dict[str, Any]] = self._ds.optimizer.param_groups
         self._stage = config.engine.zero_stage
@@ -122,12 +122,12 @@ class ZeroEngine:
                 raise NonFiniteError(f"the global gradient norm is {grad_norm}")
             self._ds.step()
             return grad_norm
-        self._ds.step()
-        grad_norm = float(self._ds.get_global_grad_norm())
         # DeepSpeed's stages 1 to 3 look at the norm over all ranks first and do not take a step that is not finite.
-        if not self._ds.was_step_applied() or not math.isfinite(grad_norm):
-            raise NonFiniteError(f"the global gradient norm is {grad_norm}")
-        return grad_norm
+        with norm_read_once() as norm:
+            self._ds.step()
+        if not self._ds.was_step_applied():
+            raise NonFiniteError(f"the global gradient norm is {float(self._ds.get_global_grad_norm())}")
+        return norm.value
 
     @torch.no_grad()
     def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -156,12 +156,7 @@ class ZeroEngine:
 
     def _stage_0_norm(self) -> float:
         """2-norm over all gradients, which stage 0 has already averaged over ranks; accumulated in float64."""
-        squares = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float64) ** 2
-            for p in self.module.parameters()
-            if p.grad is not None
-        ]
-        return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+        return math.sqrt(float(sum_of_squares([p.grad for p in self.module.parameters() if p.grad is not None])))
 
     # ---------------------------------------------------------------------------------------------------------------
     # Sharded state

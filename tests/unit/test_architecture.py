@@ -16,14 +16,16 @@ PACKAGE = Path(swinv2_train.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
-    "config": 0, "gate": 0, "distributed": 0, "lazy": 0,
+    "config": 0, "gate": 0, "slurm": 0, "distributed": 0, "lazy": 0,
     "models": 1, "metrics": 1, "runtime": 1, "records": 1, "console": 1, "log": 1, "pictures": 1, "charts": 1,
+    "profiling": 1, "garbage": 1, "feed": 2,
+    "health": 1, "stragglers": 1,
     "data": 2,
     "tasks": 3, "optim": 3, "schedule": 3, "ema": 3,
     "engine": 4,
     "checkpoint": 5, "weights": 5, "report": 5, "planning": 5,
     "loop": 6,
-    "command_line": 7, "train": 7, "evaluate": 7, "plan": 7, "export": 7,
+    "command_line": 7, "train": 7, "evaluate": 7, "plan": 7, "export": 7, "status": 7,
 }  # fmt: skip
 ENTRY_POINTS = {"command_line", "train", "evaluate", "plan", "export"}
 CONFINED = {

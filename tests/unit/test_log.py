@@ -20,6 +20,7 @@ from PIL import Image
 from swinv2_train.config import LogConfig
 from swinv2_train.console import duration_text, open_console
 from swinv2_train.log import RunLog, read_metrics
+from swinv2_train.runtime import git_commit
 
 PRELUDE = """
 import os, sys, time, warnings, logging
@@ -29,7 +30,7 @@ from swinv2_train.config import LogConfig
 from swinv2_train.log import RunLog, open_console
 run_dir = Path(sys.argv[1])
 def log_config(wandb="disabled", progress="none"):
-    return LogConfig(wandb=wandb, wandb_project="test", wandb_name=None, progress=progress)
+    return LogConfig(wandb=wandb, wandb_project="test", wandb_name=None, wandb_artifacts=[], progress=progress)
 """
 
 
@@ -46,7 +47,7 @@ class QuietConsole:
 
 
 def make_log(run_dir: Path, wandb: str = "disabled", is_main: bool = True, progress: str = "none", run_config=None):
-    config = LogConfig(wandb=wandb, wandb_project="swinv2-test", wandb_name=None, progress=progress)
+    config = LogConfig(wandb=wandb, wandb_project="swinv2-test", wandb_name=None, wandb_artifacts=[], progress=progress)
     return RunLog(run_dir, config, QuietConsole(), is_main, run_config)  # type: ignore[arg-type]
 
 
@@ -191,7 +192,8 @@ def test_offline_wandb_run_holds_history_config_and_picture_and_a_resume_keeps_i
 log = RunLog(run_dir, log_config("offline"), open_console(run_dir, 0), True, {"seed": 7, "optim": {"lr": 0.5}})
 for step in range(1, 4):
     log.metrics(step, step * 64, {"train/loss": 1.0 / step, "train/grad_norm": float("nan")})
-log.picture("reconstruction", 3, np.full((8, 8, 3), 200, np.uint8))
+picture = log.picture("reconstruction", 3, np.full((8, 8, 3), 200, np.uint8))
+log.artifact("pictures", [picture]); log.artifact("weights", [])
 log.close()
 """
     for _ in range(2):
@@ -210,8 +212,14 @@ log.close()
         assert all("train/grad_norm" not in row for row in rows)
         run = next(r.run for r in read_wandb_records(path) if r.WhichOneof("record_type") == "run")
         config = {item.key: json.loads(item.value_json) for item in run.config.update}
-        assert (config["seed"], config["optim"]) == (7, {"lr": 0.5})
+        assert (config["seed"], config["optim"], config["git"]) == (7, {"lr": 0.5}, git_commit())
         assert (run.project, run.run_id, run.display_name) == ("test", run_id, tmp_path.name)
+        records = list(read_wandb_records(path))
+        artifacts = [record.artifact for record in records if record.HasField("artifact")]
+        assert [(each.name, each.type) for each in artifacts] == [(f"{run_id}-pictures", "pictures")]
+        files = [(entry.path, entry.local_path) for entry in artifacts[0].manifest.contents]
+        assert files == [("reconstruction_00000003.png", str(tmp_path / "pictures" / "reconstruction_00000003.png"))]
+        assert any(record.HasField("stats") for record in records)  # of the system: CPU, memory, GPUs
         images = list((path.parent / "files" / "media" / "images").rglob("*.png"))
         assert len(images) == 1
         assert np.asarray(Image.open(images[0]).convert("RGB"))[0, 0].tolist() == [200, 200, 200]
@@ -240,6 +248,58 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path)) == 3
     warnings = log.console.lines  # type: ignore[attr-defined]
     assert len(warnings) == 1 and warnings[0].startswith("warning: wandb stopped (FileExistsError")
+
+
+@pytest.mark.timeout(90)
+def test_without_a_server_an_online_run_writes_offline_files_and_the_run_goes_on(tmp_path: Path) -> None:
+    """A node without network: said once, and nothing is lost."""
+    body = """
+import swinv2_train.log
+swinv2_train.log._WANDB_INIT_SEC = 2.0
+log = RunLog(run_dir, log_config("online"), open_console(run_dir, 0), True, {})
+for step in range(1, 4):
+    start = time.perf_counter()
+    log.metrics(step, step, {"train/loss": 1.0 / step})
+    assert time.perf_counter() - start < 0.5
+log.close()
+"""
+    closed_port = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    done = run_script(body, tmp_path, **closed_port)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: wandb is not online ("), lines
+    assert lines[0].endswith(f"it writes offline files: wandb sync {tmp_path / 'wandb'}/offline-run-*")
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert [row["train/loss"] for row in wandb_history(file)] == [1.0, 0.5, 1 / 3]
+    assert len(read_metrics(tmp_path)) == 3
+
+
+@pytest.mark.timeout(60)
+def test_a_wandb_service_that_dies_is_said_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    body = """
+import signal
+log = RunLog(run_dir, log_config("offline"), open_console(run_dir, 0), True, {})
+log.metrics(1, 1, {"train/loss": 1.0})
+while not list((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+    time.sleep(0.05)
+children = {pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+assert children
+for pid in children:
+    os.kill(int(pid), signal.SIGKILL)
+time.sleep(0.5)
+for step in range(2, 200):
+    log.metrics(step, step, {"train/loss": 1.0})
+    time.sleep(0.005)
+log.close()
+log.console.say("end")
+"""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this kernel does not list children in /proc")
+    done = run_script(body, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(read_metrics(tmp_path)) == 199
+    warnings = done.stdout.splitlines()
+    assert len(warnings) == 2 and warnings[0].startswith("warning: wandb stopped (") and warnings[1] == "end", warnings
 
 
 def test_metrics_do_not_wait_for_wandb(tmp_path: Path) -> None:

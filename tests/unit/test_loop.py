@@ -76,7 +76,7 @@ class Task:
 
 
 class Engine:
-    """Remembers the learning rates; step(n) may be told to fail or to ask for a stop."""
+    """Remembers the learning rates; step n may be told to fail or to ask for a stop, in two places."""
 
     evaluate = forward = None
 
@@ -84,8 +84,10 @@ class Engine:
         self.rates: list[float] = []
         self.losses: list[float] = []
         self.before_step: Any = lambda number: None
+        self.before_backward: Any = lambda number: None
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.before_backward(len(self.rates) + 1)
         self.losses.append(float(loss))
 
     def step(self, lr: float) -> float:
@@ -257,10 +259,18 @@ def test_a_stop_ends_after_the_step_with_one_checkpoint_of_it(checkpoint_every_s
     """The step that the signal met is finished; a checkpoint that was just written is not written again."""
     stop = StopRequest()
     run = make_run(9, checkpoint_every_steps=checkpoint_every_steps)
-    run.engine.before_step = lambda number: stop_at(stop, number, 2)
+    run.engine.before_backward = lambda number: stop_at(stop, number, 2)
     assert loop.fit(run, stop) is False
     assert [step for step, _, _ in saved] == [2] and run.step == 2 and run.images_seen == 32
     assert run.train_loader.closed and run.eval_loader.closed
+
+
+def test_a_stop_during_the_optimizers_step_ends_after_the_next_one(saved):
+    """By then the ranks have agreed on that: asking again would be a wait for the device."""
+    stop = StopRequest()
+    run = make_run(9)
+    run.engine.before_step = lambda number: stop_at(stop, number, 2)
+    assert loop.fit(run, stop) is False and [step for step, _, _ in saved] == [3] and run.step == 3
 
 
 def test_a_stop_before_the_first_step_of_a_resumed_run_saves_nothing(saved):
@@ -284,7 +294,7 @@ def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
         stop = StopRequest()
         run = make_run(9, world=world)
         if world.rank == 1:
-            run.engine.before_step = lambda number: stop_at(stop, number, 3)
+            run.engine.before_backward = lambda number: stop_at(stop, number, 3)
         loop.fit(run, stop)
         return run.step, steps
 

@@ -16,7 +16,7 @@ from swinv2_train.metrics import (
     Means,
     Throughput,
     device_peak_flops,
-    max_over_ranks,
+    each_rank,
     mfu,
     peak_flops,
     peak_memory_gib,
@@ -78,15 +78,15 @@ def test_adding_keeps_no_graph() -> None:
 def test_numbers_of_all_ranks_join(run_distributed) -> None:
     """Real gloo ranks: weighted mean, largest, and which ranks; ranks may have seen different numbers of images."""
 
-    def on_rank(world: World) -> tuple[dict[str, float], dict[str, float], list[int]]:
+    def on_rank(world: World) -> tuple[dict[str, float], dict[str, list[float]], list[int]]:
         means = Means()
         means.add({"b": torch.tensor(10.0 * world.rank), "a": torch.tensor(1.0)}, weight=1 + 2 * world.rank)
-        highest = max_over_ranks({"mem": 1.0 + world.rank, "wait": -float(world.rank)}, world)
-        return means.read(), highest, ranks_where(world.rank == 1, world)
+        values = each_rank({"mem": 1.0 + world.rank, "wait": -float(world.rank)}, world)
+        return means.read(), values, ranks_where(world.rank == 1, world)
 
-    for means, highest, ranks in run_distributed(on_rank, 2):
+    for means, values, ranks in run_distributed(on_rank, 2):
         assert means == {"a": 1.0, "b": 7.5}
-        assert highest == {"mem": 2.0, "wait": 0.0}
+        assert values == {"mem": [1.0, 2.0], "wait": [0.0, -1.0]}
         assert ranks == [1]
 
 

@@ -320,7 +320,7 @@ def test_a_resume_may_change_memory_policy_length_and_rate(settings, tmp_path, m
     (tmp_path / "run" / "config.yaml").write_text(config_yaml(settings()))
     monkeypatch.setattr(train, "newest_checkpoint", lambda run_dir: checkpoint)
     other = settings(
-        "model.recompute=blocks", "model.attention=fused", "model.sequential_stages=[1]",
+        "model.recompute=blocks", "model.attention=reference", "model.compile=blocks", "model.sequential_stages=[1]",
         "model.attention_chunk_windows=2", "model.attention_chunk_mib=9",
         "train.max_steps=99", "optim.lr=0.5", "task.label_smoothing=0",
     )  # fmt: skip

@@ -1,0 +1,41 @@
+"""Python's garbage collector, held to the steps at which all ranks collect.
+
+Left alone it runs whenever enough objects have been made, on each rank at another time, and every other rank waits for
+the one that collects.  Reference counts free nearly everything at once in any case.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Self
+
+
+class Garbage:
+    """A context in which nothing is collected but by after_step.
+
+    every_steps: how often; None leaves Python's collector as it is.  What exists at its beginning (modules, the model,
+    the engine) is set aside and not looked at inside.
+    """
+
+    def __init__(self, every_steps: int | None) -> None:
+        self.every_steps = every_steps
+        self._was_enabled = True
+
+    def __enter__(self) -> Self:
+        if self.every_steps is not None:
+            self._was_enabled = gc.isenabled()
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        return self
+
+    def after_step(self, step: int) -> None:
+        """Collect, if step number `step` is one of those."""
+        if self.every_steps is not None and step % self.every_steps == 0:
+            gc.collect()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.every_steps is not None:
+            gc.unfreeze()
+            if self._was_enabled:
+                gc.enable()

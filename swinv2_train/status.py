@@ -1,0 +1,138 @@
+"""``python -m swinv2_train.status RUN_DIR [--json]``: how a run is getting on, from the files that it keeps writing.
+
+It needs the run directory alone, so it works on any host that sees it, while the run goes on and after its end.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swinv2_train.config import ConfigError
+from swinv2_train.console import duration_text
+from swinv2_train.health import STATUS, process_ended, read_ranks
+from swinv2_train.runtime import EXIT_DONE, EXIT_USER_ERROR
+
+USAGE = """swinv2-status RUN_DIR [--json]
+
+How a run is getting on: step, loss, speed, time left, last checkpoint, what it does or waits for.
+--json: all of it, and every rank's last sign of life, as one JSON object.
+"""
+_MISSED_BEATS = 4
+"""So many signs of life must be missing before a rank counts as silent: a busy disk may swallow some."""
+_WORTH_A_WORD_SEC = 5.0
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """RUN_DIR/status.json with "state" as it is by now, "silent_sec" and "ranks", each with its own "silent_sec".
+
+    state: running, done, stopped, failed, or lost (it should run, but no sign of life came for "silent_sec" seconds, or
+    its process has ended).  silent_sec: since the last sign of life.  Raises ConfigError where there is no such file.
+    """
+    path = run_dir / STATUS
+    try:
+        status: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        what = "holds no status.json: no run has started there yet" if run_dir.is_dir() else "is no directory"
+        raise ConfigError(f"run_dir ({run_dir}) {what}; name the directory of a run") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    now = time.time()
+    patience = _MISSED_BEATS * status["heartbeat_sec"]
+    ranks = [
+        rank | {"silent_sec": now - rank["updated_at"], "lost": _lost(rank, patience)}
+        for rank in read_ranks(run_dir).values()
+    ]
+    status |= {"silent_sec": now - status["updated_at"], "ranks": ranks}
+    if status["state"] == "running" and _lost(status, patience):
+        status["state"] = "lost"
+    return status
+
+
+def _lost(sign: Mapping[str, Any], patience_sec: float) -> bool:
+    """True for one who should be alive and is not."""
+    if sign["state"] != "running":
+        return False
+    gone = sign["host"] == socket.gethostname() and process_ended(sign["pid"])
+    return gone or time.time() - sign["updated_at"] > patience_sec
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """The status for a person, a few lines."""
+    lines = [_headline(status)]
+    step, total = status["step"], status.get("total_steps")
+    if total:
+        parts = [f"step {step} of {total} ({100 * step / total:.1f} %)"]
+        if status.get("loss") is not None:
+            parts.append(f"loss {status['loss']:.4f}")
+        if status.get("images_per_sec") is not None:
+            parts.append(f"{status['images_per_sec']:,.4g} images/s")
+        if status["state"] == "running" and status.get("seconds_left") is not None:
+            parts.append(f"{duration_text(status['seconds_left'])} left")
+        lines.append("  ".join(parts))
+        saved = status.get("checkpoint_step")
+        lines.append("no complete checkpoint yet" if saved is None else f"last complete checkpoint: step {saved}")
+    slowest = status.get("slowest_rank")
+    if slowest and status["world_size"] > 1:
+        lines.append(
+            f"slowest rank: {slowest['rank']}, {slowest['own_sec']:.3g} s of its own a step, "
+            f"{slowest['data_wait_sec']:.3g} of them waiting for data (median of all {slowest['median_sec']:.3g})"
+        )
+    lines += [text for rank in status["ranks"] if (text := _rank_text(status, rank))]
+    return "\n".join(lines)
+
+
+def _headline(status: Mapping[str, Any]) -> str:
+    where = f"{status['world_size']} ranks, rank 0 is pid {status['pid']} on {status['host']}"
+    reason = f": {status['reason']}" if status["reason"] else ""
+    ago = f"{duration_text(status['silent_sec'])} ago"
+    if status["state"] == "running":
+        return f"running: {_doing(status)} ({where})"
+    if status["state"] == "lost":
+        silent = f"no sign of life for {status['silent_sec']:.0f} s"
+        return f"{silent}; then it was {status['doing']} ({where}); the same command resumes"
+    return f"{status['state']} {ago}{reason}"
+
+
+def _doing(sign: Mapping[str, Any]) -> str:
+    for_sec = sign["updated_at"] - sign["doing_since"]
+    return sign["doing"] + (f" for {for_sec:.0f} s" if for_sec > _WORTH_A_WORD_SEC else "")
+
+
+def _rank_text(status: Mapping[str, Any], rank: Mapping[str, Any]) -> str | None:
+    """A line about a rank that is not as rank 0 is; None for all the others."""
+    who = f"rank {rank['rank']} (pid {rank['pid']} on {rank['host']})"
+    if rank["lost"] and rank["rank"]:
+        return f"{who}: no sign of life for {rank['silent_sec']:.0f} s; then it was {rank['doing']}"
+    if rank["reason"] and rank["reason"] != status["reason"]:
+        return f"{who}: {rank['state']}: {rank['reason'].splitlines()[0]}"
+    late = rank["updated_at"] - rank["doing_since"] > _WORTH_A_WORD_SEC
+    if status["state"] == "running" and rank["doing"] != status["doing"] and late and not rank["lost"]:
+        return f"{who}: {_doing(rank)}"
+    return None
+
+
+def main() -> None:
+    """The console script swinv2-status."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        sys.exit(EXIT_DONE)
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(f"error: name one run directory\n{USAGE}", end="", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    try:
+        status = read_status(Path(arguments[0].removeprefix("run_dir=")))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    print(json.dumps(status, indent=1) if "--json" in sys.argv else status_text(status))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Which rank the others wait for in every step: time of its own, without the time that it waits for them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._distributed_c10d import Work
+
+LAGS = 1.25
+"""A rank whose own time is so many times the median of all ranks is waited for."""
+PATIENCE = 3
+"""So often in a row it must be so before it is worth a word: one step measures the noise of the host, too."""
+
+
+class OwnTime:
+    """What a rank spends in a piece of work apart from waiting in collectives.
+
+    A wait is what its stream (on CUDA) or its thread (on a CPU) spends in Work.wait, through which torch's and
+    DeepSpeed's collectives all go.  On CUDA, collectives that overlap with the computation count as waits too, so there
+    the numbers compare ranks with each other and are no shares of the step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._whole: list[Any] = []
+        self._waits: list[Any] = []
+
+    @contextmanager
+    def measured(self, wanted: bool = True) -> Iterator[None]:
+        """What happens inside counts, where it is wanted, and nothing before it."""
+        self._whole, self._waits = [], []
+        if not wanted:
+            yield
+            return
+        plain = Work.wait
+
+        def wait(work: Work, *arguments: Any, **more: Any) -> Any:
+            with self._span(self._waits):
+                return plain(work, *arguments, **more)
+
+        Work.wait = wait  # type: ignore[method-assign,assignment]
+        try:
+            with self._span(self._whole):
+                yield
+        finally:
+            Work.wait = plain  # type: ignore[method-assign]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        with self._span(self._waits):
+            yield
+
+    def read(self) -> float:
+        """Its own seconds in the last measured piece, 0 where it was not wanted.  On CUDA this waits for the device."""
+        whole, waits = (sum(map(self._seconds, spans)) for spans in (self._whole, self._waits))
+        return max(0.0, whole - waits)
+
+    @contextmanager
+    def _span(self, spans: list[Any]) -> Iterator[None]:
+        begun = self._mark()
+        try:
+            yield
+        finally:
+            spans.append((begun, self._mark()))
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _seconds(self, span: tuple[Any, Any]) -> float:
+        if self.device.type != "cuda":
+            return float(span[1] - span[0])
+        span[1].synchronize()
+        return float(span[0].elapsed_time(span[1])) / 1000
+
+
+class Slowest(NamedTuple):
+    """The rank with the most time of its own in a step."""
+
+    rank: int
+    own_sec: float
+    median_sec: float
+    """Of all ranks."""
+    data_wait_sec: float
+    """What of own_sec it waited for data."""
+
+    @property
+    def lags(self) -> bool:
+        """True when the others wait for it."""
+        return self.own_sec > LAGS * self.median_sec
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} is the slowest: {self.own_sec:.3g} s of its own a step, {self.data_wait_sec:.3g} of "
+            f"them waiting for data; the median of all ranks is {self.median_sec:.3g} s"
+        )
+
+
+def slowest(own_sec: Sequence[float], data_wait_sec: Sequence[float]) -> Slowest:
+    """Of all ranks, by seconds a step without (own_sec) and only of (data_wait_sec) waiting for data."""
+    totals = [own + wait for own, wait in zip(own_sec, data_wait_sec, strict=True)]
+    rank = max(range(len(totals)), key=totals.__getitem__)
+    low = statistics.median_low(totals)  # of two ranks the faster, or no rank of two could ever stand out
+    return Slowest(rank, totals[rank], low, data_wait_sec[rank])
+
+
+class Lag:
+    """Says when the same rank has been waited for again and again."""
+
+    def __init__(self) -> None:
+        self._rank: int | None = None
+        self._times = 0
+
+    def add(self, found: Slowest) -> bool:
+        """True once in a row of PATIENCE or more in which this rank lags."""
+        rank = found.rank if found.lags else None
+        self._times = self._times + 1 if rank == self._rank else 1
+        self._rank = rank
+        return rank is not None and self._times == PATIENCE

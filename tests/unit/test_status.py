@@ -1,0 +1,132 @@
+"""swinv2-status: of runs that go on, ended, failed, were killed, and of what is no run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from unit.test_health import start, wait_for
+from unit.test_run import run_alone, settings, shards  # noqa: F401
+
+from swinv2_train.config import ConfigError
+from swinv2_train.health import STATUS
+from swinv2_train.runtime import EXIT_DONE, EXIT_USER_ERROR
+from swinv2_train.status import read_status, status_text
+
+FIGURES = "pulse.step_done(40); pulse.tell(total_steps=100, loss=2.5, images_per_sec=812.3, seconds_left=75.0)\n"
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "swinv2_train.status", *arguments], check=False, capture_output=True, text=True
+    )
+
+
+def wait_for_state(run_dir: Path, state: str) -> None:
+    deadline = time.monotonic() + 30
+    while read_status(run_dir)["state"] != state:
+        assert time.monotonic() < deadline, read_status(run_dir)
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(60)
+def test_of_a_run_that_waits_for_data_and_is_then_killed(tmp_path):
+    """What it does, for how long; and without it, what it did last.  Nothing can write the status of a killed run."""
+    body = (
+        FIGURES
+        + "pulse.turn_to('waiting for data'); pulse.tell(checkpoint_step=30, norm=float('nan')); time.sleep(600)"
+    )
+    process = start(tmp_path, body, timeout_sec=100)
+    wait_for(tmp_path / STATUS, process)
+    deadline = time.monotonic() + 30
+    while "checkpoint_step" not in read_status(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "NaN" not in (tmp_path / STATUS).read_text()  # which is no JSON
+    text = status_text(read_status(tmp_path))
+    where = f"(1 ranks, rank 0 is pid {process.pid} on "
+    assert text.startswith(f"running: waiting for data {where}"), text
+    assert "step 40 of 100 (40.0 %)  loss 2.5000  812.3 images/s  1:15 left\nlast complete checkpoint: step 30" in text
+    process.kill()
+    process.wait()
+    status = read_status(tmp_path)
+    assert status["state"] == "lost"
+    text = status_text(status)
+    assert text.startswith("no sign of life for ") and "s; then it was waiting for data (1 ranks" in text
+    assert "left" not in text.splitlines()[1]
+
+
+@pytest.mark.timeout(60)
+def test_of_a_process_that_is_stopped(tmp_path):
+    """It is there, but writes no more: only the age of its last sign tells."""
+    process = start(tmp_path, "time.sleep(600)", timeout_sec=1.2)  # starting, which has no limit
+    wait_for(tmp_path / STATUS, process)
+    assert read_status(tmp_path)["state"] == "running"
+    process.send_signal(signal.SIGSTOP)
+    wait_for_state(tmp_path, "lost")
+    assert read_status(tmp_path)["silent_sec"] > 4 * 0.3
+    process.kill()
+    process.wait()
+
+
+def test_ranks_that_are_elsewhere_than_rank_0_have_a_line(tmp_path):
+    now = time.time()
+    common = {"host": "elsewhere", "state": "running", "reason": None, "doing": "training", "doing_since": now}
+    signs = [
+        common | {"updated_at": now},
+        common | {"updated_at": now},
+        common | {"updated_at": now, "doing": "waiting for data", "doing_since": now - 35},
+        common | {"updated_at": now - 70},
+        common | {"updated_at": now, "state": "failed", "reason": "ShardError: torn\nsecond line"},
+    ]
+    (tmp_path / "health").mkdir()
+    for rank, sign in enumerate(signs):
+        line = json.dumps(sign | {"rank": rank, "pid": 100 + rank})
+        (tmp_path / "health" / f"rank_{rank:05d}.json").write_text(line)
+    status = signs[0] | {"pid": 100, "step": 5, "world_size": 5, "heartbeat_sec": 10.0}
+    status["slowest_rank"] = {"rank": 2, "own_sec": 3.0, "median_sec": 1.0, "data_wait_sec": 2.0}
+    (tmp_path / STATUS).write_text(json.dumps(status))
+    assert status_text(read_status(tmp_path)).splitlines()[1:] == [
+        "slowest rank: 2, 3 s of its own a step, 2 of them waiting for data (median of all 1)",
+        "rank 2 (pid 102 on elsewhere): waiting for data for 35 s",
+        "rank 3 (pid 103 on elsewhere): no sign of life for 70 s; then it was training",
+        "rank 4 (pid 104 on elsewhere): failed: ShardError: torn",
+    ]
+
+
+def test_the_command_on_a_finished_run_and_on_what_is_none(settings, tmp_path):  # noqa: F811
+    """The figures are those of the run; the exit code and one line say what is wrong with the input."""
+    assert run_alone(settings("train.max_steps=3")) == EXIT_DONE
+    done = command(str(tmp_path / "run"), "--json")
+    status = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, status["state"], status["reason"]) == (0, "", "done", None)
+    assert [status[name] for name in ("step", "total_steps", "checkpoint_step", "images_seen")] == [3, 3, 3, 24]
+    assert status["loss"] > 0 and status["images_per_sec"] > 0 and [rank["rank"] for rank in status["ranks"]] == [0]
+    text = status_text(status)
+    assert text.startswith("done 0:0") and "step 3 of 3 (100.0 %)" in text and "no sign" not in text
+    for arguments, message in (
+        ([str(tmp_path)], f"error: run_dir ({tmp_path}) holds no status.json: no run has started there yet; name"),
+        ([str(tmp_path / "none")], "is no directory; name the directory of a run"),
+        ([], "error: name one run directory"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == EXIT_USER_ERROR and message in done.stderr and not done.stdout
+
+
+def test_a_damaged_status_is_named(tmp_path):
+    (tmp_path / STATUS).write_text("{")
+    with pytest.raises(ConfigError, match=r"status.json cannot be read"):
+        read_status(tmp_path)
+
+
+def test_a_failed_run_says_why(settings, tmp_path):  # noqa: F811
+    """A loss that is not finite, as on the console."""
+    config = settings("train.max_steps=3", "optim.lr=1e38", "optim.schedule.warmup_lr=1e38", "optim.clip_grad_norm=0")
+    assert run_alone(config) == 1
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "failed" and "BadStepError: step" in status["reason"]
+    assert status_text(status).startswith("failed 0:0") and "ago: BadStepError: step" in status_text(status)

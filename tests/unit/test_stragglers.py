@@ -1,0 +1,42 @@
+"""Which rank is waited for, from every rank's own time.  Real ranks: tests/distributed/test_hang.py."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch._C._distributed_c10d import Work
+
+from swinv2_train.stragglers import PATIENCE, Lag, OwnTime, slowest
+
+TIMER_SEC = 0.02  # measured worst 0.004 on two busy cores
+
+
+def test_own_time_counts_what_is_asked_for_and_leaves_torch_as_it_was():
+    own, plain = OwnTime(torch.device("cpu")), Work.wait
+    with own.measured():
+        time.sleep(0.1)
+        with own.apart():
+            time.sleep(0.2)
+        assert Work.wait is not plain
+    assert Work.wait is plain and 0.1 <= own.read() < 0.1 + TIMER_SEC
+    with own.measured(False):
+        time.sleep(0.05)
+    assert own.read() == 0.0
+
+
+def test_the_slowest_rank_is_that_of_computation_and_data_together():
+    found = slowest([1.0, 1.1, 1.0], [0.0, 0.0, 0.5])
+    assert (found.rank, found.own_sec, found.median_sec, found.data_wait_sec) == (2, 1.5, 1.1, 0.5)
+    assert found.lags and "rank 2 is the slowest: 1.5 s of its own a step, 0.5 of them waiting for data" in str(found)
+    assert not slowest([1.0, 1.2], [0.0, 0.0]).lags
+    assert slowest([1.0, 1.3], [0.0, 0.0]).lags, "of two ranks one can stand out"
+
+
+def test_a_rank_is_worth_a_word_when_it_lags_again_and_again():
+    """Once per row; another rank, or none, begins a new one."""
+    slow, other, even = (slowest(times, [0.0] * 3) for times in ([2.0, 1, 1], [1, 2.0, 1], [1.0, 1, 1]))
+    lag = Lag()
+    assert [lag.add(each) for each in (slow, slow, other, slow, slow, slow, slow)] == [False] * 5 + [True, False]
+    assert [lag.add(each) for each in (even, *[slow] * PATIENCE)] == [False] * PATIENCE + [True]
+    assert [Lag().add(even) for _ in range(5)] == [False] * 5
