@@ -4,9 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format types clean
+.PHONY: help setup demo test test-fast test-slurm bench lint format types clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +33,12 @@ test: setup  ## the whole test suite
 
 test-fast: setup  ## the quick part of the tests
 	$(PYTEST) -m "not slow" -n auto
+
+test-slurm: setup  ## the launch files on a real SLURM (Debian: apt-get install slurm-wlm munge)
+	$(PYTEST) tests/slurm
+
+bench: setup  ## the training step beside other implementations of SwinV2; BENCH_ARGS="--quick ..."
+	@$(BIN)/python scripts/benchmark.py --install-peers $(BENCH_ARGS)
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .
