@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -78,8 +79,8 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except ConfigError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # of torchrun, or of srun
-            print(f"error: {error}", file=sys.stderr)
+        if (speaker := _speaker()) is not None:
+            print(f"error: {speaker}{error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,6 +88,21 @@ def guarded(command: Callable[[], int]) -> int:
     except Exception:  # noqa: BLE001  the last place that can say what happened
         traceback.print_exc()
         return EXIT_FAILED
+
+
+def _speaker() -> str | None:
+    """What an error begins with on this rank, or None where it is another's to say.
+
+    In a process group all ranks raise the same, and rank 0 says it.  Before there is one, every host's first does: rank
+    0 may be waiting for just the host that has been refused.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))  # of torchrun, or of srun
+    if rank == "0":
+        return ""
+    distributed = sys.modules.get("torch.distributed")
+    together = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    return f"rank {rank} on {socket.gethostname()}: " if first and not together else None
 
 
 def compose_argv() -> Config | None:

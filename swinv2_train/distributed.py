@@ -134,6 +134,15 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     return box[0]
 
 
+def gather_objects(obj: Any) -> list[Any]:
+    """Every rank's object, in the order of ranks, on every rank (pickled between ranks of this one run)."""
+    if not _active():
+        return [obj]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, obj)
+    return everyone
+
+
 def raise_together(error: BaseException | None) -> None:
     """Raise on all ranks when any rank holds an error, so that none waits for it in the next collective.
 
@@ -145,8 +154,7 @@ def raise_together(error: BaseException | None) -> None:
             raise error
         return
     mine = None if error is None else (isinstance(error, ConfigError), _text_of(error))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_objects(mine)
     ranks_by_text: dict[str, list[int]] = {}
     for rank, entry in enumerate(everyone):
         if entry is not None:
@@ -187,6 +195,13 @@ def _announced_ranks() -> dict[str, int]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun, from srun (2 tasks or more), or alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         ranks = slurm.step_ranks()
+        given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+        if given and ranks is None:
+            missing = "WORLD_SIZE" if given == ["RANK"] else "RANK"
+            raise ConfigError(
+                f"{given[0]} ({os.environ[given[0]]}) is in the environment and {missing} is not; "
+                f"start with torchrun or srun, or unset {given[0]} to run one process"
+            )
         if ranks is None:
             return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         host, port = slurm.meeting_point()
@@ -224,10 +239,15 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} missing in the environment of rank {rank}; start with torchrun")
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = os.environ["MASTER_ADDR"]
+    try:
+        port = int(os.environ["MASTER_PORT"])
+    except ValueError as error:
+        raise ConfigError(f"MASTER_PORT ({os.environ['MASTER_PORT']}) must be a port's number") from error
     is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = TCPStore(socket.gethostbyname(host), port, world_size, is_master=is_master, timeout=timeout)
+        address = socket.gethostbyname(host)
+        store = TCPStore(address, port, world_size, is_master=is_master, timeout=timeout, wait_for_workers=False)
     except socket.gaierror as error:
         raise ConfigError(
             f"MASTER_ADDR ({host}) has no address on {socket.gethostname()}: {error.strerror}; "
@@ -239,6 +259,44 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
                 f"rank 0 cannot listen on MASTER_PORT ({port}): {str(error).splitlines()[0]}; "
                 "another program has it: set MASTER_PORT to a free port"
             ) from error
-        raise
+        raise ConfigError(
+            f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at MASTER_ADDR ({host}), MASTER_PORT ({port}): "
+            f"{str(error).splitlines()[0]}; is rank 0 running there, and no firewall between?"
+        ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"attempt_{attempt}", store)
+    prefixed = PrefixStore(f"attempt_{attempt}", store)
+    _meet(prefixed, rank, world_size, timeout)
+    return prefixed
+
+
+def _meet(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+    """ConfigError on every rank that can be reached, unless each of 0 .. world_size - 1 comes once and says the same.
+
+    Collectives among ranks of different numbers would wait until the time is up, and not say for whom.
+    """
+    host = socket.gethostname()
+    come = "start all ranks of a run, and of this run alone, with one torchrun or srun"
+    if store.add(f"arrived_{rank}", 1) > 1:
+        text = f"two processes call themselves RANK {rank}, one of them on {host}; {come}"
+        store.set("verdict", text)
+        raise ConfigError(text)
+    store.set(f"rank_{rank}", f"{world_size} on {host}")
+    if rank == 0:
+        store.set("verdict", _verdict(store, world_size, host, timeout, come))
+    else:
+        store.wait(["verdict"], timeout + datetime.timedelta(seconds=10))
+    if text := store.get("verdict").decode():
+        raise ConfigError(text)
+
+
+def _verdict(store: Store, world_size: int, host: str, timeout: datetime.timedelta, remedy: str) -> str:
+    """What rank 0 finds wrong with those who came, or nothing."""
+    ranks = [f"rank_{rank}" for rank in range(world_size)]
+    try:
+        store.wait(ranks, timeout)
+    except dist.DistStoreError:
+        absent = ", ".join(str(rank) for rank, name in enumerate(ranks) if not store.check([name]))
+        return f"of {world_size} ranks these did not come within {timeout.total_seconds():.0f} s: {absent}; {remedy}"
+    said = [store.get(name).decode() for name in ranks]
+    others = [f"rank {rank} has {text}" for rank, text in enumerate(said) if text.split()[0] != str(world_size)]
+    return f"rank 0 has WORLD_SIZE {world_size} on {host}, {', '.join(others)}; {remedy}" if others else ""

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from swinv2_train import loop
+from swinv2_train.agreement import check_agreement
 from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.command_line import compose_source, run_on_weights
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
@@ -112,6 +113,7 @@ def evaluate(config: Config, request: Request) -> dict[str, Any]:
     """
     check_request(config, request)
     world = init_distributed(config.runtime.process_group_timeout_sec)
+    check_agreement(config)
     set_threads(config.runtime.num_threads, world.local_world_size)
     splits: dict[str, Split] = on_main(world, lambda: open_splits(config))
     out = on_main(world, lambda: make_out(request.out))

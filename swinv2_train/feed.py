@@ -72,6 +72,11 @@ class Feed:
         ready, self._ready = self._ready, None
         return ready
 
+    def look_again(self) -> None:
+        """Let a stop that came after the next step was made ready come before it.  Collective."""
+        if self._ready is not None and self._ready.state == GO and highest(int(self._stop.requested is not None)):
+            self._ready = self._ready._replace(state=STOP)
+
 
 class Copies(Iterator[Batch]):
     """Batches on an accelerator.  Each is copied by a stream of its own while the one before is computed.

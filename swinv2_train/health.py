@@ -216,6 +216,8 @@ class Heartbeat:
             if idle_sec > self._limit_sec():
                 self._closed.set()  # the last word is the report's
                 self.pulse.changed.set()
+                what = f"rank {self.rank}: nothing has moved for {idle_sec:.0f} s; writing stacks"
+                os.write(2, f"{what} to {self.run_dir}\n".encode())  # first, should that disk hang
                 reporter = threading.Thread(target=self._report, args=(idle_sec,), name="hang report", daemon=True)
                 reporter.start()
                 reporter.join(self.every_sec + _REPORT_SEC)
@@ -256,7 +258,7 @@ class Heartbeat:
             self._write("failed", text)
             if self.rank == speaker:
                 if self.rank:  # rank 0 is silent, so its status is taken over
-                    self._write_status({**everyone.get(0, {}), "state": "failed", "reason": text})
+                    self._write_status({**everyone.get(0, everyone[self.rank]), "state": "failed", "reason": text})
                 self.console.fail(HangError(text))
             else:
                 print(text, file=sys.stderr)

@@ -164,6 +164,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
             score = scores.get(train.keep_best) if train.keep_best else None
             if due(run.step, train.checkpoint_every_steps) or last or score is not None:
                 save(run, score)
+                feed.look_again()  # evaluation and save take their time, and now nothing would be left to save
         run.garbage.after_step(run.step)
     finish_saving(run)
     if run.trace is not None and (written := run.trace.close()):

@@ -228,7 +228,7 @@ def environment_record(world_size: int) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
         "gpus": _gpus(),
         "cuda": torch.version.cuda,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED_PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in RECORDED_PACKAGES},
     }
 
 
@@ -302,7 +302,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """An installed package's version, from its metadata; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

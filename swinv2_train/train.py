@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from swinv2_train import loop
+from swinv2_train.agreement import check_agreement
 from swinv2_train.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, verified_checkpoint
 from swinv2_train.command_line import read_run, run_command
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, is_pipe
@@ -20,7 +21,7 @@ from swinv2_train.data.cache import shard_cache
 from swinv2_train.data.loader import EvalLoader, accumulation_steps, check_classes
 from swinv2_train.data.shards import Manifest, open_manifest
 from swinv2_train.data.stream import NOT_ELASTIC, Stream, build_train_loader, open_stream
-from swinv2_train.distributed import World, broadcast_object, init_distributed, shutdown_distributed
+from swinv2_train.distributed import World, broadcast_object, gather_objects, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine, check_engine
 from swinv2_train.engine.recompute import recompute_warning
 from swinv2_train.export import Request, export
@@ -30,6 +31,7 @@ from swinv2_train.health import ENDING, Heartbeat, Pulse
 from swinv2_train.lazy import LazyTensors
 from swinv2_train.log import Console, RunLog, open_console
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.fused import fused_problem
 from swinv2_train.models.initial import without_values
 from swinv2_train.optim import build_param_groups
@@ -71,6 +73,7 @@ def train(config: Config) -> int:
     run_dir = Path(config.run_dir)
     with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)
+        check_agreement(config)
         set_threads(config.runtime.num_threads, world.local_world_size)
         if world.device.type == "cpu":
             tune_allocator()
@@ -155,8 +158,8 @@ def build_run(
         log.say(NOT_ELASTIC)
     if warning := recompute_warning(config.model.recompute):
         log.say(f"warning: {warning}")
-    if config.model.attention == "fused" and (problem := fused_problem(world.device)) is not None:
-        log.say(f"note: model.attention (fused) is not used here: {problem}; the reference serves")
+    if config.model.attention == "fused" and (problem := without_fused(task.module, world)) is not None:
+        log.say(f"note: model.attention (fused) is not used: {problem}; the reference serves")
     loader = build_train_loader(
         shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
         state["images_seen"],
@@ -191,6 +194,18 @@ def build_run(
         trace=Trace(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None,
         garbage=Garbage(config.runtime.gc_every_steps),
     )
+
+
+def without_fused(module: nn.Module, world: World) -> str | None:
+    """Where any rank has no fused kernels, none uses them, or their numbers would differ; why, or None."""
+    problems = gather_objects(fused_problem(world.device))
+    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
+    if not found:
+        return None
+    for attention in module.modules():
+        if isinstance(attention, WindowAttention):
+            attention.fused = False
+    return found[0] if world.world_size > 1 else found[0].removeprefix("rank 0: ")
 
 
 def on_main(world: World, function: Callable[[], Any]) -> Any:

@@ -79,6 +79,11 @@ def check_engine(config: EngineConfig) -> None:
             "engine.deepspeed_overrides.zero_optimization.round_robin_gradients: DeepSpeed then takes another "
             "parameter's master for a parameter's own when weights are read or loaded; leave it out"
         )
+    if isinstance(zero, dict) and zero.get("compute_grad_norm") is False:
+        raise ConfigError(
+            "engine.deepspeed_overrides.zero_optimization.compute_grad_norm (false): gradients that are not finite "
+            "would then move the weights; leave it out"
+        )
     _check_overrides(config)
 
 

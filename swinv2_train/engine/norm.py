@@ -55,5 +55,5 @@ def skip_overflow_scan(optimizer: Any) -> None:
 
     With offload it is kept: there it is a flag on the host.
     """
-    if hasattr(optimizer, "check_grad_overflow") and not optimizer.cpu_offload:
+    if hasattr(optimizer, "check_grad_overflow") and not optimizer.cpu_offload and optimizer.compute_grad_norm:
         optimizer.check_overflow = lambda partition_gradients=True: None

@@ -127,6 +127,7 @@ class ZeroEngine:
             self._ds.step()
         if not self._ds.was_step_applied():
             raise NonFiniteError(f"the global gradient norm is {float(self._ds.get_global_grad_norm())}")
+        assert math.isfinite(norm.value), "a step was taken whose norm DeepSpeed never looked at"
         return norm.value
 
     @torch.no_grad()

@@ -347,8 +347,8 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
         store(&sums[i * p + j], load(&sums[i * p + j]) + g);
       }
     }
-    std::fill(&weights[n * p], weights.data() + p * p, 0.0f);
-    std::fill(&gradient[n * p], gradient.data() + p * p, 0.0f);
+    std::fill(weights.begin() + n * p, weights.end(), 0.0f);
+    std::fill(gradient.begin() + n * p, gradient.end(), 0.0f);
     multiply<true>(weights.data(), p, go.data(), d, gv.data(), d, p, d, p);
     w.write(gv.data(), grad_qkv, 3 * w.channels, 2 * w.channels);
     multiply<false>(gradient.data(), p, k.data(), d, gq.data(), d, p, d, p);

@@ -5,12 +5,14 @@ Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -40,40 +42,69 @@ def problem() -> str | None:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
+    if not compiler:
         return None, "there is no C++ compiler (g++, clang++, or what CXX names)"
     try:
-        with tempfile.TemporaryDirectory() as private:
-            kept = _cache_directory()
-            library = (kept or Path(private)) / f"fused_cpu_{_fingerprint(compiler)}.so"
-            if not library.exists():
-                part = library.with_suffix(f".{os.getpid()}")
-                subprocess.run([compiler, *FLAGS, "-o", part, SOURCE], check=True, capture_output=True, timeout=120)
-                part.replace(library)  # whole or absent, however many processes compile it at once
-            return ctypes.CDLL(str(library)), None
+        directory, name = _cache_directory(), f"fused_cpu_{_fingerprint(compiler)}.so"
+        library = None if directory is None else _kept(directory / name)
+        if library is None:
+            with tempfile.TemporaryDirectory() as private:
+                built = Path(private) / name
+                subprocess.run([*compiler, *FLAGS, "-o", built, SOURCE], check=True, capture_output=True, timeout=300)
+                library = ctypes.CDLL(str(built))  # stays when its file goes
+                if directory is not None:
+                    _keep(built, directory / name)
+        return library, None
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None)
-        last = said.decode(errors="replace").strip().splitlines()[-1] if said else error
-        return None, f"{compiler} could not compile it: {last}"
+        lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
+        said = [line for line in lines if line.strip()] or [str(error)]
+        return None, f"{' '.join(compiler)} could not compile it: {said[-1]}"
 
 
 def _cache_directory() -> Path | None:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/swinv2_train, or in ~/.cache; None if it cannot be written."""
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swinv2_train"
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/swinv2_train, or in ~/.cache; None where others could write."""
     try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swinv2_train"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory if _is_ours(directory) else None
+    except (OSError, RuntimeError):  # the second from expanduser, where a user has no home
+        return None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else can have put there what would be run."""
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """A kernel that an earlier start compiled; None where there is none, or it cannot be loaded (a torn file)."""
+    try:
+        return ctypes.CDLL(str(path)) if _is_ours(path) else None
     except OSError:
         return None
-    return directory if os.access(directory, os.W_OK) else None
 
 
-def _fingerprint(compiler: str) -> str:
+def _keep(built: Path, path: Path) -> None:
+    """Whole or not at all, however many processes and hosts do it at once; a full disk is no reason to stop."""
+    with contextlib.suppress(OSError):
+        file, part = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(file, "wb") as target:
+                target.write(built.read_bytes())
+            Path(part).replace(path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+
+
+def _fingerprint(compiler: list[str]) -> str:
     """Of all that a compiled kernel follows from, the processor too: homes are shared between machines."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     cpu = Path("/proc/cpuinfo")
-    features = {line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features", "model name"))}
-    what = (SOURCE.read_text(), FLAGS, version, platform.machine(), sorted(features))
+    lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    what = (SOURCE.read_text(), FLAGS, compiler, version, platform.machine(), sorted(features))
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 

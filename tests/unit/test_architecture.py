@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "config": 0, "gate": 0, "slurm": 0, "distributed": 0, "lazy": 0,
     "models": 1, "metrics": 1, "runtime": 1, "records": 1, "console": 1, "log": 1, "pictures": 1, "charts": 1,
-    "profiling": 1, "garbage": 1, "feed": 2,
+    "agreement": 2, "profiling": 1, "garbage": 1, "feed": 2,
     "health": 1, "stragglers": 1,
     "data": 2,
     "tasks": 3, "optim": 3, "schedule": 3, "ema": 3,

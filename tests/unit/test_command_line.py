@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import pytest
@@ -12,23 +13,33 @@ from swinv2_train.runtime import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 
 
 def refuse() -> int:
-    raise ConfigError("optim.lr is wrong")
+    raise ConfigError("lr is wrong")
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     assert guarded(refuse) == EXIT_USER_ERROR == 2
-    assert capsys.readouterr().err == "error: optim.lr is wrong\n"
+    assert capsys.readouterr().err == "error: lr is wrong\n"
 
 
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
-@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_wrong_input_is_said_by_the_first_rank_alone(rank, lines, variable, monkeypatch, capsys):
-    """Else a job of 64 ranks says it 64 times."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv(variable, rank)
+@pytest.mark.parametrize(("of_all", "of_host"), [("RANK", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_LOCALID")])
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "said"),
+    [
+        ("0", "0", "error: lr is wrong\n"),
+        ("1", "1", ""),
+        ("8", "0", "error: rank 8 on HOST: lr is wrong\n"),
+    ],
+)
+def test_wrong_input_is_said_by_each_hosts_first_rank(rank, local_rank, said, of_all, of_host, monkeypatch, capsys):
+    """Else a job of 64 ranks says it 64 times; and rank 0 may be waiting for the host that is refused."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(of_all, rank)
+    monkeypatch.setenv(of_host, local_rank)
+    monkeypatch.setattr(socket, "gethostname", lambda: "HOST")
     assert guarded(refuse) == EXIT_USER_ERROR
-    assert len(capsys.readouterr().err.splitlines()) == lines
+    assert capsys.readouterr().err == said
 
 
 def test_a_bug_is_a_traceback_and_exit_code_1(capsys):

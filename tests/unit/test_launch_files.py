@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,29 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
     assert "--max-restarts 2" in several and "SIGUSR1" in several
 
 
+@pytest.fixture
+def job(tmp_path) -> Callable[..., tuple[bool, int]]:
+    """job(TASK, overrides...): train.sbatch itself, with stand-ins for srun and scontrol; requeued?, exit code."""
+    for folder in ("swinv2_train", "conf", "launch", "run", "bin"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
+
+    def run(task: str, *overrides: str) -> tuple[bool, int]:
+        (tmp_path / "bin" / "srun").write_text(f'#!/bin/bash\necho "$@" > started\n({task})\nexit $?\n')
+        for program in (tmp_path / "bin").iterdir():
+            program.chmod(0o755)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "swinv2",
+            "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "1",
+        }  # fmt: skip
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        command = [ROOT / "launch" / "train.sbatch", "run_dir=run", *overrides]
+        done = subprocess.run(command, cwd=tmp_path, env=environment)
+        return (tmp_path / "requeued").exists(), done.returncode
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("task", "goes_on"),
     [
@@ -75,18 +99,21 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
         ("""echo '{"state": "stopped"}' > run/status.json; touch -d '1 hour ago' run/status.json; exit 1""", False),
     ],
 )
-def test_a_job_goes_on_after_a_stop_and_after_progress_alone(task, goes_on, tmp_path):
-    """train.sbatch itself, with stand-ins for srun and scontrol: what it makes of each end of its tasks."""
-    for folder in ("swinv2_train", "conf", "launch", "run", "bin"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash\n({task})\nexit $?\n")
-    (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
-    for program in (tmp_path / "bin").iterdir():
-        program.chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "swinv2",
-        "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "1",
-    }  # fmt: skip
-    done = subprocess.run([ROOT / "launch" / "train.sbatch", "run_dir=run"], cwd=tmp_path, env=environment)
-    assert (tmp_path / "requeued").exists() is goes_on
-    assert (done.returncode == 0) is (task == "exit 0")
+def test_a_job_goes_on_after_a_stop_and_after_progress_alone(task, goes_on, job):
+    """What it makes of each end of its tasks."""
+    requeued, code = job(task)
+    assert requeued is goes_on and (code == 0) is (task == "exit 0")
+
+
+def test_five_starts_without_a_checkpoint_are_enough(job):
+    """A time limit shorter than a start takes would requeue for ever; a checkpoint begins the count again."""
+    assert [job("exit 3")[0] for _ in range(3)] == [True] * 3
+    assert job("mkdir -p run/checkpoints/step_00000007; exit 3")[0]
+    assert [job("kill -USR1 $$")[0] for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_a_restart_keeps_its_overrides(job, tmp_path):
+    """Also where the file of a sweep has changed meanwhile."""
+    job("exit 3", "optim.lr=0.1", "data.shards='a b/{0..3}.tar'")
+    job("exit 3", "optim.lr=0.2")
+    assert "optim.lr=0.1 data.shards='a b/{0..3}.tar' run_dir='run'" in (tmp_path / "started").read_text()

@@ -1,0 +1,115 @@
+"""Ranks that were started differently are found before anything is done, and named."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+
+import pytest
+from configs import make_config
+from harness import run_distributed
+
+from swinv2_train import agreement, distributed
+from swinv2_train.agreement import check_agreement
+from swinv2_train.config import ConfigError
+from swinv2_train.distributed import init_distributed
+
+
+def found(world, change):
+    """The message of this rank, after change(rank) gave it a configuration."""
+    config = change(world.rank)
+    try:
+        check_agreement(config)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_that_agree_say_nothing():
+    """Folders on local disks may have other names on every host."""
+    assert run_distributed(found, 2, lambda rank: make_config(data={"cache_dir": f"/disk{rank}"})) == [None, None]
+
+
+def test_other_settings_versions_and_code_are_named():
+    host = socket.gethostname()
+
+    def change(rank):
+        if rank == 1:  # of a process of its own
+            agreement.version_of = lambda name: "9.9" if name == "torch" else "1"
+            agreement._fingerprint = lambda: "other"
+            return make_config(optim={"lr": 0.25})
+        agreement.version_of = lambda name: "1"
+        return make_config(optim={"lr": 0.5})
+
+    messages = run_distributed(found, 2, change)
+    assert messages[0] == messages[1]
+    for part in (
+        f"rank 1 ({host}) has optim.lr 0.25, rank 0 ({host}) has 0.5",
+        f"rank 1 ({host}) has the package torch 9.9, rank 0 ({host}) has 1",
+        f"rank 1 ({host}) has the code of swinv2_train other, rank 0",
+        "start all of them with one command",
+    ):
+        assert part in messages[0]
+
+
+def test_many_differences_are_cut_short():
+    def change(rank):
+        return make_config(
+            optim={"lr": rank + 1.0, "weight_decay": rank * 1.0}, train={"log_every_steps": rank + 1},
+            data={"num_workers": rank}, runtime={"num_threads": rank + 1, "gc_every_steps": rank + 1},
+        )  # fmt: skip
+
+    message = run_distributed(found, 2, change)[0]
+    assert message.count("rank 1") == 5 and "; and 1 more;" in message
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_half_an_environment_is_not_one_process(name, monkeypatch):
+    """A forgotten variable would otherwise start as many runs as there are processes."""
+    for each in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=rf"{name} \(1\) is in the environment and .* is not; start with torchrun"):
+        init_distributed(5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "said"),
+    [
+        ((0, 1), (2, 4), "rank 0 has WORLD_SIZE 2 on .*, rank 1 has 4 on"),
+        ((0, 0), (2, 2), "two processes call themselves RANK 0|cannot listen on MASTER_PORT"),
+        ((0, 1), (3, 3), "of 3 ranks these did not come within 2 s: 2;"),
+    ],
+)
+def test_ranks_of_wrong_numbers_are_named(ranks, sizes, said):
+    """On at least one rank; a doubled rank 0 finds its port taken."""
+
+    def join(world):
+        os.environ |= {"RANK": str(ranks[world.rank]), "WORLD_SIZE": str(sizes[world.rank])}
+        try:
+            init_distributed(2)
+        except ConfigError as error:
+            return str(error)
+        except RuntimeError as error:  # rank 0 may be gone by then, and its store with it
+            return f"{type(error).__name__}"
+        return None
+
+    messages = run_distributed(join, 2, init=False, timeout_sec=60)
+    assert any(message and re.search(said, message) for message in messages), messages
+    assert None not in messages or ranks == (0, 0)
+
+
+def test_an_address_where_nobody_answers_is_named(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"rank 1 on .* cannot reach rank 0 at MASTER_ADDR \(127.0.0.1\).*{port}"):
+        init_distributed(2)
+    monkeypatch.setenv("MASTER_PORT", "port")
+    with pytest.raises(ConfigError, match=r"MASTER_PORT \(port\) must be a port's number"):
+        init_distributed(2)
+    assert not distributed._active()

@@ -1,0 +1,83 @@
+"""torchrun on two hosts with a network between them that loses packets, breaks for seconds, and breaks for good."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed.test_train import SMALL, finish, losses, shards, start, wait_for_step  # noqa: F401
+from network import INTERFACE, TwoHosts
+
+from swinv2_train.checkpoint import newest_checkpoint
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+PRETRAIN = (
+    "experiment=cifar10_simmim", *SMALL, f"train.max_steps={STEPS}", "train.micro_batch_size=8",
+    "engine.precision=fp32",
+)  # fmt: skip
+
+
+@pytest.fixture
+def hosts() -> Iterator[TwoHosts]:
+    try:
+        with TwoHosts() as hosts:
+            yield hosts
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces and TUN devices are not permitted here: {error}")
+
+
+def torchrun(hosts: TwoHosts, port: int, *overrides: str) -> list[subprocess.Popen[str]]:
+    """launch/torchrun.sh on both hosts, one rank each; gloo takes the interface that it is told."""
+    processes = []
+    for host in range(2):
+        variables = {
+            "NNODES": "2", "NODE_RANK": str(host), "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": str(port),
+            "NPROC_PER_NODE": "1", "PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": INTERFACE,
+            "SHUTDOWN_TIMEOUT_SEC": "20",
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                hosts.command(host, str(ROOT / "launch/torchrun.sh"), *overrides), env=os.environ | variables,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )
+        )  # fmt: skip
+    return processes
+
+
+def test_lost_packets_and_a_cut_of_ten_seconds_change_nothing(hosts, shards, tmp_path):  # noqa: F811
+    """TCP sends again what is lost, one packet in twenty and then all; the run's losses are those of one host's."""
+    alone = start(*PRETRAIN, *shards, f"run_dir={tmp_path / 'alone'}")
+    assert finish(alone)[0] == 0
+    hosts.loss = 0.05
+    both = torchrun(hosts, 29511, *PRETRAIN, *shards, f"run_dir={tmp_path / 'both'}")
+    wait_for_step(tmp_path / "both", 3, both[0])
+    hosts.cut_for(10)
+    for process in both:
+        code, output = finish(process)
+        assert code == 0, output
+    assert hosts.carried > 1000 and hosts.lost > 50
+    assert losses(tmp_path / "both") == losses(tmp_path / "alone") and len(losses(tmp_path / "both")) == STEPS
+
+
+def test_a_network_that_stays_away_ends_the_run_cleanly_and_it_resumes(hosts, shards, tmp_path):  # noqa: F811
+    """Both hosts end by themselves after process_group_timeout_sec and name it; the same command goes on later."""
+    run = (*PRETRAIN, *shards, f"run_dir={tmp_path / 'run'}", "runtime.process_group_timeout_sec=10")
+    both = torchrun(hosts, 29512, *run, "train.max_steps=100000")
+    wait_for_step(tmp_path / "run", 6, both[0])
+    hosts.cut.set()
+    outputs = [finish(process, timeout_sec=120) for process in both]
+    assert all(code != 0 for code, _ in outputs)
+    assert any("failed" in output for _, output in outputs), outputs
+    hosts.cut.clear()
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    steps = int(newest.name.removeprefix("step_")) + 2
+    again = [finish(process) for process in torchrun(hosts, 29513, *run, f"train.max_steps={steps}")]
+    assert [code for code, _ in again] == [0, 0], again
+    assert f"resuming from {newest}" in again[0][1]
