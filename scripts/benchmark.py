@@ -287,6 +287,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore otherwise
     options = options_of(arguments)
     if options.install_peers:
         python = install_peers()

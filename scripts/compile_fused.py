@@ -44,18 +44,19 @@ def launches_of(window: int, head_dim: int, dtype: torch.dtype, padded: bool) ->
     side = 2 * window - int(padded)
     grid = window_grid((side, side), (window, window), shifted=True)
     launches: list[Any] = []
-    modules = fused._kernels()
+    originals = fused._kernels, fused._compiled
     recorders = tuple(
         SimpleNamespace(**{name: Recorder(f, launches) for name, f in vars(module).items() if name.endswith("_kernel")})
-        for module in modules
+        for module in fused._kernels()
     )
     fused._kernels = lambda: recorders  # type: ignore[assignment, return-value]
+    fused._compiled = lambda qkv: False  # not the kernel for CPUs
     try:
         qkv = torch.zeros(1, side, side, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
         out = fused.fused_window_attention(qkv, torch.ones(2, 1, 1), torch.zeros((2 * window - 1) ** 2, 2), grid, 2)
         out.sum().backward()
     finally:
-        fused._kernels = lambda: modules
+        fused._kernels, fused._compiled = originals
     return launches
 
 

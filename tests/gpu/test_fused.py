@@ -365,6 +365,7 @@ def test_a_model_attends_by_the_kernels_where_they_are_available(size, monkeypat
         assert (ours.grad - expected.grad).abs().max() <= 1e-4 * expected.grad.abs().max(), name
 
 
+@pytest.mark.usefixtures("exact_bfloat16")
 def test_kernels_that_fail_or_are_wrong_are_found_before_they_serve(monkeypatch):
     """In the trial that fused_problem makes on a card: here with the interpreter's kernels, then with broken ones."""
     device = torch.device(DEVICE)

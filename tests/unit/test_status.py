@@ -44,7 +44,10 @@ def test_of_a_run_that_waits_for_data_and_is_then_killed(tmp_path):
     process = start(tmp_path, body, timeout_sec=100)
     wait_for(tmp_path / STATUS, process)
     deadline = time.monotonic() + 30
-    while "checkpoint_step" not in read_status(tmp_path) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        status = read_status(tmp_path)
+        if status["doing"] == "waiting for data" and "checkpoint_step" in status:
+            break
         time.sleep(0.05)
     assert "NaN" not in (tmp_path / STATUS).read_text()  # which is no JSON
     text = status_text(read_status(tmp_path))
