@@ -25,7 +25,8 @@ from swinv2_train.models.windows import WindowGrid, window_regions, window_token
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_TOKENS = 1024  # of a window: a thread holds four N x N float32 matrices, 16 MiB
-ITEMS = 96  # pieces of work of a call, at least: a chunk of windows and a head each; fixed, whatever the machine
+ITEMS = 96  # pieces of work of a call, a chunk of windows and a head each, where there are enough windows
+CHUNK = 4  # windows of a chunk, at least: they share a head's bias.  Neither depends on the machine, as sums do on them
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -114,7 +115,7 @@ class _Call:
     def __init__(self, qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, heads: int) -> None:
         tokens, regions = window_tokens(grid, qkv.device), window_regions(grid, qkv.device)
         windows = tokens.shape[0]
-        self.chunks = min(qkv.shape[0] * windows, math.ceil(ITEMS / heads))
+        self.chunks = max(1, min(math.ceil(ITEMS / heads), qkv.shape[0] * windows // CHUNK))
         self.table = table.t().contiguous()  # (h, offsets)
         sizes = _Sizes(
             qkv.shape[0], math.prod(grid.size), windows, *grid.window, heads, qkv.shape[-1] // (3 * heads), self.chunks
