@@ -111,6 +111,7 @@ def test_ours_is_compared_with_the_faster_of_autocast_and_bf16_weights():
     assert {row.count("|") for row in rows[2:]} == {17}
 
 
+@pytest.mark.slow  # the peers' giant is built to see what they make of it
 def test_a_model_is_refused_where_it_does_not_fit_or_cannot_be_expressed():
     """Of giant, before anything is allocated."""
     giant, device = Case("giant", 192, 12, 1), torch.device("cpu")
