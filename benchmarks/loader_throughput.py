@@ -1,6 +1,8 @@
 """Images per second of the loader alone, beside a bare decode loop and webdataset's own streaming, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader_throughput.py [--rounds 30] [--images 600] [--size 192]
+    OMP_NUM_THREADS=1 python benchmarks/loader_throughput.py [--rounds 30] [--images 600] [--size 192] [--sources]
+
+--sources: instead of webdataset's readers, ours on the same images as a folder and as a saved data set of `datasets`.
 
 Every reader does the same work with the same functions (read a JPEG of 500 x 375 pixels from a tar, decode it, cut a
 random box, resize it, flip it), except the one named "PIL", which decodes and resizes with Pillow, as webdataset's own
@@ -22,6 +24,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +37,14 @@ from swinv2_train.config import DataConfig
 from swinv2_train.data.crop import random_box, random_flip, random_resized_crop
 from swinv2_train.data.decode import decode_image
 from swinv2_train.data.loader import TrainLoader
-from swinv2_train.data.shards import Manifest, TarReader, open_manifest, write_shards
+from swinv2_train.data.shards import Manifest, TarReader, write_shards
+from swinv2_train.data.source import Source, open_source
 
 BATCH = 50
 SHARDS, PER_SHARD = 8, 100
+ONE, TWO = "bare decode loop", "bare decode loop, 2 processes"
+Streams = dict[str, tuple[str, Iterator[int]]]
+"""By name: the bare loop to compare with, and the batches."""
 
 
 class Crop:
@@ -106,9 +113,9 @@ def bare_processes(manifest: Manifest, crop: Crop, processes: int) -> Iterator[i
             worker.join()
 
 
-def ours(manifest: Manifest, crop: Crop, workers: int) -> Iterator[int]:
+def ours(source: Source, crop: Crop, workers: int) -> Iterator[int]:
     config = replace(crop.config, num_workers=workers)
-    loader = TrainLoader(manifest, config, crop, 0, BATCH, BATCH, 0, 1, 0)
+    loader = TrainLoader(source, config, crop, 0, BATCH, BATCH, 0, 1, 0)
     try:
         for batch in loader:
             yield len(batch["images"])
@@ -178,28 +185,57 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--images", type=int, default=600, help="per reader and round")
     parser.add_argument("--size", type=int, default=192, help="side of the crop in pixels")
+    parser.add_argument("--sources", action="store_true", help="shards, folder and saved data set")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     config = compose_overrides(["run_dir=x", "data.shards=x"]).data
     with tempfile.TemporaryDirectory() as folder:
-        pictures = ((f"p{i:04d}", photograph(i), "jpg", None) for i in range(SHARDS * PER_SHARD))
-        write_shards(pictures, f"{folder}/train", PER_SHARD)
-        measure(open_manifest(f"{folder}/train-*.tar"), Crop(config, options.size), options.rounds, options.images)
+        pictures = [photograph(i) for i in range(SHARDS * PER_SHARD)]
+        named = [(f"p{i:04d}", data, "jpg", None) for i, data in enumerate(pictures)]
+        manifest, crop = write_shards(named, f"{folder}/train", PER_SHARD), Crop(config, options.size)
+        others = unpacked(pictures, folder, crop) if options.sources else peers(manifest, crop)
+        measure(manifest, crop, options.rounds, options.images, others)
 
 
-def measure(manifest: Manifest, crop: Crop, rounds: int, images: int) -> None:
-    one, two = "bare decode loop", "bare decode loop, 2 processes"
-    streams = {
-        one: (one, bare(manifest, crop)),
-        "ours, in the training process": (one, ours(manifest, crop, 0)),
-        "webdataset, our functions": (one, webdataset(manifest, crop, 0, pil=False)),
-        "webdataset, PIL": (one, webdataset(manifest, crop, 0, pil=True)),
-        two: (two, bare_processes(manifest, crop, 2)),
-        "ours, 2 workers": (two, ours(manifest, crop, 2)),
-        "webdataset, our functions, 2 workers": (two, webdataset(manifest, crop, 2, pil=False)),
-        "webdataset, PIL, 2 workers": (two, webdataset(manifest, crop, 2, pil=True)),
+def peers(manifest: Manifest, crop: Crop) -> Streams:
+    return {
+        "webdataset, our functions": (ONE, webdataset(manifest, crop, 0, pil=False)),
+        "webdataset, PIL": (ONE, webdataset(manifest, crop, 0, pil=True)),
+        "webdataset, our functions, 2 workers": (TWO, webdataset(manifest, crop, 2, pil=False)),
+        "webdataset, PIL, 2 workers": (TWO, webdataset(manifest, crop, 2, pil=True)),
     }
+
+
+def unpacked(pictures: list[bytes], folder: str, crop: Crop) -> Streams:
+    """The same images as files in class folders, and as a saved data set."""
+    from datasets import Dataset, Features, Image, disable_progress_bars
+
+    disable_progress_bars()
+    for number, data in enumerate(pictures):
+        path = Path(folder, "images", f"class{number % 10}", f"p{number:04d}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    cells = {"image": [{"bytes": data, "path": None} for data in pictures]}
+    Dataset.from_dict(cells, features=Features({"image": Image()})).save_to_disk(f"{folder}/saved", num_shards=SHARDS)
+    images, saved = open_source(f"{folder}/images"), open_source(f"{folder}/saved")
+    return {
+        "ours, a folder": (ONE, ours(images, crop, 0)),
+        "ours, a saved data set": (ONE, ours(saved, crop, 0)),
+        "ours, a folder, 2 workers": (TWO, ours(images, crop, 2)),
+        "ours, a saved data set, 2 workers": (TWO, ours(saved, crop, 2)),
+    }
+
+
+def measure(manifest: Manifest, crop: Crop, rounds: int, images: int, others: Streams) -> None:
+    streams: Streams = {
+        ONE: (ONE, bare(manifest, crop)),
+        "ours, in the training process": (ONE, ours(manifest, crop, 0)),
+        TWO: (TWO, bare_processes(manifest, crop, 2)),
+        "ours, 2 workers": (TWO, ours(manifest, crop, 2)),
+        **others,
+    }
+    streams = dict(sorted(streams.items(), key=lambda item: item[1][0] == TWO))
     readers = {name: Reader(batches) for name, (_, batches) in streams.items()}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
     for _ in range(rounds):

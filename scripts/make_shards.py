@@ -12,8 +12,6 @@ copied byte for byte, in an order shuffled once.
 from __future__ import annotations
 
 import argparse
-import os
-import random
 import sys
 import tarfile
 import time
@@ -23,8 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from swinv2_train.data.folder import class_names, is_image, list_folder
 from swinv2_train.data.index import IMAGE_EXTENSIONS
 from swinv2_train.data.shards import Manifest, ShardError, reindex, shard_files, verify_shards, write_shards
+from swinv2_train.data.unpacked import PACKING_SEED, SAMPLES_PER_SHARD, packing_order
 
 CLASSES_NAME = "classes.txt"
 
@@ -48,8 +48,7 @@ def pack(
     """
     if classes is not None:
         _write_classes(Path(out_prefix).parent / CLASSES_NAME, classes)
-    order = list(entries)
-    random.Random(seed).shuffle(order)
+    order = [entries[number] for number in packing_order(len(entries), seed)]
     return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
 
 
@@ -78,21 +77,18 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
 def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
-    Raises ShardError for a source that does not exist, is compressed, holds no images or mixes the two layouts.
+    Raises ShardError for a source that does not exist, is compressed, holds no images, mixes the two layouts, has a
+    class folder without images, or cannot be read through.
     """
     if source.is_dir():
-        names = sorted(
-            str(PurePosixPath(Path(folder).relative_to(source), file))
-            for folder, _, files in os.walk(source, followlinks=True)
-            for file in files
-        )
-        return _entries(source, {name: partial(_read_file, source / name) for name in names}, strip_top=False)
+        listing = list_folder(str(source), f"SOURCE {source}")
+        return _entries(source, {name: partial(_read_file, source / name) for name in listing.names}, listing.left_out)
     if not source.is_file():
         raise ShardError(f"SOURCE {source} does not exist; name a folder, zip or tar of images")
     if zipfile.is_zipfile(source):
         archive = zipfile.ZipFile(source)
         files = sorted(info.filename for info in archive.infolist() if not info.is_dir())
-        return _entries(source, {name: partial(archive.read, name) for name in files}, strip_top=True)
+        return _archive_entries(source, {name: partial(archive.read, name) for name in files})
     try:
         with tarfile.open(source, "r:") as tar:
             members = sorted((member.name, member.offset_data, member.size) for member in tar if member.isreg())
@@ -100,39 +96,33 @@ def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:
         raise ShardError(
             f"SOURCE {source} is not a folder, zip or uncompressed tar ({error}); unpack it and name the folder"
         ) from error
-    return _entries(
-        source, {name: partial(_read_slice, source, offset, size) for name, offset, size in members}, strip_top=True
+    return _archive_entries(
+        source, {name: partial(_read_slice, source, offset, size) for name, offset, size in members}
     )
 
 
-def _entries(
-    source: Path, files: dict[str, Callable[[], bytes]], strip_top: bool
-) -> tuple[list[Entry], list[str] | None]:
-    images: dict[PurePosixPath, Callable[[], bytes]] = {}
-    for name, read in files.items():
-        path = PurePosixPath(name)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        if not hidden and path.suffix[1:].lower() in IMAGE_EXTENSIONS:
-            images[path] = read
+def _archive_entries(source: Path, files: dict[str, Callable[[], bytes]]) -> tuple[list[Entry], list[str] | None]:
+    paths = {PurePosixPath(name): read for name, read in files.items()}
+    images = {path: read for path, read in paths.items() if is_image(str(path))}
     if not images:
         raise ShardError(
             f"SOURCE {source} holds no images ({len(files)} files, none named *.{', *.'.join(IMAGE_EXTENSIONS)})"
         )
-    if len(files) > len(images):
-        print(f"{len(files) - len(images)} files of {source} are not images and are left out")
-    while strip_top and len({path.parts[0] for path in images}) == 1 and all(len(path.parts) > 1 for path in images):
+    while len({path.parts[0] for path in images}) == 1 and all(len(path.parts) > 1 for path in images):
         images = {PurePosixPath(*path.parts[1:]): read for path, read in images.items()}  # the archive's own folder
-    in_classes = sum(len(path.parts) > 1 for path in images)
-    if 0 < in_classes < len(images):
-        loose = next(path for path in images if len(path.parts) == 1)
-        raise ShardError(
-            f"SOURCE {source} holds {in_classes} images in class folders and {len(images) - in_classes} outside of them"
-            f" (e.g. {loose}); move them into their classes, or pack them apart"
-        )
-    classes = sorted({path.parts[0] for path in images}) if in_classes else None
+    return _entries(source, {str(path): read for path, read in images.items()}, len(files) - len(images))
+
+
+def _entries(
+    source: Path, images: dict[str, Callable[[], bytes]], left_out: int
+) -> tuple[list[Entry], list[str] | None]:
+    if left_out:
+        print(f"{left_out} files and hidden folders of {source} are not images and are left out")
+    classes = class_names(images, f"SOURCE {source}")
     label_of = {name: label for label, name in enumerate(classes or [])}
     entries, taken = [], set()
-    for path, read in images.items():
+    for name, read in images.items():
+        path = PurePosixPath(name)
         key = str(path.with_name(path.name[: -len(path.suffix)].replace(".", "_")))  # webdataset cuts at the first dot
         while key in taken:  # cat.1.jpg beside cat_1.jpg, or 1.jpg beside 1.png
             key += "_"
@@ -157,9 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="SOURCE", help="folder, zip or tar of images; a shard pattern with --reindex")
     parser.add_argument("out", metavar="OUT", nargs="?", help="prefix of the shards, e.g. data/my/train")
     parser.add_argument(
-        "--samples-per-shard", type=int, default=4000, help="aim at 100 to 500 MB a shard (%(default)s)"
+        "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="aim at 100 to 500 MB each (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
+    parser.add_argument("--seed", type=int, default=PACKING_SEED, help="of the shuffle (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="delete shards of that prefix first")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")

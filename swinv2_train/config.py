@@ -50,7 +50,7 @@ class TrainConfig:
     keep_checkpoints: int
     """The newest complete checkpoints that are kept."""
     keep_best: str | None
-    """Also keep the best checkpoint by val/top1, val/top5 or val/loss, as measured at each evaluation; null = none."""
+    """Also keep the best checkpoint by a score (SCORES, PROBE_SCORES): val/top1, val_ema/loss, probe/knn_top1, ..."""
     eval_every_steps: int | None
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: int
@@ -125,6 +125,25 @@ class ClassifyConfig(TaskConfig):
     """Classes; labels run from 0 to num_classes - 1."""
     label_smoothing: float
     """Mass of the target that is spread over all classes."""
+    rand_augment: str | None
+    """timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1 (arXiv:1909.13719); null = none."""
+    color_jitter: float
+    """Brightness, contrast and saturation are each multiplied by 1 - this to 1 + this; 0 = not at all."""
+    erasing_prob: float
+    """Probability that a box of an image is filled with noise (arXiv:1708.04896)."""
+    mixup_alpha: float
+    """Beta(alpha, alpha) gives the share of each of two blended images (arXiv:1710.09412); 0 = no mixup."""
+    cutmix_alpha: float
+    """Beta(alpha, alpha) gives the area of one image pasted into another (arXiv:1905.04899); 0 = no cutmix."""
+    mixup_prob: float
+    """Probability that a micro-batch is mixed at all."""
+    mixup_switch_prob: float
+    """Probability of cutmix where both are on."""
+
+
+def mixes(task: TaskConfig) -> bool:
+    """Whether the images of a micro-batch are ever mixed, in pairs."""
+    return isinstance(task, ClassifyConfig) and task.mixup_prob > 0 and (task.mixup_alpha > 0 or task.cutmix_alpha > 0)
 
 
 @dataclass
@@ -140,7 +159,7 @@ class EvalSplitConfig:
 @dataclass
 class DataConfig:
     shards: str
-    """Training shards: path or address (https://, s3://) with {00..11} braces or *, or pipe:COMMAND; :: joins parts"""
+    """Training shards: path or address (https://, ..) with {00..11} or *, or pipe:COMMAND, joined by ::, or a folder"""
     eval_shards: str | None
     """Evaluation shards, in the same notation; null = no evaluation."""
     eval_splits: dict[str, EvalSplitConfig]
@@ -225,6 +244,8 @@ class OptimConfig:
     """Parameters without weight decay: parts of their names, or "1d" for all with at most one dimension."""
     layer_decay: float
     """Factor of the learning rate per layer, counted from the head; 1 = none (arXiv:2111.09883 appendix A2)."""
+    ema_decay: float | None
+    """Average the weights: after each step, average = this x average + (1 - this) x weights; null = no average."""
     schedule: ScheduleConfig
     """How the learning rate goes over the run."""
 
@@ -334,6 +355,22 @@ class HardwareConfig:
 
 
 @dataclass
+class ProbeConfig:
+    methods: list[str]
+    """How to judge the frozen encoder by its mean-pooled features: knn, linear, both, or [] = not at all."""
+    every_steps: int | None
+    """Steps between probes during training, and one at the end; null = at the end only."""
+    shards: str | None
+    """Labelled images that the probes learn from, in data.shards' notation; null = data.shards."""
+    eval_shards: str | None
+    """Labelled images that they are scored on; null = data.eval_shards."""
+    knn_neighbours: int
+    """Neighbours that vote (arXiv:1805.01978; DINO's usual choice: 20)."""
+    knn_temperature: float
+    """A neighbour's vote is exp(cosine similarity / this)."""
+
+
+@dataclass
 class PlanConfig:
     num_gpus: int | None
     """Ranks to plan for; null = those of the launcher, else one node's."""
@@ -365,6 +402,8 @@ class Config:
     data: DataConfig
     optim: OptimConfig
     engine: EngineConfig
+    probe: ProbeConfig
+    """What the frozen encoder's features are worth, without fine-tuning."""
     log: LogConfig
     runtime: RuntimeConfig
     hardware: HardwareConfig
@@ -374,6 +413,18 @@ class Config:
 
 SCORES = {"simmim": ("val/loss",), "classify": ("val/loss", "val/top1", "val/top5")}
 """What each task measures on the evaluation shards."""
+
+PROBE_SCORES = {
+    "knn": ("probe/knn_top1", "probe/knn_top5"),
+    "linear": ("probe/linear_top1", "probe/linear_top5"),
+}
+"""What each of probe.methods measures of the encoder's features, in percent."""
+
+
+def averaged_score(name: str) -> str:
+    """What a score of the weights is called for their averages (optim.ema_decay): val_ema/top1 for val/top1."""
+    return name.replace("val/", "val_ema/", 1)
+
 
 ARTIFACTS = ("pictures", "weights")
 """What wandb may keep besides the numbers."""

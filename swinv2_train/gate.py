@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config import (
     ARTIFACTS,
+    PROBE_SCORES,
     SCORES,
     TASKS,
     ClassifyConfig,
@@ -27,7 +28,9 @@ from swinv2_train.config import (
     EvalSplitConfig,
     SimMIMConfig,
     TaskConfig,
+    averaged_score,
     is_pipe,
+    mixes,
     pair,
     parse_recompute,
 )
@@ -38,6 +41,8 @@ MOST_TRACED = 20
 """Steps of the longest trace."""
 ABOVE_0, BELOW_1 = math.ulp(0.0), 1.0 - math.ulp(0.5)
 """The open ends of ranges."""
+RAND_AUGMENT = re.compile(r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|tweights|t3a|t3aw))*")
+"""What timm reads of a policy's name; the rest it would pass over in silence."""
 
 
 def load_config(composed: DictConfig) -> Config:
@@ -191,6 +196,8 @@ def check_config(config: Config) -> None:
     _one_of("log.wandb", config.log.wandb, ("offline", "online", "disabled"))
     for artifact in config.log.wandb_artifacts:
         _one_of("log.wandb_artifacts", artifact, ARTIFACTS)
+    for method in config.probe.methods:
+        _one_of("probe.methods", method, tuple(PROBE_SCORES))
     _one_of("log.progress", config.log.progress, ("auto", "bar", "lines", "none"))
     _within("seed", config.seed, 0, 2**63 - 1)
     for key, value, low in (
@@ -211,6 +218,9 @@ def check_config(config: Config) -> None:
         ("model.mlp_ratio", config.model.mlp_ratio, ABOVE_0),
         ("model.attention_chunk_windows", config.model.attention_chunk_windows, 1),
         ("model.attention_chunk_mib", config.model.attention_chunk_mib, ABOVE_0),
+        ("probe.every_steps", config.probe.every_steps, 1),
+        ("probe.knn_neighbours", config.probe.knn_neighbours, 1),
+        ("probe.knn_temperature", config.probe.knn_temperature, ABOVE_0),
         ("data.num_workers", data.num_workers, 0),
         ("data.prefetch_batches", data.prefetch_batches, 1),
         ("data.lanes", data.lanes, 1),
@@ -262,6 +272,7 @@ def check_config(config: Config) -> None:
     for key, value in (
         ("model.drop_path_rate", config.model.drop_path_rate),
         ("plan.margin", config.plan.margin),
+        ("optim.ema_decay", optim.ema_decay),
         *(("optim.betas", beta) for beta in optim.betas),
     ):
         _within(key, value, 0, BELOW_1)
@@ -316,7 +327,21 @@ def check_config(config: Config) -> None:
                 raise ConfigError(f"{SPLITS}{name}.labels ({split.labels}) needs task=classify; SimMIM uses no labels")
     if isinstance(config.task, ClassifyConfig):
         _within("task.num_classes", config.task.num_classes, 1, math.inf)
-        _within("task.label_smoothing", config.task.label_smoothing, 0, 1)
+        for name in ("label_smoothing", "erasing_prob", "mixup_prob", "mixup_switch_prob"):
+            _within(f"task.{name}", getattr(config.task, name), 0, 1)
+        for name in ("color_jitter", "mixup_alpha", "cutmix_alpha"):
+            _within(f"task.{name}", getattr(config.task, name), 0, math.inf)
+        policy = config.task.rand_augment
+        if policy is not None and not RAND_AUGMENT.fullmatch(policy):
+            raise ConfigError(
+                f"task.rand_augment ({policy}) is not rand and sections such as m9, n2, p0.5, mstd0.5, mmax10, inc1, "
+                "tweights, t3a or t3aw, joined by '-'; the official policy is rand-m9-mstd0.5-inc1"
+            )
+        if mixes(config.task) and train.micro_batch_size % 2:
+            raise ConfigError(
+                f"train.micro_batch_size ({train.micro_batch_size}) must be even, for mixup pairs the images of a "
+                "micro-batch; change it, or set task.mixup_alpha=0 and task.cutmix_alpha=0"
+            )
     if is_pipe(data.shards):
         _check_pipe(config)
     hang_sec = config.runtime.hang_timeout_sec
@@ -330,11 +355,35 @@ def check_config(config: Config) -> None:
             f"optim.betas ({optim.betas}) with engine.optimizer_states (bf16): a bf16 average times {optim.betas[1]:g} "
             "is rounded to what it was and never decays; set optim.betas=[0.9,0.99] or engine.optimizer_states=fp32"
         )
+    _check_ema(config)
     if train.keep_best is not None:
-        _one_of("train.keep_best", train.keep_best, SCORES[config.task.name])
-    if train.keep_best is not None and data.eval_shards is None:
+        scores, probed = SCORES[config.task.name], [name for names in PROBE_SCORES.values() for name in names]
+        _one_of("train.keep_best", train.keep_best, (*scores, *map(averaged_score, scores), *probed))
+        if train.keep_best not in (*scores, *probed) and optim.ema_decay is None:
+            raise ConfigError(
+                f"train.keep_best ({train.keep_best}) needs optim.ema_decay; set it, or name a val/ score"
+            )
+    if train.keep_best is not None and not train.keep_best.startswith("probe/") and data.eval_shards is None:
         raise ConfigError(
             f"train.keep_best ({train.keep_best}) needs data.eval_shards; set it, or train.keep_best=null"
+        )
+
+
+def _check_ema(config: Config) -> None:
+    """Averages of the weights lie beside float32 masters, in memory."""
+    decay, engine = config.optim.ema_decay, config.engine
+    if decay is None:
+        return
+    if "nvme" in (engine.offload_optimizer, engine.offload_param):
+        raise ConfigError(
+            f"optim.ema_decay ({decay}) with engine.offload_optimizer ({engine.offload_optimizer}) and "
+            f"engine.offload_param ({engine.offload_param}): no averages are kept of weights on disk; set "
+            "optim.ema_decay=null, or offload to cpu"
+        )
+    if engine.optimizer_states == "bf16":
+        raise ConfigError(
+            f"optim.ema_decay ({decay}) with engine.optimizer_states (bf16): the averages are of float32 masters; set "
+            "optim.ema_decay=null or engine.optimizer_states=fp32"
         )
 
 

@@ -69,13 +69,19 @@ def centre_crop(
     The image is resized, its shape kept, until it just covers size / crop_pct, then the centre is cut out.  squash:
     it is resized to size / crop_pct whatever its shape, so that with crop_pct 1 nothing of it is lost (the official
     384 px configurations: TEST.CROP False).  With crop_pct 1 an image of the right size is returned untouched.
+    Fractions of pixels are dropped, as torchvision and timm do it: 256 / 0.875 is 292.
     """
     height, width = image.shape[-2:]
-    factors = (size[0] / crop_pct / height, size[1] / crop_pct / width)
-    vertical, horizontal = factors if squash else (max(factors), max(factors))
-    resized = (max(round(height * vertical), size[0]), max(round(width * horizontal), size[1]))
-    if max(resized) > 16 * max(size):  # a strip: nearly all of what would be resized, gigabytes, would be cut off
-        kept = [min(n, math.ceil(s / crop_pct / vertical) + 8) for n, s in zip((height, width), size, strict=True)]
+    covered = (math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct))
+    if squash:
+        resized = covered
+    elif covered[0] * width >= covered[1] * height:
+        resized = (covered[0], covered[0] * width // height)
+    else:
+        resized = (covered[1] * height // width, covered[1])
+    if max(resized) > 16 * max(covered):  # a strip: nearly all of what would be resized, gigabytes, would be cut off
+        scale = max(covered[0] / height, covered[1] / width)
+        kept = [min(n, math.ceil(s / scale) + 8) for n, s in zip((height, width), covered, strict=True)]
         image = _centre(image, (kept[0], kept[1]))
         return centre_crop(image, size, crop_pct, interpolation)
     return _centre(resize(image, resized, interpolation), size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.shards import Manifest, TarReader
+from swinv2_train.data.source import Source
 
 Answers = Mapping[str, tuple[int, ...]]
 """Sample key -> its right classes; an image with none does not count."""
@@ -22,7 +22,7 @@ _FORMS = (
 )
 
 
-def read_answers(path: str, manifest: Manifest, num_classes: int, key: str) -> tuple[Answers, int]:
+def read_answers(path: str, source: Source, num_classes: int, key: str) -> tuple[Answers, int]:
     """The right classes of every sample of the shards, and how many entries of the file belong to none of them.
 
     path: JSON, a list of lists of classes, whose entry n - 1 belongs to the sample key ILSVRC2012_val_0000000n (with or
@@ -32,8 +32,8 @@ def read_answers(path: str, manifest: Manifest, num_classes: int, key: str) -> t
     """
     entries = _read_entries(path, key)
     answers: dict[str, tuple[int, ...]] = {}
-    reader = TarReader(manifest)
-    for shard, count in enumerate(manifest.counts):
+    reader = source.open_reader()
+    for shard, count in enumerate(source.counts):
         for index in range(count):
             sample = reader.key(shard, index)
             if sample in answers:
@@ -43,7 +43,7 @@ def read_answers(path: str, manifest: Manifest, num_classes: int, key: str) -> t
             if classes is None:
                 raise ConfigError(
                     f"{key} ({path}) has no entry for the sample '{sample}' (the file has {len(entries)}, the shards "
-                    f"{manifest.num_samples}); name the file that belongs to these shards"
+                    f"{source.num_samples}); name the file that belongs to these shards"
                 )
             answers[sample] = _checked(classes, sample, num_classes, path, key)
     reader.close()

@@ -19,20 +19,21 @@ from swinv2_train.data.batches import BatchRequest, EvalBatches, TrainBatches
 from swinv2_train.data.decode import DecodeError, decode_image
 from swinv2_train.data.memory import Batch, BatchMemory
 from swinv2_train.data.order import GlobalOrder, Location, rank_shards
-from swinv2_train.data.shards import Manifest, Sample, SampleError, ShardError, TarReader
-from swinv2_train.data.workers import Fetch, Workers
+from swinv2_train.data.shards import Manifest, Sample, SampleError, ShardError
+from swinv2_train.data.source import Source
+from swinv2_train.data.workers import Fetch, Row, Workers, tensors_of
 
 _log = logging.getLogger(__name__)
 _SAMPLE_STREAM = 2  # spawn key of the per-sample random numbers; order.py uses 0 and 1
 
 
 class Transform(Protocol):
-    """A picklable function from one image to the tensors of one batch row, all of fixed shape."""
+    """A picklable function from one image to one batch row."""
 
     @property
     def needs_label(self) -> bool: ...
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> Row:
         """image: uint8 (3, H, W).  May raise SampleError."""
 
 
@@ -67,15 +68,15 @@ def check_bad_fraction(max_bad_fraction: float, counted: int, bad_images: int, i
 class TrainLoader:
     """An endless stream of this rank's micro-batches, from image number `start_images` on.
 
-    Every batch has the transform's tensors stacked to (micro_batch_size, ...), "weight" float32 (B,) (0 for a stand-in
-    of a damaged sample), "keys" list[str], "num_bad" int and as many "problems": {"shard", "key", "cause"} of each
-    damaged sample.  accumulation_steps() of them make one step.
+    Every batch has the transform's tensors stacked to (micro_batch_size, ...) and its plain values as lists, "weight"
+    float32 (B,) (0 for a stand-in of a damaged sample), "keys" list[str], "num_bad" int and as many "problems":
+    {"shard", "key", "cause"} of each damaged sample.  accumulation_steps() of them make one step.
     Raises ConfigError when the batch sizes do not divide; SampleError and ShardError while iterating.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        manifest: Source,
         config: DataConfig,
         transform: Transform,
         seed: int,
@@ -96,7 +97,8 @@ class TrainLoader:
         mixed = (math.ceil(config.lanes / world_size) + 1) * config.window_shards
         self._fetch = _Fetcher(manifest, config, transform, seed, mixed, micro_batch_size, held=2 * passes)
         self._workers = Workers(self)
-        _check_room(self.order, manifest, config, start_images, global_batch_size, rank, world_size)
+        if isinstance(manifest, Manifest):
+            _check_room(self.order, manifest, config, start_images, global_batch_size, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         ahead = self.config.fetch_ahead_shards if self.manifest.cache is not None else None
@@ -176,7 +178,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        manifest: Manifest,
+        manifest: Source,
         config: DataConfig,
         transform: Transform,
         micro_batch_size: int,
@@ -193,6 +195,11 @@ class EvalLoader:
     def __len__(self) -> int:
         """Batches per rank."""
         return math.ceil(math.ceil(self.manifest.num_samples / self.world_size) / self.micro_batch_size)
+
+    @property
+    def first_sample(self) -> int:
+        """The number, over all shards, of this rank's first row; the next ones follow."""
+        return self.rank * math.ceil(self.manifest.num_samples / self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         bad = 0
@@ -212,7 +219,7 @@ class EvalLoader:
         self._workers.close()
 
 
-def check_classes(manifest: Manifest, num_classes: int, key: str) -> None:
+def check_classes(manifest: Source, num_classes: int, key: str) -> None:
     """Raises ConfigError when the shards have a label that the model has no class for."""
     labels = manifest.label_range
     if labels is not None and labels[1] >= num_classes:
@@ -222,16 +229,34 @@ def check_classes(manifest: Manifest, num_classes: int, key: str) -> None:
         )
 
 
-def _check_labels(manifest: Manifest, config: DataConfig, transform: Transform, key: str) -> None:
-    """A supervised run on unlabelled shards fails before its first step, from the index alone."""
+def check_same_classes(first: Source, second: Source, keys: tuple[str, str]) -> None:
+    """Raises ConfigError when both name their classes, and not alike: the same label would mean two things."""
+    mine, theirs = first.classes, second.classes
+    if mine is not None and theirs is not None and mine != theirs:
+        differ = sorted(set(mine) ^ set(theirs))[:5] or ["their order"]
+        raise ConfigError(
+            f"{keys[0]} has {len(mine)} classes, {keys[1]} {len(theirs)} (they differ in: {', '.join(differ)}), so the "
+            "same label would mean two things; give both the same classes"
+        )
+
+
+def check_labels(manifest: Source, config: DataConfig, key: str, remedy: str) -> None:
+    """Raises ShardError, from the index alone, when more samples have no label than may be damaged."""
     missing = sum(manifest.unlabelled)
     allowed = config.max_bad_fraction * manifest.num_samples if config.on_bad_sample == "replace" else 0
-    if transform.needs_label and missing > allowed:
+    if missing > allowed:
         shard = next(number for number, count in enumerate(manifest.unlabelled) if count)
         raise ShardError(
-            f"{key}: {missing} of {manifest.num_samples} samples have no readable label (.cls), the first in "
-            f"{manifest.name(shard)}; this task needs labels: pack the images from class folders, or choose task=simmim"
+            f"{key}: {missing} of {manifest.num_samples} samples have no readable label "
+            f"({manifest.labels_from}), the first in {manifest.name(shard)}; {remedy}"
         )
+
+
+def _check_labels(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
+    """A supervised run on unlabelled shards fails before its first step."""
+    if transform.needs_label:
+        remedy = "this task needs labels: sort the images into class folders, or choose task=simmim"
+        check_labels(manifest, config, key, remedy)
 
 
 def _check_room(
@@ -269,7 +294,7 @@ class _Fetcher(Fetch):
 
     def __init__(
         self,
-        manifest: Manifest,
+        manifest: Source,
         config: DataConfig,
         transform: Transform,
         seed: int,
@@ -278,12 +303,12 @@ class _Fetcher(Fetch):
         held: int,
     ) -> None:
         # within the usual limit of 1024 file descriptors: one for a shard that is open, one for one that is at hand
-        self.reader = TarReader(manifest, max_open=min(max_open, 256))
+        self.source, self.reader = manifest, manifest.open_reader(min(max_open, 256))
         self.transform, self.seed = transform, seed
         self.rows, self.held = rows, held
         self.on_bad_sample = config.on_bad_sample
         self.first_sample = np.cumsum([0, *manifest.counts]).tolist()
-        self._filler: dict[str, torch.Tensor] | None = None
+        self._filler: Row | None = None
 
     def __getitems__(self, request: BatchRequest) -> Batch | ConfigError:
         try:
@@ -297,12 +322,12 @@ class _Fetcher(Fetch):
             row = self.transform(nothing, 0 if self.transform.needs_label else None, np.random.default_rng(0))
         except SampleError:
             return None
-        return BatchMemory({**row, "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
+        return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
 
     def batch(self, request: BatchRequest) -> Batch:
         if request.soon is not None:
             self.reader.fetch_ahead(request.soon)
-        rows: list[dict[str, torch.Tensor] | None] = []
+        rows: list[Row | None] = []
         keys: list[str] = []
         problems: list[dict[str, str]] = []
         # all at once: between two images, with the processor's caches full of pixels, it takes five times as long
@@ -333,24 +358,24 @@ class _Fetcher(Fetch):
         epoch, shard, index = location
         return sample_rng(self.seed, epoch, self.first_sample[shard] + index)
 
-    def _row(self, location: Location, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def _row(self, location: Location, rng: np.random.Generator) -> Row:
         _, shard, index = location
         sample: Sample = self.reader.read(shard, index)
         try:
             if sample.label is None and self.transform.needs_label:
-                raise SampleError("no readable label (.cls)")
+                raise SampleError(f"no readable label ({self.source.labels_from})")
             return self.transform(decode_image(sample.image, sample.extension), sample.label, rng)
         except DecodeError as error:
-            at = self.reader.offset(shard, index)
-            raise SampleError(f"{error}, at byte {at}", sample.shard, sample.key) from error
+            cause = f"{error}{self.reader.place(shard, index)}"
+            raise SampleError(cause, sample.shard, sample.key) from error
         except SampleError as error:  # the transform does not know which sample it got
             raise SampleError(error.cause, sample.shard, sample.key) from error
 
-    def _readable(self, near: int) -> dict[str, torch.Tensor]:
+    def _readable(self, near: int) -> Row:
         """A row for batches that hold nothing readable: of the shard `near`, or of the next one that has any."""
         if self._filler is not None:
             return self._filler
-        counts = self.reader.manifest.counts
+        counts = self.source.counts
         for shard in (*range(near, len(counts)), *range(near)):
             for index in range(counts[shard]):
                 try:
@@ -360,4 +385,4 @@ class _Fetcher(Fetch):
                     if self.on_bad_sample != "replace":
                         raise
                     _log.debug("not usable as a stand-in: %s", error)
-        raise ShardError(f"{self.reader.manifest.name(near)} and its like hold no readable sample; name other shards")
+        raise ShardError(f"{self.source.name(near)} and its like hold no readable sample; name other shards")

@@ -74,7 +74,10 @@ def _braces(part: str, key: str) -> list[str]:
 def _local(candidate: str, key: str, complete: bool) -> list[str]:
     remedy = f"set {key} to your shards (scripts/make_shards.py SOURCE OUT makes them), or run make demo for CIFAR-10"
     if os.path.isdir(candidate):
-        raise ShardError(f"{key} '{candidate}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')}")
+        raise ShardError(
+            f"{key} '{candidate}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')} (a folder of "
+            "images or a saved data set stands alone: it is not joined to others by :: or braces)"
+        )
     if not glob.has_magic(candidate):
         if not os.path.isfile(candidate):
             raise ShardError(f"{key} names '{candidate}', which does not exist; {remedy}")

@@ -88,6 +88,8 @@ class Manifest:
     """sha256 over the names, counts and checksums of the shards in order; a resumed run compares it."""
     cache: ShardCache | None
     """Where shards at an address are kept on this machine; None when all are local."""
+    labels_from = ".cls"
+    classes = None
 
     @property
     def num_samples(self) -> int:
@@ -101,6 +103,10 @@ class Manifest:
         """What the cache must know of a shard at an address; None for a local one."""
         path = self.paths[shard]
         return RemoteShard(path, self.sizes[shard], self.checksums[shard]) if is_remote(path) else None
+
+    def open_reader(self, max_open: int = 64) -> TarReader:
+        """max_open: shards that are open at a time."""
+        return TarReader(self, max_open)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -266,9 +272,9 @@ class TarReader:
         key_bytes: bytes = self._shard(shard)[1]["key"][index]
         return key_bytes.decode("utf-8", "surrogateescape")
 
-    def offset(self, shard: int, index: int) -> int:
-        """The byte in the shard at which the sample's image begins."""
-        return int(self._shard(shard)[1]["offset"][index])
+    def place(self, shard: int, index: int) -> str:
+        """The byte in the shard at which the sample's image begins, as it is added to an error text."""
+        return f", at byte {self._shard(shard)[1]['offset'][index]}"
 
     def _shard(self, shard: int) -> tuple[int, np.ndarray]:
         if shard in self._open:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import get_worker_info
 
 from swinv2_train.config import ConfigError, DataConfig
@@ -27,8 +26,9 @@ from swinv2_train.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardErro
 from swinv2_train.data.loader import TrainLoader, Transform, accumulation_steps, check_bad_fraction
 from swinv2_train.data.memory import Batch
 from swinv2_train.data.pattern import expand_commands
-from swinv2_train.data.shards import Manifest, Sample, SampleError
-from swinv2_train.data.workers import Fetch, Workers
+from swinv2_train.data.shards import Sample, SampleError
+from swinv2_train.data.source import Source
+from swinv2_train.data.workers import Fetch, Row, Workers
 
 NOT_ELASTIC = (
     "warning: data.shards is a pipe, so this run is not elastic: a resume, on whatever number of processes, starts the "
@@ -54,7 +54,7 @@ class Stream:
 
 
 def build_train_loader(
-    shards: Manifest | Stream,
+    shards: Source | Stream,
     config: DataConfig,
     transform: Transform,
     seed: int,
@@ -167,7 +167,7 @@ class _Fetcher(Fetch):
         self.commands, self.transform, self.size, self.key = commands, transform, size, key
         self.on_bad_sample, self.buffer = config.on_bad_sample, config.shuffle_buffer_images
         self._samples: Iterator[Sample] | None = None
-        self._filler: dict[str, torch.Tensor] | None = None
+        self._filler: Row | None = None
 
     def __getitems__(self, request: None) -> Batch | ConfigError:
         try:
@@ -182,7 +182,7 @@ class _Fetcher(Fetch):
             seed, *rest = self.key
             self._rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM, *rest, number)))
             self._samples = shuffled(self.commands[number::of], self.buffer, self._rng)
-        rows: list[dict[str, torch.Tensor] | None] = []
+        rows: list[Row | None] = []
         keys: list[str] = []
         problems: list[dict[str, str]] = []
         for sample in itertools.islice(self._samples, self.size):
@@ -202,7 +202,7 @@ class _Fetcher(Fetch):
         batch = self.stacked(filled, [float(row is not None) for row in rows])
         return batch | {"keys": keys, "num_bad": len(problems), "problems": problems}
 
-    def _row(self, sample: Sample) -> dict[str, torch.Tensor]:
+    def _row(self, sample: Sample) -> Row:
         if not sample.image:
             raise SampleError("an empty image" if sample.extension else "no image")
         if sample.label is None and self.transform.needs_label:

@@ -23,6 +23,10 @@ _log = getLogger(__name__)
 _ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+Row = dict[str, Any]
+"""A sample by name: tensors, all of fixed shape, and plain values, which stay in the host's memory."""
+
+
 class Fetch(ABC):
     """A picklable maker of batches, of which every worker has a copy."""
 
@@ -37,16 +41,23 @@ class Fetch(ABC):
         """For all batches under way, of which `ahead` have not arrived yet; None: each is sent in memory of its own."""
         return None
 
-    def stacked(self, rows: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Batch:
-        """The rows as tensors of (B, ...), and "weight" float32 (B,)."""
-        weight = torch.tensor(weights)
-        if not fits(self.out, {**rows[0], "weight": weight[0]}, len(rows)):
+    def stacked(self, rows: Sequence[Row], weights: Sequence[float]) -> Batch:
+        """The rows' tensors as (B, ...), their plain values as lists, and "weight" float32 (B,)."""
+        weight, tensors = torch.tensor(weights), tensors_of(rows[0])
+        plain = {name: [row[name] for row in rows] for name in rows[0] if name not in tensors}
+        if not fits(self.out, {**tensors, "weight": weight[0]}, len(rows)):
             # in a worker default_collate stacks into new shared memory at once, which saves a copy
-            return {**{name: default_collate([row[name] for row in rows]) for name in rows[0]}, "weight": weight}
-        for name in rows[0]:
+            stacked = {name: default_collate([row[name] for row in rows]) for name in tensors}
+            return {**stacked, **plain, "weight": weight}
+        for name in tensors:
             torch.stack([row[name] for row in rows], out=self.out[name])
         self.out["weight"].copy_(weight)
-        return dict(self.out)
+        return {**self.out, **plain}
+
+
+def tensors_of(row: Row) -> dict[str, Tensor]:
+    """What of a row is stacked."""
+    return {name: value for name, value in row.items() if isinstance(value, Tensor)}
 
 
 class Workers:

@@ -49,6 +49,10 @@ class Task(Protocol):
         """Weighted means over an evaluation batch, () each, by metric name (val/loss, ...)."""
         ...
 
+    def features(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+        """The encoder's mean-pooled, normed last map of a batch's whole images, (B, 8C) with four stages, float32."""
+        ...
+
     @property
     def has_picture(self) -> bool: ...
 

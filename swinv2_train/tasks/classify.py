@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinv2_train.config import ClassifyConfig, Config, DataConfig, pair
+from swinv2_train.config import ClassifyConfig, Config, DataConfig, mixes, pair
+from swinv2_train.data.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
 from swinv2_train.data.crop import centre_crop, random_flip, random_resized_crop
 from swinv2_train.data.shards import SampleError
 from swinv2_train.models import multiply_adds
@@ -19,29 +20,46 @@ from swinv2_train.tasks import Forward, Normalise, build_model
 
 @dataclass(frozen=True)
 class ClassifyTransform:
-    """A crop of the image and, where they are needed, its label: {"images": uint8 (3, H, W), "labels": int64 ()}."""
+    """A crop of the image and, where they are needed, its label: {"images": uint8 (3, H, W), "labels": int64 ()}.
+
+    For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
+    or None) with task.erasing_prob, "mixing_seed" (int) with mixup or cutmix.
+    """
 
     data: DataConfig
     img_size: tuple[int, int]
-    num_classes: int
+    task: ClassifyConfig
     train: bool
     needs_label: bool = True
 
-    def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Tensor]:
-        if self.needs_label and (label is None or not 0 <= label < self.num_classes):
-            raise SampleError(f"label {label} is not within 0..{self.num_classes - 1} (task.num_classes)")
-        if self.train:
-            data = self.data
-            image = random_resized_crop(image, self.img_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
-            image = random_flip(image, data.hflip, rng)
-        else:
-            squash = self.data.eval_crop == "squash"
-            image = centre_crop(image, self.img_size, self.data.eval_crop_pct, self.data.interpolation, squash)
-        return {"images": image, "labels": torch.tensor(label)} if self.needs_label else {"images": image}
+    def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Any]:
+        if self.needs_label and (label is None or not 0 <= label < self.task.num_classes):
+            raise SampleError(f"label {label} is not within 0..{self.task.num_classes - 1} (task.num_classes)")
+        row = self._augmented(image, rng) if self.train else {"images": self._centre(image)}
+        return {**row, "labels": torch.tensor(label)} if self.needs_label else row
+
+    def _augmented(self, image: Tensor, rng: np.random.Generator) -> dict[str, Any]:
+        data, task = self.data, self.task
+        image = random_resized_crop(image, self.img_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
+        image = random_flip(image, data.hflip, rng)
+        if task.rand_augment is not None:
+            image = rand_augment(image, task.rand_augment, data.mean, data.interpolation, rng)
+        if task.color_jitter:
+            image = color_jitter(image, task.color_jitter, rng)
+        row: dict[str, Any] = {"images": image}
+        if task.erasing_prob:
+            row["erasing"] = draw_erasing(*self.img_size, task.erasing_prob, rng)
+        if mixes(task):
+            row["mixing_seed"] = int(rng.integers(2**32))
+        return row
+
+    def _centre(self, image: Tensor) -> Tensor:
+        data = self.data
+        return centre_crop(image, self.img_size, data.eval_crop_pct, data.interpolation, data.eval_crop == "squash")
 
 
 class ClassifyTask:
-    """Cross-entropy with label smoothing; top-1 and top-5 accuracy in percent."""
+    """Cross-entropy with label smoothing, of mixed images with the labels of both; top-1 and top-5 in percent."""
 
     has_picture = False
 
@@ -49,18 +67,28 @@ class ClassifyTask:
         self.module = build_model(config.model, task.num_classes)
         self.multiply_adds = multiply_adds(self.module)
         self.label_smoothing = task.label_smoothing
+        self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.num_classes = task.num_classes
         self.normalise = Normalise(config.data.mean, config.data.std, device)
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
-            ClassifyTransform(config.data, img_size, task.num_classes, train=train) for train in (True, False)
+            ClassifyTransform(config.data, img_size, task, train=train) for train in (True, False)
         )
 
     def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
-        logits = forward(images=self.normalise(batch["images"])).float()  # (B, classes)
+        images = self.normalise(batch["images"])
+        if "erasing" in batch:
+            erase(images, batch["erasing"])
+        kept = self.mixing(images, batch["mixing_seed"][0]) if "mixing_seed" in batch else None
+        logits = forward(images=images).float()  # (B, classes)
         labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
         losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
-        return _mean(losses, weight)
+        if kept is None:
+            return _mean(losses, weight)
+        partners = F.cross_entropy(logits, labels.flip(0), label_smoothing=self.label_smoothing, reduction="none")
+        # cross-entropy is linear in the target; each label counts by its own image's weight, wherever that went
+        mixed = kept * weight * losses + (1 - kept) * weight.flip(0) * partners
+        return mixed.sum() / weight.sum().clamp(min=1e-12)
 
     def count(self, batch: dict[str, Any]) -> float:
         return float(batch["weight"].sum())
@@ -86,6 +114,10 @@ class ClassifyTask:
             "val/top5": 100 * _mean(hits.any(dim=1).float(), weight),
         }
         return scores, ranking[:, 0]
+
+    def features(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+        pooled: Tensor = forward(images=self.normalise(batch["images"]), features=True)
+        return pooled
 
     def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
         raise AssertionError("classification has no picture")

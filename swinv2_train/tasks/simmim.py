@@ -76,6 +76,10 @@ class SimMIMTask:
     def scores(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
         return {"val/loss": self._outputs(forward, batch)["loss"]}
 
+    def features(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+        outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]))
+        return outputs["features"]
+
     def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
         few = {name: batch[name][:PICTURE_IMAGES] for name in ("images", "mask", "weight")}
         outputs = self._outputs(forward, few)

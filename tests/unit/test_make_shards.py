@@ -64,7 +64,7 @@ def test_class_folders_become_labels_in_sorted_order_and_files_are_copied_byte_f
     assert packed(f"{tmp_path}/out/train-{{000000..000002}}.tar") == EXPECTED
     assert (tmp_path / "out" / "classes.txt").read_text() == "ape.big\ncat\ndog\n"
     out = capsys.readouterr().out
-    assert "2 files of" in out and "5 images in 3 shards" in out
+    assert "2 files and hidden folders of" in out and "5 images in 3 shards" in out
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
