@@ -136,6 +136,14 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
     return read_run(Path(given["run_dir"]), overrides), own
 
 
+def own_flag(own: dict[str, str], key: str) -> bool:
+    """A command's own key that is true or false; false where it is not given."""
+    value = own.get(key, "false").lower()
+    if value not in ("true", "false"):
+        raise ConfigError(f"{key} ({own[key]}) must be true or false")
+    return value == "true"
+
+
 def _unquoted(value: str) -> str:
     """A value without the quotes in which Hydra's grammar would take it: run_dir='my run'."""
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""

@@ -3,6 +3,7 @@
   format=microsoft|timm out=FILE               .safetensors, or .pth as torch.save writes it
   format=huggingface out=DIR                   model.safetensors, config.json, preprocessor_config.json
   checkpoint=DIR                               another checkpoint than the newest
+  ema=true                                     the averages of the run's weights (optim.ema_decay) in place of these
   weights=PATH [weights_format=NAME]           other weights of any known format; without run_dir the configuration is
                                                composed as the train command does: task=classify model=base ...
 
@@ -15,10 +16,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from swinv2_train.command_line import compose_source, run_on_weights
+from swinv2_train.command_line import compose_source, own_flag, run_on_weights
 from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.models.initial import without_values
@@ -40,6 +42,8 @@ class Request:
     """Weights of any known format in place of a checkpoint."""
     weights_format: str | None = None
     """The format of weights; None = by its names."""
+    ema: bool = False
+    """The averages of a run's weights in place of these."""
 
 
 OWN_KEYS = tuple(field.name for field in dataclasses.fields(Request))
@@ -53,7 +57,8 @@ def export(config: Config, request: Request) -> list[Path]:
     """
     if request.out.exists():
         raise ConfigError(f"out ({request.out}) exists; name a new file or directory, or remove it")
-    source = read_weights(request.weights or request.checkpoint or config.run_dir, request.weights_format)
+    path = request.weights or request.checkpoint or config.run_dir
+    source = read_weights(path, request.weights_format, averaged=request.ema)
     with without_values():
         module = build_task(config, torch.device("cpu")).module
     assert isinstance(module, SwinTransformerV2 | SimMIM)
@@ -69,25 +74,32 @@ def export(config: Config, request: Request) -> list[Path]:
         interpolation=data.interpolation,
     )
     files = save_weights(module, request.out, request.format, weights=weights, preprocessing=preprocessing)
-    print(json.dumps({"weights": source.origin, "format": request.format, "files": [str(path) for path in files]}))
+    line = {
+        "weights": source.origin,
+        "ema": request.ema,
+        "format": request.format,
+        "files": [str(path) for path in files],
+    }
+    print(json.dumps(line))
     return files
 
 
 def parse(arguments: list[str]) -> tuple[Config, Request]:
     """The configuration and the command's own keys of a command line."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    named = dict(argument.partition("=")[::2] for argument in arguments)
     formats = "|".join(WRITTEN_FORMATS)
     for key, value in (("format", formats), ("out", "PATH")):
-        if key not in given:
+        if key not in named:
             raise ConfigError(f"{key} has no value; add {key}={value}")
-    if given["format"] not in WRITTEN_FORMATS:
-        raise ConfigError(f"format ({given['format']}) is not written; choose one of {', '.join(WRITTEN_FORMATS)}")
-    if "weights" in given and "checkpoint" in given:
+    if named["format"] not in WRITTEN_FORMATS:
+        raise ConfigError(f"format ({named['format']}) is not written; choose one of {', '.join(WRITTEN_FORMATS)}")
+    if "weights" in named and "checkpoint" in named:
         raise ConfigError("weights and checkpoint are both given; leave one of them out")
-    if "weights_format" in given and "weights" not in given:
+    if "weights_format" in named and "weights" not in named:
         raise ConfigError("weights_format is of weights=PATH, which is not given; add it, or leave it out")
-    config, own = compose_source(arguments, OWN_KEYS)
-    return config, Request(out=Path(own.pop("out")), **own)
+    config, given = compose_source(arguments, OWN_KEYS)
+    own: dict[str, Any] = {**given, "out": Path(given["out"]), "ema": own_flag(given, "ema")}
+    return config, Request(**own)
 
 
 def main() -> None:

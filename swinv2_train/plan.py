@@ -30,7 +30,7 @@ from pathlib import Path
 from swinv2_train.command_line import compose_overrides, run_on_weights
 from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.data.manifest import MANIFEST_NAME
-from swinv2_train.data.shards import open_manifest
+from swinv2_train.data.source import open_source
 from swinv2_train.engine import check_engine
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
@@ -131,8 +131,9 @@ def steps(config: Config) -> int | None:
         return config.train.max_steps
     images = config.plan.num_images
     shards = config.data.shards
-    if images is None and not is_pipe(shards) and (Path(shards).parent / MANIFEST_NAME).is_file():
-        images = open_manifest(shards, "data.shards").num_samples
+    quick = Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file()
+    if images is None and not is_pipe(shards) and quick:
+        images = open_source(shards, "data.shards").num_samples
     return None if images is None else total_steps(config.train, images)
 
 

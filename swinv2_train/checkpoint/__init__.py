@@ -18,13 +18,14 @@ from swinv2_train.checkpoint.finding import (
     remove_unfinished,
     verified_checkpoint,
 )
-from swinv2_train.checkpoint.loading import load_checkpoint, read_weights
+from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_weights
 from swinv2_train.checkpoint.saving import Save, SaveError
 
 __all__ = [
     "COMPLETE",
     "Save",
     "SaveError",
+    "ema_note",
     "find_checkpoint",
     "load_checkpoint",
     "newest_checkpoint",

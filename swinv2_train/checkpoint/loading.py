@@ -12,6 +12,7 @@ from swinv2_train.checkpoint.finding import read_marker
 from swinv2_train.checkpoint.random_states import restore_random_states
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
+from swinv2_train.engine.shards import Shards
 from swinv2_train.lazy import LazyTensors
 from swinv2_train.runtime import seed_everything
 
@@ -45,8 +46,24 @@ def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> di
     return state
 
 
-def read_weights(checkpoint: Path) -> LazyTensors:
-    """The float32 weights of a checkpoint by official name, read one at a time; saved by any number of ranks."""
+def ema_note(checkpoint: Path, ema_decay: float | None) -> str | None:
+    """What a resume with this optim.ema_decay does to averages of the weights; None = they go on, or there are none.
+
+    Raises ConfigError when the checkpoint cannot be read.
+    """
+    saved = Shards(checkpoint / "engine").ema_decay
+    if (saved is None) == (ema_decay is None):
+        return None
+    if saved is None:
+        return f"note: {checkpoint} holds no averages of the weights (optim.ema_decay); they begin at its weights"
+    return f"note: the averages of the weights in {checkpoint} are dropped, for optim.ema_decay is null"
+
+
+def read_weights(checkpoint: Path, averaged: bool = False) -> LazyTensors:
+    """The float32 weights of a checkpoint by official name, read one at a time; saved by any number of ranks.
+
+    averaged: their averages (optim.ema_decay); ConfigError where it has none.
+    """
     from swinv2_train.engine.consolidate import read_weights as read_engine_weights
 
-    return read_engine_weights(checkpoint / "engine")
+    return read_engine_weights(checkpoint / "engine", averaged)

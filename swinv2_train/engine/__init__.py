@@ -6,6 +6,7 @@ deepspeed and fairscale are known to this folder alone, and imported only when a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,8 +52,17 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """The module's outputs in evaluation mode without gradients.  Ranks must make equally many calls."""
+    def evaluate(self, **inputs: Tensor | bool) -> dict[str, Tensor]:
+        """The module's outputs in evaluation mode without gradients.  Ranks must make equally many calls.
+
+        inputs: as forward's, and flags that the module knows.
+        """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the weights are their averages, for evaluate() and full_tensors(); then they are as before, bit for
+        bit.  Between steps, and with optim.ema_decay, only.  Takes no second copy of the weights.
+        """
         ...
 
     def snapshot(self, copy: bool) -> Snapshot:
@@ -66,8 +76,9 @@ class Engine(Protocol):
     def load(self, directory: Path) -> None:
         """Restore what any engine's snapshots wrote: masters, averages and step counts unrounded, bit for bit.
 
-        The number of ranks, stage, precision and parameter groups may be others.  Raises ConfigError on every rank for
-        another model's state before anything is changed, and for a missing or damaged file.
+        The number of ranks, stage, precision and parameter groups may be others.  Weights' averages begin at the
+        weights where none were kept.  Raises ConfigError on every rank for another model's state before anything is
+        changed, and for a missing or damaged file.
         """
         ...
 
@@ -86,6 +97,7 @@ class Engine(Protocol):
     def load_full(self, state: Mapping[str, Tensor] | None) -> None:
         """Put whole tensors into weights and masters, unrounded; parameters and buffers without one keep their values.
 
+        Weights' averages begin anew at the weights.
         state: on rank 0 the tensors by official name (any dtype and device; from LazyTensors one is read at a time),
         None on other ranks.  Raises ConfigError on every rank: for unexpected or misshapen names before anything is
         changed; for a tensor that cannot be read half-way, and then the weights are a mixture of old and new.

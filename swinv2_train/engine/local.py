@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.construct import Values, allocate, has_no_values
+from swinv2_train.engine.ema import WeightAverages
 from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces
 from swinv2_train.engine.shards import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.startup import adamw
@@ -43,6 +45,8 @@ class LocalEngine:
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
         )
+        trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        self._ema = WeightAverages(trained, config.optim.ema_decay)
         self._clip_grad_norm = config.optim.clip_grad_norm
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
@@ -76,11 +80,12 @@ class LocalEngine:
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(f"the global gradient norm is {grad_norm}")
         self.optimizer.step()
+        self._ema.update()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
     @torch.no_grad()
-    def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def evaluate(self, **inputs: Tensor | bool) -> dict[str, Tensor]:
         self.module.eval()
         try:
             outputs: dict[str, Tensor] = self.module(**to_device(inputs, self._world.device))
@@ -88,8 +93,17 @@ class LocalEngine:
             self.module.train()
         return outputs
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        self._host_memory.wait()
+        self._ema.swap()
+        try:
+            yield
+        finally:
+            self._ema.swap()
+
     def snapshot(self, copy: bool) -> Snapshot:
-        settings = {"engine": "local", "precision": "fp32"}
+        settings = {"engine": "local", "precision": "fp32", "ema_decay": self._ema.decay}
         return snapshot(self._pieces(), self._described(), settings, self._world, self._host_memory if copy else None)
 
     def load(self, directory: Path) -> None:
@@ -97,14 +111,15 @@ class LocalEngine:
         restore(Shards(directory), self._pieces(), self._described())
 
     def _pieces(self) -> list[Piece]:
-        return plain_pieces(self.module, self.optimizer) + whole_pieces(persistent_buffers(self.module))
+        return plain_pieces(self.module, self.optimizer, self._ema) + whole_pieces(persistent_buffers(self.module))
 
     def _described(self) -> dict[str, Described]:
         return describe({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in self._tensors().items()})
 
     def initialise(self, values: Values) -> None:
-        for piece in plain_pieces(self.module, self.optimizer):
+        for piece in plain_pieces(self.module, self.optimizer, self._ema):
             values.fill(piece.tensors["weight"], piece.name, piece.start)
+        self._ema.restart()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, tensor in self._tensors().items():
@@ -119,6 +134,7 @@ class LocalEngine:
             for name in state:
                 tensor = tensors[name]
                 tensor.copy_(read_tensor(state, name, tuple(tensor.shape), tensor.dtype, tensor.device))
+        self._ema.restart()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters, then persistent buffers."""
@@ -131,9 +147,12 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
 
 
-def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same tensors on the device."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same with tensors on the device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
 def sum_of_squares(gradients: list[Tensor]) -> Tensor:

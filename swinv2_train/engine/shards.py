@@ -5,8 +5,9 @@ DIRECTORY/
     rank_0000.safetensors   the pieces of that rank
 
 A piece is stored under weight/NAME (the float32 master of what is trained, else the tensor in its own precision),
-exp_avg/NAME and exp_avg_sq/NAME; the header's metadata say where in the tensor it begins and how many steps AdamW
-has made.  Nothing in the files is code, so a checkpoint may be anybody's.
+exp_avg/NAME and exp_avg_sq/NAME, and ema/NAME, the weight's average, in a run with optim.ema_decay; the header's
+metadata say where in the tensor it begins and how many steps AdamW has made.  Nothing in the files is code, so a
+checkpoint may be anybody's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine.durable import Sum, write_durably
+from swinv2_train.engine.ema import EMA
 from swinv2_train.engine.pieces import Piece
 
 FACTS = "engine.json"
@@ -179,7 +181,8 @@ def snapshot(
     world: World,
     memory: HostMemory | None,
 ) -> Snapshot:
-    """This rank's part of a state.  settings: what wrote it, for people to read.
+    """This rank's part of a state.  settings: what wrote it, for people to read; its
+    "ema_decay" also tells whether there are averages of the weights.
 
     memory: where copies are taken, so that training may go on before they are written; None = views.
     """
@@ -223,6 +226,8 @@ class Shards:
                 for name, (shape, dtype, trained) in facts["tensors"].items()
             }
             size = int(facts["world_size"])
+            self.ema_decay: float | None = facts.get("ema_decay")
+            """Of the weights' averages that are in it; None = none are."""
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
         self._order = sorted(range(size), key=lambda rank: rank != first)
@@ -233,11 +238,14 @@ class Shards:
         for rank in self._order:
             self._open(rank)
 
-    def read(self, name: str) -> Tensor:
-        """A whole tensor: float32 for every floating point tensor, else in its own dtype.  In memory of its own."""
-        shape, dtype, _ = self.described[name]
+    def read(self, name: str, averaged: bool = False) -> Tensor:
+        """A whole tensor: float32 for every floating point tensor, else in its own dtype.  In memory of its own.
+
+        averaged: its average, where it was trained.
+        """
+        shape, dtype, trained = self.described[name]
         flat = torch.empty(math.prod(shape), dtype=dtype_of(dtype))
-        self.fill(flat, "weight", name, 0)
+        self.fill(flat, EMA if averaged and trained else "weight", name, 0)
         return flat.view(shape)
 
     def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
@@ -295,14 +303,16 @@ class Shards:
 def restore(shards: Shards, pieces: Iterable[Piece], described: Mapping[str, Described]) -> None:
     """Fill an engine's pieces from a state of any engine and number of ranks, unrounded.  Reads no more than they are.
 
-    Raises ConfigError before anything is changed when the state is another model's; after that for a damaged file.
+    Averages of the weights begin at the weights where the state has none.  Raises ConfigError before anything is
+    changed when the state is another model's; after that for a damaged file.
     """
     _check_same_model(shards, described)
     steps: dict[int, float] = {}
     with torch.no_grad():
         for piece in pieces:
             for kind, tensor in piece.tensors.items():
-                shards.fill(tensor, kind, piece.name, piece.start)
+                missing = kind == EMA and shards.ema_decay is None
+                shards.fill(tensor, "weight" if missing else kind, piece.name, piece.start)
             if piece.step is not None:
                 step = shards.step(piece.name)
                 if steps.setdefault(id(piece.step), step) != step:

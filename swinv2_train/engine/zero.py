@@ -6,6 +6,7 @@ the line below it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from swinv2_train.engine.buckets import layer_sizes
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.construct import Values, allocate, allocate_shards, has_no_values
 from swinv2_train.engine.deepspeed_config import deepspeed_json
+from swinv2_train.engine.ema import WeightAverages
 from swinv2_train.engine.local import persistent_buffers, sum_of_squares, to_device
 from swinv2_train.engine.norm import norm_read_once, skip_overflow_scan
 from swinv2_train.engine.pieces import (
@@ -84,11 +86,13 @@ class ZeroEngine:
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
         self._host_memory = HostMemory()
+        self._ema = WeightAverages(self._masters(), config.optim.ema_decay)
         self._settings = {
             "engine": "deepspeed",
             "zero_stage": self._stage,
             "precision": config.engine.precision,
             "offload_optimizer": config.engine.offload_optimizer,
+            "ema_decay": config.optim.ema_decay,
         }
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -121,23 +125,48 @@ class ZeroEngine:
                 self._ds.micro_steps += 1  # as its step() would have counted, so that the next window starts in time
                 raise NonFiniteError(f"the global gradient norm is {grad_norm}")
             self._ds.step()
+            self._ema.update()
             return grad_norm
         # DeepSpeed's stages 1 to 3 look at the norm over all ranks first and do not take a step that is not finite.
         with norm_read_once() as norm:
             self._ds.step()
         if not self._ds.was_step_applied():
+            self._forget_refused_gradients()
             raise NonFiniteError(f"the global gradient norm is {float(self._ds.get_global_grad_norm())}")
         assert math.isfinite(norm.value), "a step was taken whose norm DeepSpeed never looked at"
+        self._ema.update()
         return norm.value
 
     @torch.no_grad()
-    def evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def evaluate(self, **inputs: Tensor | bool) -> dict[str, Tensor]:
         self._ds.eval()
         try:
             outputs: dict[str, Tensor] = self._ds(**to_device(inputs, self._world.device))
         finally:
             self._ds.train()
         return outputs
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self._num_backward == 0, "between steps only"
+        self._host_memory.wait()
+        self._ds.empty_partition_cache()  # under ZeRO-3, what is gathered now would hide the averages
+        self._ema.swap()
+        self._renew_weights()
+        try:
+            yield
+        finally:
+            self._ema.swap()
+        # Not after an error: other ranks may be elsewhere, and the next step makes the weights from the masters anyway.
+        self._ds.empty_partition_cache()
+        self._renew_weights()
+
+    def _masters(self) -> list[Tensor]:
+        """What the optimizer steps, of which the weights are made; under stage 0 the weights themselves."""
+        if self._stage == 3:
+            return list(self._ds.optimizer.fp32_partitioned_groups_flat)
+        inner = self._ds.optimizer if self._stage == 0 else self._ds.optimizer.optimizer
+        return [master for group in inner.param_groups for master in group["params"]]
 
     def _forget_gradients(self) -> None:
         """Clear what the last window left in the persistent gradient buffers."""
@@ -154,6 +183,17 @@ class ZeroEngine:
         for master in masters:  # with the optimizer on the CPU the masters' gradients persist too
             if master.grad is not None:
                 master.grad.zero_()
+
+    def _forget_refused_gradients(self) -> None:
+        """Let go of what a refused step leaves behind.
+
+        With the optimizer on the CPU and bf16, stages 1 and 2 keep these gradients and add all later ones to them, so
+        that no step would be taken any more (tests/distributed/test_offload.py).
+        """
+        if self._stage in (1, 2):
+            gradients = getattr(self._ds.optimizer, "averaged_gradients", {})  # not in the one of stage 1 on its device
+            for group in gradients:
+                gradients[group] = None
 
     def _stage_0_norm(self) -> float:
         """2-norm over all gradients, which stage 0 has already averaged over ranks; accumulated in float64."""
@@ -187,6 +227,7 @@ class ZeroEngine:
         assert self._ds.global_steps == 0 == self._num_backward, "before the first step only"
         for piece in self._parameter_pieces():
             values.fill(piece.tensors["weight"], piece.name, piece.start)
+        self._ema.restart()
         self._renew_weights()
 
     def _pieces(self) -> Iterator[Piece]:
@@ -197,13 +238,13 @@ class ZeroEngine:
     def _parameter_pieces(self) -> Iterator[Piece]:
         optimizer = self._ds.optimizer
         if self._on_disk:
-            yield from swapped_pieces(self.module, optimizer, self._world.rank)
+            yield from swapped_pieces(self.module, optimizer, self._world.rank, self._ema)
         elif self._stage == 3:
-            yield from zero_3_pieces(self.module, optimizer, self._world.rank)
+            yield from zero_3_pieces(self.module, optimizer, self._world.rank, self._ema)
         elif self._stage > 0:
-            yield from zero_1_2_pieces(self.module, optimizer)
+            yield from zero_1_2_pieces(self.module, optimizer, self._ema)
         else:
-            yield from plain_pieces(self.module, optimizer)
+            yield from plain_pieces(self.module, optimizer, self._ema)
 
     def _described(self) -> dict[str, Described]:
         tensors = {name: (_shape(p), p.dtype, p.requires_grad) for name, p in self.module.named_parameters()}
@@ -248,6 +289,7 @@ class ZeroEngine:
                     value = self._from_main(state, name, shapes[name], buffers[name].dtype)
                     buffers[name].copy_(value)
                 del value  # before the next one is read
+        self._ema.restart()
 
     def _from_main(
         self, state: Mapping[str, Tensor] | None, name: str, shape: tuple[int, ...], dtype: torch.dtype

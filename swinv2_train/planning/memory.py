@@ -84,7 +84,8 @@ def plan_memory(config: Config, hardware: HardwareConfig, world_size: int) -> tu
     on_cpu = hardware.device == "cpu"
     sizes = model_sizes(meta_task(config).module, config)
     accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size)
-    engine = engine_memory(config.engine, sizes, world_size, accumulation, on_cpu)
+    ema = config.optim.ema_decay is not None
+    engine = engine_memory(config.engine, sizes, world_size, accumulation, on_cpu, ema)
     trace = trace_step(config, engine.kept_gradient_bytes, on_cpu)
     return combine(config, hardware, engine, sizes, trace, world_size), trace
 

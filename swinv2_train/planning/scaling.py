@@ -125,7 +125,8 @@ class Traces:
         micro = _micro_batch_size(images // gpus, size)
         accumulation = images // (micro * gpus)
         chosen = replace(config, train=replace(config.train, global_batch_size=images, micro_batch_size=micro))
-        engine = engine_memory(chosen.engine, sizes, gpus, accumulation, hardware.device == "cpu")
+        on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None
+        engine = engine_memory(chosen.engine, sizes, gpus, accumulation, on_cpu, ema)
         trace = self.of(micro, engine.kept_gradient_bytes)
         estimated = pass_seconds(hardware, trace)
         passes = measured_pass(config, hardware, sizes.parameters, self.alone, estimated)

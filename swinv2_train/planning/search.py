@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from swinv2_train.config import Config, ConfigError, HardwareConfig
+from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
 from swinv2_train.planning.check import missing
 from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes, plan_memory, scale
 from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
@@ -64,17 +64,19 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
 
 def candidates(config: Config, hardware: HardwareConfig, num_gpus: int) -> Iterator[Candidate]:
     """Every setting, with its memory and speed estimated from traces of one image."""
-    on_cpu = hardware.device == "cpu"
+    on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None
     sizes = model_sizes(meta_task(config).module, config)
     for recompute, stages in _policies(config):
         trace = trace_step(apply(config, Setting(config.engine.zero_stage, recompute, stages, 1)), 0, on_cpu)
         passes = pass_seconds(hardware, trace)
         for zero_stage in _zero_stages(config):
             for size in micro_batch_sizes(config.train.global_batch_size, num_gpus):
+                if size % 2 and mixes(config.task):
+                    continue
                 setting = Setting(zero_stage, recompute, stages, size)
                 chosen = apply(config, setting)
                 accumulation = config.train.global_batch_size // (size * num_gpus)
-                engine = engine_memory(chosen.engine, sizes, num_gpus, accumulation, on_cpu)
+                engine = engine_memory(chosen.engine, sizes, num_gpus, accumulation, on_cpu, ema)
                 scaled = scale(trace, size, int(engine.kept_gradient_bytes * sizes.parameters))
                 memory = combine(chosen, hardware, engine, sizes, scaled, num_gpus)
                 speed = plan_speed(chosen, hardware, sizes, passes.times(size), num_gpus)

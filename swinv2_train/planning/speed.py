@@ -16,6 +16,8 @@ from swinv2_train.planning.trace import Trace
 
 ADAMW_BYTES = 30
 """Traffic of an AdamW step per parameter: master and two averages read and written, gradient read, weight written."""
+EMA_BYTES = 12
+"""Of averaging the weights (optim.ema_decay): average read and written, master read."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,10 @@ def planned_mfu(
 
 
 def optimizer_seconds(config: Config, hardware: HardwareConfig, num_parameters: int, ranks: int) -> float:
-    """AdamW on a rank's share of the parameters."""
+    """AdamW on a rank's share of the parameters, and what averages the weights."""
     shard = 1 if config.engine.name == "local" or config.engine.zero_stage == 0 else ranks
-    taken = ADAMW_BYTES * num_parameters / shard / _traffic_rate(hardware)
+    moved = ADAMW_BYTES + (EMA_BYTES if config.optim.ema_decay is not None else 0)
+    taken = moved * num_parameters / shard / _traffic_rate(hardware)
     if config.engine.offload_optimizer != "none":  # gradients out and weights in
         taken += 6 * num_parameters / shard / (known(hardware.host_gb_per_sec) * 1e9)
     return taken

@@ -15,6 +15,7 @@ Live under ZeRO-3 are the block in use and the next one, and from the forward to
 autograd saved a view: a linear layer saves the transposed weight, which keeps what was gathered although DeepSpeed
 releases it, unless the layer's block is computed again.
 
+optim.ema_decay adds 4N bytes for local and ZeRO-0 and 4N/W for the others, beside the masters, and no temporaries.
 AdamW is fused and takes no temporaries.  The copies of an exchange are of at most 500 million
 elements (runtime/engine.py, allreduce_no_retain).  What is offloaded counts as the host's.
 """  # noqa: E501
@@ -30,6 +31,7 @@ from swinv2_train.planning.trace import Peak, Trace
 EXCHANGED_TOGETHER = 500_000_000
 
 WEIGHTS, MASTERS, AVERAGES, GRADIENTS = "weights", "fp32 masters", "AdamW's averages", "gradients"
+EMA = "averaged weights"
 BUCKETS, LIVE, COPIES = "ZeRO buckets", "ZeRO-3 live weights", "gradient copies"
 
 
@@ -136,11 +138,17 @@ class EngineMemory:
 
 
 def engine_memory(
-    config: EngineConfig, sizes: ModelSizes, world_size: int, accumulation_steps: int, on_cpu: bool
+    config: EngineConfig,
+    sizes: ModelSizes,
+    world_size: int,
+    accumulation_steps: int,
+    on_cpu: bool,
+    ema: bool = False,
 ) -> EngineMemory:
     """The formulas above for one configuration.
 
-    on_cpu: the rank computes on the CPU, where gloo copies what it gathers.
+    on_cpu: the rank computes on the CPU, where gloo copies what it gathers.  ema: averages of the weights are kept
+    (optim.ema_decay).
     """
     n, w = sizes.parameters, 2 if config.precision == "bf16" else 4
     share = -(-n // world_size)
@@ -167,6 +175,8 @@ def engine_memory(
         }
     else:
         _zero_3(memory, config, sizes, share, group, w, state, world_size, on_cpu)
+    if ema:
+        memory.rests[EMA] = 4 * (n if stage == 0 else share)
     if on_cpu and stage in (1, 2) and world_size > 1:  # gloo gathers into a copy
         memory.step[COPIES] = w * sizes.largest_group
     if accumulation_steps > 1 and memory.kept_gradient_bytes:  # those of earlier micro-batches are there all the time
@@ -212,8 +222,9 @@ def _offload(memory: EngineMemory, config: EngineConfig, share: int) -> None:
     moved = {"cpu": memory.host, "nvme": memory.disk}
     if config.offload_optimizer != "none":
         target = moved[config.offload_optimizer]
-        for part in (MASTERS, AVERAGES):
-            target[part] = memory.rests.pop(part)
+        for part in (MASTERS, AVERAGES, EMA):
+            if part in memory.rests:
+                target[part] = memory.rests.pop(part)
         memory.host[GRADIENTS] = memory.rests.pop(GRADIENTS, 0) + 4 * share + memory.step.pop(GRADIENTS, 0)
         memory.kept_gradient_bytes = 0.0
     if config.offload_param != "none":

@@ -13,7 +13,9 @@ from swinv2_train.planning.scaling import Curve
 from swinv2_train.planning.speed import SpeedPlan, planned_mfu
 
 STATE_BYTES = {"fp32": 12, "bf16": 6}
-"""A checkpoint's bytes per parameter: master and two averages."""
+"""A checkpoint's bytes per parameter: master and AdamW's two averages."""
+EMA_BYTES = 4
+"""Of the weight's own average (optim.ema_decay)."""
 
 
 def memory_table(plan: MemoryPlan) -> str:
@@ -87,7 +89,8 @@ def speed_lines(
     else:
         days = steps * speed.step_sec / 86400
         lines.append(f"{steps} steps: {days:.3g} days, {days * num_gpus:.3g} GPU-days")
-    size = STATE_BYTES[config.engine.optimizer_states] * memory.sizes.parameters
+    kept = STATE_BYTES[config.engine.optimizer_states] + (EMA_BYTES if config.optim.ema_decay is not None else 0)
+    size = kept * memory.sizes.parameters
     assert hardware.storage_gb_per_sec is not None, "complete"
     lines.append(
         f"checkpoint: {size / GIB:.2f} GiB over all ranks, {size / hardware.storage_gb_per_sec / 1e9:.3g} s to write"

@@ -50,12 +50,13 @@ WRITTEN_FORMATS = ("microsoft", "timm", "huggingface")
 _WRITERS = {".safetensors": write_safetensors, ".pth": write_torch, ".pt": write_torch, ".bin": write_torch}
 
 
-def read_weights(path: str | Path, format: str | None = None) -> ConvertedWeights:
+def read_weights(path: str | Path, format: str | None = None, *, averaged: bool = False) -> ConvertedWeights:
     """The weights at path by official name, each read and converted when it is asked for.
 
     path: a safetensors or torch file, a Hugging Face directory, or a run or checkpoint directory of our own.  format:
-    one of FORMATS where the names are to be of that format; None = found out.  Raises ConfigError, naming path, fault
-    and remedy, for what is no such file, holds code, or has names of no known format.
+    one of FORMATS where the names are to be of that format; None = found out.  averaged: the averages of a run's
+    weights (optim.ema_decay) in place of these.  Raises ConfigError, naming path, fault and remedy, for what is no such
+    file, holds code, has names of no known format, or has no averages.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -64,8 +65,10 @@ def read_weights(path: str | Path, format: str | None = None) -> ConvertedWeight
         if format is not None:
             raise ConfigError(f"{path} is a run directory of our own, not a file of format={format}; leave format out")
         checkpoint = find_checkpoint(path)
-        entries = read_checkpoint(checkpoint).entries
+        entries = read_checkpoint(checkpoint, averaged).entries
         return ConvertedWeights(entries, str(checkpoint), "run", {name: (name,) for name in entries}, ())
+    if averaged:
+        raise ConfigError(f"{path} is no run or checkpoint of our own, whose averages ema=true takes; leave it out")
     file = open_weights(path)
     return to_official(file.entries, format, str(path), file.left_out)
 
@@ -86,12 +89,13 @@ def load_weights(
     format: str | None = None,
     head: Head = "load",
     strict: bool = True,
+    averaged: bool = False,
 ) -> LoadReport:
     """Copy the weights at path into a model, parameter by parameter, in the model's dtype and on its devices.
 
-    head and strict: see :func:`match_weights`.  Nothing is changed when names or shapes do not fit.  Raises ConfigError
-    for what read_weights and match_weights refuse, ValueError for a head that means nothing or a module on the meta
-    device; it must not be sharded either.
+    head and strict: see :func:`match_weights`; averaged: see :func:`read_weights`.  Nothing is changed when names or
+    shapes do not fit.  Raises ConfigError for what read_weights and match_weights refuse, ValueError for a head that
+    means nothing or a module on the meta device; it must not be sharded either.
     """
     own = module.state_dict(keep_vars=True)
     unreal = [name for name, tensor in own.items() if tensor.is_meta]
@@ -99,7 +103,7 @@ def load_weights(
         raise ValueError(
             f"{unreal[0]} is on the meta device; give the model memory first: module.to_empty(device='cpu')"
         )
-    source = read_weights(path, format)
+    source = read_weights(path, format, averaged=averaged)
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     weights, report = match_weights(source, shapes, head=head, strict=strict)
     for name in weights:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,10 @@ def _pair(value: Any, least: int) -> tuple[int, int]:
 def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
     """preprocessor_config.json: resize, cut out the centre, normalise."""
     height, width = preprocessing.img_size
-    resized = {"height": round(height / preprocessing.crop_pct), "width": round(width / preprocessing.crop_pct)}
+    resized = {
+        "height": math.floor(height / preprocessing.crop_pct),
+        "width": math.floor(width / preprocessing.crop_pct),
+    }
     return {
         "image_processor_type": "BitImageProcessor",  # ViT's, in older transformers, cannot crop the centre
         "do_convert_rgb": True,

@@ -8,13 +8,15 @@ import struct
 import pytest
 import torch
 from harness import run_distributed
-from toy import build, full_state, save_state, toy_config, train
+from toy import batches, build, full_state, part, save_state, toy_config, train
 
 from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
+from swinv2_train.engine import NonFiniteError
 
 NORM_RTOL = 1e-6  # measured worst 6e-8: with offload DeepSpeed adds up the norm in another order
-CPU = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+OPTIMIZER = {"offload_optimizer": "cpu"}
+CPU = {**OPTIMIZER, "offload_param": "cpu"}
 
 
 def steps(world, config, micros=1):
@@ -32,6 +34,28 @@ def test_offload_of_weights_and_states_to_the_cpu_changes_no_bit_of_the_weights(
     found, state = run_distributed(steps, 2, toy_config(**settings, **other), 2)[0]
     assert [loss for loss, _ in found] == [loss for loss, _ in expected]
     assert [norm for _, norm in found] == pytest.approx([norm for _, norm in expected], rel=NORM_RTOL)
+    assert all(torch.equal(state[name], value) for name, value in expected_state.items())
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize("micros", [1, 2])
+def test_a_refused_step_with_the_optimizer_on_the_cpu_leaves_the_next_ones_as_they_were(stage, precision, micros):
+    """DeepSpeed's stages 1 and 2 kept its gradients in bf16 and refused every step after it."""
+
+    def run(world, spoiled):
+        engine = build(toy_config(stage=stage, precision=precision, micro=8 // micros, **OPTIMIZER), world, micros)
+        history = train(engine, world, 2, micros)
+        if spoiled:
+            for micro in range(micros):
+                loss = engine.forward(**part(batches(1, 16)[0], world.rank, 2, micro, micros))["loss"]
+                engine.backward(loss * float("nan") if micro == world.rank % micros else loss)
+            with pytest.raises(NonFiniteError):
+                engine.step(1e-2)
+        return history + train(engine, world, 3, micros, first=2), full_state(engine)
+
+    found, state = run_distributed(run, 2, True)[0]
+    expected, expected_state = run_distributed(run, 2, False)[0]
+    assert found == expected
     assert all(torch.equal(state[name], value) for name, value in expected_state.items())
 
 
