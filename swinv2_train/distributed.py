@@ -125,6 +125,25 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def all_gather(values: torch.Tensor) -> torch.Tensor:
+    """Every rank's tensor, (ranks, ...) on values' own device.  values: of the same shape and dtype on every rank."""
+    if not _active():
+        return values.unsqueeze(0)
+    found = torch.empty(dist.get_world_size(), *values.shape, dtype=values.dtype, device=_device())
+    dist.all_gather(list(found.unbind()), values.to(_device()).contiguous())
+    return found.to(values.device)
+
+
+def exchange(values: torch.Tensor) -> torch.Tensor:
+    """Row r goes to rank r, and row r of the result came from it.  values: (ranks, ...), of the same shape on each."""
+    if not _active():
+        return values
+    sent = values.to(_device()).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    return received.to(values.device)
+
+
 def broadcast_object(obj: Any, src: int = 0) -> Any:
     """Rank src's object on every rank (pickled between ranks of this one run)."""
     if not _active():

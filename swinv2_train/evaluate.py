@@ -3,6 +3,7 @@
   run_dir=DIR [checkpoint=DIR]                  a run's newest complete checkpoint, or the one that is named
   weights=PATH [format=NAME] run_dir=DIR        other weights, with the run's configuration
   weights=PATH [format=NAME] [GROUP=OPTION]     other weights, with a configuration as the train command composes it
+  ema=true                                      the averages of a run's weights (optim.ema_decay) in place of these
 
 and, with each: [KEY=VALUE ...] overrides of the configuration; out=DIR writes evaluation.json (each class, each split)
 and pictures there; crop_pcts=[0.875,0.95,1.0] also scores the images at these crops.  Computed in float32 (from a run,
@@ -16,6 +17,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +27,26 @@ import torch
 from swinv2_train import loop
 from swinv2_train.agreement import check_agreement
 from swinv2_train.checkpoint import find_checkpoint
-from swinv2_train.command_line import compose_source, run_on_weights
+from swinv2_train.command_line import compose_source, own_flag, run_on_weights
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
 from swinv2_train.data.cache import shard_cache
 from swinv2_train.data.labels import Answers, answered, read_answers
 from swinv2_train.data.loader import EvalLoader, check_classes
-from swinv2_train.data.shards import Manifest, open_manifest
+from swinv2_train.data.source import Source, open_source
 from swinv2_train.distributed import World, all_reduce_sum, init_distributed, raise_together, shutdown_distributed
 from swinv2_train.engine.local import to_device
+from swinv2_train.engine.startup import avoid_compiler
 from swinv2_train.gate import SPLITS
 from swinv2_train.metrics import Confusion, ConfusionCounter
 from swinv2_train.pictures import confusion_map
+from swinv2_train.probe import check_probe
 from swinv2_train.runtime import replace_text, set_threads
 from swinv2_train.tasks import Forward, Task, build_task
 from swinv2_train.tasks.classify import ClassifyTask
-from swinv2_train.train import on_main
-from swinv2_train.weights import LoadReport, load_weights
+from swinv2_train.train import build_probe, on_main
+from swinv2_train.weights import Head, LoadReport, load_weights, read_weights
 
-OWN_KEYS = ("checkpoint", "weights", "format", "out", "crop_pcts")
+OWN_KEYS = ("checkpoint", "weights", "format", "ema", "out", "crop_pcts")
 WORST_CLASSES = 5
 
 
@@ -56,6 +60,8 @@ class Request:
     """Weights of any known format in place of a checkpoint."""
     format: str | None = None
     """The format of weights; None = by its names."""
+    ema: bool = False
+    """The averages of a run's weights in place of these."""
     out: str | None = None
     """Where evaluation.json and the pictures go; None = nowhere."""
     crop_pcts: tuple[float, ...] = ()
@@ -68,7 +74,7 @@ class Split:
 
     key: str
     """The config key that named its shards."""
-    manifest: Manifest
+    source: Source
     answers: Answers | None
     """Right classes from a file; None = the shards' own."""
 
@@ -117,6 +123,7 @@ def evaluate(config: Config, request: Request) -> dict[str, Any]:
     set_threads(config.runtime.num_threads, world.local_world_size)
     splits: dict[str, Split] = on_main(world, lambda: open_splits(config))
     out = on_main(world, lambda: make_out(request.out))
+    probe = build_probe(config, world, (None, splits[""].source))
     task = build_task(config, world.device)
     loaders = {name: build_loader(config, task, split, world) for name, split in splits.items()}
     origin = load(task, config, request, world)
@@ -125,6 +132,8 @@ def evaluate(config: Config, request: Request) -> dict[str, Any]:
     def forward(**inputs: torch.Tensor) -> Any:
         return module(**to_device(inputs, world.device))
 
+    if probe is not None:
+        avoid_compiler()  # its optimizer would import torch._dynamo
     with torch.no_grad():
         results = {name: score(task, forward, split, loaders[name], world) for name, split in splits.items()}
         crops: dict[float, dict[str, float]] = {}
@@ -133,7 +142,8 @@ def evaluate(config: Config, request: Request) -> dict[str, Any]:
             if value != config.data.eval_crop_pct:
                 loader = build_loader(config, task, splits[""], world, value)
                 crops[value] = score(task, forward, splits[""], loader, world).scores
-        line = {**origin, **results[""].summary(), **compared(crops)}
+        probed = {} if probe is None else probe.scores(partial(task.features, forward), lambda: None)
+        line = {**origin, **results[""].summary(), **_finite(probed), **compared(crops)}
         if len(splits) > 1:
             line["splits"] = {name: scored.summary() for name, scored in results.items() if name}
         if out is not None:
@@ -149,6 +159,7 @@ def check_request(config: Config, request: Request) -> None:
     """Everything that needs no file and no process group."""
     if config.data.eval_shards is None:
         raise ConfigError("data.eval_shards has no value; set it on the command line: data.eval_shards=PATTERN")
+    check_probe(config, training=False)
     if request.format is not None and request.weights is None:
         raise ConfigError(f"format ({request.format}) is of weights=PATH, which is not given; add it, or leave it out")
     if request.weights is not None and request.checkpoint is not None:
@@ -167,16 +178,16 @@ def open_splits(config: Config) -> dict[str, Split]:
         named[name] = (f"{SPLITS}{name}.shards", split.shards, split.labels)
     splits = {}
     for name, (key, pattern, labels) in named.items():
-        manifest = open_manifest(str(pattern), key, cache=shard_cache(config.data))
+        source = open_source(str(pattern), key, cache=shard_cache(config.data))
         answers = None
         if isinstance(config.task, ClassifyConfig):
             if labels is None:
-                check_classes(manifest, config.task.num_classes, key)
+                check_classes(source, config.task.num_classes, key)
             else:
-                answers, unused = read_answers(labels, manifest, config.task.num_classes, f"{SPLITS}{name}.labels")
+                answers, unused = read_answers(labels, source, config.task.num_classes, f"{SPLITS}{name}.labels")
                 if unused:
                     print(f"note: {unused} entries of {labels} belong to no sample of {key}", file=sys.stderr)
-        splits[name] = Split(key, manifest, answers)
+        splits[name] = Split(key, source, answers)
     return splits
 
 
@@ -191,7 +202,7 @@ def make_out(out: str | None) -> Path | None:
     return Path(out)
 
 
-def load(task: Task, config: Config, request: Request, world: World) -> dict[str, str]:
+def load(task: Task, config: Config, request: Request, world: World) -> dict[str, Any]:
     """Put the weights that are asked for into the task's module, on every rank; returns where they come from."""
     if request.weights is not None:
         origin, path = "weights", Path(request.weights)
@@ -200,13 +211,26 @@ def load(task: Task, config: Config, request: Request, world: World) -> dict[str
     problem: ConfigError | None = None
     report: LoadReport | None = None
     try:
-        report = load_weights(task.module, path, format=request.format)
+        head = wanted_head(config, path, request.format)
+        report = load_weights(task.module, path, format=request.format, head=head, averaged=request.ema)
     except ConfigError as error:
         problem = error
     raise_together(problem)
     if origin == "weights" and world.is_main:
         print(report, file=sys.stderr)
-    return {origin: str(path)}
+    return {origin: str(path), **({"ema": request.ema} if origin == "checkpoint" or request.ema else {})}
+
+
+def wanted_head(config: Config, path: Path, format: str | None) -> Head:
+    """The rows that the file task.init_head lists, where the weights have another number of classes than the model.
+
+    Otherwise the head that the weights have: a run that began with such a file has no use for it any more.
+    """
+    task = config.task
+    if not isinstance(task, ClassifyConfig) or task.init_head in ("auto", "fresh"):
+        return "load"
+    theirs = read_weights(path, format).entries.get("head.weight")
+    return "load" if theirs is not None and theirs.shape[0] == task.num_classes else Path(task.init_head)
 
 
 def build_loader(config: Config, task: Task, split: Split, world: World, crop_pct: float | None = None) -> EvalLoader:
@@ -216,7 +240,7 @@ def build_loader(config: Config, task: Task, split: Split, world: World, crop_pc
         data = dataclasses.replace(config.data, eval_crop_pct=crop_pct or config.data.eval_crop_pct)
         transform = dataclasses.replace(task.eval_transform, data=data, needs_label=split.answers is None)
     micro_batch = config.train.micro_batch_size
-    return EvalLoader(split.manifest, config.data, transform, micro_batch, world.rank, world.world_size, split.key)
+    return EvalLoader(split.source, config.data, transform, micro_batch, world.rank, world.world_size, split.key)
 
 
 def score(task: Task, forward: Forward, split: Split, loader: EvalLoader, world: World) -> Scored:
@@ -293,7 +317,7 @@ def _finite(scores: dict[str, float]) -> dict[str, float | None]:
 def parse(arguments: list[str]) -> tuple[Config, Request]:
     """The configuration and the command's own keys of a command line."""
     config, given = compose_source(arguments, OWN_KEYS)
-    own: dict[str, Any] = dict(given)
+    own: dict[str, Any] = {**given, "ema": own_flag(given, "ema")}
     if "crop_pcts" in own:
         try:
             own["crop_pcts"] = tuple(float(value) for value in given["crop_pcts"].strip("[] ").split(","))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import highest
+from swinv2_train.distributed import any_rank, highest, raise_together
 from swinv2_train.health import RANK_WAIT, Pulse
 from swinv2_train.runtime import StopRequest
 
@@ -108,6 +108,18 @@ class Copies(Iterator[Batch]):
                 name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for name, value in batch.items()
             }
+
+
+def together(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, of which every rank has equally many; what one rank finds wrong with its data, all raise."""
+    remaining = iter(batches)
+    while True:
+        found, problem = fetch(remaining, 1)
+        if any_rank(problem is not None):
+            raise_together(problem)
+        if not found:
+            return
+        yield found[0]
 
 
 def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], ConfigError | None]:

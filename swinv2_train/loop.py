@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from swinv2_train.checkpoint import Save, load_checkpoint
-from swinv2_train.config import Config
+from swinv2_train.config import Config, averaged_score
 from swinv2_train.data.loader import EvalLoader, TrainLoader
 from swinv2_train.data.stream import StreamLoader
 from swinv2_train.distributed import World, all_reduce_sum, any_rank, raise_together
 from swinv2_train.engine import Engine, NonFiniteError
-from swinv2_train.feed import FAILED, STOP, Batch, Feed, fetch
+from swinv2_train.feed import FAILED, STOP, Batch, Feed, together
 from swinv2_train.garbage import Garbage
 from swinv2_train.health import DATA_WAIT, FIRST_STEP, Pulse
 from swinv2_train.log import RunLog
@@ -34,6 +34,7 @@ from swinv2_train.metrics import (
     peak_memory_gib,
     ranks_where,
 )
+from swinv2_train.probe import Probe
 from swinv2_train.profiling import BACKWARD, CHECKPOINT, DATA, EVALUATION, FORWARD, OPTIMIZER, Trace, label
 from swinv2_train.records import Records, StepRecord
 from swinv2_train.runtime import StopRequest
@@ -81,6 +82,8 @@ class Run:
     """What runtime.profile asks for."""
     garbage: Garbage = field(default_factory=lambda: Garbage(None))
     """When Python collects it."""
+    probe: Probe | None = None
+    """What probe.methods asks for."""
 
 
 def fit(run: Run, stop: StopRequest) -> bool:
@@ -158,9 +161,13 @@ def fit(run: Run, stop: StopRequest) -> bool:
             scores: dict[str, float] = {}
             if run.eval_loader is not None and (due(run.step, train.eval_every_steps) or last):
                 with run.pulse.doing("evaluating"), label(EVALUATION):
-                    scores = evaluate(partial(run.task.scores, run.engine.evaluate), moving(run, run.eval_loader))
-                run.log.metrics(run.step, run.images_seen, scores)
-                run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+                    scores = scores_of(run, run.eval_loader)
+                log_scores(run, scores)
+            if run.probe is not None and (due(run.step, config.probe.every_steps) or last):
+                with run.pulse.doing("probing"), label(EVALUATION):
+                    probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), run.pulse.move)
+                log_scores(run, probed)
+                scores |= probed
             score = scores.get(train.keep_best) if train.keep_best else None
             if due(run.step, train.checkpoint_every_steps) or last or score is not None:
                 save(run, score)
@@ -292,6 +299,12 @@ def log_step(run: Run, values: dict[str, float], speed: dict[str, float], own_se
     )
 
 
+def log_scores(run: Run, scores: dict[str, float]) -> None:
+    """A line of metrics and one on the console."""
+    run.log.metrics(run.step, run.images_seen, scores)
+    run.log.say(f"step {run.step}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+
 def name_slowest(run: Run, own_sec: list[float], data_wait_sec: list[float]) -> dict[str, float]:
     """The rank that the others wait for: in the metrics and the status, and on the console if it stays the same."""
     found = slowest(own_sec, data_wait_sec)
@@ -327,17 +340,23 @@ def count_bad_images(run: Run) -> None:
     run.train_loader.check_bad_images(run.bad_images, run.images_seen)
 
 
+def scores_of(run: Run, loader: EvalLoader) -> dict[str, float]:
+    """The scores of the weights and, with optim.ema_decay, those of their averages."""
+    score = partial(run.task.scores, run.engine.evaluate)
+    scores = evaluate(score, moving(run, loader))
+    if run.config.optim.ema_decay is not None:
+        with run.engine.averaged():
+            averaged = evaluate(score, moving(run, loader))
+        scores |= {averaged_score(name): value for name, value in averaged.items()}
+    return scores
+
+
 def evaluate(score: Score, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """The means of a score over one pass of an evaluation loader, over all ranks; every sample counts once."""
     means = Means()
-    remaining = iter(batches)
-    while True:
-        found, problem = fetch(remaining, 1)
-        if any_rank(problem is not None):
-            raise_together(problem)
-        if not found:  # on all ranks at once: they have equally many batches
-            return means.read()
-        means.add(score(found[0]), weight=found[0]["weight"].sum())
+    for batch in together(batches):
+        means.add(score(batch), weight=batch["weight"].sum())
+    return means.read()
 
 
 def draw(run: Run, batch: dict[str, Any]) -> None:

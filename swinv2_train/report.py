@@ -27,10 +27,20 @@ _CURVES_PNG = "curves.png"
 _MAX_PICTURE_BYTES = 400_000
 _MAX_PICTURE_PX = 1600
 
+_LOSSES = (("train/loss", "train"), ("val/loss", "validation"), ("val_ema/loss", "validation, averaged weights"))
+_ACCURACIES = (
+    *(("val/top1", "top-1"), ("val/top5", "top-5")),
+    *(("val_ema/top1", "top-1, averaged weights"), ("val_ema/top5", "top-5, averaged weights")),
+)
+_PROBES = (
+    *(("probe/knn_top1", "k-NN top-1"), ("probe/knn_top5", "k-NN top-5")),
+    *(("probe/linear_top1", "linear top-1"), ("probe/linear_top5", "linear top-5")),
+)
 # (title, unit, from zero, smoothed, names with their labels).  What is not named here gets a chart of its own.
 _CHARTS: tuple[tuple[str, str, bool, bool, tuple[tuple[str, str], ...]], ...] = (
-    ("Loss", "", False, True, (("train/loss", "train"), ("val/loss", "validation"))),
-    ("Accuracy", "%", False, False, (("val/top1", "top-1"), ("val/top5", "top-5"))),
+    ("Loss", "", False, True, _LOSSES),
+    ("Accuracy", "%", False, False, _ACCURACIES),
+    ("Accuracy of the frozen encoder", "%", False, False, _PROBES),
     ("Learning rate", "", True, False, (("train/lr", "lr"),)),
     ("Gradient norm", "before clipping", True, True, (("train/grad_norm", "norm"),)),
     ("Throughput", "images/s", True, False, (("perf/images_per_sec", "images/s"),)),
@@ -42,6 +52,9 @@ _CHARTS: tuple[tuple[str, str, bool, bool, tuple[tuple[str, str], ...]], ...] = 
 _TILES = (
     ("val/top1", "top-1 accuracy", "%", 2),
     ("val/top5", "top-5 accuracy", "%", 2),
+    ("val_ema/top1", "top-1 accuracy, averaged weights", "%", 2),
+    ("probe/knn_top1", "k-NN top-1, frozen encoder", "%", 2),
+    ("probe/linear_top1", "linear top-1, frozen encoder", "%", 2),
     ("val/loss", "validation loss", "", 4),
     ("train/loss", "training loss", "", 4),
     ("perf/images_per_sec", "throughput", "images/s", 0),

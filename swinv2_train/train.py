@@ -14,12 +14,13 @@ from torch import nn
 
 from swinv2_train import loop
 from swinv2_train.agreement import check_agreement
-from swinv2_train.checkpoint import find_checkpoint, load_checkpoint, newest_checkpoint, verified_checkpoint
+from swinv2_train.checkpoint import ema_note, find_checkpoint, load_checkpoint, newest_checkpoint, verified_checkpoint
 from swinv2_train.command_line import read_run, run_command
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, is_pipe
+from swinv2_train.data.augment import check_augment
 from swinv2_train.data.cache import shard_cache
-from swinv2_train.data.loader import EvalLoader, accumulation_steps, check_classes
-from swinv2_train.data.shards import Manifest, open_manifest
+from swinv2_train.data.loader import EvalLoader, accumulation_steps, check_classes, check_same_classes
+from swinv2_train.data.source import Source, open_source
 from swinv2_train.data.stream import NOT_ELASTIC, Stream, build_train_loader, open_stream
 from swinv2_train.distributed import World, broadcast_object, gather_objects, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine, check_engine
@@ -36,6 +37,7 @@ from swinv2_train.models.fused import fused_problem
 from swinv2_train.models.initial import without_values
 from swinv2_train.optim import build_param_groups
 from swinv2_train.planning.check import memory_warning
+from swinv2_train.probe import Probe, check_probe, open_probe
 from swinv2_train.profiling import Trace
 from swinv2_train.report import write_report
 from swinv2_train.runtime import (
@@ -70,6 +72,9 @@ MEMORY_KEYS = (
 def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
     check_engine(config.engine)
+    check_probe(config, training=True)
+    if isinstance(config.task, ClassifyConfig):
+        check_augment(config.task)
     run_dir = Path(config.run_dir)
     with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)
@@ -81,6 +86,7 @@ def train(config: Config) -> int:
         on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
         shards = open_shards(config, world)
+        probe = build_probe(config, world, shards)
         total = total_steps(config.train, shards[0].num_samples)
         if newest is not None and step_of(newest) >= total:
             on_main(world, lambda: say_complete(run_dir, total))
@@ -98,7 +104,7 @@ def train(config: Config) -> int:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
             try:
-                run = build_run(config, world, task, groups, shards, log, newest, initial, pulse)
+                run = build_run(config, world, task, groups, shards, log, newest, initial, pulse, probe)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
                 with run.garbage:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
@@ -129,11 +135,12 @@ def build_run(
     world: World,
     task: Task,
     param_groups: list[dict[str, Any]],
-    shards: tuple[Manifest | Stream, Manifest | None],
+    shards: tuple[Source | Stream, Source | None],
     log: RunLog,
     newest: Path | None,
     initial: Initial | None,
     pulse: Pulse | None = None,
+    probe: Probe | None = None,
 ) -> loop.Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
@@ -149,6 +156,8 @@ def build_run(
     if newest is not None:
         state = load_checkpoint(newest, engine, world, config.seed)
         log.say(f"resuming from {newest}")
+        if note := ema_note(newest, config.optim.ema_decay):
+            log.say(note)
     else:
         engine.initialise(InitialValues(task.module, config.seed))
         if initial is not None:
@@ -193,6 +202,7 @@ def build_run(
         pulse=pulse or Pulse(),
         trace=Trace(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None,
         garbage=Garbage(config.runtime.gc_every_steps),
+        probe=probe,
     )
 
 
@@ -326,27 +336,44 @@ def other_windows(config: Config, module: nn.Module) -> list[str]:
     ]
 
 
-def open_shards(config: Config, world: World) -> tuple[Manifest | Stream, Manifest | None]:
-    """The manifests of training and evaluation shards; rank 0 indexes what has no index yet.  A pipe has none.
+def open_shards(config: Config, world: World) -> tuple[Source | Stream, Source | None]:
+    """Where training and evaluation images come from; rank 0 lists and indexes what was not yet.  A pipe has no index.
 
     Raises ConfigError for missing or damaged shards, and for labels that the task has no class for.
     """
 
-    def open_one(key: str, pattern: str | None) -> Manifest | Stream | None:
-        if pattern is None:
-            return None
-        if key == "data.shards" and is_pipe(pattern):
-            return open_stream(pattern)
-        manifest = open_manifest(pattern, key, partial(print, flush=True), shard_cache(config.data))
+    def open_one(key: str, pattern: str) -> Source:
+        source = open_source(pattern, key, partial(print, flush=True), shard_cache(config.data))
         if isinstance(config.task, ClassifyConfig):
-            check_classes(manifest, config.task.num_classes, key)
-        return manifest
+            check_classes(source, config.task.num_classes, key)
+        return source
 
-    training, evaluation = on_main(
-        world,
-        lambda: (open_one("data.shards", config.data.shards), open_one("data.eval_shards", config.data.eval_shards)),
-    )
+    def open_both() -> tuple[Source | Stream, Source | None]:
+        keys, pattern, eval_pattern = ("data.shards", "data.eval_shards"), config.data.shards, config.data.eval_shards
+        training = open_stream(pattern) if is_pipe(pattern) else open_one(keys[0], pattern)
+        evaluation = None if eval_pattern is None else open_one(keys[1], eval_pattern)
+        if isinstance(config.task, ClassifyConfig) and evaluation is not None and not isinstance(training, Stream):
+            check_same_classes(training, evaluation, keys)
+        return training, evaluation
+
+    training, evaluation = on_main(world, open_both)
     return training, evaluation
+
+
+def build_probe(config: Config, world: World, shards: tuple[Source | Stream | None, Source | None]) -> Probe | None:
+    """What probe.methods asks for; ConfigError on every rank for images without labels.
+
+    shards: of training and evaluation, where they are open already.
+    """
+    if not config.probe.methods:
+        return None
+    patterns = (config.data.shards, config.data.eval_shards)
+    known = {
+        str(key): found
+        for key, found in zip(patterns, shards, strict=True)
+        if found is not None and not isinstance(found, Stream)
+    }
+    return Probe(config, on_main(world, lambda: open_probe(config, known, partial(print, flush=True))), world)
 
 
 def log_artifacts(config: Config, log: RunLog) -> None:

@@ -70,13 +70,16 @@ class SimMIM(nn.Module):
             nn.PixelShuffle(encoder_stride),
         )
 
-    def forward(self, images: Tensor, mask: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> dict[str, Tensor]:
         """images: (B, 3, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool, True where hidden.
         weight: (B,), how much each image counts in the loss; None = 1.
 
         Returns {"loss": (), "reconstruction": (B, 3, H, W)}, both at least float32.  Where the encoder padded odd maps
-        before merging, what the decoder says beyond the image is cut off.  Raises ValueError for other shapes.
+        before merging, what the decoder says beyond the image is cut off.  Without a mask nothing is hidden or
+        predicted: {"features": (B, num_features)}, the encoder's pooled_features.  Raises ValueError for other shapes.
         """
+        if mask is None:
+            return {"features": self.encoder.pooled_features(images)}
         features = self.encoder.forward_features(images, mask)[-1]
         decoded = at_least_float32(self.decoder(features))
         reconstruction = decoded[:, :, : images.shape[2], : images.shape[3]]

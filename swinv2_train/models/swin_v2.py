@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.attention import WindowAttention
-from swinv2_train.models.precision import Float32LayerNorm
+from swinv2_train.models.precision import Float32LayerNorm, at_least_float32
 from swinv2_train.models.sequential import Chunks
 from swinv2_train.models.windows import WindowGrid, window_grid
 
@@ -332,9 +332,15 @@ class SwinTransformerV2(nn.Module):
         outputs[-1] = x
         return [out.permute(0, 3, 1, 2) for out in outputs]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, in_chans, H, W), normalised pixels.  Returns (B, num_classes)."""
+    def forward(self, images: Tensor, features: bool = False) -> Tensor:
+        """images: (B, in_chans, H, W), normalised pixels.  Returns (B, num_classes); with features, pooled_features."""
+        if features:
+            return self.pooled_features(images)
         return self.head(self.forward_features(images)[-1].mean(dim=(2, 3)))
+
+    def pooled_features(self, images: Tensor) -> Tensor:
+        """The normed last map's mean over its tokens, (B, num_features), in at least float32."""
+        return at_least_float32(self.forward_features(images)[-1]).mean(dim=(2, 3))
 
 
 def _check_patches(size: tuple[int, int], patch_size: int, name: str) -> None:
