@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported: forked ranks must not inherit a pool of OpenMP threads that exists in the parent only.
@@ -15,6 +16,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have left stays: Python's collector need not look at it again, in any test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
