@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest
+QUICK := -m "not slow" -n auto --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slurm bench lint format types clean
+.PHONY: help setup demo proof test test-fast test-slurm bench lint format types clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,7 +16,7 @@ help:  ## list the tasks
 setup: $(STAMP)  ## make .venv with everything pinned (constraints.txt)
 
 # torch first, and no build isolation: deepspeed and fairscale are source packages that look for torch when they are
-# built, and in an isolated build they would fetch one of their own.  timm (the tests' peer) without what it asks for:
+# built, and in an isolated build they would fetch one of their own.  timm (RandAugment, mixup) without what it asks for:
 # torchvision cannot be imported beside torch's CPU build.
 $(STAMP): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
@@ -28,17 +29,21 @@ $(STAMP): setup.cfg constraints.txt
 demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides
 	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
-test: setup  ## the whole test suite
-	$(PYTEST)
+test: setup  ## the whole test suite: the quick part in parallel, then the slow tests one by one
+	quick=0; $(PYTEST) $(QUICK) || quick=$$?; $(PYTEST) -m slow && exit $$quick
 
 test-fast: setup  ## the quick part of the tests
-	$(PYTEST) -m "not slow" -n auto
+	$(PYTEST) $(QUICK)
 
 test-slurm: setup  ## the launch files on a real SLURM (Debian: apt-get install slurm-wlm munge)
 	$(PYTEST) tests/slurm
 
 bench: setup  ## the training step beside other implementations of SwinV2; BENCH_ARGS="--quick ..."
 	@$(BIN)/python scripts/benchmark.py --install-peers $(BENCH_ARGS)
+
+proof: setup  ## does pre-training pay?  CIFAR-10 with 1, 10, 100 % of the labels, and the paper's ablations; two cores, 2 hours
+	@$(BIN)/python scripts/proof.py
+	@$(BIN)/python scripts/ablations.py
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .
