@@ -68,9 +68,9 @@ def save_model(path: Path, classes: int = CLASSES) -> str:
 
 
 @torch.no_grad()
-def logits_of(images: np.ndarray) -> torch.Tensor:
-    """What make_model says of whole images, one at a time: (count, CLASSES)."""
-    model = make_model()
+def logits_of(images: np.ndarray, classes: int = CLASSES) -> torch.Tensor:
+    """What make_model says of whole images, one at a time: (count, classes)."""
+    model = make_model(classes)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return torch.cat([model(((image - MEAN) / STD)[None]) for image in pixels])
 

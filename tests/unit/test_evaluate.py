@@ -88,6 +88,27 @@ def test_weights_without_a_run_are_scored_and_nothing_is_written(base, tmp_path)
     assert tree(tmp_path) == []
 
 
+def test_a_22k_classifier_is_scored_on_the_classes_that_its_map_lists(capfd, tmp_path):
+    """task.init_head=FILE, 21,841 classes and the official form of 1000 lines, as fine-tuning takes them."""
+    rows = np.random.default_rng(5).permutation(21841)[:1000].tolist()
+    (tmp_path / "map22kto1k.txt").write_text("".join(f"{row}\n" for row in rows))
+    large = save_model(tmp_path / "large.safetensors", 21841)
+    labels = [number * 97 % 1000 for number in range(COUNT)]
+    shards = write_images(tmp_path, "val", IMAGES, labels)
+    sizes = ("task=classify", "task.num_classes=1000", "data=cifar10", *MODEL)
+    arguments = (f"weights={large}", *sizes, f"data.eval_shards={shards}")
+    code, _, err = evaluate_command(capfd, *arguments)
+    assert code == 2 and "head=FILE takes the rows whose indices FILE lists" in err
+    found = evaluated(capfd, *arguments, f"task.init_head={tmp_path / 'map22kto1k.txt'}")
+    same(found, expected_scores(logits_of(IMAGES, 21841)[:, rows], [[label] for label in labels]))
+
+
+def test_a_map_of_the_runs_start_does_not_touch_a_head_that_fits(capfd, base, tmp_path):
+    """A fine-tuned run's configuration still names the map; its weights have the small head already."""
+    (tmp_path / "map.txt").write_text("3\n2\n1\n0\n")
+    assert evaluated(capfd, *base, f"task.init_head={tmp_path / 'map.txt'}") == evaluated(capfd, *base)
+
+
 def test_weights_with_a_run_take_its_configuration(files, tmp_path):
     """run_dir says what the model is; the run's own checkpoints, of which there are none here, are not looked at."""
     run_dir = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from swinv2_train.planning.trace import meta_batch, meta_task, trace_step
 from swinv2_train.tasks import build_task
 from tests.live_bytes import allocated_peak
 
+ONE_BY_ONE = ("task.mixup_alpha=0", "task.cutmix_alpha=0")  # mixing wants micro-batches of pairs
 SMALL = [
     "model=demo",
     "model.img_size=64",
     "model.window_size=8",
     "task=classify",
     "task.num_classes=10",
+    *ONE_BY_ONE,
     "engine=local",
 ]
-TINY = ["model=tiny", "model.img_size=256", "task=classify", "engine=local", "train.micro_batch_size=1"]
+TINY = ["model=tiny", "model.img_size=256", "task=classify", *ONE_BY_ONE, "engine=local", "train.micro_batch_size=1"]
 POLICIES = {
     "none": [],
     "blocks": ["model.recompute=blocks"],
@@ -76,7 +79,7 @@ def test_activations_are_those_that_torch_allocates(policy: str) -> None:
     """Whatever the policy, because it is run.  Kernels' own workspaces are all that a trace does not see."""
     overrides = [*SMALL, "train.micro_batch_size=8", *POLICIES[policy]]
     if policy == "simmim":
-        overrides = [*overrides[:3], "engine=local", *overrides[6:]]
+        overrides = [*SMALL[:3], "engine=local", *overrides[len(SMALL) :]]
     config = composed(*overrides)
     trace = trace_step(config, 4, on_cpu=True)
     predicted = max(trace.forward.total, trace.backward.total) - trace.backward.tables
@@ -114,7 +117,7 @@ def test_autograd_holds_the_weights_whose_gradients_are_still_to_be_made() -> No
 
 def test_zero_3_gathers_ahead_no_more_than_is_still_to_come() -> None:
     """In the backward pass of stage 1, where the activations are, nearly all weights are done with."""
-    config = composed(*TINY[:3], "train.micro_batch_size=1", "engine=zero3", "model.recompute=blocks", "hardware=cpu")
+    config = composed(*TINY[:5], "train.micro_batch_size=1", "engine=zero3", "model.recompute=blocks", "hardware=cpu")
     sizes = model_sizes(meta_task(config).module, config)
     engine, trace = engine_memory(config.engine, sizes, 2, 1, on_cpu=False), trace_step(config, 0)
     parts = {peak.place: engine.in_backward(trace, peak) for peak in trace.backward_peaks}
@@ -191,7 +194,7 @@ def test_the_rough_bound_is_above_the_plan() -> None:
         SMALL,
         TINY,
         ["model=base", "train.micro_batch_size=4", "engine=zero1"],
-        ["model=large", "model.img_size=512", "model.window_size=32", "task=classify", "train.micro_batch_size=1"],
+        ["model=large", "model.img_size=512", "model.window_size=32", "task=classify", "train.micro_batch_size=2"],
         [
             "model=tiny",
             "task=classify",
@@ -227,7 +230,7 @@ def test_the_command_prints_where_the_bytes_go(capsys: pytest.CaptureFixture[str
 
     picture = tmp_path / "new" / "bytes.png"
     text = planned(
-        capsys, *TINY[:3], "engine=zero3", "hardware=a100_40gb", "plan.num_gpus=16", "train.micro_batch_size=8",
+        capsys, *TINY[:5], "engine=zero3", "hardware=a100_40gb", "plan.num_gpus=16", "train.micro_batch_size=8",
         "plan.num_images=1281167", f"plan.picture={picture}",
     )  # fmt: skip
     for part in ("weights", "AdamW's averages", "ZeRO-3 live weights", "activations, stage 3", "fits on 16 x A100",
@@ -242,7 +245,7 @@ def test_the_length_is_unknown_without_images(capsys: pytest.CaptureFixture[str]
     assert "set plan.num_images" in text
 
 
-ASKED = [*SMALL[:5], "engine=zero3", "hardware=rtx4090", "hardware.reserved_gib=0", "plan.num_gpus=4",
+ASKED = [*SMALL[:7], "engine=zero3", "hardware=rtx4090", "hardware.reserved_gib=0", "plan.num_gpus=4",
          "train.global_batch_size=64", "train.micro_batch_size=1"]  # fmt: skip
 
 
@@ -278,6 +281,14 @@ def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(caps
     assert text.startswith("nothing fits on 4 x RTX 4090") and "GiB more than" in text and "largest part is" in text
     text = planned(capsys, *ASKED, "hardware.memory_gib=0.01")
     assert "does not fit on 4 x RTX 4090" in text
+
+
+def test_no_odd_micro_batch_is_recommended_where_images_are_mixed_in_pairs() -> None:
+    """The recommended command would be refused."""
+    for mixing, smallest in (("task.mixup_alpha=0.8", 2), ("task.mixup_alpha=0", 1)):
+        config = composed(*ASKED, "train.micro_batch_size=2", mixing)
+        tried = islice(candidates(config, complete(config.hardware, 4), 4), 5)  # of one trace
+        assert min(each.setting.micro_batch_size for each in tried) == smallest
 
 
 def test_phases_hold_what_belongs_to_them() -> None:

@@ -249,6 +249,7 @@ def build(settings, shards, monkeypatch):
             train, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments, initialise=print)
         )
         monkeypatch.setattr(train, "load_checkpoint", lambda *arguments: state)
+        monkeypatch.setattr(train, "ema_note", lambda *_: None)  # there is no checkpoint on disk
         task = train.build_task(config, torch.device("cpu"))
         manifests = tuple(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards)
         log = SilentLog()
