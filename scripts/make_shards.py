@@ -63,15 +63,16 @@ def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple
 
 def _write_classes(path: Path, classes: Sequence[str]) -> None:
     text = "".join(f"{name}\n" for name in classes)
-    if path.is_file() and path.read_text() != text:
-        known = path.read_text().splitlines()
+    known_text = path.read_text("utf-8", "surrogateescape") if path.is_file() else text  # names may be any bytes
+    if known_text != text:
+        known = known_text.splitlines()
         differ = sorted(set(known) ^ set(classes))[:5] or ["their order"]
         raise ShardError(
             f"{path} lists {len(known)} classes, SOURCE has {len(classes)} (they differ in: {', '.join(differ)}), so "
             "the same label would mean two things; give SOURCE the same class folders, or choose another OUT folder"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, "utf-8", "surrogateescape")
 
 
 def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:

@@ -269,7 +269,7 @@ def draw(found: dict[tuple[str, Any], Cell], path: Path) -> None:
         return left + 40 + list(STEPS).index(percent) * (right - left - 80) / (len(STEPS) - 1)
 
     pen.text((8, 8), "CIFAR-10 test top-1 in percent, dots: seeds", fill="black", font=ImageFont.load_default(16))
-    for tick in nice_ticks(low, high, 6):
+    for tick in (tick for tick in nice_ticks(low, high, 6) if low <= tick <= high):
         pen.line((left, y(tick), right, y(tick)), fill=(220, 220, 220))
         pen.text((left - 8, y(tick)), tick_text(tick), fill=(60, 60, 60), font=font, anchor="rm")
     for percent, steps in STEPS.items():
@@ -287,7 +287,7 @@ def draw(found: dict[tuple[str, Any], Cell], path: Path) -> None:
 
 
 def write_results(all_jobs: dict[tuple[str, int, int], Job], found: dict[tuple[str, Any], Cell], out: Path) -> None:
-    """OUT.json with every run, OUT.png and OUT.md."""
+    """OUT.json with every run, OUT.png; the table is printed."""
     rows = [
         {"what": what, "percent": percent, "seed": seed, **(job.final or {})}
         for (what, percent, seed), job in all_jobs.items()
@@ -297,7 +297,7 @@ def write_results(all_jobs: dict[tuple[str, int, int], Job], found: dict[tuple[s
     out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     draw(found, out.with_suffix(".png"))
     print("\n".join(table(found)))
-    print(f"\n{out}.json, {out.with_suffix('.png')}")
+    print(f"\n{out.with_suffix('.json')}, {out.with_suffix('.png')}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/proof_cpu"), help="results (%(default)s)")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # as Ctrl-C: the runs save and leave
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which a shell's background jobs ignore
     all_jobs = jobs(options.runs)
     if not options.table:
         exit_code = fetch_cifar10.run(["--out", str(DATA)])

@@ -31,7 +31,7 @@ from swinv2_train.command_line import compose_source, own_flag, run_on_weights
 from swinv2_train.config import ClassifyConfig, Config, ConfigError
 from swinv2_train.data.cache import shard_cache
 from swinv2_train.data.labels import Answers, answered, read_answers
-from swinv2_train.data.loader import EvalLoader, check_classes
+from swinv2_train.data.loader import EvalLoader, check_classes, check_same_classes
 from swinv2_train.data.source import Source, open_source
 from swinv2_train.distributed import World, all_reduce_sum, init_distributed, raise_together, shutdown_distributed
 from swinv2_train.engine.local import to_device
@@ -172,17 +172,22 @@ def check_request(config: Config, request: Request) -> None:
 
 
 def open_splits(config: Config) -> dict[str, Split]:
-    """data.eval_shards under the name "", and data.eval_splits by their names, checked against the classes."""
+    """data.eval_shards under the name "", and data.eval_splits by their names, checked against the classes.
+
+    Raises ConfigError for a split whose labels would mean other classes than those of data.eval_shards.
+    """
     named: dict[str, tuple[str, str | None, str | None]] = {"": ("data.eval_shards", config.data.eval_shards, None)}
     for name, split in config.data.eval_splits.items():
         named[name] = (f"{SPLITS}{name}.shards", split.shards, split.labels)
-    splits = {}
+    splits: dict[str, Split] = {}
     for name, (key, pattern, labels) in named.items():
         source = open_source(str(pattern), key, cache=shard_cache(config.data))
         answers = None
         if isinstance(config.task, ClassifyConfig):
             if labels is None:
                 check_classes(source, config.task.num_classes, key)
+                if name:
+                    check_same_classes(splits[""].source, source, ("data.eval_shards", key))
             else:
                 answers, unused = read_answers(labels, source, config.task.num_classes, f"{SPLITS}{name}.labels")
                 if unused:

@@ -41,7 +41,9 @@ MOST_TRACED = 20
 """Steps of the longest trace."""
 ABOVE_0, BELOW_1 = math.ulp(0.0), 1.0 - math.ulp(0.5)
 """The open ends of ranges."""
-RAND_AUGMENT = re.compile(r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|tweights|t3a|t3aw))*")
+RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n\d+|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|tweights|t3a|t3aw))*"
+)
 """What timm reads of a policy's name; the rest it would pass over in silence."""
 
 

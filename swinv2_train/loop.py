@@ -364,7 +364,7 @@ def draw(run: Run, batch: dict[str, Any]) -> None:
     if not run.task.has_picture:
         return
     if run.eval_loader is not None:
-        batch = next(iter(run.eval_loader))
+        batch = next(together(run.eval_loader))
     picture = run.task.picture(run.engine.evaluate, batch)
     run.log.picture(run.config.task.name, run.step, picture)
 

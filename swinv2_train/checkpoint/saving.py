@@ -48,7 +48,7 @@ class Save:
 
     run_dir: exists.  state: JSON-able values; "step" is required.  keep: the newest checkpoints that stay, at least 1.
     best: the metric that keep_best watches and this checkpoint's value of it, oriented as it is named (a name that ends
-    in "loss" is better when lower, any other when higher); the best checkpoint of all stays besides the newest ones.
+    in "loss" is better when lower, any other when higher); the best by that metric stays besides the newest ones.
     background: the state is copied to CPU memory and written by threads while training goes on, which the engine's next
     step waits for as far as the copy goes; only one such save may be under way.  Otherwise finish() writes it.
     Raises SaveError or RankError on all ranks when any rank cannot write; the checkpoints before stay as they are.
@@ -217,9 +217,10 @@ def _retain(run_dir: Path, keep: int, written: Path) -> None:
             continue
         if best is not None and math.isfinite(best["value"]):
             value = -best["value"] if best["metric"].endswith("loss") else best["value"]
-            rated.append((value, path))
+            rated.append((best["metric"], value, path))
     if rated:
-        stay.add(max(rated)[1])
+        metric = rated[-1][0]  # values of what train.keep_best was before a resume are not comparable
+        stay.add(max((value, path) for name, value, path in rated if name == metric)[1])
     for path in complete:
         if path not in stay:
             (path / COMPLETE).unlink()  # from here on it is no checkpoint, also when the removal is cut short

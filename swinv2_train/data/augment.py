@@ -32,9 +32,17 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 def check_augment(task: ClassifyConfig) -> None:
-    """Load what the task draws its augmentation from.  Raises ConfigError where that is not installed."""
+    """Load what the task draws its augmentation from.
+
+    Raises ConfigError where that is not installed, or where a policy draws more different operations than it has.
+    """
     if task.rand_augment is not None:
-        _timm("auto_augment")
+        policy = _timm("auto_augment").rand_augment_transform(task.rand_augment)
+        if policy.choice_weights is not None and policy.num_layers > len(policy.ops):  # drawn without replacement
+            raise ConfigError(
+                f"task.rand_augment ({task.rand_augment}) draws {policy.num_layers} different operations of an image, "
+                f"but its weighted set has {len(policy.ops)}; use n{len(policy.ops)} or less"
+            )
     if mixes(task):
         _timm("mixup")
 

@@ -156,6 +156,10 @@ class _Found:
         self.extensions |= other.extensions
         self.problems += other.problems
 
+    def leave_out(self, name: str) -> None:
+        self.left_out += 1
+        self.extensions.add(os.path.splitext(name)[1].lower())
+
 
 def _scan(root: str, folder: _Open) -> _Found:
     """What lies directly in one folder."""
@@ -173,13 +177,12 @@ def _scan(root: str, folder: _Open) -> _Found:
                     found.left_out += 1
                 elif entry.is_dir():
                     found.folders.append(_Open(f"{name}/", (*folder.above, mine)))
-                elif is_image(entry.name):
+                elif is_image(entry.name) or entry.is_symlink():  # a link to nothing may have been to a class
                     _look_at(entry, name, found)
                 else:
-                    found.left_out += 1
-                    found.extensions.add(os.path.splitext(entry.name)[1].lower())
+                    found.leave_out(entry.name)
     except OSError as error:
-        found.problems.append(f"{path} cannot be listed: {error.strerror}")
+        found.problems.append(f"{error.filename or path} cannot be listed: {error.strerror}")
     return found
 
 
@@ -190,10 +193,10 @@ def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
         link = "a link to nothing" if entry.is_symlink() else f"cannot be looked at: {error.strerror}"
         found.problems.append(f"{entry.path}: {link}")
         return
-    if stat.S_ISREG(status.st_mode):
+    if is_image(entry.name) and stat.S_ISREG(status.st_mode):
         found.images.append((name, status.st_size))
     else:  # opening a pipe would wait for ever
-        found.left_out += 1
+        found.leave_out(entry.name)
 
 
 def _what_instead(path: str, found: _Found) -> str:
@@ -254,6 +257,8 @@ class FolderReader(UnpackedReader):
         try:
             with open(self._root + name, "rb", buffering=0) as file:
                 image = file.read(size + 1)
+                while 0 < len(image) < size and (more := file.read(size + 1 - len(image))):
+                    image += more  # some network file systems give less than they are asked for
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}", self.folder.path, key) from error
         if len(image) != size:

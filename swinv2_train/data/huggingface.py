@@ -70,7 +70,7 @@ def open_saved_dataset(
     labels, file_rows = [], []
     for file in files:
         table = _open_table(os.path.join(path, file))
-        _check_image_type(table, image, os.path.join(path, file))
+        _check_columns(table, image, label, os.path.join(path, file))
         file_rows.append(table.num_rows)
         labels.append(_labels(table, label))
     if not sum(file_rows):
@@ -101,7 +101,9 @@ def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | N
 
     images = of_type(lambda kind: kind.get("_type") == "Image")
     labels = of_type(lambda kind: kind.get("_type") == "ClassLabel")
-    labels = labels or of_type(lambda kind: str(kind.get("dtype")).startswith(("int", "uint")))
+    labels = labels or of_type(  # arrays have a dtype too
+        lambda kind: kind.get("_type") == "Value" and str(kind.get("dtype")).startswith(("int", "uint"))
+    )
     listed = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items()) or "none"
     if not images:
         raise ShardError(
@@ -165,11 +167,13 @@ def _open_table(path: str) -> Any:
     return table
 
 
-def _check_image_type(table: Any, image: str, path: str) -> None:
+def _check_columns(table: Any, image: str, label: str | None, path: str) -> None:
     kind = table.schema.field(image).type if image in table.schema.names else None
     names = {kind.field(i).name for i in range(kind.num_fields)} if kind is not None else set()
     if not {"bytes", "path"} <= names:
         raise ShardError(f"{path}: the column '{image}' is {kind}, not a struct of bytes and path; save it again")
+    if label is not None and label not in table.schema.names:
+        raise ShardError(f"{path}: there is no column '{label}', which {_INFO} names; {_AGAIN}")
 
 
 def _labels(table: Any, label: str | None) -> np.ndarray:

@@ -43,6 +43,11 @@ def index_dtype(key_bytes: int) -> np.dtype:
     )
 
 
+def is_sample_member(name: str) -> bool:
+    """Whether webdataset's readers, and so this index, take a member of this name; they pass over others silently."""
+    return _KEY_AND_EXTENSION.match(name) is not None and _META_MEMBER.match(name) is None
+
+
 def build_index(path: str, name: str | None = None) -> np.ndarray:
     """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
 

@@ -22,7 +22,7 @@ import numpy as np
 from swinv2_train.config import ConfigError
 from swinv2_train.data.ahead import FetchAhead
 from swinv2_train.data.cache import RemoteShard, ShardCache
-from swinv2_train.data.index import ShardError
+from swinv2_train.data.index import ShardError, is_sample_member
 from swinv2_train.data.manifest import (
     INDEX_SUFFIX,
     check_content,
@@ -337,7 +337,7 @@ def write_shards(
     """Write (key, image bytes, extension, label) samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
 
     The tars appear under their names only when all of them are written, and in the manifest last.  Raises ShardError
-    when shards of that prefix exist, a key comes twice, or there are no samples.
+    when shards of that prefix exist, a key comes twice or is none to webdataset, or there are no samples.
     """
     from webdataset import TarWriter
 
@@ -357,6 +357,11 @@ def write_shards(
             if key in keys:
                 raise ShardError(f"the key '{key}' comes twice; sample keys must be unique")
             keys.add(key)
+            if not is_sample_member(f"{key}.{extension}"):
+                raise ShardError(
+                    f"webdataset's readers would pass over the key {key!r} (a line break in it, or __ around its first "
+                    "part); rename the file or its folder"
+                )
             if number % samples_per_shard == 0:
                 if writer is not None:
                     writer.close()

@@ -85,6 +85,7 @@ class ZeroEngine:
         self._world = world
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
+        self._stale = False  # True while the weights are still the averages, after an error in averaged()
         self._host_memory = HostMemory()
         self._ema = WeightAverages(self._masters(), config.optim.ema_decay)
         self._settings = {
@@ -99,6 +100,7 @@ class ZeroEngine:
     # One step
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self._renew_stale_weights()
         self._ds.train()
         outputs: dict[str, Tensor] = self._ds(**to_device(inputs, self._world.device))
         return outputs
@@ -139,6 +141,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def evaluate(self, **inputs: Tensor | bool) -> dict[str, Tensor]:
+        self._renew_stale_weights()
         self._ds.eval()
         try:
             outputs: dict[str, Tensor] = self._ds(**to_device(inputs, self._world.device))
@@ -155,11 +158,20 @@ class ZeroEngine:
         self._renew_weights()
         try:
             yield
-        finally:
+        except BaseException:
             self._ema.swap()
-        # Not after an error: other ranks may be elsewhere, and the next step makes the weights from the masters anyway.
+            self._stale = True  # to be renewed by the next forward pass: other ranks may be elsewhere now
+            raise
+        self._ema.swap()
         self._ds.empty_partition_cache()
         self._renew_weights()
+
+    def _renew_stale_weights(self) -> None:
+        """What averaged() leaves to do where it failed.  Collective then."""
+        if self._stale:
+            self._stale = False
+            self._ds.empty_partition_cache()
+            self._renew_weights()
 
     def _masters(self) -> list[Tensor]:
         """What the optimizer steps, of which the weights are made; under stage 0 the weights themselves."""

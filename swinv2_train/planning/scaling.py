@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from swinv2_train.config import Config, ConfigError, HardwareConfig
+from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
 from swinv2_train.data.loader import accumulation_steps
 from swinv2_train.planning.communication import INTER, INTRA, num_nodes, sent_by_card, total_sent
 from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes
@@ -88,12 +88,12 @@ def scaling_curve(config: Config, hardware: HardwareConfig, base_gpus: int) -> C
     share = None
     if config.plan.scaling == "weak":
         share = accumulation_steps(batch.global_batch_size, batch.micro_batch_size, base_gpus) * batch.micro_batch_size
-    traces = Traces(config, hardware)
+    traces, pairs = Traces(config, hardware), mixes(config.task)
     points: list[Point] = []
     left_out: dict[int, str] = {}
     for gpus in COUNTS:
         images = batch.global_batch_size if share is None else share * gpus
-        reason = _undivided(images, gpus)
+        reason = _undivided(images, gpus, pairs)
         if reason is None:
             points.append(traces.point(images, gpus))
         else:
@@ -122,7 +122,7 @@ class Traces:
     def point(self, images: int, gpus: int) -> Point:
         """A step of so many images on so many ranks."""
         config, hardware, sizes, size = self.config, self.hardware, self.sizes, self.config.train.micro_batch_size
-        micro = _micro_batch_size(images // gpus, size)
+        micro = _micro_batch_size(images // gpus, size, mixes(config.task))
         accumulation = images // (micro * gpus)
         chosen = replace(config, train=replace(config.train, global_batch_size=images, micro_batch_size=micro))
         on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None
@@ -176,8 +176,8 @@ def scaling_json(curve: Curve) -> dict[str, object]:
     }
 
 
-def _undivided(images: int, gpus: int) -> str | None:
-    """What is wrong with so many images for so many ranks, and the remedy."""
+def _undivided(images: int, gpus: int, pairs: bool) -> str | None:
+    """What is wrong with so many images for so many ranks, and the remedy.  pairs: for mixup."""
     if images < gpus:
         return (
             f"train.global_batch_size ({images}) is less than one image for each of {gpus} GPUs; set it to {gpus} or "
@@ -186,9 +186,15 @@ def _undivided(images: int, gpus: int) -> str | None:
     if images % gpus:
         below = images // gpus * gpus
         return f"train.global_batch_size ({images}) is not a multiple of {gpus} GPUs; nearest: {below}, {below + gpus}"
+    if pairs and images // gpus % 2:
+        return (
+            f"train.global_batch_size ({images}) is {images // gpus} images for each of {gpus} GPUs, and mixup pairs "
+            f"them; set it to a multiple of {2 * gpus}"
+        )
     return None
 
 
-def _micro_batch_size(share: int, most: int) -> int:
-    """The largest micro-batch of at most so many images that divides a rank's share of a step."""
-    return next(size for size in range(min(share, most), 0, -1) if share % size == 0)
+def _micro_batch_size(share: int, most: int, pairs: bool) -> int:
+    """The largest micro-batch of at most so many images that divides a rank's share of a step; even for pairs."""
+    sizes = range(min(share, most), 0, -1)
+    return next(size for size in sizes if share % size == 0 and not (pairs and size % 2))

@@ -51,9 +51,10 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
             speed = plan_speed(chosen, hardware, memory.sizes, pass_seconds(hardware, trace), num_gpus)
             return _recommended(Candidate(candidate.setting, memory, speed), config, hardware, num_gpus, arguments)
     if not found:
+        pairs, least = (" in pairs, as mixup needs", "2 x ") if mixes(config.task) else ("", "")
         raise ConfigError(
-            f"train.global_batch_size ({config.train.global_batch_size}) cannot be divided among {num_gpus} ranks; "
-            f"set it to a multiple of plan.num_gpus"
+            f"train.global_batch_size ({config.train.global_batch_size}) cannot be divided among {num_gpus} ranks"
+            f"{pairs}; set it to a multiple of {least}plan.num_gpus"
         )
     nearest = min(found, key=lambda each: each.memory.peak)
     return (

@@ -100,6 +100,25 @@ def test_averages_are_those_of_the_masters_and_training_is_the_same_with_and_wit
     assert all(torch.equal(with_averages[1][name], value) for name, value in without[1].items())
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_weights_are_back_after_an_error_too(stage):
+    """What scores the averages may fail on all ranks; who goes on then must not go on with them."""
+
+    def run(world):
+        batch = part(batches(1, 16)[0], 0, 1, 0, 1)
+        engine = build(averaging(toy_config(stage=stage, micro=8, persistence=100)), world)
+        train(engine, world, 3)
+        before = engine.evaluate(**batch)["logits"]
+        with pytest.raises(ValueError, match="unread image"), engine.averaged():
+            inside = engine.evaluate(**batch)["logits"]
+            raise ValueError("unread image")
+        return before, inside, engine.evaluate(**batch)["logits"]
+
+    for before, inside, after in run_distributed(run, 2):
+        assert not torch.equal(before, inside)
+        assert torch.equal(before, after)
+
+
 CHAIN = [
     ("deepspeed", 3, "fp32", 2, {}),
     ("deepspeed", 2, "fp32", 1, {}),

@@ -255,23 +255,30 @@ def test_sigusr1_saves_and_exits_with_3(shards, tmp_path):
     assert read_metrics(run_dir), "the history of a run is never thrown away"
 
 
-def test_a_damaged_sample_on_one_rank_is_named_once_and_ends_all(tmp_path):
+@pytest.mark.parametrize("where", ["training", "picture"])
+def test_a_damaged_sample_on_one_rank_is_named_once_and_ends_all(where, shards, tmp_path):
     """Rank 1 meets it, rank 0 says it: no rank waits for the other, and no message is lost."""
     rng = np.random.default_rng(0)
+    damaged = 7 if where == "training" else 17
 
     def samples():
         for i in range(32):
             buffer = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(buffer, format="PNG")
-            yield f"image_{i:04d}", buffer.getvalue()[: 40 if i == 7 else None], "png", 0
+            yield f"image_{i:04d}", buffer.getvalue()[: 40 if i == damaged else None], "png", 0
 
-    write_shards(samples(), str(tmp_path / "train"), 32)
+    broken = f"{tmp_path}/broken-*.tar"
+    write_shards(samples(), str(tmp_path / "broken"), 32)
+    if where == "training":
+        images = (f"data.shards={broken}", "data.eval_shards=null")
+    else:  # each rank has 16, and the picture shows the first 4
+        images = (shards[0], f"data.eval_shards={broken}", "train.picture_every_steps=2")
     code, output = finish(
-        start("experiment=cifar10_simmim", f"run_dir={tmp_path / 'run'}", "train.max_steps=4", *SMALL,
-              f"data.shards={tmp_path}/train-*.tar", "data.eval_shards=null")
-    )  # fmt: skip
+        start("experiment=cifar10_simmim", f"run_dir={tmp_path / 'run'}", "train.max_steps=4", *SMALL, *images)
+    )
     assert code != 0
-    assert output.count("error: ") == 1 and "image_0007" in output and "data.on_bad_sample=replace" in output, output
+    key = f"image_{damaged:04d}"
+    assert output.count("error: ") == 1 and key in output and "data.on_bad_sample=replace" in output, output
     assert "failed: " not in output.split("torch.distributed")[0], output
 
 

@@ -184,13 +184,25 @@ def test_every_policy_that_the_gate_accepts_is_one_of_timms(policy):
     assert image.shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("policy", ["augmix-m5", "rand-inc", "rand-m9-foo1", "rand-m", "rand-mstdinf", "rand-t5", "''"])
+@pytest.mark.parametrize(
+    "policy",
+    ["augmix-m5", "rand-inc", "rand-m9-foo1", "rand-m", "rand-mstdinf", "rand-t5", "rand-p1.5", "rand-mmax0", "''"],
+)
 def test_policy_of_which_timm_would_pass_over_a_part_is_refused(policy):
-    """timm reads 'rand-inc' as 'rand', and an unknown set of operations as the usual one."""
+    """timm reads 'rand-inc' as 'rand', an unknown set of operations as the usual one, mmax0 as mmax10."""
     with pytest.raises(
         ConfigError, match=r"task.rand_augment \(.*\) is not rand and sections .* rand-m9-mstd0.5-inc1$"
     ):
         config_of(f"task.rand_augment={policy}")
+
+
+def test_policy_that_draws_more_operations_than_it_has_is_refused_before_anything_is_made(tmp_path):
+    """timm draws from its weighted sets without replacement, and would fail at the first image."""
+    check_augment(config_of("task.rand_augment=rand-n14-t3aw").task)
+    config = config_of("task.rand_augment=rand-n15-t3aw", f"run_dir={tmp_path / 'run'}", "engine=local")
+    with pytest.raises(ConfigError, match=r"\(rand-n15-t3aw\) draws 15 .* its weighted set has 14; use n14 or less"):
+        train(config)
+    assert not Path(config.run_dir).exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,14 @@ def test_the_best_by_loss_is_the_lowest_and_nan_is_never_best(tmp_path):
     assert steps(tmp_path) == [1, 3]
 
 
+def test_the_best_is_the_best_of_what_is_watched_now(tmp_path):
+    """Another train.keep_best after a resume: 50 % and a loss of 1.0 do not compare."""
+    save(tmp_path, 1, keep=1, best=("val/top1", 50.0))
+    for step, loss in ((2, 1.0), (3, 2.0), (4, 3.0)):
+        save(tmp_path, step, keep=1, best=("val_ema/loss", loss))
+    assert steps(tmp_path) == [2, 4]
+
+
 def test_checkpoints_without_a_value_leave_the_best_alone(tmp_path):
     """Not every checkpoint is evaluated."""
     save(tmp_path, 0, keep=1, best=("val/top1", 10.0))

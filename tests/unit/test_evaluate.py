@@ -27,6 +27,8 @@ from harness import tree
 from PIL import Image
 
 from swinv2_train.command_line import compose_overrides
+from swinv2_train.config import ConfigError
+from swinv2_train.evaluate import open_splits
 from swinv2_train.gate import config_yaml
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.weights import save_weights
@@ -179,6 +181,23 @@ def test_each_split_has_its_own_images_labels_and_scores(base, files, tmp_path, 
     full = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert full["splits"]["v2"]["shards"] == files["others"] and sum(full["splits"]["v2"]["class_images"]) == 6
     assert tree(tmp_path / "out") == ["confusion.png", "confusion_v2.png", "evaluation.json"]
+
+
+def test_a_folder_split_with_other_classes_is_refused(tmp_path):
+    """ImageNet-V2's folders are called 0 to 999, ImageNet-A lacks 800: their places in sorted order mean others."""
+    for name in ("val/n01", "val/n02", "v2/0", "v2/1"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    known = (f"data.eval_shards={tmp_path}/val", "run_dir=unused", "data.shards=unused")
+    arguments = [*CLASSIFY, *MODEL, *known]
+    with pytest.raises(
+        ConfigError, match=r"data.eval_shards has 2 classes, data.eval_splits.v2.shards 2 \(they differ in: 0, 1, n01"
+    ):
+        open_splits(compose_overrides([*arguments, f"+data.eval_splits.v2.shards={tmp_path}/v2"]))
+    assert len(open_splits(compose_overrides([*arguments, f"+data.eval_splits.same.shards={tmp_path}/val"]))) == 2
+    labels = answers_file(tmp_path, {"0/1": [0], "1/1": [1]})  # say what the images are, whatever the folders do
+    files = (f"+data.eval_splits.v2.shards={tmp_path}/v2", f"+data.eval_splits.v2.labels={labels}")
+    assert open_splits(compose_overrides([*arguments, *files]))["v2"].answers == {"0/1": (0,), "1/1": (1,)}
 
 
 def test_labels_by_key_serve_shards_without_any(base, files, tmp_path, capfd):

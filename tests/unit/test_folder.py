@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from shard_files import image_bytes
 
 from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.data import folder as folder_module
 from swinv2_train.data import unpacked
 from swinv2_train.data.crop import random_flip, random_resized_crop
 from swinv2_train.data.folder import open_folder
@@ -154,6 +156,17 @@ def link_back(folder: Path) -> None:
     (folder / "a" / "up").symlink_to(folder)
 
 
+def link_to_itself(folder: Path) -> None:
+    write(folder, ["a/1.png"])
+    (folder / "a" / "me").symlink_to(folder / "a" / "me")
+
+
+def link_for_a_class(folder: Path) -> None:
+    """Left out like a text file, it would shift the labels of all that follow."""
+    write(folder, ["a/1.png", "c/2.png"])
+    (folder / "b").symlink_to(folder / "not mounted")
+
+
 def link_to_nothing(folder: Path) -> None:
     write(folder, ["a/1.png"])
     for name in ("2.png", "3.jpg"):
@@ -175,9 +188,11 @@ def link_to_nothing(folder: Path) -> None:
         (lambda folder: write(folder, ["a/1.png", "a/1.jpg"]),
          r"two images have the name a/1 and differ in the extension alone"),
         (link_to_nothing, r"a/[23].*: a link to nothing \(2 such problems\); mend or delete it"),
+        (link_for_a_class, r"images/b: a link to nothing \(1 such problems\); mend or delete it"),
         (link_back, r"a/up/: a link back to a folder above it \(1 such problems\)"),
+        (link_to_itself, r"a/me cannot be listed: Too many levels of symbolic links \(1 such problems\)"),
     ],
-    ids=["empty", "tars", "arrow", "mixed", "empty class", "doubled", "broken links", "circle"],
+    ids=["empty", "tars", "arrow", "mixed", "empty class", "doubled", "broken links", "broken class", "circle", "self"],
 )  # fmt: skip
 def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path, prepare, message):
     prepare(tmp_path / "images")
@@ -219,6 +234,18 @@ def test_files_that_vanish_or_change_after_the_start_follow_the_policy_for_damag
         "a/4": "an empty image",
     }
     assert causes["a/2"].startswith("5 bytes, but ")
+
+
+def test_a_file_that_comes_in_pieces_is_read_to_its_end(tmp_path, monkeypatch):
+    """read(2) may give less than it is asked for, and does on some network file systems; that is no damage."""
+
+    class Pieces(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            return super().read(min(size, 7))
+
+    source = open_folder(str(write(tmp_path / "images", ["a/1.png"])))
+    monkeypatch.setattr(folder_module, "open", lambda path, mode, buffering: Pieces(path), raising=False)
+    assert source.open_reader().read(0, 0).image == image_bytes(0, "png")
 
 
 def test_a_resume_takes_the_folder_wherever_it_lies_and_refuses_another(tmp_path):

@@ -187,6 +187,7 @@ def test_columns_are_found_by_their_types():
     assert find_columns({"a": TEXT, "b": IMAGE, "c": INT, "d": CLASS, "e": NESTED}, "x") == ("b", "d")
     assert find_columns({"b": IMAGE, "c": INT, "a": TEXT}, "x") == ("b", "c")
     assert find_columns({"b": IMAGE, "a": TEXT}, "x") == ("b", None)
+    assert find_columns({"b": IMAGE, "m": {"dtype": "int32", "shape": [2, 2], "_type": "Array2D"}}, "x") == ("b", None)
     with pytest.raises(ShardError, match=r"x has no column of type Image; .*: a \(string\), e \(nested\); cast"):
         find_columns({"a": TEXT, "e": NESTED}, "x")
     with pytest.raises(ShardError, match=r"2 columns that may be the images: a, b; its columns: a \(Image\), b"):
@@ -218,6 +219,12 @@ def forget_fields(directory: Path) -> None:
     (directory / "dataset_info.json").write_text(json.dumps(info))
 
 
+def forget_labels(directory: Path) -> None:
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info["features"]["kind"] = info["features"].pop("class")
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+
+
 def with_indices(directory: Path) -> None:
     state = json.loads((directory / "state.json").read_text())
     (directory / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "x.arrow"}]}))
@@ -233,9 +240,10 @@ def with_indices(directory: Path) -> None:
         (lambda d: (d / "dataset_info.json").unlink(), "copy: dataset_info.json is missing; copy or save it again"),
         (lambda d: (d / "state.json").write_text("{"), "copy: state.json cannot be read"),
         (forget_fields, "the column 'id' is string, not a struct of bytes and path"),
+        (forget_labels, "arrow: there is no column 'kind', which dataset_info.json names; copy or save it again"),
         (with_indices, "rows of which a list says the order; save it again with a newer"),
     ],
-    ids=["cut between batches", "cut within", "emptied", "file gone", "info gone", "no JSON", "type", "indices"],
+    ids=["cut between", "cut within", "emptied", "file gone", "info gone", "no JSON", "type", "no labels", "list"],
 )
 def test_damaged_directories_are_refused_by_name(copy, damage, message):
     damage(copy)

@@ -50,6 +50,23 @@ def folder(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["__background__", "two\nlines"])
+def test_a_name_that_webdataset_passes_over_is_refused_instead_of_lost(tmp_path, capsys, name):
+    """It reads as so many images fewer, and so would the index."""
+    source = folder(tmp_path / "images", {**FILES, f"{name}/a.jpg": image(5)})
+    assert make_shards.main([str(source), str(tmp_path / "out" / "t")]) == 2
+    assert f"pass over the key {f'{name}/a'!r}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("t-*"))
+
+
+def test_names_that_are_no_text_are_packed(tmp_path):
+    """File names are bytes."""
+    source = folder(tmp_path / "images", {"cat/a.jpg": image(0), "d\udcff/\udce9.jpg": image(1)})
+    for _ in range(2):  # the second time classes.txt is compared
+        assert make_shards.main([str(source), str(tmp_path / "out" / "t"), "--overwrite"]) == 0
+    assert packed(f"{tmp_path}/out/t-*.tar")["d\udcff/\udce9"] == ("jpg", 1, image(1))
+
+
 def packed(pattern: str) -> dict[str, tuple[str, int | None, bytes]]:
     manifest = open_manifest(pattern)
     reader = TarReader(manifest)

@@ -175,9 +175,15 @@ def test_the_limit_is_what_was_made_slow(limit: str, overrides: list[str]) -> No
 
 def test_what_cannot_be_divided_is_left_out_with_its_reason() -> None:
     curve = curve_of("strong", "train.global_batch_size=576", "train.micro_batch_size=8")
-    assert [each.num_gpus for each in curve.points] == [8, 16, 32, 64]
+    assert [(each.num_gpus, each.micro_batch_size) for each in curve.points] == [(8, 8), (16, 6), (32, 6)]
+    assert curve.left_out[64] == (
+        "train.global_batch_size (576) is 9 images for each of 64 GPUs, and mixup pairs them; "
+        "set it to a multiple of 128"
+    )
     assert curve.left_out[128] == ("train.global_batch_size (576) is not a multiple of 128 GPUs; nearest: 512, 640")
     assert "is less than one image for each of 1024 GPUs; set it to 1024" in curve.left_out[1024]
+    plain = curve_of("strong", "train.global_batch_size=576", "train.micro_batch_size=8", "task.mixup_prob=0")
+    assert [(each.num_gpus, each.micro_batch_size) for each in plain.points[-2:]] == [(32, 6), (64, 3)]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +198,10 @@ def test_what_cannot_be_divided_is_left_out_with_its_reason() -> None:
         (
             ["plan.scaling=weak", "plan.num_gpus=3"],
             r"\(4096\) is not a multiple of micro_batch_size \(64\) x world_size",
+        ),
+        (
+            ["--recommend", "plan.num_gpus=8", "train.global_batch_size=24", "train.micro_batch_size=2"],
+            r"\(24\) cannot be divided among 8 ranks in pairs, as mixup needs; set it to a multiple of 2 x plan",
         ),
         (["plan.scaling=both"], r"plan\.scaling \(both\) is none of None, strong, weak"),
         (["plan.step_seconds=0"], r"plan\.step_seconds \(0\.0\) must be more than 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shard_files import image_bytes
 
 from swinv2_train.command_line import compose_overrides
 from swinv2_train.data.shards import TarReader, open_manifest
+from swinv2_train.runtime import EXIT_FAILED
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:
@@ -111,6 +113,19 @@ def test_a_run_that_fails_ends_the_proof_and_is_named(tmp_path, scripts, capsys)
     assert not proof.run_all([failing, beside, after])
     assert "failing ended with 1; see" in capsys.readouterr().out
     assert after.final is None and not after.name.exists() and beside.final is not None
+
+
+def test_sigterm_is_a_ctrl_c_also_where_a_shell_has_its_background_jobs_ignore_that(tmp_path):
+    """Otherwise `make proof &` in a script could only be killed, and its runs would go on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert proof.main(["--runs", str(tmp_path), "--table"]) == EXIT_FAILED
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

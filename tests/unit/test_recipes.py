@@ -226,7 +226,11 @@ def test_recipe_is_what_its_sources_print(name):
     places = (0, warmup, steps // 2, steps - 1)
     lrs = [lr_at(step, steps, schedule, warmup, config.optim.lr) for step in places]
     assert lrs == pytest.approx(run.lrs, rel=2e-6, abs=1e-12)  # the table's seven digits; a cosine's end is not quite 0
+    if run is SIMMIM_800:  # 700 x 1,281,167 / 2,048 = 437,899
+        around = [lr_at(step, steps, schedule, warmup, config.optim.lr) for step in (437_898, 437_899)]
+        assert around == pytest.approx([4e-4, 4e-5])
     assert (config.optim.weight_decay, config.optim.clip_grad_norm) == (run.weight_decay, run.clip)
+    assert (config.optim.betas, config.optim.eps) == ([0.9, 0.999], 1e-8)
 
     model = config.model
     assert (model.name, model.img_size, model.window_size) == (row.size, row.img_size, row.window)
@@ -260,9 +264,12 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
     task, data = config.task, config.data
     ranks = 1 if row.size == "demo" else 8
     assert config.train.global_batch_size % (config.train.micro_batch_size * ranks) == 0
+    assert (data.hflip, data.crop_ratio) == (0.5, pytest.approx([3 / 4, 4 / 3]))
+    assert data.interpolation == ("bilinear" if row.head is None and row.run.images != CIFAR10 else "bicubic")
     if row.run.images == CIFAR10:
         assert data.eval_crop_pct == 1.0
     else:
+        assert (data.mean, data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         assert (data.eval_crop, data.eval_crop_pct) == (("squash", 1.0) if name in WHOLE_IMAGE else ("centre", 0.875))
     if row.head is None:
         assert isinstance(task, SimMIMConfig)
@@ -272,9 +279,9 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
         return
     assert isinstance(task, ClassifyConfig)
     assert (task.num_classes, task.label_smoothing) == (row.head, 0.1)
+    assert (task.color_jitter, task.mixup_prob, task.mixup_switch_prob) == (0.0, 1.0, 0.5)
     augment = (task.rand_augment, task.erasing_prob, task.mixup_alpha, task.cutmix_alpha)
     assert augment == AUGMENT[row.augment]
-    assert data.interpolation == "bicubic"
     assert data.crop_scale == ([0.6, 1.0] if row.size == "demo" else [0.08, 1.0])
 
 
