@@ -13,9 +13,9 @@ classifier, beside fresh ones of the same seeds.  What is complete is not run ag
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -28,15 +28,14 @@ from typing import Any
 
 import fetch_cifar10
 import numpy as np
-import torch
 from make_shards import Entry, pack
 
 from swinv2_train.charts import nice_ticks, tick_text
-from swinv2_train.command_line import guarded
+from swinv2_train.command_line import compose_overrides, guarded
 from swinv2_train.console import duration_text
 from swinv2_train.data.shards import TarReader, open_manifest
 from swinv2_train.log import read_metrics
-from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, environment_record
 
 DATA = Path("data/cifar10")
 IMAGES = 50_000
@@ -286,25 +285,45 @@ def draw(found: dict[tuple[str, Any], Cell], path: Path) -> None:
     image.save(path, format="PNG")
 
 
-def write_results(all_jobs: dict[tuple[str, int, int], Job], found: dict[tuple[str, Any], Cell], out: Path) -> None:
-    """OUT.json with every run, OUT.png; the table is printed."""
+def write_results(all_jobs: dict[tuple[str, int, int], Job], found: dict[tuple[str, Any], Cell], path: Path) -> None:
+    """PATH.md, the table with what it is of; PATH.png; PATH.json with every run."""
+    environment = environment_record(1)
+    versions = {name: environment["versions"][name] for name in ("python", "torch", "deepspeed")}
     rows = [
         {"what": what, "percent": percent, "seed": seed, **(job.final or {})}
         for (what, percent, seed), job in all_jobs.items()
     ]
-    facts = {"torch": torch.__version__, "python": platform.python_version(), "steps": STEPS, "runs": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    draw(found, out.with_suffix(".png"))
+    facts = {"cpu": environment["cpu"], "versions": versions, "steps": STEPS, "runs": rows}
+    pretraining = compose_overrides(list(all_jobs[PRETRAINED, 0, SEEDS[0]].command[1:]))
+    supervised = compose_overrides(list(all_jobs[SCRATCH, 100, SEEDS[0]].command[1:]))
+    parts = [
+        f"# Does pre-training pay?  CIFAR-10 with {', '.join(f'{percent} %' for percent in STEPS)} of its labels",
+        "    make proof        # or: python scripts/proof.py",
+        f"Test top-1 in percent, mean ± sample standard deviation over {len(SEEDS)} seeds; each has its own labelled "
+        "images, weights, crops and order, and an encoder of its own. Both arms take the same supervised steps of "
+        f"{supervised.train.global_batch_size} images with the same settings (experiment=cifar10_proof_finetune, lr "
+        f"{supervised.optim.lr:g}); SimMIM saw all {IMAGES:,} training images {pretraining.train.epochs:g} times "
+        "without labels before (experiment=cifar10_proof_simmim). So the pre-trained arm has had more computing, and no more "
+        "labels. The last rows score frozen encoders with the labels of all training images: a k-NN vote (20 "
+        "neighbours) and a linear classifier, on a fresh encoder beside the pre-trained one.",
+        "\n".join(table(found)),
+        f"![top-1 over the share of the labels]({path.name}.png)",
+        f"A difference counts where it is more than the larger of the two spreads. {environment['cpu']}, one thread a "
+        "run; " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".json").write_text(json.dumps(facts, indent=1) + "\n")
+    path.with_name(path.name + ".md").write_text("\n\n".join(parts) + "\n")
+    draw(found, path.with_name(path.name + ".png"))
     print("\n".join(table(found)))
-    print(f"\n{out.with_suffix('.json')}, {out.with_suffix('.png')}")
+    print(f"\n{path}.md, .png, .json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the proof; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/proof"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/proof_cpu"), help="results (%(default)s)")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/proof_cpu_YYYYMM, without ending")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which a shell's background jobs ignore
@@ -322,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if found is None:
         print("not every run is complete: make proof", file=sys.stderr)
         return EXIT_FAILED
-    write_results(all_jobs, found, options.out)
+    write_results(all_jobs, found, options.results or Path(f"benchmarks/proof_cpu_{datetime.date.today():%Y%m}"))
     return EXIT_DONE
 
 
