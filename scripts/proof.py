@@ -303,8 +303,8 @@ def write_results(all_jobs: dict[tuple[str, int, int], Job], found: dict[tuple[s
         "images, weights, crops and order, and an encoder of its own. Both arms take the same supervised steps of "
         f"{supervised.train.global_batch_size} images with the same settings (experiment=cifar10_proof_finetune, lr "
         f"{supervised.optim.lr:g}); SimMIM saw all {IMAGES:,} training images {pretraining.train.epochs:g} times "
-        "without labels before (experiment=cifar10_proof_simmim). So the pre-trained arm has had more computing, and no more "
-        "labels. The last rows score frozen encoders with the labels of all training images: a k-NN vote (20 "
+        "without labels before (experiment=cifar10_proof_simmim). So the pre-trained arm has had more computing, and "
+        "no more labels. The last rows score frozen encoders with the labels of all training images: a k-NN vote (20 "
         "neighbours) and a linear classifier, on a fresh encoder beside the pre-trained one.",
         "\n".join(table(found)),
         f"![top-1 over the share of the labels]({path.name}.png)",
