@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from swinv2_train.config import DataConfig
+
 
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
     """image: uint8 (3, H, W) -> uint8 (3, *size), antialiased; untouched when it already has the size.
@@ -59,6 +61,11 @@ def random_box(
 def random_flip(image: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
     """Mirror left and right with the given probability; always draws one number, so that later draws do not move."""
     return image.flip(-1) if rng.random() < probability else image
+
+
+def eval_crop(image: torch.Tensor, size: tuple[int, int], data: DataConfig) -> torch.Tensor:
+    """What evaluations and probes see of an image: uint8 (3, H, W) -> (3, *size), by data.eval_crop and the like."""
+    return centre_crop(image, size, data.eval_crop_pct, data.interpolation, data.eval_crop == "squash")
 
 
 def centre_crop(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import DataConfig
-from swinv2_train.data.crop import centre_crop
+from swinv2_train.data.crop import eval_crop
 from swinv2_train.data.loader import EvalLoader
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.feed import together
@@ -33,10 +33,7 @@ class WholeImage:
     needs_label: bool = True
 
     def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Any]:
-        data = self.data
-        squash = data.eval_crop == "squash"
-        image = centre_crop(image, self.img_size, data.eval_crop_pct, data.interpolation, squash)
-        return {"images": image, "labels": torch.tensor(label)}
+        return {"images": eval_crop(image, self.img_size, self.data), "labels": torch.tensor(label)}
 
 
 @dataclass(frozen=True)

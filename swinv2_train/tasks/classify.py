@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, Config, DataConfig, mixes, pair
 from swinv2_train.data.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
-from swinv2_train.data.crop import centre_crop, random_flip, random_resized_crop
+from swinv2_train.data.crop import eval_crop, random_flip, random_resized_crop
 from swinv2_train.data.shards import SampleError
 from swinv2_train.models import multiply_adds
 from swinv2_train.tasks import Forward, Normalise, build_model
@@ -35,7 +35,7 @@ class ClassifyTransform:
     def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Any]:
         if self.needs_label and (label is None or not 0 <= label < self.task.num_classes):
             raise SampleError(f"label {label} is not within 0..{self.task.num_classes - 1} (task.num_classes)")
-        row = self._augmented(image, rng) if self.train else {"images": self._centre(image)}
+        row = self._augmented(image, rng) if self.train else {"images": eval_crop(image, self.img_size, self.data)}
         return {**row, "labels": torch.tensor(label)} if self.needs_label else row
 
     def _augmented(self, image: Tensor, rng: np.random.Generator) -> dict[str, Any]:
@@ -52,10 +52,6 @@ class ClassifyTransform:
         if mixes(task):
             row["mixing_seed"] = int(rng.integers(2**32))
         return row
-
-    def _centre(self, image: Tensor) -> Tensor:
-        data = self.data
-        return centre_crop(image, self.img_size, data.eval_crop_pct, data.interpolation, data.eval_crop == "squash")
 
 
 class ClassifyTask:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, DataConfig, SimMIMConfig, pair
-from swinv2_train.data.crop import centre_crop, random_flip, random_resized_crop
+from swinv2_train.data.crop import eval_crop, random_flip, random_resized_crop
 from swinv2_train.data.masks import simmim_mask
 from swinv2_train.models import SimMIM, multiply_adds
 from swinv2_train.models.simmim import local_statistics
@@ -38,8 +38,7 @@ class SimMIMTransform:
             image = random_resized_crop(image, self.img_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
             image = random_flip(image, data.hflip, rng)
         else:
-            squash = self.data.eval_crop == "squash"
-            image = centre_crop(image, self.img_size, self.data.eval_crop_pct, self.data.interpolation, squash)
+            image = eval_crop(image, self.img_size, self.data)
         mask = simmim_mask(self.img_size, self.mask_unit_px, self.patch_size, self.mask_ratio, rng)
         return {"images": image, "mask": mask}
 
