@@ -20,7 +20,7 @@ from ablation_models import with_parts
 from torch import Tensor
 
 from swinv2_train.command_line import compose_overrides
-from swinv2_train.config import ScheduleConfig
+from swinv2_train.config import ConfigError, ScheduleConfig
 from swinv2_train.data.crop import random_flip, random_resized_crop
 from swinv2_train.data.decode import decode_image
 from swinv2_train.data.shards import TarReader, open_manifest
@@ -105,14 +105,17 @@ class Run:
 def pack_images(out: Path, data: Path) -> Path:
     """All of CIFAR-10 as two tensors per split in one file, which the runs map into memory.
 
-    data: the folder that scripts/fetch_cifar10.py packed.  Raises ShardError where it is not complete.
+    data: the folder that scripts/fetch_cifar10.py packed.  Raises ShardError where it is not complete, and ConfigError
+    where the runs in `out` are of other images.
     """
     path = out / "images.pt"
+    manifests = {split: open_manifest(str(data / f"{split}-*.tar"), "--data") for split in ("train", "test")}
+    content: dict[str, Any] = {"digests": {split: manifest.digest for split, manifest in manifests.items()}}
     if path.is_file():
+        if torch.load(path, mmap=True).get("digests") != content["digests"]:
+            raise ConfigError(f"--out={out}: its runs saw other images than --data={data} has; give another folder")
         return path
-    content: dict[str, Any] = {}
-    for split in ("train", "test"):
-        manifest = open_manifest(str(data / f"{split}-*.tar"), "--data")
+    for split, manifest in manifests.items():
         reader = TarReader(manifest)
         places = [(shard, index) for shard, count in enumerate(manifest.counts) for index in range(count)]
         images = torch.empty(len(places), 3, 32, 32, dtype=torch.uint8)

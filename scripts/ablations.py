@@ -43,8 +43,8 @@ RECIPES = {
         batch_size=128, steps=150, warmup_steps=20, clip_grad_norm=0.0, table_lr_scale=1.0, eval_sizes=(),
     ),
     "windows": Recipe(
-        img_size=32, patch_size=2, embed_dim=32, depths=(2, 2), num_heads=(2, 4), window_size=8, crop_scale=(0.2, 1.0),
-        batch_size=64, steps=1200, warmup_steps=60, clip_grad_norm=5.0, table_lr_scale=30.0,
+        img_size=32, patch_size=4, embed_dim=64, depths=(4, 2), num_heads=(8, 16), window_size=8, batch_size=64,
+        crop_scale=(0.08, 1.0), steps=5000, warmup_steps=60, clip_grad_norm=5.0, table_lr_scale=30.0,
         eval_sizes=((32, 8), (48, 12), (64, 16)),
     ),
 }  # fmt: skip

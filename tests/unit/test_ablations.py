@@ -16,6 +16,7 @@ from ablation_results import blocks_section, differences, final_loss, mean_of, w
 from ablation_training import Recipe, Run, amplitudes, batches, fit, score
 from fetch_cifar10 import encode_png
 
+from swinv2_train.config import ConfigError
 from swinv2_train.data.shards import write_shards
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.cosine import split_heads, window_bias
@@ -323,3 +324,8 @@ def test_script_trains_keeps_and_writes(tmp_path, monkeypatch):
     monkeypatch.setitem(ablations.RECIPES, "windows", replace(small, steps=3))
     assert [ablations.kept(run, tmp_path / "out") is None for run in ablations.plan(1, ["blocks", "windows"])] == [
         False] * 3 + [True] * 3  # fmt: skip
+    other_data = ["--data", str(tmp_path / "other"), *command[2:]]
+    write_shards(samples, str(tmp_path / "other" / "train"), 40)
+    write_shards(samples, str(tmp_path / "other" / "test"), 40)
+    with pytest.raises(ConfigError, match="its runs saw other images"):
+        ablations.main(other_data)
