@@ -45,6 +45,7 @@ proof: setup  ## does pre-training pay?  CIFAR-10 with 1, 10 and 100 % of the la
 	@$(BIN)/python scripts/proof.py
 
 ablations: setup  ## SwinV2's norms, attention and position bias beside what they replaced; two cores, about an hour
+	@$(BIN)/python scripts/fetch_cifar10.py --out data/cifar10
 	@$(BIN)/python scripts/ablations.py
 
 lint: setup  ## check style and formatting
