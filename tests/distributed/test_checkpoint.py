@@ -22,6 +22,7 @@ from swinv2_train.checkpoint import (
     verified_checkpoint,
 )
 from swinv2_train.config import ConfigError
+from swinv2_train.distributed import barrier
 from swinv2_train.engine import shards
 from swinv2_train.engine.shards import Snapshot
 
@@ -212,6 +213,7 @@ def test_no_checkpoint_left_after_bit_flips_is_an_error_that_names_the_last_on_a
             path = save_checkpoint(tmp_path, engine, {"step": step}, world, 2, None) / "rng" / "rank_0001.json"
             if world.is_main:
                 path.write_bytes(b"7" + path.read_bytes()[1:])
+        barrier()  # or a rank reads its files before they are damaged
         with pytest.raises(
             ConfigError, match="no checkpoint of .* is whole; rank .*step_00000001/rng/rank_0001.json: dam"
         ):
