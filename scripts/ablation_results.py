@@ -129,7 +129,7 @@ def windows_section(results: Sequence[Result]) -> str:
         f"{results[0]['run']['lr']:g}, of the table {recipe['table_lr_scale']:g} times that; {clipping(recipe)}. "
         "Scored on the test images, resized bicubically, at pixels/window; where a map is smaller than the window, the "
         f"window is the map. The learned biases reach, over the offsets of the trained window, in logits: {reach}. "
-        f"{PAPER_WINDOWS}",
+        f"{PAPER_WINDOWS} How this setting was chosen, and what a smoother table does: docs/LOG.md.",
         windows_table(results, "top1", "top-1, %", "points lost", 2),
         windows_table(results, "loss", "cross entropy", "rise", 4),
     ])  # fmt: skip

@@ -262,7 +262,7 @@ def test_a_checkpoint_of_deepspeeds_own_files_is_refused_by_its_age(copy):
 
 LARGEST = 1024 * 1024 * 4
 """Bytes of each of the 32 parameters below.  Whoever collects the model holds 32 times as much."""
-BOUNDS = (6.0, 6.0, 1.5)  # worst of 26 runs beside others: 4.05 (3.04 as a rule), 3.07, 1.00
+BOUNDS = (6.0, 6.0, 1.5)  # worst of 20 runs beside others: 4.05 (3.04 as a rule), 3.07, 1.00
 
 
 def many_layers():
