@@ -16,14 +16,12 @@ help:  ## list the tasks
 setup: $(STAMP)  ## make .venv with everything pinned (constraints.txt)
 
 # torch first, and no build isolation: deepspeed and fairscale are source packages that look for torch when they are
-# built, and in an isolated build they would fetch one of their own.  timm (RandAugment, mixup) without what it asks for:
-# torchvision cannot be imported beside torch's CPU build.
+# built, and in an isolated build they would fetch one of their own.
 $(STAMP): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq -c constraints.txt torch numpy setuptools wheel packaging py-cpuinfo ninja
+	$(BIN)/python -m pip install -qq -c constraints.txt torch torchvision numpy setuptools wheel packaging py-cpuinfo ninja
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps timm
 	@touch $@
 
 demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides

@@ -2,7 +2,7 @@
 
 What is drawn for an image is a function of its sample's random numbers; what is drawn for a micro-batch, of a seed.
 RandAugment and mixup are timm's own (data/auto_augment.py, data/mixup.py).  Those two files know Pillow, numpy and
-torch alone, so they are loaded by themselves: timm as a whole wants torchvision, and takes seconds to import.
+torch alone, so they are loaded by themselves: timm as a whole takes seconds to import.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def _timm(name: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(
             f"task.rand_augment, task.mixup_alpha and task.cutmix_alpha need timm, of which data/{name}.py is not "
-            "installed: pip install --no-deps 'timm>=1.0.31,<2' (the torchvision that it asks for is not needed), or "
-            "set task.rand_augment=null task.mixup_alpha=0 task.cutmix_alpha=0"
+            "installed: pip install 'timm>=1.0.31,<2', or set "
+            "task.rand_augment=null task.mixup_alpha=0 task.cutmix_alpha=0"
         )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
