@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinv2_train.models.fused import HAS_TRITON, fused_available, fused_window_attention
+from swinv2_train.models.kernels.dispatch import HAS_TRITON, fused_available, fused_window_attention
 from swinv2_train.models.windows import WindowGrid, attention_mask, relative_position_index
 
 HEAD_DIM = 32

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swinv2_train.models.attention import window_attention
-from swinv2_train.models.fused import fused_window_attention
+from swinv2_train.models.cosine import window_attention
+from swinv2_train.models.kernels.dispatch import fused_window_attention
 from swinv2_train.models.windows import window_grid
 
 CASES = [  # batch, side of the map, window, heads, shifted: stages of SwinV2-T at 256/8 and SwinV2-B at 192/12

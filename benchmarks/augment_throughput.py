@@ -23,11 +23,11 @@ import torch
 from loader_throughput import photograph
 from PIL import Image
 
-from swinv2_train.command_line import compose_overrides
-from swinv2_train.data.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
-from swinv2_train.data.crop import random_box
-from swinv2_train.data.decode import decode_image
-from swinv2_train.data.loader import sample_rng
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.loading.loader import sample_rng
+from swinv2_train.data.transforms.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
+from swinv2_train.data.transforms.crop import random_box
+from swinv2_train.data.transforms.decode import decode_image
 from swinv2_train.tasks import build_task
 
 POLICY, PICTURES, BATCH = "rand-m9-mstd0.5-inc1", 16, 16

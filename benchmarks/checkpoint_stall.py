@@ -34,7 +34,7 @@ from swinv2_train.distributed import (  # noqa: E402
 )
 from swinv2_train.engine import build_engine  # noqa: E402
 from swinv2_train.models import swin_v2  # noqa: E402
-from swinv2_train.optim import build_param_groups  # noqa: E402
+from swinv2_train.training.param_groups import build_param_groups  # noqa: E402
 
 
 def measure(world: World, size: str, run_dir: Path, saves: int) -> dict[str, list[tuple[float, float]]]:

@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config, pair
-from swinv2_train.data.loader import accumulation_steps
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.distributed import World, barrier, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine
-from swinv2_train.optim import build_param_groups
 from swinv2_train.planning.communication import GATHER, SCATTER, SUM, Collective, collectives
 from swinv2_train.planning.memory import model_sizes
 from swinv2_train.planning.trace import meta_task
 from swinv2_train.tasks import build_task
+from swinv2_train.training.param_groups import build_param_groups
 
 MIB = 2**20
 MODEL = "model=tiny model.img_size=64 model.window_size=2 task=classify task.num_classes=1000"

@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import torch
 
-from swinv2_train.command_line import compose_overrides
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.zero import ZeroEngine
+from swinv2_train.engine.deepspeed.engine import ZeroEngine
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.optim import build_param_groups
+from swinv2_train.training.param_groups import build_param_groups
 
 PX, IMAGES = 64, 2
 

@@ -14,8 +14,8 @@ import resource
 import tempfile
 import time
 
-from swinv2_train.data.folder import FolderReader, open_folder
-from swinv2_train.data.unpacked import SAMPLES_PER_SHARD
+from swinv2_train.data.sources.folder import FolderReader, open_folder
+from swinv2_train.data.sources.virtual_shards import SAMPLES_PER_SHARD
 
 
 def make(folder: str, images: int, classes: int) -> None:

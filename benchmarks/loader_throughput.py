@@ -32,13 +32,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import DataConfig
-from swinv2_train.data.crop import random_box, random_flip, random_resized_crop
-from swinv2_train.data.decode import decode_image
-from swinv2_train.data.loader import TrainLoader
-from swinv2_train.data.shards import Manifest, TarReader, write_shards
-from swinv2_train.data.source import Source, open_source
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.loading.loader import TrainLoader
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader, write_shards
+from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.transforms.crop import random_box, random_flip, random_resized_crop
+from swinv2_train.data.transforms.decode import decode_image
 
 BATCH = 50
 SHARDS, PER_SHARD = 8, 100

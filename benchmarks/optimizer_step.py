@@ -17,10 +17,10 @@ import time
 import torch
 from torch import Tensor, nn
 
-from swinv2_train.command_line import compose_overrides
-from swinv2_train.engine.startup import adamw
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.engine.adamw import adamw
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.optim import build_param_groups
+from swinv2_train.training.param_groups import build_param_groups
 
 KINDS = {"loop": {"fused": False, "foreach": False}, "foreach": {"fused": False, "foreach": True}, "fused": {}}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

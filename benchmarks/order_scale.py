@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from swinv2_train.data.order import GlobalOrder, rank_batch, rank_shards
+from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
 
 LANES, WINDOW, BATCH, RANKS, STEPS = 64, 4, 4096, 8, 300
 

@@ -24,15 +24,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config, pair
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World, init_distributed, shutdown_distributed
-from swinv2_train.engine import apply_recompute, build_engine
-from swinv2_train.optim import build_param_groups
+from swinv2_train.engine import build_engine
+from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import LOADER, plan_memory
 from swinv2_train.planning.trace import trace_step
 from swinv2_train.tasks import build_task
+from swinv2_train.training.param_groups import build_param_groups
 
 MIB = 2**20
 

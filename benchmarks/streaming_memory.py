@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from swinv2_train.command_line import compose_overrides
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World, barrier, broadcast_object, init_distributed, shutdown_distributed
-from swinv2_train.engine import build_engine, consolidate
+from swinv2_train.engine import build_engine
+from swinv2_train.engine.state import consolidate
 from swinv2_train.models import swin_v2
-from swinv2_train.optim import build_param_groups
+from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.weights import read_weights, save_weights
 
 MIB = 2**20

@@ -10,7 +10,7 @@ set -euo pipefail
 
 python="${PYTHON:-python}"
 if [[ -n "${SLURM_STEP_NODELIST:-}" && -z "${NNODES:-}" ]]; then
-    variables="$("$python" -m swinv2_train.slurm)"
+    variables="$("$python" -m swinv2_train.distributed.slurm)"
     eval "$variables"
 fi
 if [[ "${NNODES:-1}" == 1 && -z "${MASTER_ADDR:-}" ]]; then

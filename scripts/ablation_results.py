@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swinv2_train.charts import Series, curves_picture, running_mean
+from swinv2_train.report.charts import Series, curves_picture, running_mean
 
 BLOCKS = {
     ("res-post-norm", "cosine"): "ours",

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from ablation_models import with_parts
 from torch import Tensor
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError, ScheduleConfig
-from swinv2_train.data.crop import random_flip, random_resized_crop
-from swinv2_train.data.decode import decode_image
-from swinv2_train.data.shards import TarReader, open_manifest
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
+from swinv2_train.data.transforms.decode import decode_image
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.optim import no_decay_names
 from swinv2_train.runtime import tune_allocator
-from swinv2_train.schedule import lr_at
+from swinv2_train.training.lr_schedule import lr_at
+from swinv2_train.training.param_groups import no_decay_names
 
 TABLE = "relative_position_bias_table"
 NO_DECAY = ("1d", "cpb_mlp", "logit_scale", TABLE)  # the official code's

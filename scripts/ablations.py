@@ -30,8 +30,10 @@ from typing import Any
 from ablation_results import BIASES, BLOCKS, write
 from ablation_training import Recipe, Run, pack_images, train
 
-from swinv2_train.command_line import guarded
-from swinv2_train.runtime import EXIT_DONE, EXIT_STOPPED, available_cores, environment_record, replace_text
+from swinv2_train.config.command_line import guarded
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_STOPPED
+from swinv2_train.runtime import available_cores, environment_record
+from swinv2_train.storage.atomic import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LRS = (1e-3, 8e-3)

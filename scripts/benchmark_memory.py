@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from official_arithmetic import OfficialArithmetic
 from torch import Tensor, nn
 
-from swinv2_train.engine import apply_recompute
+from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import SwinTransformerV2, count_parameters, swin_v2
 
 GIB = 2**30

@@ -23,7 +23,7 @@ from contestants import PRODUCTS, Case, Contestant, build, write_weights
 from matrix_products import MatrixProducts
 from torch import Tensor, nn
 
-from swinv2_train.engine.startup import adamw
+from swinv2_train.engine.adamw import adamw
 from swinv2_train.runtime import tune_allocator
 
 LAPS = ("forward", "forward and backward", "step")

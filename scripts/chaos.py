@@ -29,8 +29,8 @@ import numpy as np
 from PIL import Image
 
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.data.shards import write_shards
-from swinv2_train.log import read_metrics
+from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.monitoring.run_log import read_metrics
 
 GLOBAL_BATCH = 24  # divides by 1, 2, 3 and 4 ranks
 STEPS_PER_KILL = 60

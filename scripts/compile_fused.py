@@ -3,9 +3,9 @@
     python scripts/compile_fused.py [--windows 8 12 16 24 32] [--head-dim 32] [--dtype bfloat16] [--capability 80 90]
 
 Triton brings NVIDIA's assembler along, so this runs without a GPU and finds what Triton's interpreter lets pass.  The
-launches are those of models/fused.py itself, recorded instead of carried out.  "spilled" is the stack in bytes per
-thread; "warps" how many fit on one multiprocessor at a time, by registers and shared memory.  Exit code 1 where a
-kernel needs more shared memory than the card has.
+launches are those of models/kernels/dispatch.py itself, recorded instead of carried out.  "spilled" is the stack in
+bytes per thread; "warps" how many fit on one multiprocessor at a time, by registers and shared memory.
+Exit code 1 where a kernel needs more shared memory than the card has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from swinv2_train.models import fused
+from swinv2_train.models.kernels import dispatch
 from swinv2_train.models.windows import window_grid
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -44,19 +44,19 @@ def launches_of(window: int, head_dim: int, dtype: torch.dtype, padded: bool) ->
     side = 2 * window - int(padded)
     grid = window_grid((side, side), (window, window), shifted=True)
     launches: list[Any] = []
-    originals = fused._kernels, fused._compiled
+    originals = dispatch._kernels, dispatch._compiled
     recorders = tuple(
         SimpleNamespace(**{name: Recorder(f, launches) for name, f in vars(module).items() if name.endswith("_kernel")})
-        for module in fused._kernels()
+        for module in dispatch._kernels()
     )
-    fused._kernels = lambda: recorders  # type: ignore[assignment, return-value]
-    fused._compiled = lambda qkv: False  # not the kernel for CPUs
+    dispatch._kernels = lambda: recorders  # type: ignore[assignment, return-value]
+    dispatch._compiled = lambda qkv: False  # not the kernel for CPUs
     try:
         qkv = torch.zeros(1, side, side, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
-        out = fused.fused_window_attention(qkv, torch.ones(2, 1, 1), torch.zeros((2 * window - 1) ** 2, 2), grid, 2)
+        out = dispatch.fused_window_attention(qkv, torch.ones(2, 1, 1), torch.zeros((2 * window - 1) ** 2, 2), grid, 2)
         out.sum().backward()
     finally:
-        fused._kernels, fused._compiled = originals
+        dispatch._kernels, dispatch._compiled = originals
     return launches
 
 
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--capability", type=int, nargs="+", choices=sorted(SHARED_KIB), default=sorted(SHARED_KIB))
     parser.add_argument("--padded", action="store_true", help="a map that windows do not divide")
     options = parser.parse_args()
-    if not fused.HAS_TRITON:
+    if not dispatch.HAS_TRITON:
         print("compile_fused needs the package triton", file=sys.stderr)
         return 2
     too_large = False

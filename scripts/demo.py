@@ -26,12 +26,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.command_line import compose_overrides, guarded, read_run
 from swinv2_train.config import TASKS
-from swinv2_train.console import duration_text
-from swinv2_train.gate import known_keys
-from swinv2_train.log import read_metrics
-from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.command_line import compose_overrides, guarded, read_run
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.load import known_keys
+from swinv2_train.monitoring.console import duration_text
+from swinv2_train.monitoring.run_log import read_metrics
 
 DATA_DIR = Path("data/cifar10")
 PROCESSES = 2

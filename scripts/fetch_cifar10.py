@@ -31,7 +31,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_shards import Entry, pack
 
-from swinv2_train.data.shards import ShardError, open_manifest, shard_files
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.tar_reader import open_manifest, shard_files
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZES = {"train": 50_000, "test": 10_000}

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from swinv2_train.data.folder import class_names, is_image, list_folder
-from swinv2_train.data.index import IMAGE_EXTENSIONS
-from swinv2_train.data.shards import Manifest, ShardError, reindex, shard_files, verify_shards, write_shards
-from swinv2_train.data.unpacked import PACKING_SEED, SAMPLES_PER_SHARD, packing_order
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS
+from swinv2_train.data.shards.tar_reader import Manifest, reindex, shard_files, verify_shards, write_shards
+from swinv2_train.data.sources.folder import class_names, is_image, list_folder
+from swinv2_train.data.sources.virtual_shards import PACKING_SEED, SAMPLES_PER_SHARD, packing_order
 
 CLASSES_NAME = "classes.txt"
 

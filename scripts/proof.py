@@ -30,12 +30,13 @@ import fetch_cifar10
 import numpy as np
 from make_shards import Entry, pack
 
-from swinv2_train.charts import nice_ticks, tick_text
-from swinv2_train.command_line import compose_overrides, guarded
-from swinv2_train.console import duration_text
-from swinv2_train.data.shards import TarReader, open_manifest
-from swinv2_train.log import read_metrics
-from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, environment_record
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+from swinv2_train.monitoring.console import duration_text
+from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.report.charts import nice_ticks, tick_text
+from swinv2_train.runtime import environment_record
 
 DATA = Path("data/cifar10")
 IMAGES = 50_000

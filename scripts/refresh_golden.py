@@ -53,7 +53,7 @@ def refresh(path: Path, machine: dict[str, Any], values: dict[str, Any], reason:
 
     None, and the file stays as it is, where values and machine are the golden ones.
     """
-    from swinv2_train.runtime import replace_text
+    from swinv2_train.storage.atomic import replace_text
 
     old = json.loads(path.read_text()) if path.exists() else {"machine": None, "history": [], "values": None}
     if (old["machine"], old["values"]) == (machine, values):

@@ -27,11 +27,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from swinv2_train.command_line import compose_overrides, run_on_weights
 from swinv2_train.config import Config, ConfigError, is_pipe
-from swinv2_train.data.manifest import MANIFEST_NAME
-from swinv2_train.data.source import open_source
-from swinv2_train.engine import check_engine
+from swinv2_train.config.command_line import compose_overrides, run_on_weights
+from swinv2_train.data.shards.manifest import MANIFEST_NAME
+from swinv2_train.data.sources.base import open_source
+from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.picture import draw_curve, draw_plan
@@ -39,7 +39,7 @@ from swinv2_train.planning.scaling import scaling_curve, scaling_json
 from swinv2_train.planning.search import recommend
 from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
 from swinv2_train.planning.table import host_line, memory_table, plan_json, scaling_lines, speed_lines, verdict
-from swinv2_train.schedule import total_steps
+from swinv2_train.training.lr_schedule import total_steps
 
 UNUSED = ("run_dir", "data.shards")
 """Keys that training needs and a plan can do without."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
-from swinv2_train.console import duration_text
-from swinv2_train.health import STATUS, process_ended, read_ranks
-from swinv2_train.runtime import EXIT_DONE, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
+from swinv2_train.monitoring.console import duration_text
+from swinv2_train.monitoring.watchdog import STATUS, process_ended, read_ranks
 
 USAGE = """swinv2-status RUN_DIR [--json]
 

@@ -24,6 +24,6 @@ def make_config(**sections: dict[str, Any]) -> Config:
 
 @functools.cache
 def _shipped() -> Config:
-    from swinv2_train.command_line import compose_overrides
+    from swinv2_train.config.command_line import compose_overrides
 
     return compose_overrides(["model=demo", "data=cifar10", "task.mask_unit_px=4", "run_dir=runs/test"])

@@ -24,11 +24,11 @@ from harness import run_distributed
 from PIL import Image
 
 from swinv2_train import train
-from swinv2_train.command_line import compose_overrides
-from swinv2_train.data.shards import write_shards
-from swinv2_train.log import read_metrics
-from swinv2_train.models import fused_cpu
-from swinv2_train.runtime import EXIT_DONE
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.exit_codes import EXIT_DONE
+from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.models.kernels import cpu_attention
+from swinv2_train.monitoring.run_log import read_metrics
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 50
@@ -156,7 +156,7 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_I
 
 def compiler_version() -> str | None:
     """Of what compiles the fused kernel; None where there is no such kernel."""
-    if fused_cpu.problem() is not None:
+    if cpu_attention.problem() is not None:
         return None
     found = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
     return subprocess.run([*found, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]

@@ -14,7 +14,7 @@ from harness import run_distributed
 from PIL import Image
 
 from swinv2_train import evaluate
-from swinv2_train.data.shards import write_shards
+from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.distributed import World
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.weights import save_weights

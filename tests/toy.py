@@ -122,8 +122,9 @@ def toy_config(
 
 def build(config: Config, world: Any, accumulation: int = 1, drop: float = 0.0, seed: int = 0) -> Any:
     """An engine around the toy."""
-    from swinv2_train.engine import apply_recompute, build_engine
-    from swinv2_train.optim import build_param_groups
+    from swinv2_train.engine import build_engine
+    from swinv2_train.engine.activation_checkpointing import apply_recompute
+    from swinv2_train.training.param_groups import build_param_groups
 
     module = build_toy(drop, seed)
     if config.model.recompute != "none":

@@ -12,7 +12,7 @@ from typing import Any
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, broadcast_object, raise_together
-from swinv2_train.engine.durable import sum_of
+from swinv2_train.storage.durable import sum_of
 
 COMPLETE = "COMPLETE"
 UNFINISHED = ".unfinished"
@@ -163,3 +163,8 @@ def complete_checkpoints(run_dir: Path) -> tuple[list[Path], list[str]]:
             continue  # absent, by the definition above
         found.append((int(match[1]), path))
     return [path for _, path in sorted(found)], sorted(damaged)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))

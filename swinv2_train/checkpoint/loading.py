@@ -12,9 +12,9 @@ from swinv2_train.checkpoint.finding import read_marker
 from swinv2_train.checkpoint.random_states import restore_random_states
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
-from swinv2_train.engine.shards import Shards
-from swinv2_train.lazy import LazyTensors
+from swinv2_train.engine.state.files import Shards
 from swinv2_train.runtime import seed_everything
+from swinv2_train.storage.lazy_tensors import LazyTensors
 
 
 class Loadable(Protocol):
@@ -64,6 +64,6 @@ def read_weights(checkpoint: Path, averaged: bool = False) -> LazyTensors:
 
     averaged: their averages (optim.ema_decay); ConfigError where it has none.
     """
-    from swinv2_train.engine.consolidate import read_weights as read_engine_weights
+    from swinv2_train.engine.state.consolidate import read_weights as read_engine_weights
 
     return read_engine_weights(checkpoint / "engine", averaged)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from swinv2_train.checkpoint.finding import COMPLETE, UNFINISHED, complete_checkpoints, remove_unfinished
 from swinv2_train.checkpoint.random_states import random_states
 from swinv2_train.distributed import World, raise_together
-from swinv2_train.engine.durable import Sum, sync_folder, write_durably
+from swinv2_train.storage.durable import Sum, sync_folder, write_durably
 
 _PARTS = "parts"
 _VISIBLE_SEC = 60.0

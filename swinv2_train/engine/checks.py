@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor, LazyTensors
+from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 
 
 class NonFiniteError(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from swinv2_train.models.fused import fused_problem
+from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.models.swin_v2 import SwinBlock
 
 GRAPHS = 64  # of one function: per stage, shifted or not, with factors of stochastic depth or without, and per map size

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
+from swinv2_train.engine.adamw import adamw
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
-from swinv2_train.engine.construct import Values, allocate, has_no_values
-from swinv2_train.engine.ema import WeightAverages
-from swinv2_train.engine.pieces import Piece, plain_pieces, whole_pieces
-from swinv2_train.engine.shards import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
-from swinv2_train.engine.startup import adamw
+from swinv2_train.engine.materialize import Values, allocate, has_no_values
+from swinv2_train.engine.state.ema import WeightAverages
+from swinv2_train.engine.state.files import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
+from swinv2_train.engine.state.pieces import Piece, plain_pieces, whole_pieces
 
 
 class LocalEngine:

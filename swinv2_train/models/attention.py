@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinv2_train.models.cosine import attention_weights, join_heads, split_heads, unit_vectors, window_bias
-from swinv2_train.models.fused import fused_available, fused_window_attention
+from swinv2_train.models.cosine import (
+    window_attention,
+    window_bias,
+)
+from swinv2_train.models.kernels.dispatch import fused_available, fused_window_attention
 from swinv2_train.models.precision import Float32Linear, at_least_float32
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
-from swinv2_train.models.windows import WindowGrid, attention_mask, cut_windows, join_windows, log_spaced_coordinates
+from swinv2_train.models.windows import WindowGrid, log_spaced_coordinates
 
 LOGIT_SCALE_MAX = math.log(1.0 / 0.01)  # tau >= 0.01, arXiv:2111.09883 section 3.2
 BIAS_HIDDEN = 512
@@ -30,7 +33,7 @@ class WindowAttention(nn.Module):
     matrices in the dtype of the weights, or autocast's.  Keys have no bias.
     pretrained_window_size: (rows, cols) of the window at which the bias was trained; it normalises the offsets,
     whatever window a forward pass uses.
-    fused: attend by Triton kernels (models/fused.py) where they are available; on the meta device they always are.
+    fused: attend by fused kernels (models/kernels/) where one is available; on the meta device one always is.
     chunks: where they are not, None attends in all windows at once, otherwise so many at a time, computed again in the
     backward pass.
     """
@@ -87,19 +90,3 @@ class WindowAttention(nn.Module):
             at_a_time = self.chunks.windows_at_a_time(grid, self.num_heads, qkv.dtype)
             out = sequential_window_attention(qkv, scale, table, grid, self.num_heads, at_a_time)
         return self.proj(out)
-
-
-def window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
-    """Attention in all windows of a map at once: the reference that every other way of computing it must equal.
-
-    qkv: (B, H, W, 3C), the projected map, channel order (3, h, d).  scale: (h, 1, 1) and table:
-    ((2rows-1)(2cols-1), h), both at least float32.  Returns (B, H, W, C) in the dtype of qkv.
-    Padding is zeros, which no token of the map looks at.
-    """
-    windows = cut_windows(qkv, grid)  # (B*nW, N, 3C)
-    windows = windows.view(qkv.shape[0], -1, *windows.shape[1:])  # (B, nW, N, 3C)
-    q, k, v = split_heads(windows, num_heads)  # (B, nW, h, N, d)
-    mask = attention_mask(grid, qkv.device).unsqueeze(1) if grid.needs_mask else None  # (nW, 1, N, N)
-    weights = attention_weights(unit_vectors(q), unit_vectors(k), scale, window_bias(table, grid.window), mask)
-    out = join_windows(join_heads(weights.to(v.dtype) @ v).flatten(0, 1), grid)
-    return out.contiguous()  # of a view, a linear layer adds its bias to the already rounded product

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinv2_train.models.precision import at_least_float32
-from swinv2_train.models.windows import relative_position_index
+from swinv2_train.models.windows import WindowGrid, attention_mask, cut_windows, join_windows, relative_position_index
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -50,3 +50,19 @@ def attention_weights(unit_q: Tensor, unit_k: Tensor, scale: Tensor, bias: Tenso
     if mask is not None:
         logits += mask
     return logits.softmax(dim=-1)
+
+
+def window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
+    """Attention in all windows of a map at once: the reference that every other way of computing it must equal.
+
+    qkv: (B, H, W, 3C), the projected map, channel order (3, h, d).  scale: (h, 1, 1) and table:
+    ((2rows-1)(2cols-1), h), both at least float32.  Returns (B, H, W, C) in the dtype of qkv.
+    Padding is zeros, which no token of the map looks at.
+    """
+    windows = cut_windows(qkv, grid)  # (B*nW, N, 3C)
+    windows = windows.view(qkv.shape[0], -1, *windows.shape[1:])  # (B, nW, N, 3C)
+    q, k, v = split_heads(windows, num_heads)  # (B, nW, h, N, d)
+    mask = attention_mask(grid, qkv.device).unsqueeze(1) if grid.needs_mask else None  # (nW, 1, N, N)
+    weights = attention_weights(unit_vectors(q), unit_vectors(k), scale, window_bias(table, grid.window), mask)
+    out = join_windows(join_heads(weights.to(v.dtype) @ v).flatten(0, 1), grid)
+    return out.contiguous()  # of a view, a linear layer adds its bias to the already rounded product

@@ -55,7 +55,7 @@ def sequential_window_attention(
     more; it need not divide their number.  Returns (B, H, W, C) in the dtype of qkv.
     Has no second derivative: asking for one is a RuntimeError.
     """
-    out: Tensor = _Sequential.apply(qkv, scale, table, grid, num_heads, chunk_windows)  # type: ignore[no-untyped-call]
+    out: Tensor = _Sequential.apply(qkv, scale, table, grid, num_heads, chunk_windows)
     return out
 
 

@@ -29,9 +29,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from swinv2_train.config import EngineConfig, HardwareConfig
-from swinv2_train.engine.buckets import buckets_of
+from swinv2_train.engine.deepspeed.buckets import buckets_of
+from swinv2_train.planning.engine_memory import EXCHANGED_TOGETHER, ModelSizes
 from swinv2_train.planning.hardware import known
-from swinv2_train.planning.states import EXCHANGED_TOGETHER, ModelSizes
 
 GATHER, SCATTER, SUM = "all-gather", "reduce-scatter", "all-reduce"
 INTRA, INTER = "intra-node", "inter-node"

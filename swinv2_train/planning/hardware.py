@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from swinv2_train.config import HardwareConfig
-from swinv2_train.metrics import peak_flops
+from swinv2_train.monitoring.metrics import peak_flops
 
 _GIB = 2**30
 _USUAL: dict[str, dict[str, float]] = {

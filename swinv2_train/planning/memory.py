@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from swinv2_train.config import Config, HardwareConfig, pair
-from swinv2_train.data.loader import accumulation_steps
-from swinv2_train.engine.buckets import layer_sizes
+from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.models import count_parameters
 from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.optim import build_param_groups
+from swinv2_train.planning.engine_memory import GRADIENTS, EngineMemory, ModelSizes, engine_memory
 from swinv2_train.planning.hardware import known
-from swinv2_train.planning.states import GRADIENTS, EngineMemory, ModelSizes, engine_memory
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
+from swinv2_train.training.param_groups import build_param_groups
 
 GIB = 2**30
 FORWARD, BACKWARD, EXCHANGE, STEP = "forward", "backward", "gradient exchange", "step"

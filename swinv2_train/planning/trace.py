@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_train.config import ClassifyConfig, Config, pair
-from swinv2_train.engine import apply_recompute
+from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import SimMIM, SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
 from swinv2_train.models.initial import without_values
 from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.planning.operations import Operation, cost_of
-from swinv2_train.planning.results import Results, signature
-from swinv2_train.tasks import Task, build_task
+from swinv2_train.planning.meta_cache import Results, signature
+from swinv2_train.planning.op_cost import Operation, cost_of
+from swinv2_train.tasks import build_task
+from swinv2_train.tasks.task import Task
 
 ALLOCATION_UNIT = 512
 """CUDA's caching allocator rounds every request up to a multiple of so many bytes (c10/cuda/CUDACachingAllocator)."""
@@ -104,7 +105,9 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
         task = build_task(config, META)
     if config.engine.precision == "bf16":
         task.module.bfloat16()
-    policy = config.model.recompute.removesuffix("@partitioned")  # which frees nothing (engine/recompute.py)
+    policy = config.model.recompute.removesuffix(
+        "@partitioned"
+    )  # which frees nothing (engine/activation_checkpointing.py)
     apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy)
     return task
 

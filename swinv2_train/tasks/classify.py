@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, Config, DataConfig, mixes, pair
-from swinv2_train.data.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
-from swinv2_train.data.crop import eval_crop, random_flip, random_resized_crop
-from swinv2_train.data.shards import SampleError
+from swinv2_train.data.sample import SampleError
+from swinv2_train.data.transforms.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
+from swinv2_train.data.transforms.crop import eval_crop, random_flip, random_resized_crop
 from swinv2_train.models import multiply_adds
-from swinv2_train.tasks import Forward, Normalise, build_model
+from swinv2_train.tasks.encoder import build_model
+from swinv2_train.tasks.inputs import Normalise
+from swinv2_train.tasks.task import Forward
 
 
 @dataclass(frozen=True)

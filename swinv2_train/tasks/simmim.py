@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, DataConfig, SimMIMConfig, pair
-from swinv2_train.data.crop import eval_crop, random_flip, random_resized_crop
-from swinv2_train.data.masks import simmim_mask
+from swinv2_train.data.transforms.crop import eval_crop, random_flip, random_resized_crop
+from swinv2_train.data.transforms.masks import simmim_mask
 from swinv2_train.models import SimMIM, multiply_adds
 from swinv2_train.models.simmim import local_statistics
-from swinv2_train.pictures import grid
-from swinv2_train.tasks import Forward, Normalise, build_model
+from swinv2_train.report.pictures import grid
+from swinv2_train.tasks.encoder import build_model
+from swinv2_train.tasks.inputs import Normalise
+from swinv2_train.tasks.task import Forward
 
 PICTURE_IMAGES = 8
 

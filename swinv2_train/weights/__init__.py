@@ -18,18 +18,14 @@ from torch import Tensor
 from swinv2_train.checkpoint import COMPLETE, find_checkpoint
 from swinv2_train.checkpoint import read_weights as read_checkpoint
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor, LazyTensors
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.storage.safetensors_files import write_safetensors
 from swinv2_train.weights.files import open_weights
-from swinv2_train.weights.huggingface import (
-    Preprocessing,
-    check_huggingface,
-    trained_windows,
-    write_huggingface,
-)
+from swinv2_train.weights.huggingface import Preprocessing, check_huggingface, trained_windows, write_huggingface
 from swinv2_train.weights.matching import Head, LoadReport, match_weights
 from swinv2_train.weights.names import FLOATS, FORMATS, ConvertedWeights, from_official, to_official
-from swinv2_train.weights.writing import write_safetensors, write_torch
+from swinv2_train.weights.writing import write_torch
 
 __all__ = [
     "FORMATS",

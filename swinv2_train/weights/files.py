@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor
+from swinv2_train.storage.lazy_tensors import LazyTensor
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "net", "model_ema", "state_dict_ema")
 """Keys under which training programs keep the weights, the first that is there is read."""

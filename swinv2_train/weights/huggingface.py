@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.storage.atomic import replacing
+from swinv2_train.storage.lazy_tensors import LazyTensor
+from swinv2_train.storage.safetensors_files import fill_safetensors
 from swinv2_train.weights.files import HUGGINGFACE_FILES
-from swinv2_train.weights.writing import fill_safetensors, replacing
 
 _CONFIG_DEFAULTS = {
     "image_size": 224, "patch_size": 4, "window_size": 7, "depths": (2, 2, 6, 2), "pretrained_window_sizes": (0,) * 4,

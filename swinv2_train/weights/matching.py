@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor, LazyTensors
 from swinv2_train.models import SIZES
+from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.names import ConvertedWeights
 
 Shape = tuple[int, ...]

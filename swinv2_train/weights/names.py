@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor, LazyTensors
+from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 
 FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain")
 """The formats that are read; a run directory of our own is one more, named by its path."""

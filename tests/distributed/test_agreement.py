@@ -10,10 +10,9 @@ import pytest
 from configs import make_config
 from harness import run_distributed
 
-from swinv2_train import agreement, distributed
-from swinv2_train.agreement import check_agreement
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import init_distributed
+from swinv2_train.distributed import collectives, init_distributed, same_start
+from swinv2_train.distributed.same_start import check_agreement
 
 
 def found(world, change):
@@ -36,10 +35,10 @@ def test_other_settings_versions_and_code_are_named():
 
     def change(rank):
         if rank == 1:  # of a process of its own
-            agreement.version_of = lambda name: "9.9" if name == "torch" else "1"
-            agreement._fingerprint = lambda: "other"
+            same_start.version_of = lambda name: "9.9" if name == "torch" else "1"
+            same_start._fingerprint = lambda: "other"
             return make_config(optim={"lr": 0.25})
-        agreement.version_of = lambda name: "1"
+        same_start.version_of = lambda name: "1"
         return make_config(optim={"lr": 0.5})
 
     messages = run_distributed(found, 2, change)
@@ -112,4 +111,4 @@ def test_an_address_where_nobody_answers_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "port")
     with pytest.raises(ConfigError, match=r"MASTER_PORT \(port\) must be a port's number"):
         init_distributed(2)
-    assert not distributed._active()
+    assert not collectives._active()

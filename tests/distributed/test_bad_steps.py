@@ -14,9 +14,9 @@ from unit.test_run import settings, shards, weights_of  # noqa: F401  fixtures
 
 from swinv2_train import train
 from swinv2_train.config import Config
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED
 from swinv2_train.distributed import World
-from swinv2_train.log import read_metrics
-from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED
+from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks.simmim import SimMIMTask
 
 ENGINES = {

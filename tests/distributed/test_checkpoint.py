@@ -14,17 +14,11 @@ import torch
 from harness import run_distributed
 from toy import build, full_state, save_checkpoint, toy_config, train
 
-from swinv2_train.checkpoint import (
-    Save,
-    load_checkpoint,
-    newest_checkpoint,
-    remove_unfinished,
-    verified_checkpoint,
-)
+from swinv2_train.checkpoint import Save, load_checkpoint, newest_checkpoint, remove_unfinished, verified_checkpoint
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import barrier
-from swinv2_train.engine import shards
-from swinv2_train.engine.shards import Snapshot
+from swinv2_train.engine.state import files
+from swinv2_train.engine.state.files import Snapshot
 
 CASES = [
     ("local", 0, "fp32", 0),
@@ -236,8 +230,8 @@ def test_save_in_the_background_holds_the_state_of_its_step(stage, tmp_path):
         written = threading.Event()
         write = Snapshot.write
         Snapshot.write = lambda *arguments: (written.wait(), write(*arguments))[1]  # not before training went on
-        copy = shards._copy
-        shards._copy = lambda *arguments: (time.sleep(1.0), copy(*arguments))[1]
+        copy = files._copy
+        files._copy = lambda *arguments: (time.sleep(1.0), copy(*arguments))[1]
         saving = Save(tmp_path / "b", engine, {"step": 2}, world, 2, None, background=True)
         train(engine, world, 2, first=2)
         assert not saving.path.exists()

@@ -12,14 +12,14 @@ from toy import full_state, save_state, toy_config
 
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.buckets import layer_sizes
-from swinv2_train.engine.construct import allocate_shards
-from swinv2_train.engine.deepspeed_config import deepspeed_json
-from swinv2_train.engine.startup import import_deepspeed
+from swinv2_train.engine.deepspeed.buckets import layer_sizes
+from swinv2_train.engine.deepspeed.config import deepspeed_json
+from swinv2_train.engine.deepspeed.startup import import_deepspeed
+from swinv2_train.engine.materialize import allocate_shards
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
-from swinv2_train.optim import build_param_groups
-from swinv2_train.tasks.initial import InitialValues
+from swinv2_train.training.initial_values import InitialValues
+from swinv2_train.training.param_groups import build_param_groups
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 NO_DECAY = ["1d", ".bias", "cpb_mlp", "logit_scale", "mask_token"]

@@ -12,7 +12,7 @@ from distributed.test_preemption import alone, command
 from distributed.test_train import finish, losses, shards, start, wait_for_step  # noqa: F401
 
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.slow
 ENDLESS = ("train.max_steps=100000", "train.log_every_steps=2")

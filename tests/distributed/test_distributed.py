@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from harness import RankFailed, run_distributed
 
-from swinv2_train import distributed
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import (
     RankError,
@@ -21,10 +20,11 @@ from swinv2_train.distributed import (
     barrier,
     broadcast_object,
     init_distributed,
+    process_group,
     raise_together,
     shutdown_distributed,
 )
-from swinv2_train.slurm import meeting_point
+from swinv2_train.distributed.slurm import meeting_point
 
 
 def test_collectives_join_what_the_ranks_say():
@@ -137,7 +137,7 @@ def test_ranks_are_read_from_srun(monkeypatch):
         "SLURM_STEP_ID": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    assert distributed._announced_ranks() == {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}
+    assert process_group._announced_ranks() == {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}
     host, port = meeting_point()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (host, str(port)) and host == "gpu-003"
 

@@ -17,16 +17,16 @@ from harness import run_distributed
 from PIL import Image
 from toy import build_toy, full_state, save_state, toy_config, train
 
-from swinv2_train import loop
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
-from swinv2_train.data.shards import write_shards
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.shards import Shards
-from swinv2_train.log import read_metrics
-from swinv2_train.optim import build_param_groups
+from swinv2_train.engine.state.files import Shards
+from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.train import train as train_run
+from swinv2_train.training import loop
+from swinv2_train.training.param_groups import build_param_groups
 
 LOSS_ATOL = 3e-6  # measured worst 7.2e-7 over 8 steps of the toy; without the averages 6e-2, with step 0 2e-1
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 300}}

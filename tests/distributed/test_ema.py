@@ -12,13 +12,13 @@ from evaluation import evaluated
 from harness import run_distributed
 from toy import batches, build, build_toy, full_state, part, save_state, toy_config, train
 
-from swinv2_train.command_line import compose_source
 from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_source
 from swinv2_train.engine import NonFiniteError
-from swinv2_train.engine.consolidate import read_weights
-from swinv2_train.export import Request, export
-from swinv2_train.log import read_metrics
+from swinv2_train.engine.state.consolidate import read_weights
+from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.weights import read_weights as read_file
+from swinv2_train.weights.export import Request, export
 
 DECAY = 0.9
 ATOL = 1e-6  # measured worst 1.5e-7 over 8 steps, all stages and precisions; averaging before the step: 4e-3
@@ -205,7 +205,7 @@ def test_averages_begin_at_the_weights_where_a_state_has_none_and_can_be_dropped
 
 
 def test_averages_take_a_ranks_share_of_four_bytes_a_parameter():
-    """As planning/states.py counts them; nothing without optim.ema_decay."""
+    """As planning/engine_memory.py counts them; nothing without optim.ema_decay."""
 
     def held(world):
         found = []

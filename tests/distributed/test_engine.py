@@ -14,7 +14,7 @@ from toy import Toy, batches, build, build_toy, full_state, part, toy_config, tr
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError, build_engine
-from swinv2_train.optim import build_param_groups
+from swinv2_train.training.param_groups import build_param_groups
 
 LOSS_ATOL = 3e-6  # measured worst 4.8e-7 over 10 steps, 4 stages, with clipping and accumulation; bf16 gives 1e-2
 NORM_RTOL = 2e-6  # measured worst 1.1e-7

@@ -14,11 +14,12 @@ import pytest
 from distributed.test_train import SMALL, shards  # noqa: F401
 from harness import run_distributed
 
-from swinv2_train import feed, loop, train
-from swinv2_train.command_line import compose_overrides
+from swinv2_train import train
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
-from swinv2_train.health import STATUS, read_ranks
-from swinv2_train.log import read_metrics
+from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.monitoring.watchdog import STATUS, read_ranks
+from swinv2_train.training import loop, prefetch
 
 pytestmark = pytest.mark.slow
 HANG_SEC = 4.0
@@ -100,7 +101,7 @@ def test_a_rank_whose_data_never_come_is_named_and_all_ranks_end_by_themselves(s
     def around(world: World) -> None:
         if world.rank == 0:
             return
-        fetch = feed.fetch
+        fetch = prefetch.fetch
 
         def waiting(batches: Any, count: int) -> Any:
             if next(counter) == 3:
@@ -108,7 +109,7 @@ def test_a_rank_whose_data_never_come_is_named_and_all_ranks_end_by_themselves(s
             return fetch(batches, count)
 
         counter = iter(range(99))
-        feed.fetch = waiting
+        prefetch.fetch = waiting
 
     run(tmp_path, shards, around)
     reason = status_of(tmp_path)["reason"]

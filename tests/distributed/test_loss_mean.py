@@ -14,11 +14,11 @@ from PIL import Image
 
 from swinv2_train import train
 from swinv2_train.checkpoint import find_checkpoint, read_weights
-from swinv2_train.command_line import compose_overrides, guarded
-from swinv2_train.data.shards import write_shards
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.exit_codes import EXIT_DONE
+from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.distributed import World
-from swinv2_train.log import read_metrics
-from swinv2_train.runtime import EXIT_DONE
+from swinv2_train.monitoring.run_log import read_metrics
 
 SMALL = (
     "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=16", "model.window_size=2",

@@ -8,11 +8,12 @@ from harness import run_distributed
 from toy import full_state, save_state, toy_config
 
 from swinv2_train.config import ConfigError
-from swinv2_train.engine import build_engine, check_engine
+from swinv2_train.engine import build_engine
+from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
-from swinv2_train.optim import build_param_groups
-from swinv2_train.tasks.initial import InitialValues
+from swinv2_train.training.initial_values import InitialValues
+from swinv2_train.training.param_groups import build_param_groups
 
 
 def async_io_is_here():

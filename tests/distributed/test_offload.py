@@ -10,8 +10,8 @@ import torch
 from harness import run_distributed
 from toy import batches, build, full_state, part, save_state, toy_config, train
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.engine import NonFiniteError
 
 NORM_RTOL = 1e-6  # measured worst 6e-8: with offload DeepSpeed adds up the norm in another order

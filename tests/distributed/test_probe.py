@@ -11,12 +11,12 @@ from harness import run_distributed
 from unit.test_probe import CLASSES, PROBES, SIMMIM, SMALL, blobs, nothing
 
 from swinv2_train import train
-from swinv2_train.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import compose_overrides, guarded
 from swinv2_train.distributed import World
-from swinv2_train.log import read_metrics
-from swinv2_train.probe.features import Labelled
-from swinv2_train.probe.neighbours import knn
-from swinv2_train.probe.regression import linear
+from swinv2_train.evaluation.features import Labelled
+from swinv2_train.evaluation.knn import knn
+from swinv2_train.evaluation.linear_probe import linear
+from swinv2_train.monitoring.run_log import read_metrics
 
 NAMES = ("probe/knn_top1", "probe/knn_top5", "probe/linear_top1", "probe/linear_top5")
 

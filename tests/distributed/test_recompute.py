@@ -9,14 +9,15 @@ import torch
 from harness import run_distributed
 from toy import DIM, Toy, ToyBlock, build, full_state, toy_config, train
 
-from swinv2_train import engine as engines
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, all_reduce_sum
-from swinv2_train.engine import apply_recompute, build_engine
+from swinv2_train.engine import build as engines
+from swinv2_train.engine import build_engine
+from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.compile import compile_blocks
-from swinv2_train.engine.startup import import_deepspeed
+from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.optim import build_param_groups
+from swinv2_train.training.param_groups import build_param_groups
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 WHAT = ("blocks", "stages:2", "attention", "every:3")

@@ -16,12 +16,12 @@ from toy import batches, build_toy, full_state, part, save_state, toy_config, tr
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.buckets import layer_sizes
-from swinv2_train.engine.consolidate import read_weights
-from swinv2_train.engine.deepspeed_config import deepspeed_json
-from swinv2_train.engine.startup import import_deepspeed
-from swinv2_train.lazy import LazyTensor, LazyTensors
-from swinv2_train.optim import build_param_groups
+from swinv2_train.engine.deepspeed.buckets import layer_sizes
+from swinv2_train.engine.deepspeed.config import deepspeed_json
+from swinv2_train.engine.deepspeed.startup import import_deepspeed
+from swinv2_train.engine.state.consolidate import read_weights
+from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.training.param_groups import build_param_groups
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]

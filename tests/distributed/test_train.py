@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
-from swinv2_train.data.shards import write_shards
-from swinv2_train.log import read_metrics
+from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.monitoring.run_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

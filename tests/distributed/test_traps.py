@@ -18,9 +18,9 @@ from toy import DIM, batches, build, build_toy, full_state, part, save_state, to
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.buckets import layer_sizes
-from swinv2_train.engine.deepspeed_config import deepspeed_json
-from swinv2_train.engine.startup import import_deepspeed
+from swinv2_train.engine.deepspeed.buckets import layer_sizes
+from swinv2_train.engine.deepspeed.config import deepspeed_json
+from swinv2_train.engine.deepspeed.startup import import_deepspeed
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 LOSS_ATOL = 3e-6  # measured worst 4e-7; without the precautions 1e-2 and more

@@ -9,7 +9,7 @@ import pytest
 from harness import run_distributed
 from shard_files import image_bytes
 
-from swinv2_train.command_line import compose_overrides
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.train import train as train_run
 
 CLASSES, PER_CLASS = 5, 8

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from swinv2_train.models import SwinTransformerV2, attention, fused
+from swinv2_train.models import SwinTransformerV2, attention
+from swinv2_train.models.kernels import dispatch
 from swinv2_train.models.windows import WindowGrid, window_grid
 
 tl = pytest.importorskip("triton.language", reason="the package triton is not installed")
@@ -29,7 +30,7 @@ RTOL = 2e-5  # of the largest entry; measured worst 9.5e-6 (d scale at a scale o
 @pytest.fixture(autouse=True)
 def triton_serves(monkeypatch):
     """Also on the CPU's tensors, which the kernel in C++ would take."""
-    monkeypatch.setattr(fused, "_compiled", lambda qkv: False)
+    monkeypatch.setattr(dispatch, "_compiled", lambda qkv: False)
 
 
 def reference(qkv, scale, table, grid, heads):
@@ -83,7 +84,7 @@ def relative_errors(found, expected):
 def assert_equals_float64(grid, heads, dim, **kwargs):
     tensors = inputs(grid, heads, dim, **kwargs)
     expected = run(reference, *in_float64(tensors), grid, heads)
-    errors = relative_errors(run(fused.fused_window_attention, *tensors, grid, heads), expected)
+    errors = relative_errors(run(dispatch.fused_window_attention, *tensors, grid, heads), expected)
     assert max(errors) < RTOL, (grid, heads, dim, errors)
 
 
@@ -136,7 +137,7 @@ def test_padding_that_scores_far_above_every_token_has_no_part_in_the_gradients(
     qkv[..., dim : 2 * dim] = -3 * qkv[..., :dim]
     scale.fill_(100.0)
     expected = run(reference, *in_float64((qkv, scale, table, grad)), grid, heads)
-    found = run(fused.fused_window_attention, qkv, scale, table, grad, grid, heads)
+    found = run(dispatch.fused_window_attention, qkv, scale, table, grad, grid, heads)
     errors = relative_errors(
         [found[0], found[3], found[1][..., 2 * dim :]], [expected[0], expected[3], expected[1][..., 2 * dim :]]
     )
@@ -152,7 +153,7 @@ def test_vectors_of_length_zero_and_near_it_equal_float64():
     qkv[0, 1, 2, dim : 2 * dim] = 0  # a key
     qkv[0, 2, 1, dim : 2 * dim] *= 1e-14
     expected = run(reference, *in_float64((qkv, scale, table, grad)), grid, heads)
-    found = run(fused.fused_window_attention, qkv, scale, table, grad, grid, heads)
+    found = run(dispatch.fused_window_attention, qkv, scale, table, grad, grid, heads)
     assert max(relative_errors(found, expected)) < RTOL
     ordinary = expected[1].abs() < 1e6
     torch.testing.assert_close(found[1].double()[ordinary], expected[1][ordinary], rtol=1e-4, atol=1e-4)
@@ -200,7 +201,7 @@ def test_half_precision_is_as_exact_as_the_reference_path(dtype, size, window, d
     grid = window_grid(size, window, shifted=True)
     tensors = inputs(grid, 1, dim, dtype=dtype, largest_scale=10.0)
     expected = run(reference, *in_float64(tensors), grid, 1)
-    ours = run(fused.fused_window_attention, *tensors, grid, 1)
+    ours = run(dispatch.fused_window_attention, *tensors, grid, 1)
     theirs = run(reference, *tensors, grid, 1)
     for i, (own, other, exact) in enumerate(zip(ours, theirs, expected, strict=True)):
         error, peer = ((x.double() - exact).norm() / exact.norm() for x in (own, other))
@@ -213,17 +214,17 @@ def test_gradients_are_the_same_bits_in_every_run_and_no_split_of_windows_is_los
     """Many windows and one head: their sum for the bias table is split over programs."""
     grid = window_grid((12, 11), (2, 2), shifted=True)
     tensors = inputs(grid, 1, 16)
-    first = run(fused.fused_window_attention, *tensors, grid, 1)
+    first = run(dispatch.fused_window_attention, *tensors, grid, 1)
     assert all(
-        torch.equal(a, b) for a, b in zip(first, run(fused.fused_window_attention, *tensors, grid, 1), strict=True)
+        torch.equal(a, b) for a, b in zip(first, run(dispatch.fused_window_attention, *tensors, grid, 1), strict=True)
     )
-    assert fused._Launch(tensors[0], grid, 1).table_programs()[2] == 36
+    assert dispatch._Launch(tensors[0], grid, 1).table_programs()[2] == 36
     assert max(relative_errors(first, run(reference, *in_float64(tensors), grid, 1))) < RTOL
 
 
 def test_splits_of_several_windows_equal_float64(monkeypatch):
     """As on a large batch, where a program adds up more windows than one; 9 windows do not divide by 4 splits."""
-    monkeypatch.setattr(fused, "TABLE_PROGRAMS", 4)
+    monkeypatch.setattr(dispatch, "TABLE_PROGRAMS", 4)
     assert_equals_float64(window_grid((6, 6), (2, 2), True), 1, 16)
 
 
@@ -233,8 +234,8 @@ def test_views_as_inputs_equal_copies():
     qkv, scale, table, _ = inputs(grid, 1, 16, batch=2)
     view = torch.cat((qkv, qkv), -1)[..., : qkv.shape[-1]].requires_grad_()
     leaf = qkv.clone().requires_grad_()
-    fused.fused_window_attention(view, scale, table, grid, 1).sum().backward()
-    out = fused.fused_window_attention(leaf, scale, table, grid, 1)
+    dispatch.fused_window_attention(view, scale, table, grid, 1).sum().backward()
+    out = dispatch.fused_window_attention(leaf, scale, table, grid, 1)
     out.backward(torch.ones_like(out))
     assert torch.equal(view.grad, leaf.grad)
 
@@ -246,10 +247,10 @@ def test_operators_keep_the_rules_of_torch_library(window):
     qkv, scale, table, grad = inputs(grid, 1, 16)
     sizes = [list(x) for x in grid]
     leaves = [x.requires_grad_() for x in (qkv, scale, table)]
-    torch.library.opcheck(fused._forward, (*leaves, *sizes, 1), rtol=1e-4, atol=1e-4)
-    out, lse = fused._forward(*(x.detach() for x in leaves), *sizes, 1)
+    torch.library.opcheck(dispatch._forward, (*leaves, *sizes, 1), rtol=1e-4, atol=1e-4)
+    out, lse = dispatch._forward(*(x.detach() for x in leaves), *sizes, 1)
     arguments = (grad, *(x.detach() for x in leaves), out, lse, *sizes, 1)
-    torch.library.opcheck(fused._backward, arguments, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(dispatch._backward, arguments, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_without_a_graph_break_gives_the_same_gradients():
@@ -257,12 +258,12 @@ def test_compiled_without_a_graph_break_gives_the_same_gradients():
     tensors = inputs(grid, 1, 16)
 
     def attention(qkv, scale, table, grid, heads):
-        return torch.compile(fused.fused_window_attention, backend="aot_eager", fullgraph=True)(
+        return torch.compile(dispatch.fused_window_attention, backend="aot_eager", fullgraph=True)(
             qkv * 1.5, scale, table, grid, heads
         )
 
     def eager(qkv, scale, table, grid, heads):
-        return fused.fused_window_attention(qkv * 1.5, scale, table, grid, heads)
+        return dispatch.fused_window_attention(qkv * 1.5, scale, table, grid, heads)
 
     found, expected = run(attention, *tensors, grid, 1), run(eager, *tensors, grid, 1)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -273,9 +274,9 @@ def test_activation_checkpointing_gives_the_same_bits():
     tensors = inputs(grid, 1, 16)
 
     def recomputed(*args):
-        return checkpoint(fused.fused_window_attention, *args, use_reentrant=False)
+        return checkpoint(dispatch.fused_window_attention, *args, use_reentrant=False)
 
-    found, expected = run(recomputed, *tensors, grid, 1), run(fused.fused_window_attention, *tensors, grid, 1)
+    found, expected = run(recomputed, *tensors, grid, 1), run(dispatch.fused_window_attention, *tensors, grid, 1)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -293,7 +294,7 @@ def test_the_meta_device_tells_what_is_kept_for_the_backward_pass(dtype):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = fused.fused_window_attention(*leaves, grid, heads)
+            out = dispatch.fused_window_attention(*leaves, grid, heads)
         assert out.shape == (batch, *grid.size, heads * dim) and out.dtype == dtype
         return kept
 
@@ -306,20 +307,20 @@ def test_the_meta_device_tells_what_is_kept_for_the_backward_pass(dtype):
 
 def test_the_reference_path_serves_where_the_kernels_do_not():
     grid = WindowGrid((8, 8), (8, 8), (0, 0))
-    assert not fused.fused_available(torch.zeros(1, 8, 8, 96, device="meta"), grid, 1)
-    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] >= fused.MIN_CAPABILITY:
+    assert not dispatch.fused_available(torch.zeros(1, 8, 8, 96, device="meta"), grid, 1)
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] >= dispatch.MIN_CAPABILITY:
         qkv = torch.zeros(1, 8, 8, 96, device="cuda")
-        assert fused.fused_available(qkv, grid, 1) and fused.fused_available(qkv.half(), grid, 2)
-        assert not fused.fused_available(qkv.double(), grid, 1)
-        assert not fused.fused_available(qkv, grid, 4)  # d = 8
-        assert not fused.fused_available(qkv, grid._replace(window=(65, 8)), 1)
+        assert dispatch.fused_available(qkv, grid, 1) and dispatch.fused_available(qkv.half(), grid, 2)
+        assert not dispatch.fused_available(qkv.double(), grid, 1)
+        assert not dispatch.fused_available(qkv, grid, 4)  # d = 8
+        assert not dispatch.fused_available(qkv, grid._replace(window=(65, 8)), 1)
 
 
 def test_a_table_of_another_window_is_an_error():
     grid = window_grid((8, 8), (4, 4), False)
     qkv, scale, table, _ = inputs(grid, 1, 16)
     with pytest.raises(AssertionError):
-        fused.fused_window_attention(qkv, scale, table[:-1], grid, 1)
+        dispatch.fused_window_attention(qkv, scale, table[:-1], grid, 1)
 
 
 @pytest.mark.slow
@@ -353,7 +354,7 @@ def test_a_model_attends_by_the_kernels_where_they_are_available(size, monkeypat
     monkeypatch.setattr(
         attention,
         "fused_window_attention",
-        lambda *arguments: calls.append(1) or fused.fused_window_attention(*arguments),
+        lambda *arguments: calls.append(1) or dispatch.fused_window_attention(*arguments),
     )
     images = torch.randn(2, 3, *size, device=DEVICE)
     outputs = [each(images) for each in (reference_model, model)]
@@ -370,14 +371,14 @@ def test_kernels_that_fail_or_are_wrong_are_found_before_they_serve(monkeypatch)
     """In the trial that fused_problem makes on a card: here with the interpreter's kernels, then with broken ones."""
     device = torch.device(DEVICE)
     state = torch.random.get_rng_state()
-    assert fused._trial.__wrapped__(device) is None
+    assert dispatch._trial.__wrapped__(device) is None
     assert torch.equal(torch.random.get_rng_state(), state)
-    right = fused.fused_window_attention
-    monkeypatch.setattr(fused, "fused_window_attention", lambda *arguments: right(*arguments) * 1.2)
-    assert "from the reference" in fused._trial.__wrapped__(device)
+    right = dispatch.fused_window_attention
+    monkeypatch.setattr(dispatch, "fused_window_attention", lambda *arguments: right(*arguments) * 1.2)
+    assert "from the reference" in dispatch._trial.__wrapped__(device)
 
     def fail(*arguments):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(fused, "fused_window_attention", fail)
-    assert "RuntimeError: no such instruction" in fused._trial.__wrapped__(device)
+    monkeypatch.setattr(dispatch, "fused_window_attention", fail)
+    assert "RuntimeError: no such instruction" in dispatch._trial.__wrapped__(device)

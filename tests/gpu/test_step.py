@@ -14,10 +14,12 @@ import torch
 from unit.test_run import shards  # noqa: F401
 from unit.test_step import place, six_steps
 
-from swinv2_train import loop, train
-from swinv2_train.command_line import guarded
-from swinv2_train.feed import Copies
-from swinv2_train.runtime import EXIT_DONE, StopRequest
+from swinv2_train import train
+from swinv2_train.config.command_line import guarded
+from swinv2_train.config.exit_codes import EXIT_DONE
+from swinv2_train.runtime import StopRequest
+from swinv2_train.training import loop
+from swinv2_train.training.prefetch import Copies
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

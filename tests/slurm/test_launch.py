@@ -14,8 +14,8 @@ from distributed.test_train import SMALL, keys_per_step, losses, shards  # noqa:
 from slurm.cluster import NODES, ROOT, Cluster, wait_until
 
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.command_line import read_run
-from swinv2_train.log import read_metrics
+from swinv2_train.config.command_line import read_run
+from swinv2_train.monitoring.run_log import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 PRETRAIN = (

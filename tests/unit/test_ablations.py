@@ -17,7 +17,7 @@ from ablation_training import Recipe, Run, amplitudes, batches, fit, score
 from fetch_cifar10 import encode_png
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.shards import write_shards
+from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.cosine import split_heads, window_bias
 from swinv2_train.models.swin_v2 import SwinBlock

@@ -9,9 +9,9 @@ import torch
 from unit.test_log import read_wandb_records
 from unit.test_run import run_alone, settings, shards, weights_of  # noqa: F401
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
-from swinv2_train.runtime import EXIT_DONE
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.weights import read_weights
 
 

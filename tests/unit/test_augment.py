@@ -24,10 +24,12 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swinv2_train.command_line import compose_overrides, guarded
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.data import augment
-from swinv2_train.data.augment import (
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.data.loading.loader import TrainLoader
+from swinv2_train.data.shards.tar_reader import Manifest, write_shards
+from swinv2_train.data.transforms import augment
+from swinv2_train.data.transforms.augment import (
     Erasing,
     Mixing,
     check_augment,
@@ -36,10 +38,9 @@ from swinv2_train.data.augment import (
     erase,
     rand_augment,
 )
-from swinv2_train.data.loader import TrainLoader
-from swinv2_train.data.shards import Manifest, write_shards
-from swinv2_train.log import read_metrics
-from swinv2_train.tasks import Task, build_task
+from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.tasks import build_task
+from swinv2_train.tasks.task import Task
 from swinv2_train.train import train
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import torch
 from configs import make_config
 from PIL import Image
 
-from swinv2_train.data.loader import EvalLoader, TrainLoader
-from swinv2_train.data.memory import BatchMemory
-from swinv2_train.data.shards import Manifest, write_shards
+from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
+from swinv2_train.data.loading.shared_memory import BatchMemory
+from swinv2_train.data.shards.tar_reader import Manifest, write_shards
 
 WORKERS = make_config(data={"num_workers": 2}).data
 ALONE = replace(WORKERS, num_workers=0)

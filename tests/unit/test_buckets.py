@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import Toy, toy_config
 
-from swinv2_train.engine.buckets import Buckets, LayerSizes, buckets_of, layer_sizes
+from swinv2_train.engine.deepspeed.buckets import Buckets, LayerSizes, buckets_of, layer_sizes
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
 

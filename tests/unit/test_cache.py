@@ -24,12 +24,13 @@ from PIL import Image
 from shard_server import ShardServer, serve
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.ahead import FetchAhead
-from swinv2_train.data.cache import ShardCache, shard_cache
-from swinv2_train.data.loader import EvalLoader, TrainLoader
-from swinv2_train.data.order import GlobalOrder, rank_batch, rank_shards
-from swinv2_train.data.remote import Patience
-from swinv2_train.data.shards import Manifest, ShardError, TarReader, open_manifest, write_shards
+from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
+from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.prefetch import FetchAhead
+from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
+from swinv2_train.data.shards.transfers import Patience
 
 PATIENT = Patience(stall_sec=5.0, give_up_sec=20.0)
 CONFIG = make_config(
@@ -193,9 +194,9 @@ def _read_one_by_one(arguments: tuple[Manifest, int]) -> list[bytes]:
 
 _READ_ONE = """
 import sys
-from swinv2_train.data.cache import ShardCache
-from swinv2_train.data.remote import Patience
-from swinv2_train.data.shards import TarReader, open_manifest
+from swinv2_train.data.shards.shard_cache import ShardCache
+from swinv2_train.data.shards.transfers import Patience
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 url, folder, then = sys.argv[1:]
 manifest = open_manifest(url + "/t-{000000..000011}.tar", cache=ShardCache(folder, 100_000, Patience(30.0, 60.0)))
 reader = TarReader(manifest)

@@ -24,7 +24,7 @@ from swinv2_train.checkpoint import (
 )
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.durable import write_durably
+from swinv2_train.storage.durable import write_durably
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from swinv2_train.command_line import compose_argv, guarded, run_command
 from swinv2_train.config import ConfigError
-from swinv2_train.runtime import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.command_line import compose_argv, guarded, run_command
+from swinv2_train.config.exit_codes import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 
 
 def refuse() -> int:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from swinv2_train.command_line import compose_argv, compose_source, conf_dir, read_run
 from swinv2_train.config import TASKS, ClassifyConfig, Config, ConfigError, EvalSplitConfig, SimMIMConfig
-from swinv2_train.gate import config_yaml, known_keys, load_config
+from swinv2_train.config.command_line import compose_argv, compose_source, conf_dir, read_run
+from swinv2_train.config.load import config_yaml, known_keys, load_config
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 MINIMAL = ("run_dir=somewhere", "data.shards=x.tar")
@@ -58,7 +58,7 @@ def test_command_line_beats_experiment_beats_defaults(compose):
 
 def test_every_key_has_a_docstring_and_no_default():
     """conf/ holds every value once; the dataclass says what it means."""
-    source = Path(sys.modules["swinv2_train.config"].__file__ or "").read_text()
+    source = Path(sys.modules["swinv2_train.config.schema"].__file__ or "").read_text()
     for cls in (Config, *TASKS.values(), *(t for t in typing.get_type_hints(Config).values())):
         if not dataclasses.is_dataclass(cls):
             continue
@@ -161,7 +161,7 @@ def test_unknown_key_in_an_experiment_file_is_rejected(tmp_path, monkeypatch, co
     folder = tmp_path / "conf"
     shutil.copytree(conf_dir(), folder)
     (folder / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  weight_decays: 0.1\n")
-    monkeypatch.setattr("swinv2_train.command_line.conf_dir", lambda: folder)
+    monkeypatch.setattr("swinv2_train.config.command_line.conf_dir", lambda: folder)
     with pytest.raises(ConfigError, match=r"unknown key optim.weight_decays: did you mean optim.weight_decay\?"):
         compose(*MINIMAL, "experiment=mine")
 
@@ -222,7 +222,7 @@ def test_broken_yaml_is_one_message(tmp_path, monkeypatch, compose):
     folder = tmp_path / "conf"
     shutil.copytree(conf_dir(), folder)
     (folder / "experiment" / "mine.yaml").write_text("# @package _global_\noptim: [1, 2\n")
-    monkeypatch.setattr("swinv2_train.command_line.conf_dir", lambda: folder)
+    monkeypatch.setattr("swinv2_train.config.command_line.conf_dir", lambda: folder)
     with pytest.raises(ConfigError, match=r"mine.yaml") as caught:
         compose(*MINIMAL, "experiment=mine")
     assert "\n" not in str(caught.value)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from swinv2_train.data.crop import centre_crop, random_box, random_flip, random_resized_crop, resize
-from swinv2_train.data.decode import DecodeError, decode_image
+from swinv2_train.data.transforms.crop import centre_crop, random_box, random_flip, random_resized_crop, resize
+from swinv2_train.data.transforms.decode import DecodeError, decode_image
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -247,7 +247,7 @@ def test_centre_crop_of_another_shape_covers_it():
 @pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (2, 3_000)])
 def test_a_strip_is_cropped_without_being_resized_whole(shape, monkeypatch):
     """One pixel by 20,000 would be 224 x 4,480,000 on the way; what is kept is the same as of its middle alone."""
-    from swinv2_train.data import crop
+    from swinv2_train.data.transforms import crop
 
     largest = [0]
     plain = crop.resize

@@ -10,9 +10,8 @@ import pytest
 from configs import make_config
 
 from swinv2_train.config import ConfigError, EngineConfig
-from swinv2_train.engine import check_engine
-from swinv2_train.engine.buckets import LayerSizes
-from swinv2_train.engine.deepspeed_config import KNOWN_KEYS, deepspeed_json
+from swinv2_train.engine.deepspeed.buckets import LayerSizes
+from swinv2_train.engine.deepspeed.config import KNOWN_KEYS, check_engine, deepspeed_json
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed_configs.json"
 ENGINE = EngineConfig(

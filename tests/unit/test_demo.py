@@ -7,8 +7,8 @@ from pathlib import Path
 import demo
 import pytest
 
-from swinv2_train.command_line import compose_overrides
-from swinv2_train.gate import config_yaml
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.load import config_yaml
 
 
 def test_overrides_of_one_task_go_to_its_run_alone():

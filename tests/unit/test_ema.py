@@ -13,19 +13,20 @@ from unit.test_run import run_alone, settings, shards  # noqa: F401  fixtures
 
 from swinv2_train.checkpoint import ema_note, find_checkpoint
 from swinv2_train.checkpoint import read_weights as read_checkpoint
-from swinv2_train.command_line import compose_overrides, compose_source
 from swinv2_train.config import ConfigError, HardwareConfig
+from swinv2_train.config.command_line import compose_overrides, compose_source
+from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
-from swinv2_train.engine.ema import SWAPPED_TOGETHER, WeightAverages
-from swinv2_train.export import Request, export, parse
-from swinv2_train.log import read_metrics
+from swinv2_train.engine.state.ema import SWAPPED_TOGETHER, WeightAverages
+from swinv2_train.export import parse
+from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.planning.engine_memory import EMA
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.search import candidates
-from swinv2_train.planning.states import EMA
-from swinv2_train.runtime import EXIT_DONE
 from swinv2_train.weights import read_weights
+from swinv2_train.weights.export import Request, export
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 BATCH = part(batches(1, 16)[0], 0, 1, 0, 1)

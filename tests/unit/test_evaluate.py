@@ -26,10 +26,10 @@ from evaluation import (
 from harness import tree
 from PIL import Image
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
-from swinv2_train.evaluate import open_splits
-from swinv2_train.gate import config_yaml
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.load import config_yaml
+from swinv2_train.evaluation.splits import open_splits
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.weights import save_weights
 

@@ -16,7 +16,7 @@ from unit.test_run import run_alone, settings, shards  # noqa: F401  fixtures
 from swinv2_train import export
 from swinv2_train.checkpoint import find_checkpoint, read_weights
 from swinv2_train.config import ConfigError
-from swinv2_train.runtime import EXIT_DONE, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.weights import load_weights
 from swinv2_train.weights import read_weights as read_file
 

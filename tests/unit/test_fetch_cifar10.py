@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from swinv2_train.data.shards import TarReader, open_manifest
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import fetch_cifar10

@@ -17,17 +17,18 @@ import torch
 from configs import make_config
 from shard_files import image_bytes
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError, DataConfig
-from swinv2_train.data import folder as folder_module
-from swinv2_train.data import unpacked
-from swinv2_train.data.crop import random_flip, random_resized_crop
-from swinv2_train.data.folder import open_folder
-from swinv2_train.data.loader import EvalLoader, TrainLoader, check_classes, check_same_classes
-from swinv2_train.data.shards import SampleError, ShardError, open_manifest
-from swinv2_train.data.source import Source, open_source
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, check_classes, check_same_classes
+from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.sources import folder as folder_module
+from swinv2_train.data.sources import virtual_shards
+from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.folder import open_folder
+from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
 from swinv2_train.distributed import World
-from swinv2_train.train import open_shards
+from swinv2_train.training.build import open_shards
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import make_shards
@@ -77,7 +78,7 @@ def rows(loader: TrainLoader, batches: int) -> list[tuple[str, int, bytes]]:
 def test_a_run_on_a_folder_is_the_run_on_its_packed_shards_image_for_image(tmp_path, monkeypatch):
     """Order, crops, labels and pixels, over an epoch border, with workers, and for every number of ranks the same set;
     each epoch has each image once."""
-    monkeypatch.setattr(unpacked, "SAMPLES_PER_SHARD", 7)
+    monkeypatch.setattr(virtual_shards, "SAMPLES_PER_SHARD", 7)
     folder = write(tmp_path / "images", [*classes_of(3, 11), "c01/deep/er/x.JPG", "c03/y.jpeg", "c03/z.webp"])
     assert make_shards.main([str(folder), str(tmp_path / "out" / "t"), "--samples-per-shard", "7"]) == 0
     packed, source = open_manifest(f"{tmp_path}/out/t-*.tar"), open_source(str(folder))
@@ -96,16 +97,16 @@ def test_a_run_on_a_folder_is_the_run_on_its_packed_shards_image_for_image(tmp_p
 
 def test_a_few_batches_hold_every_class_though_the_files_lie_sorted_by_class(monkeypatch):
     """Neighbours in a folder are of one class, so shards of neighbours would make batches of four classes."""
-    monkeypatch.setattr(unpacked, "SAMPLES_PER_SHARD", 10)
+    monkeypatch.setattr(virtual_shards, "SAMPLES_PER_SHARD", 10)
     labels = np.repeat(np.arange(20), 10)
-    order = np.array(unpacked.packing_order(200))
+    order = np.array(virtual_shards.packing_order(200))
     assert sorted(order) == list(range(200))
     shards = [set(labels[order[first : first + 10]]) for first in range(0, 200, 10)]
     assert min(map(len, shards)) >= 6  # of at most 10
 
 
 def test_evaluation_counts_every_file_once_on_any_number_of_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacked, "SAMPLES_PER_SHARD", 4)
+    monkeypatch.setattr(virtual_shards, "SAMPLES_PER_SHARD", 4)
     source = open_source(str(write(tmp_path / "images", classes_of(3, 5))))
     for ranks in (1, 2, 4):
         counted: list[tuple[str, int]] = []
@@ -226,7 +227,7 @@ def test_files_that_vanish_or_change_after_the_start_follow_the_policy_for_damag
     assert sorted(key for batch in batches for key in batch["keys"]) == [f"a/{i}" for i in range(8)]
     assert sum(float(batch["weight"].sum()) for batch in batches) == 3
     assert causes.pop("a/5").startswith("not a readable .png image") and "byte" not in causes
-    size = source.sizes[unpacked.packing_order(8).index(3)]
+    size = source.sizes[virtual_shards.packing_order(8).index(3)]
     assert causes == {
         "a/1": "cannot be read: No such file or directory",
         "a/2": causes["a/2"],

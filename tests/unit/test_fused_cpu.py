@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from swinv2_train.models import SwinTransformerV2, fused, fused_cpu
-from swinv2_train.models.attention import window_attention
+from swinv2_train.models import SwinTransformerV2
+from swinv2_train.models.cosine import window_attention
+from swinv2_train.models.kernels import cpu_attention, dispatch
 from swinv2_train.models.windows import window_grid
 
-pytestmark = pytest.mark.skipif(fused_cpu.problem() is not None, reason=str(fused_cpu.problem()))
+pytestmark = pytest.mark.skipif(cpu_attention.problem() is not None, reason=str(cpu_attention.problem()))
 
 
 def inputs(grid, heads, dim, batch=2, dtype=torch.float32, largest_scale=30.0, seed=0):
@@ -59,7 +60,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(dtype, size, window, s
     grid = window_grid(size, window, shifted)
     tensors = inputs(grid, heads, dim, dtype=dtype)
     expected = run(window_attention, *(x.double() for x in tensors), grid, heads)
-    found = run(fused.fused_window_attention, *tensors, grid, heads)
+    found = run(dispatch.fused_window_attention, *tensors, grid, heads)
     assert [x.dtype for x in found] == [dtype, dtype, torch.float32, torch.float32]
     out, d_qkv, d_scale, d_table = errors(found, expected)
     assert max(out, d_qkv, d_table) <= (3e-5 if dtype == torch.float32 else 2**-7)
@@ -75,7 +76,7 @@ def test_random_sizes():
         grid = window_grid((height, width), (rows, cols), seed % 2 == 0)
         tensors = inputs(grid, heads, dim, batch=1 + seed % 3, seed=seed)
         expected = run(window_attention, *(x.double() for x in tensors), grid, heads)
-        found = run(fused.fused_window_attention, *tensors, grid, heads)
+        found = run(dispatch.fused_window_attention, *tensors, grid, heads)
         out, d_qkv, d_scale, d_table = errors(found, expected)
         assert max(out, d_qkv, d_table) <= 5e-5 and d_scale <= 1e-3, (grid, heads, dim)
 
@@ -90,7 +91,7 @@ def test_extreme_values():
     qkv[0, 4:6] = -qkv[0, 0, 0]
     qkv[1, 0, 0] = 0.0
     qkv[1, 1, 1] = 1e-30
-    found = run(fused.fused_window_attention, qkv, scale, table, grad, grid, 2)
+    found = run(dispatch.fused_window_attention, qkv, scale, table, grad, grid, 2)
     expected = run(window_attention, qkv, scale, table, grad, grid, 2)
     assert all(x.isfinite().all() for x in found)
     out, d_qkv, d_scale, d_table = errors(found, [x.double() for x in expected])
@@ -101,7 +102,7 @@ def test_an_input_that_is_not_a_number_stays_in_its_window():
     grid = window_grid((8, 8), (4, 4), False)
     qkv, scale, table, _ = inputs(grid, 2, 16, batch=1)
     qkv[0, 1, 1] = float("nan")
-    out = fused.fused_window_attention(qkv, scale, table, grid, 2)
+    out = dispatch.fused_window_attention(qkv, scale, table, grid, 2)
     assert out[0, :4, :4].isnan().all() and out[0, 4:].isfinite().all() and out[0, :, 4:].isfinite().all()
 
 
@@ -113,7 +114,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(run(fused.fused_window_attention, *tensors, grid, 3))
+            results.append(run(dispatch.fused_window_attention, *tensors, grid, 3))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -123,13 +124,13 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_inputs_that_are_not_contiguous_and_checkpointing():
     grid = window_grid((8, 8), (4, 4), True)
     qkv, scale, table, grad = inputs(grid, 2, 16)
-    expected = run(fused.fused_window_attention, qkv, scale, table, grad, grid, 2)
+    expected = run(dispatch.fused_window_attention, qkv, scale, table, grad, grid, 2)
     strided = qkv.transpose(1, 2).contiguous().transpose(1, 2)
 
     def recomputed(*arguments):
-        return checkpoint(fused.fused_window_attention, *arguments, use_reentrant=False)
+        return checkpoint(dispatch.fused_window_attention, *arguments, use_reentrant=False)
 
-    for attention, x in ((fused.fused_window_attention, strided), (recomputed, qkv)):
+    for attention, x in ((dispatch.fused_window_attention, strided), (recomputed, qkv)):
         found = run(attention, x, scale, table, grad, grid, 2)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -137,12 +138,12 @@ def test_inputs_that_are_not_contiguous_and_checkpointing():
 def test_dtypes_and_windows_that_it_does_not_know_fall_back():
     grid = window_grid((8, 8), (4, 4), True)
     qkv = torch.zeros(1, 8, 8, 96)
-    assert fused.fused_available(qkv, grid, 2)
+    assert dispatch.fused_available(qkv, grid, 2)
     for dtype in (torch.float64, torch.float16):
-        assert not fused.fused_available(qkv.to(dtype), grid, 2)
+        assert not dispatch.fused_available(qkv.to(dtype), grid, 2)
     large = window_grid((64, 64), (33, 32), False)
-    assert not fused.fused_available(qkv, large, 2)
-    assert not fused.fused_available(torch.zeros(1, 8, 8, 3 * 144), grid, 1)
+    assert not dispatch.fused_available(qkv, large, 2)
+    assert not dispatch.fused_available(torch.zeros(1, 8, 8, 3 * 144), grid, 1)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
@@ -181,22 +182,22 @@ def test_a_model_attends_by_it(precision):
 def test_machines_without_a_compiler(name, value, said, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(name, value)
-    library, problem = fused_cpu._load.__wrapped__()
+    library, problem = cpu_attention._load.__wrapped__()
     assert library is None and said in problem
 
 
 def test_a_kernel_is_compiled_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert fused_cpu._load.__wrapped__()[1] is None
+    assert cpu_attention._load.__wrapped__()[1] is None
     (kept,) = (tmp_path / "swinv2_train").iterdir()
     written = kept.stat().st_mtime_ns
-    assert fused_cpu._load.__wrapped__()[1] is None and kept.stat().st_mtime_ns == written
+    assert cpu_attention._load.__wrapped__()[1] is None and kept.stat().st_mtime_ns == written
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # cannot be written: compiled for this process alone
-    assert fused_cpu._load.__wrapped__()[1] is None
+    assert cpu_attention._load.__wrapped__()[1] is None
 
 
 def test_without_a_kernel_the_reference_serves(monkeypatch):
-    monkeypatch.setattr(fused_cpu, "problem", lambda: "none here")
+    monkeypatch.setattr(cpu_attention, "problem", lambda: "none here")
     torch.manual_seed(0)
     sizes = {"img_size": 16, "embed_dim": 16, "depths": (1,), "num_heads": (1,), "pretrained_window_sizes": (0,)}
     models = [SwinTransformerV2(**sizes, window_size=4, fused_attention=use) for use in (False, True)]
@@ -209,9 +210,9 @@ def test_meta_tensors_and_the_rules_of_torch_library():
     """The fake implementation and the real one give the same shapes and types."""
     grid = window_grid((9, 9), (4, 4), True)
     qkv, scale, table, grad = inputs(grid, 2, 16, dtype=torch.bfloat16)
-    real = fused._forward(qkv, scale, table, grid.size, grid.window, grid.shift, 2)
-    meta = fused._forward(*(x.to("meta") for x in (qkv, scale, table)), grid.size, grid.window, grid.shift, 2)
+    real = dispatch._forward(qkv, scale, table, grid.size, grid.window, grid.shift, 2)
+    meta = dispatch._forward(*(x.to("meta") for x in (qkv, scale, table)), grid.size, grid.window, grid.shift, 2)
     assert [(x.shape, x.dtype) for x in real] == [(x.shape, x.dtype) for x in meta]
     torch.library.opcheck(
-        fused._forward, (qkv.float().requires_grad_(), scale, table, grid.size, grid.window, grid.shift, 2)
+        dispatch._forward, (qkv.float().requires_grad_(), scale, table, grid.size, grid.window, grid.shift, 2)
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_overrides
 
 
 @pytest.mark.parametrize(

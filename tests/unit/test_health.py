@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
-from swinv2_train.health import STATUS, Pulse, blame, read_ranks, silent_ranks
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.monitoring.watchdog import STATUS, Pulse, blame, read_ranks, silent_ranks
 
 PRELUDE = """
 import ctypes, os, sys, time
 from pathlib import Path
 from configs import make_config
-from swinv2_train.console import open_console
-from swinv2_train.health import FIRST_STEP, TRAINING, Heartbeat, Pulse
+from swinv2_train.monitoring.console import open_console
+from swinv2_train.monitoring.watchdog import FIRST_STEP, TRAINING, Heartbeat, Pulse
 run_dir, timeout = Path(sys.argv[1]), float(sys.argv[2])
 config = make_config(runtime={"hang_timeout_sec": timeout, "process_group_timeout_sec": 3 * timeout}).runtime
 console, pulse = open_console(run_dir, 0), Pulse()

@@ -19,12 +19,13 @@ from configs import make_config
 from shard_files import image_bytes
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data import unpacked
-from swinv2_train.data.crop import random_resized_crop
-from swinv2_train.data.huggingface import find_columns
-from swinv2_train.data.loader import EvalLoader, TrainLoader
-from swinv2_train.data.shards import SampleError, ShardError, write_shards
-from swinv2_train.data.source import Source, open_source
+from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
+from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.sources import virtual_shards
+from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.huggingface import find_columns
+from swinv2_train.data.transforms.crop import random_resized_crop
 
 CONFIG = make_config(data={"lanes": 2, "window_shards": 2, "num_workers": 0, "max_bad_fraction": 1.0}).data
 COUNT = 240
@@ -107,8 +108,8 @@ def test_every_row_is_what_datasets_itself_gives(saved):
 
 def test_a_run_is_the_run_on_shards_of_the_same_rows(saved, tmp_path, monkeypatch):
     """Order, crops, labels and pixels; with workers; a resume on three ranks; each epoch has each row once."""
-    monkeypatch.setattr(unpacked, "SAMPLES_PER_SHARD", 30)
-    images = [(str(i), image_bytes(i), "png", i // 80) for i in unpacked.packing_order(COUNT)]
+    monkeypatch.setattr(virtual_shards, "SAMPLES_PER_SHARD", 30)
+    images = [(str(i), image_bytes(i), "png", i // 80) for i in virtual_shards.packing_order(COUNT)]
     packed = write_shards(images, str(tmp_path / "t"), 30)
     source = open_source(str(saved))
     expected = rows(train_loader(packed), 75)
@@ -286,7 +287,7 @@ def test_datasets_is_neither_imported_nor_asked_anything_of_the_network(saved):
 import socket, sys
 def refuse(*arguments): raise AssertionError("a connection")
 socket.socket.connect = socket.getaddrinfo = refuse
-from swinv2_train.data.source import open_source
+from swinv2_train.data.sources.base import open_source
 source = open_source({str(saved)!r})
 assert source.open_reader().read(0, 5).image
 print({{"datasets", "pandas", "huggingface_hub"}} & set(sys.modules))

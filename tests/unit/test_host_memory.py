@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from swinv2_train.engine.shards import HostMemory
+from swinv2_train.engine.state.files import HostMemory
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import Constant, Normal, Uniform, initial_rule, without_values
-from swinv2_train.tasks.initial import BLOCK, InitialValues
+from swinv2_train.training.initial_values import BLOCK, InitialValues
 
 SMALL = {
     "img_size": 32, "window_size": 4, "embed_dim": 192, "depths": (2, 2), "num_heads": (6, 12),

@@ -11,8 +11,8 @@ import torch
 from evaluation import make_images, write_images
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.labels import answered, read_answers
-from swinv2_train.data.shards import Manifest, open_manifest
+from swinv2_train.data.shards.tar_reader import Manifest, open_manifest
+from swinv2_train.data.sources.label_files import answered, read_answers
 
 IMAGENET = "val/ILSVRC2012_val_{:08d}"
 

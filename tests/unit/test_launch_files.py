@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from swinv2_train.command_line import conf_dir
-from swinv2_train.gate import known_keys
+from swinv2_train.config.command_line import conf_dir
+from swinv2_train.config.load import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "launch").iterdir())

@@ -22,11 +22,12 @@ from configs import make_config
 from PIL import Image
 
 from swinv2_train.config import ConfigError, DataConfig
-from swinv2_train.data.batches import BatchRequest
-from swinv2_train.data.crop import random_flip, random_resized_crop
-from swinv2_train.data.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
-from swinv2_train.data.masks import simmim_mask
-from swinv2_train.data.shards import Manifest, SampleError, ShardError, write_shards
+from swinv2_train.data.loading.batches import BatchRequest
+from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
+from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.shards.tar_reader import Manifest, write_shards
+from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
+from swinv2_train.data.transforms.masks import simmim_mask
 
 CONFIG = make_config(
     data={
@@ -412,7 +413,7 @@ import sys, time
 from itertools import islice
 sys.path[:0] = {paths!r}
 from test_loader import *
-from swinv2_train.data.shards import open_manifest
+from swinv2_train.data.shards.tar_reader import open_manifest
 loader = train_loader(open_manifest({pattern!r}), replace(CONFIG, num_workers=2))
 stream = iter(loader)
 batch = next(stream)

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from swinv2_train.config import LogConfig
-from swinv2_train.console import duration_text, open_console
-from swinv2_train.log import RunLog, read_metrics
+from swinv2_train.monitoring.console import duration_text, open_console
+from swinv2_train.monitoring.run_log import RunLog, read_metrics
 from swinv2_train.runtime import git_commit
 
 PRELUDE = """
@@ -27,7 +27,8 @@ import os, sys, time, warnings, logging
 from pathlib import Path
 import numpy as np
 from swinv2_train.config import LogConfig
-from swinv2_train.log import RunLog, open_console
+from swinv2_train.monitoring.console import open_console
+from swinv2_train.monitoring.run_log import RunLog
 run_dir = Path(sys.argv[1])
 def log_config(wandb="disabled", progress="none"):
     return LogConfig(wandb=wandb, wandb_project="test", wandb_name=None, wandb_artifacts=[], progress=progress)
@@ -254,8 +255,8 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path: Path) -> None:
 def test_without_a_server_an_online_run_writes_offline_files_and_the_run_goes_on(tmp_path: Path) -> None:
     """A node without network: said once, and nothing is lost."""
     body = """
-import swinv2_train.log
-swinv2_train.log._WANDB_INIT_SEC = 2.0
+import swinv2_train.monitoring.run_log
+swinv2_train.monitoring.run_log._WANDB_INIT_SEC = 2.0
 log = RunLog(run_dir, log_config("online"), open_console(run_dir, 0), True, {})
 for step in range(1, 4):
     start = time.perf_counter()

@@ -15,12 +15,12 @@ import torch
 from harness import run_distributed
 from toy import toy_config
 
-from swinv2_train import loop
 from swinv2_train.config import ConfigError
-from swinv2_train.data.shards import SampleError
+from swinv2_train.data.sample import SampleError
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
 from swinv2_train.runtime import StopRequest
+from swinv2_train.training import loop
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.masks import simmim_mask
+from swinv2_train.data.transforms.masks import simmim_mask
 
 
 def test_192_px_in_units_of_32_at_ratio_06_hides_22_of_36():

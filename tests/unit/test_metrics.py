@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from swinv2_train.distributed import World
-from swinv2_train.metrics import (
-    Confusion,
-    ConfusionCounter,
+from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
+from swinv2_train.monitoring.metrics import (
     Means,
     Throughput,
     device_peak_flops,

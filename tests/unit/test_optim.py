@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from swinv2_train.config import ConfigError, OptimConfig, ScheduleConfig
-from swinv2_train.optim import build_param_groups, lr_scales, no_decay_names
+from swinv2_train.training.param_groups import build_param_groups, lr_scales, no_decay_names
 
 
 class Block(nn.Module):

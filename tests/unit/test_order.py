@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from swinv2_train.data.order import GlobalOrder, Location, rank_batch
-from swinv2_train.data.shards import ShardError
+from swinv2_train.data.loading.order import GlobalOrder, Location, rank_batch
+from swinv2_train.data.sample import ShardError
 
 
 def random_order(rng: random.Random) -> GlobalOrder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from swinv2_train.metrics import Confusion
-from swinv2_train.pictures import confusion_map, grid
+from swinv2_train.evaluation.confusion import Confusion, confusion_map
+from swinv2_train.report.pictures import grid
 
 
 def image(value: int, height: int = 96, width: int = 96) -> np.ndarray:

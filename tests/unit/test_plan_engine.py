@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.buckets import LayerSizes
-from swinv2_train.optim import build_param_groups
+from swinv2_train.engine.deepspeed.buckets import LayerSizes
+from swinv2_train.planning.engine_memory import ModelSizes, engine_memory
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import LOADER, plan_memory
-from swinv2_train.planning.states import ModelSizes, engine_memory
 from swinv2_train.tasks import build_task
+from swinv2_train.training.param_groups import build_param_groups
 from tests.harness import run_distributed
 from tests.live_bytes import allocated_peak
 
@@ -74,7 +74,7 @@ def model_sizes_of(parameters: int, largest_parameter: int, largest_group: int, 
 
 
 def test_the_bytes_of_giant() -> None:
-    """GiB of one of 16 ranks, worked out by hand from the table in planning/states.py: N = 3.0e9."""
+    """GiB of one of 16 ranks, worked out by hand from the table in planning/engine_memory.py: N = 3.0e9."""
     sizes = model_sizes_of(3_000_000_000, 50_000_000, 1_500_000_000, LayerSizes(200_000_000, 10_000, 1_000_000))
     expected = {
         "engine=zero1": 2 * 3 + 4 * 3 + 12 * 3 / 16,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config, ConfigError, HardwareConfig
-from swinv2_train.engine.buckets import LayerSizes
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.engine.deepspeed.buckets import LayerSizes
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning.communication import (
     GATHER,
@@ -24,11 +24,11 @@ from swinv2_train.planning.communication import (
     seconds,
     sent_by_card,
 )
+from swinv2_train.planning.engine_memory import ModelSizes
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.scaling import COUNTS, scaling_curve
 from swinv2_train.planning.speed import measured_pass, optimizer_seconds, pass_seconds, plan_speed
-from swinv2_train.planning.states import ModelSizes
 
 DEMO = ["model=demo", "task=classify", "task.num_classes=10", "engine=zero3", "hardware=a100_40gb",
         "train.global_batch_size=4096", "train.micro_batch_size=64"]  # fmt: skip

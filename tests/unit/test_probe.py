@@ -15,18 +15,19 @@ from harness import run_distributed
 from torch import Tensor
 
 from swinv2_train import train
-from swinv2_train.command_line import compose_overrides, guarded
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.data.shards import open_manifest
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.distributed import World
-from swinv2_train.engine.startup import avoid_compiler
-from swinv2_train.log import read_metrics
+from swinv2_train.engine.adamw import avoid_compiler
+from swinv2_train.evaluation import knn as neighbours_module
+from swinv2_train.evaluation import linear_probe
+from swinv2_train.evaluation.features import Labelled, hits
+from swinv2_train.evaluation.knn import knn
+from swinv2_train.evaluation.linear_probe import classified, fit, in_tenth, linear, loss_and_gradient, standardise_
+from swinv2_train.evaluation.probe import check_probe, open_probe
 from swinv2_train.models import SimMIM, SwinTransformerV2
-from swinv2_train.probe import check_probe, open_probe, regression
-from swinv2_train.probe import neighbours as neighbours_module
-from swinv2_train.probe.features import Labelled, hits
-from swinv2_train.probe.neighbours import knn
-from swinv2_train.probe.regression import classified, fit, in_tenth, linear, loss_and_gradient, standardise_
+from swinv2_train.monitoring.run_log import read_metrics
 
 avoid_compiler()  # as every engine and the evaluate command do, for L-BFGS would import torch._dynamo
 
@@ -156,7 +157,7 @@ def test_loss_and_gradient_are_autograds_in_any_blocks(monkeypatch):
     expected = (losses * counts).sum() / 40 + 0.3 / 2 * theta[:-1].square().sum()
     expected.backward()
     for elements in (2**24, 12 * 7):
-        monkeypatch.setattr(regression, "ELEMENTS", elements)
+        monkeypatch.setattr(linear_probe, "ELEMENTS", elements)
         loss, gradient = loss_and_gradient(theta.detach(), samples, counts, 0.3, 40.0, ONE.device)
         assert float(loss) == pytest.approx(expected.item(), rel=1e-6)
         torch.testing.assert_close(gradient, theta.grad, rtol=1e-5, atol=1e-6)
@@ -183,7 +184,7 @@ def test_the_strength_is_chosen_on_the_tenth_that_is_held_out(monkeypatch):
         return Labelled(torch.cat([plain.features, noise], dim=1), plain.labels, plain.positions)
 
     def score(*strengths: float) -> float:
-        monkeypatch.setattr(regression, "STRENGTHS", strengths)
+        monkeypatch.setattr(linear_probe, "STRENGTHS", strengths)
         return linear(noisy(400, 7), noisy(1000, 8), CLASSES, ONE, nothing)[0]
 
     weak, chosen = score(1e-5), score(1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)

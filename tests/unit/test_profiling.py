@@ -12,11 +12,11 @@ from harness import run_distributed
 from unit.test_run import SMALL, shards  # noqa: F401
 
 from swinv2_train import train
-from swinv2_train.command_line import compose_overrides, guarded
 from swinv2_train.config import ConfigError
-from swinv2_train.log import read_metrics
-from swinv2_train.profiling import BACKWARD, CHECKPOINT, DATA, EVALUATION, FORWARD, OPTIMIZER
-from swinv2_train.runtime import EXIT_DONE
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.exit_codes import EXIT_DONE
+from swinv2_train.monitoring.profiling import BACKWARD, CHECKPOINT, DATA, EVALUATION, FORWARD, OPTIMIZER
+from swinv2_train.monitoring.run_log import read_metrics
 
 
 def train_on_two(run_dir: Path, shards: tuple[str, str], *more: str) -> list[float]:  # noqa: F811

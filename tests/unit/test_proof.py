@@ -13,9 +13,9 @@ from make_shards import Entry, pack
 from proof import ARMS, PRETRAINED, PROBES, SCRATCH, SEEDS, STEPS, Cell, Job
 from shard_files import image_bytes
 
-from swinv2_train.command_line import compose_overrides
-from swinv2_train.data.shards import TarReader, open_manifest
-from swinv2_train.runtime import EXIT_FAILED
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.exit_codes import EXIT_FAILED
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:

@@ -25,14 +25,14 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from swinv2_train.command_line import compose_argv, conf_dir
 from swinv2_train.config import ClassifyConfig, Config, SimMIMConfig
+from swinv2_train.config.command_line import compose_argv, conf_dir
 from swinv2_train.models import SimMIM
 from swinv2_train.models.counts import count_parameters
 from swinv2_train.models.initial import without_values
-from swinv2_train.optim import build_param_groups
-from swinv2_train.schedule import lr_at, total_steps, warmup_steps
 from swinv2_train.tasks import build_task
+from swinv2_train.training.lr_schedule import lr_at, total_steps, warmup_steps
+from swinv2_train.training.param_groups import build_param_groups
 
 FILES = conf_dir() / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FILES.glob("*.yaml"))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import RECOMPUTE_PLACES, ConfigError, Recompute, parse_recompute
-from swinv2_train.engine import check_engine
-from swinv2_train.engine.recompute import apply_recompute, recompute_warning
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.engine.activation_checkpointing import apply_recompute, recompute_warning
+from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.tasks import build_model
+from swinv2_train.tasks.encoder import build_model
 
 MEANINGS = {
     "none": Recompute(None, None, None, "stay"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from swinv2_train.records import StepRecord
+from swinv2_train.monitoring.step_records import StepRecord
 
 
 def steps(folder: Path) -> dict[str, list[int]]:

@@ -13,9 +13,10 @@ import pytest
 from shard_files import image_bytes, samples, write_plain_tar
 from shard_server import serve
 
-from swinv2_train.data.cache import ShardCache
-from swinv2_train.data.remote import Patience, base_name, beside, folder_of, insist, shown
-from swinv2_train.data.shards import Manifest, ShardError, TarReader, open_manifest, write_shards
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.shard_cache import ShardCache
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
+from swinv2_train.data.shards.transfers import Patience, base_name, beside, folder_of, insist, shown
 
 PATIENT = Patience(stall_sec=0.4, give_up_sec=20.0)
 HASTY = Patience(stall_sec=0.4, give_up_sec=1.0)

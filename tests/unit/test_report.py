@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from swinv2_train import charts
-from swinv2_train.charts import Series, chart, curves_picture, nice_ticks, running_mean, tick_text, value_text
-from swinv2_train.report import find_parent, read_run, write_report
+from swinv2_train.report import charts
+from swinv2_train.report.charts import Series, chart, curves_picture, nice_ticks, running_mean, tick_text, value_text
+from swinv2_train.report.page import find_parent, read_run, write_report
 from swinv2_train.runtime import record_environment
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

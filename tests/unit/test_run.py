@@ -16,16 +16,19 @@ import torch
 from harness import run_distributed
 from PIL import Image
 
-from swinv2_train import evaluate, loop, train
+from swinv2_train import evaluate, train
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
-from swinv2_train.command_line import compose_overrides, guarded
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.data.shards import open_manifest, write_shards
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.load import config_yaml
+from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
 from swinv2_train.distributed import World
-from swinv2_train.gate import config_yaml
-from swinv2_train.log import read_metrics
-from swinv2_train.runtime import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
+from swinv2_train.training import build as building
+from swinv2_train.training import loop
+from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.weights import save_weights
 
 CPU = torch.device("cpu")
@@ -196,7 +199,7 @@ def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
     still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
     start = (*still, f"task.init_from={tmp_path / 'timm.pth'}")
     with pytest.raises(ConfigError, match=r"task.init_from: .*head.bias is \(6,\), the model has \(4,\); head=fresh"):
-        train.initial_weights(settings(*start), build_task(settings(), CPU).module, World(0, 0, 1, 1, CPU))
+        initial_weights(settings(*start), build_task(settings(), CPU).module, World(0, 0, 1, 1, CPU))
     for task, head in (("finetune", f"task.init_head={tmp_path / 'classes.txt'}"), ("simmim", "task.init_head=auto")):
         config = settings(*start, head, f"run_dir={tmp_path / task}", task=task)
         assert run_alone(config) == EXIT_DONE
@@ -221,7 +224,7 @@ def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settin
     cases = [(name, (*larger, *more), not more) for name in ("source", "hf") for more in ((), (right,))]
     for name, overrides, warned in [*cases, ("bare.pth", larger, False)]:
         config = settings(*overrides, f"task.init_from={tmp_path / name}")
-        initial = train.initial_weights(config, build_task(config, CPU).module, World(0, 0, 1, 1, CPU))
+        initial = initial_weights(config, build_task(config, CPU).module, World(0, 0, 1, 1, CPU))
         assert (f"{right} keeps its meaning" in initial.report) is warned, (name, overrides)
 
 
@@ -246,14 +249,14 @@ def build(settings, shards, monkeypatch):
     def build_run(world: World, newest: Path | None = None, state: dict[str, Any] | None = None) -> Any:
         config = settings("train.epochs=3", "optim.schedule.warmup_epochs=1.5", "train.global_batch_size=16")
         monkeypatch.setattr(
-            train, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments, initialise=print)
+            building, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments, initialise=print)
         )
-        monkeypatch.setattr(train, "load_checkpoint", lambda *arguments: state)
-        monkeypatch.setattr(train, "ema_note", lambda *_: None)  # there is no checkpoint on disk
-        task = train.build_task(config, torch.device("cpu"))
+        monkeypatch.setattr(building, "load_checkpoint", lambda *arguments: state)
+        monkeypatch.setattr(building, "ema_note", lambda *_: None)  # there is no checkpoint on disk
+        task = build_task(config, torch.device("cpu"))
         manifests = tuple(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards)
         log = SilentLog()
-        return train.build_run(config, world, task, [], manifests, log, newest, None), log
+        return building.build_run(config, world, task, [], manifests, log, newest, None), log
 
     return build_run
 
@@ -304,13 +307,13 @@ def test_a_run_directory_of_another_model_is_refused_by_the_key(key, settings, t
     checkpoint.mkdir(parents=True)
     config = settings()
     (tmp_path / "run" / "config.yaml").write_text(config_yaml(config))
-    monkeypatch.setattr(train, "newest_checkpoint", lambda run_dir: checkpoint)
-    assert train.checked_newest(tmp_path / "run", config) == checkpoint
+    monkeypatch.setattr(building, "newest_checkpoint", lambda run_dir: checkpoint)
+    assert building.checked_newest(tmp_path / "run", config) == checkpoint
     section, name = key.split(".")
     setattr(getattr(config, section), name, IDENTITY[key])
     with pytest.raises(ConfigError, match=f"holds a run with {key}=.*, but this command has {key}="):
-        train.checked_newest(tmp_path / "run", config)
-    rest = {f.name for f in dataclasses.fields(config.model)} - set(train.MEMORY_KEYS)
+        building.checked_newest(tmp_path / "run", config)
+    rest = {f.name for f in dataclasses.fields(config.model)} - set(building.MEMORY_KEYS)
     assert {f"model.{name}" for name in rest} <= IDENTITY.keys()
 
 
@@ -319,15 +322,15 @@ def test_a_resume_may_change_memory_policy_length_and_rate(settings, tmp_path, m
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(config_yaml(settings()))
-    monkeypatch.setattr(train, "newest_checkpoint", lambda run_dir: checkpoint)
+    monkeypatch.setattr(building, "newest_checkpoint", lambda run_dir: checkpoint)
     other = settings(
         "model.recompute=blocks", "model.attention=reference", "model.compile=blocks", "model.sequential_stages=[1]",
         "model.attention_chunk_windows=2", "model.attention_chunk_mib=9",
         "train.max_steps=99", "optim.lr=0.5", "task.label_smoothing=0",
     )  # fmt: skip
-    assert train.checked_newest(tmp_path / "run", other) == checkpoint
+    assert building.checked_newest(tmp_path / "run", other) == checkpoint
     with pytest.raises(ConfigError, match="holds a run with task.name=classify, but this command has task.name=simmim"):
-        train.checked_newest(tmp_path / "run", settings(task="simmim"))
+        building.checked_newest(tmp_path / "run", settings(task="simmim"))
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from swinv2_train import runtime
+from swinv2_train.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.runtime import (
+    STOP_SIGNALS,
     RunDirLock,
     StopRequest,
+    available_cores,
+    environment,
     environment_record,
     read_environment,
     record_environment,
     seed_everything,
+    set_threads,
 )
+from swinv2_train.storage.atomic import replace_text
 
 
 def draw() -> tuple[float, float, float]:
@@ -48,11 +53,11 @@ def test_another_seed_or_rank_gives_another_stream(seed: int, rank: int) -> None
 def test_threads_are_an_equal_share_of_the_cores_unless_given() -> None:
     before = torch.get_num_threads()
     try:
-        cores = runtime.available_cores()
+        cores = available_cores()
         assert 1 <= cores <= (os.cpu_count() or 1)
-        assert runtime.set_threads(None, 1) == cores == torch.get_num_threads()
-        assert runtime.set_threads(None, 10 * cores) == 1 == torch.get_num_threads()
-        assert runtime.set_threads(2, 64) == 2 == torch.get_num_threads()
+        assert set_threads(None, 1) == cores == torch.get_num_threads()
+        assert set_threads(None, 10 * cores) == 1 == torch.get_num_threads()
+        assert set_threads(2, 64) == 2 == torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
 
@@ -74,17 +79,18 @@ def test_a_stop_signal_only_sets_a_flag_also_the_second_time(name: str) -> None:
 
 
 def test_handlers_are_put_back_when_nobody_asked_to_stop() -> None:
-    before = [signal.getsignal(number) for number in runtime.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest():
-        assert [signal.getsignal(number) for number in runtime.STOP_SIGNALS] != before
-    assert [signal.getsignal(number) for number in runtime.STOP_SIGNALS] == before
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_a_process_that_is_asked_to_stop_ends_in_its_own_way() -> None:
     """A real process and a real signal from outside."""
     code = """
 import sys, time
-from swinv2_train.runtime import EXIT_STOPPED, StopRequest
+from swinv2_train.config import EXIT_STOPPED
+from swinv2_train.runtime import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while stop.requested is None: time.sleep(0.01)
@@ -125,7 +131,7 @@ time.sleep(60)
 
 
 def test_exit_codes_are_the_contract() -> None:
-    codes = (runtime.EXIT_DONE, runtime.EXIT_FAILED, runtime.EXIT_USER_ERROR, runtime.EXIT_STOPPED)
+    codes = (EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED)
     assert codes == (0, 1, 2, 3)
 
 
@@ -176,19 +182,19 @@ def test_the_record_names_the_commit_of_the_code_not_of_the_working_directory(
     git = environment_record(1)["git"]
     assert git is None or git["commit"] != commit
     # and for code that is tracked, the commit and whether it was changed
-    (other / "runtime.py").write_text("tracked")
-    subprocess.run(["git", "-C", str(other), "add", "runtime.py"], check=True)
+    (other / "tracked.py").write_text("tracked")
+    subprocess.run(["git", "-C", str(other), "add", "tracked.py"], check=True)
     subprocess.run(["git", "-C", str(other), *identity, "commit", "-q", "-m", "y"], check=True)
-    monkeypatch.setattr(runtime, "__file__", str(other / "runtime.py"))
-    clean = runtime.git_commit()
+    monkeypatch.setattr(environment, "__file__", str(other / "tracked.py"))
+    clean = environment.git_commit()
     assert clean is not None and len(clean["commit"]) == 40 and clean["dirty"] is False
-    (other / "runtime.py").write_text("changed")
-    assert runtime.git_commit() == {"commit": clean["commit"], "dirty": True}
+    (other / "tracked.py").write_text("changed")
+    assert environment.git_commit() == {"commit": clean["commit"], "dirty": True}
 
 
 def test_replace_text_leaves_the_old_file_when_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        runtime.replace_text(path, "new \ud800")
+        replace_text(path, "new \ud800")
     assert path.read_text() == "old"

@@ -8,7 +8,7 @@ import pytest
 from configs import make_config
 
 from swinv2_train.config import ConfigError, ScheduleConfig
-from swinv2_train.schedule import lr_at, total_steps, warmup_steps
+from swinv2_train.training.lr_schedule import lr_at, total_steps, warmup_steps
 
 
 def schedule(**changes):

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from unit.model_cases import CASES, gradients_of, relative_error, settings_of
 
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.models.attention import WindowAttention, window_attention
+from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.cosine import window_attention
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
 from swinv2_train.models.windows import WindowGrid, window_grid
 

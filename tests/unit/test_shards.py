@@ -13,17 +13,10 @@ from pathlib import Path
 import pytest
 from shard_files import image_bytes, samples, write_plain_tar
 
-from swinv2_train.data.index import build_index
-from swinv2_train.data.pattern import expand_pattern
-from swinv2_train.data.shards import (
-    SampleError,
-    ShardError,
-    TarReader,
-    open_manifest,
-    reindex,
-    verify_shards,
-    write_shards,
-)
+from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.shards.pattern import expand_pattern
+from swinv2_train.data.shards.tar_index import build_index
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest, reindex, verify_shards, write_shards
 
 
 def test_written_shards_are_read_back_by_webdataset(tmp_path):

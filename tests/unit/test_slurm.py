@@ -11,7 +11,7 @@ import pytest
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import init_distributed
-from swinv2_train.slurm import first_host, meeting_point, own_accelerator, step_ranks, tasks_per_node
+from swinv2_train.distributed.slurm import first_host, meeting_point, own_accelerator, step_ranks, tasks_per_node
 
 TASK = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4",
@@ -74,7 +74,9 @@ def test_a_task_with_its_own_gpu_alone_is_told_from_too_many_tasks(visible, task
 
 def test_the_command_prints_what_torchrun_needs():
     environment = os.environ | TASK | {"SLURM_NODEID": "1"}
-    done = subprocess.run([sys.executable, "-m", "swinv2_train.slurm"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "swinv2_train.distributed.slurm"], env=environment, capture_output=True, text=True
+    )
     host, port = meeting_point(TASK)
     assert done.stdout == f"NNODES=2 NODE_RANK=1 MASTER_ADDR={host} MASTER_PORT={port}\n"
 

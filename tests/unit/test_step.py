@@ -16,14 +16,16 @@ from harness import run_distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from unit.test_run import SMALL, shards  # noqa: F401
 
-from swinv2_train import loop, train
-from swinv2_train.command_line import compose_overrides, guarded
+from swinv2_train import train
 from swinv2_train.config import ConfigError
-from swinv2_train.engine.startup import adamw
-from swinv2_train.feed import FAILED, GO, STOP, Feed
-from swinv2_train.garbage import Garbage
-from swinv2_train.health import Pulse
-from swinv2_train.runtime import EXIT_DONE, StopRequest
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.exit_codes import EXIT_DONE
+from swinv2_train.engine.adamw import adamw
+from swinv2_train.monitoring.watchdog import Pulse
+from swinv2_train.runtime import StopRequest
+from swinv2_train.training import loop
+from swinv2_train.training.garbage_collection import Garbage
+from swinv2_train.training.prefetch import FAILED, GO, STOP, Feed
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2")
 """Operations whose result the host needs: on an accelerator each waits until all work before it is done."""
@@ -228,7 +230,7 @@ def test_attention_of_our_own_does_not_import_the_compiler():
     code = """
 import sys
 import torch
-from swinv2_train.engine.startup import avoid_compiler
+from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.models import fused, swin_v2
 avoid_compiler()
 model = swin_v2("tiny", img_size=32, window_size=4, fused_attention=True)

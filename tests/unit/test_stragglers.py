@@ -7,7 +7,7 @@ import time
 import torch
 from torch._C._distributed_c10d import Work
 
-from swinv2_train.stragglers import PATIENCE, Lag, OwnTime, slowest
+from swinv2_train.monitoring.stragglers import PATIENCE, Lag, OwnTime, slowest
 
 TIMER_SEC = 0.02  # measured worst 0.004 on two busy cores
 

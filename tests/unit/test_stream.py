@@ -17,11 +17,13 @@ import torch
 from configs import make_config
 from shard_files import image_bytes, samples, write_plain_tar
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import ConfigError
-from swinv2_train.data.loader import TrainLoader
-from swinv2_train.data.shards import SampleError, ShardError, open_manifest, write_shards
-from swinv2_train.data.stream import Stream, StreamLoader, build_train_loader, open_stream, read_command
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.loading.loader import TrainLoader
+from swinv2_train.data.loading.pipe_loader import StreamLoader, build_train_loader
+from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.sources.pipe import Stream, open_stream, read_command
 
 CONFIG = make_config(data={"num_workers": 0, "shuffle_buffer_images": 4, "max_bad_fraction": 0.5}).data
 

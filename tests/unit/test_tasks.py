@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from swinv2_train.command_line import compose_overrides
 from swinv2_train.config import Config, ConfigError, pair
-from swinv2_train.data.crop import resize
-from swinv2_train.data.shards import SampleError
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.sample import SampleError
+from swinv2_train.data.transforms.crop import resize
 from swinv2_train.models import SimMIM
 from swinv2_train.models.simmim import norm_target
-from swinv2_train.tasks import Normalise, Task, build_model, build_task
+from swinv2_train.tasks import build_task
 from swinv2_train.tasks.classify import ClassifyTask
+from swinv2_train.tasks.encoder import build_model
+from swinv2_train.tasks.inputs import Normalise
 from swinv2_train.tasks.simmim import SimMIMTask
+from swinv2_train.tasks.task import Task
 
 CPU = torch.device("cpu")
 SMALL = ("run_dir=unused", "model.embed_dim=16", "model.depths=[1,1]", "model.num_heads=[1,2]")

@@ -24,8 +24,8 @@ from weights_samples import (
 )
 
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.weights import load_weights, read_weights, save_weights
 from swinv2_train.weights.names import reordered_merging
 
@@ -211,8 +211,8 @@ def test_a_run_of_our_own_reads_by_its_directory_or_its_checkpoint(tmp_path, kin
     """Its newest complete checkpoint, through the engine that wrote it."""
     from swinv2_train.checkpoint import COMPLETE
     from swinv2_train.distributed import World
-    from swinv2_train.engine.pieces import whole_pieces
-    from swinv2_train.engine.shards import describe, snapshot
+    from swinv2_train.engine.state.files import describe, snapshot
+    from swinv2_train.engine.state.pieces import whole_pieces
 
     model = classifier() if kind == "classifier" else simmim()
     state = state_of(model)

@@ -237,7 +237,7 @@ def test_transformers_prepares_images_as_our_evaluation_does(tmp_path, squash, i
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    from swinv2_train.data.crop import centre_crop
+    from swinv2_train.data.transforms.crop import centre_crop
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     save_weights(

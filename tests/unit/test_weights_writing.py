@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from weights_samples import SMALL, assert_same, classifier, simmim, state_of
 
 from swinv2_train.config import ConfigError
-from swinv2_train.lazy import LazyTensor, LazyTensors
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.storage.safetensors_files import write_safetensors
 from swinv2_train.weights import Preprocessing, load_weights, read_weights, save_weights
-from swinv2_train.weights.writing import write_safetensors, write_torch
+from swinv2_train.weights.writing import write_torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -265,7 +266,7 @@ import sys, threading, time
 import torch
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.weights import load_weights, read_weights, save_weights
-from swinv2_train.lazy import LazyTensor, LazyTensors
+from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 
 def anonymous_mib():  # not the pages of mapped files, which the kernel takes back when it wants
     with open("/proc/self/status") as file:

@@ -1,0 +1,148 @@
+"""The one strict gate between a composed YAML tree and the typed configuration.
+
+``load_config`` merges the tree into the dataclasses of :mod:`swinv2_train.config`.  An unknown, missing, mistyped or
+out-of-range key raises ConfigError before any process group or accelerator is touched, whether it came from the command
+line, from an experiment file or from behind ``+``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from swinv2_train.config.checks import check_config
+from swinv2_train.config.schema import (
+    SPLITS,
+    TASKS,
+    Config,
+    ConfigError,
+    EvalSplitConfig,
+    TaskConfig,
+)
+
+
+def load_config(composed: DictConfig) -> Config:
+    """Merge a composed tree strictly into the dataclasses and check every range; the only way to make a Config.
+
+    Raises ConfigError naming the key, what is wrong with its value and the remedy.
+    """
+    task_name = OmegaConf.select(composed, "task.name")
+    if task_name not in TASKS:
+        raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose task=simmim or task=classify")
+    schema = OmegaConf.structured(Config)
+    schema.task = OmegaConf.structured(TASKS[task_name])
+    _check_keys(composed, TASKS[task_name])
+    try:
+        merged = OmegaConf.merge(schema, composed)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            plus = "+" if missing[0].startswith(SPLITS) else ""
+            raise ConfigError(f"{missing[0]} has no value; set it on the command line: {plus}{missing[0]}=VALUE")
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_merge_error(error)) from error
+    check_config(config)
+    return config
+
+
+def known_keys(task: type[TaskConfig] | None = None) -> list[str]:
+    """Every dotted key of the configuration (of all tasks, or of one)."""
+    return list(_keys(Config, "", task))
+
+
+def near_names(key: str, names: typing.Iterable[str]) -> str:
+    """A remedy for an unknown dotted key: its nearest known names, by the whole path or by the last part alone."""
+    names = list(names)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    leaf = key.rsplit(".", 1)[-1]
+    near += [name for name in names if name.rsplit(".", 1)[-1] == leaf and name not in near]
+    return f"did you mean {' or '.join(near[:3])}?" if near else "`--cfg job` prints every key"
+
+
+def _keys(cls: type, prefix: str, task: type[TaskConfig] | None) -> typing.Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, name = hints[field.name], f"{prefix}{field.name}"
+        if kind is TaskConfig:
+            for option in TASKS.values() if task is None else (task,):
+                yield from _keys(option, f"{name}.", task)
+        elif dataclasses.is_dataclass(kind):
+            yield from _keys(typing.cast(type, kind), f"{name}.", task)
+        else:
+            yield name
+
+
+def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
+    """Name the first key that no dataclass has, before OmegaConf does it without a remedy."""
+    known = known_keys(task)
+    sections = {key[: i + 1] for key in (k + "." for k in known) for i, char in enumerate(key) if char == "."}
+    for key in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
+        if key in known or key.startswith("engine.deepspeed_overrides."):
+            continue
+        if key.startswith(SPLITS):
+            _check_split_key(key)
+            continue
+        if key + "." in sections:
+            raise ConfigError(
+                f"{key} is a section, not a value; set one of its keys, such as {_first_below(key, known)}"
+            )
+        raise ConfigError(unknown_key(key, task))
+
+
+def _check_split_key(key: str) -> None:
+    """data.eval_splits.NAME.shards and .labels, the name fit for a file's."""
+    name, *rest = key.removeprefix(SPLITS).split(".")
+    known = [f"{SPLITS}{name}.{field.name}" for field in dataclasses.fields(EvalSplitConfig)]
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ConfigError(f"{SPLITS}{name}: a split's name is made of letters, digits, _ and -")
+    if not rest:
+        raise ConfigError(f"{key} is a split, not a value; set its shards: +{key}.shards=PATTERN")
+    if key not in known:
+        raise ConfigError(f"unknown key {key}: {near_names(key, known)}")
+
+
+def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
+    """The message about a dotted key that the configuration (of one task, or of any) does not have."""
+    if key.startswith("engine.deepspeed_overrides."):
+        return f"{key} is not among our own keys; add it with a plus: +{key}=VALUE"
+    if f"{key}.".startswith(SPLITS):
+        return f"{key}: a split is added with a plus: +{SPLITS}NAME.shards=PATTERN"
+    owners = [name for name, cls in TASKS.items() if cls is not task and key in known_keys(cls)]
+    if owners:
+        return f"unknown key {key}: it belongs to task={owners[0]}"
+    return f"unknown key {key}: {near_names(key, known_keys(task))}"
+
+
+def _first_below(section: str, known: list[str]) -> str:
+    return next(key for key in known if key.startswith(section + "."))
+
+
+def _leaves(tree: Any, prefix: str) -> typing.Iterator[str]:
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, path + ".")
+        elif not (isinstance(value, dict) and path == "engine.deepspeed_overrides"):
+            yield path
+
+
+def _merge_error(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None) or "the configuration"
+    reason = str(getattr(error, "msg", None) or error).split("\n")[0]
+    return f"{key}: {reason}"
+
+
+def config_yaml(config: Config) -> str:
+    """The validated configuration as YAML, loadable by the same gate."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,0 +1,1 @@
+"""Which image when, and by whom: order, batches, worker processes."""

@@ -1,0 +1,389 @@
+"""Micro-batches for one rank: an endless training stream and a finite evaluation pass.
+
+What a rank gets is a function of (order, position, rank, world_size); workers only fetch, so their number changes
+nothing, and the one integer `images_seen` resumes the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.data.loading.batches import BatchRequest, EvalBatches, TrainBatches
+from swinv2_train.data.loading.order import GlobalOrder, Location, rank_shards
+from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
+from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
+from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.shards.tar_reader import Manifest
+from swinv2_train.data.sources.base import Source
+from swinv2_train.data.transforms.decode import DecodeError, decode_image
+
+_log = logging.getLogger(__name__)
+_SAMPLE_STREAM = 2  # spawn key of the per-sample random numbers; order.py uses 0 and 1
+
+
+class Transform(Protocol):
+    """A picklable function from one image to one batch row."""
+
+    @property
+    def needs_label(self) -> bool: ...
+
+    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> Row:
+        """image: uint8 (3, H, W).  May raise SampleError."""
+
+
+def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step.  Raises ConfigError, naming the nearest sizes, when not whole."""
+    per_pass = micro_batch_size * world_size
+    if global_batch_size % per_pass:
+        below = global_batch_size // per_pass * per_pass
+        nearest = ", ".join(str(size) for size in (below, below + per_pass) if size > 0)
+        raise ConfigError(
+            f"train.global_batch_size ({global_batch_size}) is not a multiple of micro_batch_size ({micro_batch_size})"
+            f" x world_size ({world_size}); nearest: {nearest}"
+        )
+    return global_batch_size // per_pass
+
+
+def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """The random numbers of one sample in one epoch; `sample` counts over all shards.  8 us."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(_SAMPLE_STREAM, epoch, sample))
+    return np.random.Generator(np.random.PCG64(sequence))
+
+
+def check_bad_fraction(max_bad_fraction: float, counted: int, bad_images: int, images_seen: int) -> None:
+    """Raise SampleError when more than max_bad_fraction of the counted images were damaged samples."""
+    if bad_images > max_bad_fraction * counted:
+        raise SampleError(
+            f"data.max_bad_fraction ({max_bad_fraction}) is exceeded: {bad_images} damaged samples among {images_seen} "
+            "images; repair the shards or raise it"
+        )
+
+
+class TrainLoader:
+    """An endless stream of this rank's micro-batches, from image number `start_images` on.
+
+    Every batch has the transform's tensors stacked to (micro_batch_size, ...) and its plain values as lists, "weight"
+    float32 (B,) (0 for a stand-in of a damaged sample), "keys" list[str], "num_bad" int and as many "problems":
+    {"shard", "key", "cause"} of each damaged sample.  accumulation_steps() of them make one step.
+    Raises ConfigError when the batch sizes do not divide; SampleError and ShardError while iterating.
+    """
+
+    def __init__(
+        self,
+        manifest: Source,
+        config: DataConfig,
+        transform: Transform,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_images: int,
+    ) -> None:
+        passes = accumulation_steps(global_batch_size, micro_batch_size, world_size)
+        _check_labels(manifest, config, transform, "data.shards")
+        self.manifest, self.config, self.seed = manifest, config, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world_size, self.start_images = rank, world_size, start_images
+        self.order = GlobalOrder(manifest.counts, seed, config.lanes, config.window_shards)
+        self.bad_images_before = 0
+        """Damaged samples of the run, all ranks, until this start."""
+        mixed = (math.ceil(config.lanes / world_size) + 1) * config.window_shards
+        self._fetch = _Fetcher(manifest, config, transform, seed, mixed, micro_batch_size, held=2 * passes)
+        self._workers = Workers(self)
+        if isinstance(manifest, Manifest):
+            _check_room(self.order, manifest, config, start_images, global_batch_size, rank, world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        ahead = self.config.fetch_ahead_shards if self.manifest.cache is not None else None
+        sizes = (self.global_batch_size, self.micro_batch_size, self.rank, self.world_size)
+        batches = TrainBatches(self.order, self.start_images, *sizes, ahead)
+        images_seen, bad_images = self.start_images, self.bad_images_before
+        for batch in self._workers.run(self._fetch, batches, self.config):
+            images_seen += self.micro_batch_size * self.world_size
+            bad_images += batch["num_bad"]
+            self.check_bad_images(bad_images, images_seen)  # of the other ranks' samples only the caller knows
+            yield batch
+
+    def check_bad_images(self, bad_images: int, images_seen: int) -> None:
+        """Raises SampleError when the run has had more damaged samples than data.max_bad_fraction of its images.
+
+        Both count over all ranks and starts.  An epoch that has begun counts as a whole: the same damage comes early
+        in one and late in another.
+        """
+        num_samples = self.manifest.num_samples
+        counted = num_samples * max(1, math.ceil(images_seen / num_samples))
+        check_bad_fraction(self.config.max_bad_fraction, counted, bad_images, images_seen)
+
+    def state_dict(self, images_seen: int, bad_images: int) -> dict[str, Any]:
+        """What a checkpoint keeps; the same on every rank.
+
+        images_seen: images of all completed steps, all ranks; bad_images: the damaged samples among them.
+        """
+        return {"images_seen": images_seen, "bad_images": bad_images, **self._identity()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Take over the count of damaged samples from `state` (of state_dict).
+
+        Raises ConfigError when it belongs to other data or another order.
+        """
+        self.bad_images_before = state.get("bad_images", 0)  # older checkpoints have none
+        mine = self._identity()
+        if state["manifest"] != mine["manifest"]:
+            raise ConfigError(
+                "data.shards are not the shards of the checkpoint (another number, order or content); "
+                "name the same shards, or start a new run_dir"
+            )
+        for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
+            if state[name] != mine[name]:
+                raise ConfigError(
+                    f"{key} ({mine[name]}) differs from the checkpoint's ({state[name]}), which would change the order "
+                    f"of images in mid-epoch; set {key}={state[name]}, or start a new run_dir"
+                )
+
+    def restarted(self, start_images: int) -> TrainLoader:
+        """The same stream from another image on; this loader is closed."""
+        self.close()
+        return TrainLoader(
+            self.manifest, self.config, self._fetch.transform, self.seed, self.global_batch_size,
+            self.micro_batch_size, self.rank, self.world_size, start_images,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Stop the worker processes, if any; a new iteration starts new ones."""
+        self._workers.close()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "lanes": self.config.lanes,
+            "window_shards": self.config.window_shards,
+            "manifest": self.manifest.digest,
+        }
+
+
+class EvalLoader:
+    """One finite pass: every sample once over all ranks, the same number of batches on every rank.
+
+    Batches are TrainLoader's; rows that only fill the last batches up have weight 0 and the key "".  A batch may
+    consist of nothing else, so divide by the sum of the weights over all batches and ranks, not by a batch's own.
+    key: the config key that named the shards, for error messages.
+    """
+
+    def __init__(
+        self,
+        manifest: Source,
+        config: DataConfig,
+        transform: Transform,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        key: str = "data.eval_shards",
+    ) -> None:
+        _check_labels(manifest, config, transform, key)
+        self.manifest, self.config, self.micro_batch_size = manifest, config, micro_batch_size
+        self.rank, self.world_size, self.key = rank, world_size, key
+        self._fetch = _Fetcher(manifest, config, transform, seed=0, max_open=4, rows=micro_batch_size, held=2)
+        self._workers = Workers(self)
+
+    def __len__(self) -> int:
+        """Batches per rank."""
+        return math.ceil(math.ceil(self.manifest.num_samples / self.world_size) / self.micro_batch_size)
+
+    @property
+    def first_sample(self) -> int:
+        """The number, over all shards, of this rank's first row; the next ones follow."""
+        return self.rank * math.ceil(self.manifest.num_samples / self.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        bad = 0
+        ahead = self.config.fetch_ahead_shards if self.manifest.cache is not None else None
+        batches = EvalBatches(self.manifest.counts, self.micro_batch_size, self.rank, self.world_size, ahead)
+        for batch in self._workers.run(self._fetch, batches, self.config):
+            bad += batch["num_bad"]
+            if bad > self.config.max_bad_fraction * self.manifest.num_samples:
+                raise SampleError(
+                    f"data.max_bad_fraction ({self.config.max_bad_fraction}) is exceeded in {self.key}: {bad} "
+                    f"damaged samples on rank {self.rank}; repair the shards or raise it"
+                )
+            yield batch
+
+    def close(self) -> None:
+        """Stop the worker processes, if any; a new iteration starts new ones."""
+        self._workers.close()
+
+
+def check_classes(manifest: Source, num_classes: int, key: str) -> None:
+    """Raises ConfigError when the shards have a label that the model has no class for."""
+    labels = manifest.label_range
+    if labels is not None and labels[1] >= num_classes:
+        raise ConfigError(
+            f"task.num_classes ({num_classes}) is too small: {key} has labels from {labels[0]} to {labels[1]}; set "
+            f"task.num_classes={labels[1] + 1} or more"
+        )
+
+
+def check_same_classes(first: Source, second: Source, keys: tuple[str, str]) -> None:
+    """Raises ConfigError when both name their classes, and not alike: the same label would mean two things."""
+    mine, theirs = first.classes, second.classes
+    if mine is not None and theirs is not None and mine != theirs:
+        differ = sorted(set(mine) ^ set(theirs))[:5] or ["their order"]
+        raise ConfigError(
+            f"{keys[0]} has {len(mine)} classes, {keys[1]} {len(theirs)} (they differ in: {', '.join(differ)}), so the "
+            "same label would mean two things; give both the same classes"
+        )
+
+
+def check_labels(manifest: Source, config: DataConfig, key: str, remedy: str) -> None:
+    """Raises ShardError, from the index alone, when more samples have no label than may be damaged."""
+    missing = sum(manifest.unlabelled)
+    allowed = config.max_bad_fraction * manifest.num_samples if config.on_bad_sample == "replace" else 0
+    if missing > allowed:
+        shard = next(number for number, count in enumerate(manifest.unlabelled) if count)
+        raise ShardError(
+            f"{key}: {missing} of {manifest.num_samples} samples have no readable label "
+            f"({manifest.labels_from}), the first in {manifest.name(shard)}; {remedy}"
+        )
+
+
+def _check_labels(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
+    """A supervised run on unlabelled shards fails before its first step."""
+    if transform.needs_label:
+        remedy = "this task needs labels: sort the images into class folders, or choose task=simmim"
+        check_labels(manifest, config, key, remedy)
+
+
+def _check_room(
+    order: GlobalOrder,
+    manifest: Manifest,
+    config: DataConfig,
+    start: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> None:
+    """What a rank mixes must fit into the cache, and twice, for some workers are already at the next blocks."""
+    if manifest.cache is None:
+        return
+    mixed = config.window_shards * config.lanes
+    now, later = rank_shards(order, start, global_batch_size, rank, world_size, mixed)
+    needed = sum(manifest.sizes[shard] for shard in now + later[: len(now)])
+    if needed > manifest.cache.max_bytes:
+        raise ConfigError(
+            f"data.cache_gib ({config.cache_gib:g}) is too small: rank {rank} alone mixes {len(now)} shards at a time, "
+            f"{needed / 2**30:.3g} GiB with as many that follow; raise it, or lower data.lanes ({config.lanes}) or "
+            f"data.window_shards ({config.window_shards})"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Fetching: runs in the worker processes
+
+
+class _Fetcher(Fetch):
+    """Reads, decodes and transforms one micro-batch.  Picklable; holds no random state and no position.
+
+    rows: of a micro-batch.  held: micro-batches that the caller keeps at a time.
+    """
+
+    def __init__(
+        self,
+        manifest: Source,
+        config: DataConfig,
+        transform: Transform,
+        seed: int,
+        max_open: int,
+        rows: int,
+        held: int,
+    ) -> None:
+        # within the usual limit of 1024 file descriptors: one for a shard that is open, one for one that is at hand
+        self.source, self.reader = manifest, manifest.open_reader(min(max_open, 256))
+        self.transform, self.seed = transform, seed
+        self.rows, self.held = rows, held
+        self.on_bad_sample = config.on_bad_sample
+        self.first_sample = np.cumsum([0, *manifest.counts]).tolist()
+        self._filler: Row | None = None
+
+    def __getitems__(self, request: BatchRequest) -> Batch | ConfigError:
+        try:
+            return self.batch(request)
+        except ConfigError as error:
+            return error
+
+    def memory(self, ahead: int) -> BatchMemory | None:
+        nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
+        try:
+            row = self.transform(nothing, 0 if self.transform.needs_label else None, np.random.default_rng(0))
+        except SampleError:
+            return None
+        return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
+
+    def batch(self, request: BatchRequest) -> Batch:
+        if request.soon is not None:
+            self.reader.fetch_ahead(request.soon)
+        rows: list[Row | None] = []
+        keys: list[str] = []
+        problems: list[dict[str, str]] = []
+        # all at once: between two images, with the processor's caches full of pixels, it takes five times as long
+        rngs = [None if place is None else self._rng(place) for place in request.locations]
+        for location, rng in zip(request.locations, rngs, strict=True):
+            if location is None or rng is None:  # a padding row
+                rows.append(None)
+                keys.append("")
+                continue
+            try:
+                rows.append(self._row(location, rng))
+            except SampleError as error:
+                if self.on_bad_sample != "replace":
+                    remedy = "repair it, or set data.on_bad_sample=replace to go on without it"
+                    raise SampleError(f"{error.cause}; {remedy}", error.shard, error.key) from error
+                problems.append({"shard": error.shard, "key": error.key, "cause": error.cause})
+                rows.append(None)
+            keys.append(self.reader.key(location[1], location[2]))
+        stand_in = next((row for row in rows if row is not None), None) or self._readable(request.near)
+        filled = [stand_in if row is None else row for row in rows]
+        batch = self.stacked(filled, [float(row is not None) for row in rows])
+        batch["keys"] = keys
+        batch["num_bad"] = len(problems)
+        batch["problems"] = problems
+        return batch
+
+    def _rng(self, location: Location) -> np.random.Generator:
+        epoch, shard, index = location
+        return sample_rng(self.seed, epoch, self.first_sample[shard] + index)
+
+    def _row(self, location: Location, rng: np.random.Generator) -> Row:
+        _, shard, index = location
+        sample: Sample = self.reader.read(shard, index)
+        try:
+            if sample.label is None and self.transform.needs_label:
+                raise SampleError(f"no readable label ({self.source.labels_from})")
+            return self.transform(decode_image(sample.image, sample.extension), sample.label, rng)
+        except DecodeError as error:
+            cause = f"{error}{self.reader.place(shard, index)}"
+            raise SampleError(cause, sample.shard, sample.key) from error
+        except SampleError as error:  # the transform does not know which sample it got
+            raise SampleError(error.cause, sample.shard, sample.key) from error
+
+    def _readable(self, near: int) -> Row:
+        """A row for batches that hold nothing readable: of the shard `near`, or of the next one that has any."""
+        if self._filler is not None:
+            return self._filler
+        counts = self.source.counts
+        for shard in (*range(near, len(counts)), *range(near)):
+            for index in range(counts[shard]):
+                try:
+                    self._filler = self._row((0, shard, index), self._rng((0, shard, index)))
+                    return self._filler
+                except SampleError as error:
+                    if self.on_bad_sample != "replace":
+                        raise
+                    _log.debug("not usable as a stand-in: %s", error)
+        raise ShardError(f"{self.source.name(near)} and its like hold no readable sample; name other shards")

@@ -1,0 +1,1 @@
+"""Packed images: tars, their index and manifest, here or at an address."""

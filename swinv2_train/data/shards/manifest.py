@@ -1,0 +1,111 @@
+"""The files beside the shards: ``manifest.json``, one per folder, and an index for each shard.
+
+manifest.json holds the sample count, bytes, sha256 and label range of every shard of its folder.  Both kinds of file
+appear by atomic rename, so several processes may make them at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.tar_index import build_index
+from swinv2_train.storage.atomic import atomic, sha256_of
+
+MANIFEST_NAME = "manifest.json"
+INDEX_SUFFIX = ".idx.npy"
+_MANIFEST_VERSION = 1
+
+
+def index_folder(path: str) -> Path:
+    """Where the index of a local shard lies: its own folder, or, where that is read-only, one in the user's cache."""
+    folder = Path(path).resolve().parent
+    made = (folder / MANIFEST_NAME).is_file() and (folder / f"{os.path.basename(path)}{INDEX_SUFFIX}").is_file()
+    if made or os.access(folder, os.W_OK):
+        return folder
+    return user_cache() / "index" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+
+
+def user_cache() -> Path:
+    """The user's own cache folder for this package ($XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swinv2_train"
+
+
+def index_shard(path: str, index_path: Path, name: str | None = None) -> dict[str, Any]:
+    """Write the index of one shard; return its manifest entry.  name: what errors call it, else its path."""
+    index = build_index(path, name)
+    index_path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(index_path) as temporary, open(temporary, "wb") as file:
+        np.save(file, index)
+    labels = index["label"][index["label"] >= 0]
+    return {
+        "samples": len(index),
+        "bytes": os.stat(path).st_size,
+        "sha256": sha256_of(path),
+        "label_range": [int(labels.min()), int(labels.max())] if len(labels) else None,
+        "unlabelled": len(index) - len(labels),
+    }
+
+
+def check_content(path: str, index_path: Path, entry: Mapping[str, Any]) -> None:
+    """Compare a shard with its manifest entry: the size always, all bytes when it is younger than its index.
+
+    A shard written anew at the same size is found by its date, so one whose date was set back is not, nor are bytes
+    that the disk lost: scripts/make_shards.py --verify reads everything.  Raises ShardError.
+    """
+    status = os.stat(path)
+    remedy = f"fetch it again or run scripts/make_shards.py --reindex '{path}'"
+    if status.st_size != entry["bytes"]:
+        raise ShardError(f"{path}: {status.st_size} bytes, manifest says {entry['bytes']}; {remedy}")
+    with contextlib.suppress(FileNotFoundError):
+        if status.st_mtime_ns > os.stat(index_path).st_mtime_ns:
+            if sha256_of(path) != entry["sha256"]:
+                raise ShardError(f"{path}: changed since it was indexed, at the same size; {remedy}")
+            with contextlib.suppress(OSError):  # a read-only folder: it is read again at the next start
+                os.utime(index_path)  # it was only copied; this need not be found out again
+
+
+def read_entries(folder: Path) -> dict[str, Any]:
+    """The entries of a folder's manifest by shard name; none where there is no manifest.  Raises ShardError."""
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    return parse_entries(text, str(path))
+
+
+def parse_entries(text: str, name: str) -> dict[str, Any]:
+    """The entries in a manifest's text; name: what errors call it."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ShardError(f"{name} is not JSON ({error}); delete it, it is made again") from error
+    if not isinstance(content, dict) or content.get("version") != _MANIFEST_VERSION:
+        raise ShardError(f"{name} is not a manifest of version {_MANIFEST_VERSION}; delete it, it is made again")
+    entries: dict[str, Any] = content["shards"]
+    return entries
+
+
+def merge_entries(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Add (or, with None, remove) entries; a lock keeps two writers from losing each other's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks; a lost entry is made again
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        merged = {name: entry for name, entry in {**read_entries(folder), **entries}.items() if entry is not None}
+        with atomic(folder / MANIFEST_NAME) as temporary:
+            content = {"version": _MANIFEST_VERSION, "shards": dict(sorted(merged.items()))}
+            Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
+    finally:
+        os.close(lock)

@@ -1,0 +1,334 @@
+"""A bounded folder of this machine for the shards of an address; all ranks and workers of the host share it.
+
+A shard is fetched whole, checked against its sha256, and appears under its name by rename, so a half-written file never
+counts.  All state lies in the files, and every lock is the kernel's (flock), so a killed process leaves nothing to
+repair.  For a shard NAME of one address:
+
+- ``NAME.<sha256>.shard`` and ``.shard.idx.npy``: its bytes and index.  Whoever reads it holds a shared lock on it; the
+  file's date is its last use.  What nobody holds may go when room is needed, the least recently used first.
+- ``NAME.lock``: whoever fetches it holds it, so that each shard is fetched once per host.  Its length (it has no
+  content) is the room that the fetch has reserved.
+- ``NAME.<process>.part``: what has come so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import fnmatch
+import glob
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from swinv2_train.config import DataConfig
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.manifest import (
+    INDEX_SUFFIX,
+    MANIFEST_NAME,
+    index_shard,
+    merge_entries,
+    parse_entries,
+    read_entries,
+    user_cache,
+)
+from swinv2_train.data.shards.transfers import (
+    MismatchError,
+    Patience,
+    base_name,
+    beside,
+    fetch,
+    folder_of,
+    insist,
+    shown,
+    sizes,
+)
+from swinv2_train.storage.atomic import sha256_of
+
+TRANSFERS = 4
+"""Transfers of one process at a time."""
+
+
+class RemoteShard(NamedTuple):
+    """A shard at an address, as its manifest knows it."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+def shard_cache(config: DataConfig) -> ShardCache:
+    """The cache that the data section describes."""
+    folder = Path(config.cache_dir).expanduser() if config.cache_dir is not None else user_cache() / "shards"
+    patience = Patience(config.fetch_stall_sec, config.fetch_give_up_sec)
+    return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), patience)
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Shards of addresses in a folder of at most max_bytes.  Picklable: it is its settings."""
+
+    folder: str
+    max_bytes: int
+    patience: Patience
+
+    def entries(
+        self, urls: Sequence[str], wildcards: Sequence[str] = (), progress: Callable[[str], None] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """The manifest entry of every shard, from the manifest beside it, or else by fetching and indexing it once.
+
+        wildcards: those that gave urls.  Every shard's size is asked of the server and compared.  Raises ShardError for
+        one that is missing, also one that a wildcard means and only the manifest knows, or another.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for folder in dict.fromkeys(map(folder_of, urls)):
+            group = [url for url in urls if folder_of(url) == folder]
+            theirs = self._their_entries(group[0])
+            with self._usable():
+                known = {**read_entries(self._place(group[0])), **theirs}
+            lost = {name for wildcard in wildcards for name in _meant(wildcard, folder, theirs or known)}
+            lost.difference_update(map(base_name, group))
+            if lost:
+                where = shown(folder) + MANIFEST_NAME if theirs else self._place(group[0]) / MANIFEST_NAME
+                raise ShardError(
+                    f"{shown(folder)}{min(lost)} is missing, {where} lists it ({len(lost)} such shards); put it there "
+                    "again, or delete its entry to go on without it"
+                )
+            for url, size in zip(group, sizes(group, self.patience), strict=True):
+                entry = known.get(base_name(url))
+                if entry is None:
+                    continue
+                if size is not None and size != entry["bytes"]:
+                    where = (
+                        shown(folder) + MANIFEST_NAME if base_name(url) in theirs else self._place(url) / MANIFEST_NAME
+                    )
+                    raise ShardError(
+                        f"{shown(url)}: {size} bytes, manifest says {entry['bytes']}; put the shard there again, or "
+                        f"delete {where} and index it anew"
+                    )
+                found[url] = entry
+            unknown = [url for url in group if url not in found]
+            if unknown and progress is not None:
+                progress(f"{shown(folder)}: {len(unknown)} shards have no manifest; each is fetched once to be indexed")
+            for url, entry in zip(unknown, self._index_all(unknown), strict=True):
+                found[url] = entry
+                merge_entries(self._place(url), {base_name(url): entry})
+                if progress is not None:
+                    progress(f"indexed {shown(url)}: {entry['samples']} samples")
+        return found
+
+    def open(self, shard: RemoteShard, wait: bool = True) -> tuple[int, str] | None:
+        """A descriptor of the shard's local file, held until it is closed, and the path of its index.
+
+        Fetches what is not there.  wait: else None where another process fetches it, or where there is no room now.
+        Raises ShardError when it cannot be had.
+        """
+        started = time.monotonic()
+        while True:
+            path = self._path(shard.url, shard.sha256)
+            with self._usable():
+                fd = _hold(path)
+            if fd is not None:
+                return fd, str(path) + INDEX_SUFFIX
+            if self._bring(shard.url, shard.size, shard.sha256, wait, started) is None:
+                return None
+
+    def _their_entries(self, url: str) -> dict[str, Any]:
+        """What the manifest beside the shard says; nothing where there is none."""
+        address = beside(url, MANIFEST_NAME)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / MANIFEST_NAME
+
+            def attempt() -> bool:
+                try:
+                    fetch(address, str(path), self.patience)
+                except (FileNotFoundError, PermissionError):  # S3 forbids what is not there to who may not list
+                    return False
+                return True
+
+            if not insist(shown(address), attempt, self.patience):
+                return {}
+            return parse_entries(path.read_text(encoding="utf-8"), shown(address))
+
+    def _index_all(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+        def bring(url: str) -> dict[str, Any]:
+            entry = self._bring(url, 0, None, True, time.monotonic())
+            assert entry is not None
+            return entry
+
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            try:
+                yield from pool.map(bring, urls)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _place(self, url: str) -> Path:
+        return Path(self.folder) / hashlib.sha256(folder_of(url).encode()).hexdigest()[:16]
+
+    def _path(self, url: str, sha256: str) -> Path:
+        return self._place(url) / f"{base_name(url)}.{sha256[:16]}.shard"
+
+    def _bring(self, url: str, size: int, sha256: str | None, wait: bool, started: float) -> dict[str, Any] | None:
+        """Fetch one shard of `size` bytes (0: not known), unless it is there; its manifest entry ({} if it was there).
+
+        None where it would have to wait and may not.
+        """
+        place = self._place(url)
+        lock = self._lock(place / f"{base_name(url)}.lock", wait)
+        if lock is None:
+            return None
+        try:
+            if sha256 is not None and self._path(url, sha256).exists():
+                return {}
+            for left in glob.glob(f"{glob.escape(str(place / base_name(url)))}.*.part*"):
+                Path(left).unlink(missing_ok=True)  # of a process that was killed, or its lock would not be free
+            while not self._reserve(lock, size, shown(url)):
+                if not wait:
+                    return None
+                if time.monotonic() - started > self.patience.give_up_sec:
+                    raise ShardError(
+                        f"{shown(url)}: no room for its {size / 2**30:.3g} GiB: all of data.cache_gib "
+                        f"({self.max_bytes / 2**30:.3g}) is in use; raise it, or lower data.lanes, data.window_shards "
+                        "or data.fetch_ahead_shards"
+                    )
+                time.sleep(0.2)
+            try:
+                waited = time.monotonic() - started
+                return insist(shown(url), lambda: self._attempt(url, size, sha256, lock), self.patience, waited)
+            finally:
+                os.ftruncate(lock, 0)
+        finally:
+            os.close(lock)
+
+    def _lock(self, path: Path, wait: bool) -> int | None:
+        """A descriptor that alone holds the lock file; None when another one does and wait is false."""
+        with self._usable():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except BlockingIOError:
+                os.close(lock)
+        return None
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ShardError(
+                f"data.cache_dir ({self.folder}) cannot be used: {error}; name a folder of a local disk"
+            ) from error
+
+    def _attempt(self, url: str, size: int, sha256: str | None, lock: int) -> dict[str, Any]:
+        part = self._place(url) / f"{base_name(url)}.{os.getpid()}-{time.monotonic_ns()}.part"
+        index = Path(f"{part}{INDEX_SUFFIX}")
+        try:
+            fetch(url, str(part), self.patience)
+            if size and (came := part.stat().st_size) != size:
+                raise MismatchError(f"{came} bytes came, the manifest says {size}")
+            if sha256 is not None and sha256_of(str(part)) != sha256:
+                raise MismatchError("the bytes that came have another checksum than the manifest says")
+            entry = index_shard(str(part), index, shown(url))
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())  # a machine that fails must not leave the name without the bytes
+            path = self._path(url, entry["sha256"])
+            with self._room():  # the file takes the place of its reservation
+                os.replace(index, str(path) + INDEX_SUFFIX)
+                os.replace(part, path)
+                os.ftruncate(lock, 0)
+            return entry
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ShardError(f"data.cache_dir ({self.folder}): {error.strerror}; lower data.cache_gib") from error
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Alone while the room is counted and given away."""
+        with open(Path(self.folder) / "room.lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _reserve(self, lock: int, size: int, name: str) -> bool:
+        """Make room for `size` more bytes and note them in the lock file; False when too much is in use."""
+        if size > self.max_bytes:
+            raise ShardError(
+                f"data.cache_gib ({self.max_bytes / 2**30:.3g}) is less than one shard: {name} has "
+                f"{size / 2**30:.3g} GiB; raise it"
+            )
+        with self._room():
+            os.ftruncate(lock, 0)
+            used, shards = 0, []
+            for path in Path(self.folder).glob("*/*"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    if path.suffix == ".shard":
+                        shards.append((status.st_mtime_ns, path))
+                    if path.suffix == ".lock" and status.st_size and _abandoned(path):
+                        continue
+                    if path.suffix in (".shard", ".npy", ".lock"):
+                        used += status.st_size
+            for _, path in sorted(shards):
+                if used + size <= self.max_bytes:
+                    break
+                used -= _evict(path)
+            if used + size > self.max_bytes:
+                return False
+            os.ftruncate(lock, size)
+            return True
+
+
+def _meant(wildcard: str, folder: str, names: Iterable[str]) -> list[str]:
+    """The names that a wildcard address would match in a folder."""
+    theirs, ours = (address.partition("://")[2] for address in (folder_of(wildcard), folder))  # s3a:// lists as s3://
+    deep = "**" in theirs or theirs.count("/") == ours.count("/")  # fnmatch's * goes over slashes
+    return fnmatch.filter(names, base_name(wildcard)) if deep and fnmatch.fnmatchcase(ours, theirs) else []
+
+
+def _hold(path: Path) -> int | None:
+    """A descriptor with a shared lock, which keeps the file from being evicted; None when it is not there."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    if os.fstat(fd).st_nlink == 0:  # evicted in between
+        os.close(fd)
+        return None
+    os.utime(fd)
+    return fd
+
+
+def _evict(path: Path) -> int:
+    """Remove a shard that nobody holds; the bytes that became free."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        index = Path(f"{path}{INDEX_SUFFIX}")
+        freed = os.fstat(file.fileno()).st_size + index.stat().st_size
+        path.unlink()
+        index.unlink()
+        return freed
+    return 0
+
+
+def _abandoned(lock: Path) -> bool:
+    """Clean up after a process that was killed while it fetched: its lock is free but still reserves room."""
+    with contextlib.suppress(BlockingIOError), open(lock, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in glob.glob(f"{glob.escape(str(lock.with_suffix('')))}.*.part*"):
+            Path(left).unlink(missing_ok=True)
+        file.truncate(0)
+        return True
+    return False

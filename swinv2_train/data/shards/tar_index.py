@@ -1,0 +1,232 @@
+"""The index of one tar shard: where each sample's bytes lie, found by reading every header once.
+
+webdataset 1.x silently loses the rest of a shard in three kinds of damage (measured: a cut at a member border, a zeroed
+or a corrupt header in the middle), so every header's checksum and the end of the file are checked here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from swinv2_train.data.sample import ShardError
+
+BLOCK = 512
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""In order of preference when one sample holds several (as webdataset's "jpg;jpeg;png;webp")."""
+LABEL_EXTENSION = "cls"
+LABEL_MISSING = -1
+"""The sample has no .cls member."""
+LABEL_UNREADABLE = -2
+"""The .cls member is not a non-negative integer."""
+
+_KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
+_META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+_LABEL_BYTES = 64  # a longer member is no number
+_REGULAR = (b"0", b"\0", b"7")
+_REMEDY = "fetch or write it again"
+
+
+def index_dtype(key_bytes: int) -> np.dtype:
+    """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key."""
+    return np.dtype(
+        [("offset", "<i8"), ("size", "<i8"), ("label", "<i8"), ("extension", "S4"), ("key", f"S{max(key_bytes, 1)}")]
+    )
+
+
+def is_sample_member(name: str) -> bool:
+    """Whether webdataset's readers, and so this index, take a member of this name; they pass over others silently."""
+    return _KEY_AND_EXTENSION.match(name) is not None and _META_MEMBER.match(name) is None
+
+
+def build_index(path: str, name: str | None = None) -> np.ndarray:
+    """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
+
+    name: what errors call the tar, else its path.  Raises ShardError, naming the byte, for a file that is compressed
+    or not a tar, is cut off, has a damaged header, no end mark, non-zero bytes after the end mark, the same member
+    twice, or members but no image.  A tar without any member is legal (an index of length 0) and warned about.
+    """
+    images: dict[str, tuple[int, int, int]] = {}  # key -> (rank of the extension, offset, size)
+    labels: dict[str, int] = {}
+    keys: dict[str, None] = {}
+    seen: set[tuple[str, str]] = set()
+    shard = name or path
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for member, offset, size in tar_members(_File(fd), shard):
+            match = _KEY_AND_EXTENSION.match(member)
+            if match is None or _META_MEMBER.match(member):
+                continue
+            key, extension = match[1], match[2].lower()
+            if (key, extension) in seen:
+                raise ShardError(
+                    f"{shard}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
+                    "keys must be unique within a shard: write it again"
+                )
+            seen.add((key, extension))
+            keys[key] = None
+            if extension in IMAGE_EXTENSIONS:
+                preference = IMAGE_EXTENSIONS.index(extension)
+                if key not in images or preference < images[key][0]:
+                    images[key] = (preference, offset, size)
+            elif extension == LABEL_EXTENSION:
+                labels[key] = parse_label(os.pread(fd, min(size, _LABEL_BYTES + 1), offset))
+    finally:
+        os.close(fd)
+    if not keys:
+        warnings.warn(f"{shard}: the shard holds no samples", stacklevel=2)
+    elif not images:
+        found = ", ".join(sorted({extension for _, extension in seen})[:8])
+        raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
+
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1)))
+    for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
+        preference, offset, size = images.get(key, (-1, -1, -1))
+        extension = IMAGE_EXTENSIONS[preference] if preference >= 0 else ""
+        index[row] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+    return index
+
+
+def parse_label(text: bytes) -> int:
+    """The content of a .cls member as a number, or LABEL_UNREADABLE."""
+    if len(text) > _LABEL_BYTES or not text.strip().isdigit():
+        return LABEL_UNREADABLE
+    label = int(text)
+    return label if label < 2**63 else LABEL_UNREADABLE
+
+
+class TarBytes(Protocol):
+    """The bytes of a tar.  tar_members asks for them in rising order alone, so that they may come out of a pipe."""
+
+    def read_at(self, size: int, position: int) -> bytes:
+        """Fewer at the end."""
+
+    def reaches(self, end: int) -> bool:
+        """True when there are at least `end` bytes."""
+
+    def size(self) -> int:
+        """All there are; asked only when the end has been met."""
+
+
+class _File:
+    def __init__(self, fd: int) -> None:
+        self._fd, self._size = fd, os.fstat(fd).st_size
+
+    def read_at(self, size: int, position: int) -> bytes:
+        return os.pread(self._fd, size, position)
+
+    def reaches(self, end: int) -> bool:
+        return end <= self._size
+
+    def size(self) -> int:
+        return self._size
+
+
+def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
+    """Name, byte offset and size of every regular file, in order (ustar, GNU and PAX headers).
+
+    path: what errors call the tar.  Raises ShardError, naming the byte, where the tar is damaged.
+    """
+    position = 0
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        header = source.read_at(BLOCK, position)
+        if len(header) < BLOCK:
+            if source.size() == 0:
+                raise ShardError(f"{path}: empty (0 bytes); {_REMEDY}")
+            raise ShardError(
+                f"{path}: cut off at byte {source.size()}: there is no end mark, so samples are missing; {_REMEDY}"
+            )
+        if not any(header):
+            _check_tail(source, path, position)
+            return
+        size = _check_header(header, path, position)
+        kind = header[156:157]
+        start = position + BLOCK
+        if kind == b"x":
+            pax = _pax_records(source.read_at(size, start), path, position)
+        elif kind == b"L":
+            long_name = source.read_at(size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        if kind not in (b"x", b"L", b"K", b"g"):  # a real member: the records before it speak of it
+            if not pax.get("size", "0").isdecimal():
+                raise ShardError(f"{path}: damaged PAX header before byte {position}; {_REMEDY}")
+            size = int(pax.get("size", size))
+        if not source.reaches(start + size):
+            raise ShardError(
+                f"{path}: cut off at byte {source.size()}: the member at byte {position} ends at {start + size}; "
+                f"{_REMEDY}"
+            )
+        position = start + -(-size // BLOCK) * BLOCK
+        if kind in (b"x", b"L", b"K", b"g"):
+            continue
+        if kind == b"S" or any(record.startswith("GNU.sparse") for record in pax):
+            raise ShardError(f"{path}: sparse member at byte {start - BLOCK}; write the shard without --sparse")
+        name = pax.get("path") or long_name or _header_name(header)
+        long_name, pax = None, {}
+        if kind in _REGULAR:
+            yield name, start, size
+
+
+def _check_header(header: bytes, path: str, position: int) -> int:
+    """Verify the checksum; return the size field."""
+    try:
+        stored = _number(header[148:156])
+        size = _number(header[124:136])
+    except ValueError:
+        stored, size = -1, 0
+    if stored == sum(header) - sum(header[148:156]) + 8 * 32 and size >= 0:
+        return size
+    if position > 0:
+        raise ShardError(f"{path}: damaged header at byte {position}: the samples after it are lost; {_REMEDY}")
+    if header[:2] == b"\x1f\x8b" or header[:3] == b"BZh" or header[:6] == b"\xfd7zXZ\0" or header[:4] == b"(\xb5/\xfd":
+        raise ShardError(f"{path}: a compressed tar has no random access; unpack it to a plain .tar")
+    raise ShardError(f"{path}: not a tar file (no valid header at byte 0); {_REMEDY}")
+
+
+def _check_tail(source: TarBytes, path: str, position: int) -> None:
+    end_mark = position
+    while chunk := source.read_at(1 << 20, position):  # "only zeros may follow"; a legal tail has up to 11,263 of them
+        if chunk.count(0) != len(chunk):
+            first = position + next(i for i, byte in enumerate(chunk) if byte)
+            raise ShardError(
+                f"{path}: non-zero bytes at byte {first}, after the end mark at {end_mark}: a damaged header or an "
+                f"appended tar hides samples; {_REMEDY}"
+            )
+        position += len(chunk)
+
+
+def _header_name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0":  # GNU's own format keeps other things in the prefix field
+        prefix = header[345:500].split(b"\0", 1)[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _number(field: bytes) -> int:
+    if field[0] & 0x80:  # base 256, for 8 GiB and more
+        return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    text = field.split(b"\0", 1)[0].strip()
+    return int(text, 8) if text else 0
+
+
+def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
+    records: dict[str, str] = {}
+    start = 0
+    while start < len(data) and data[start] != 0:
+        space = data.find(b" ", start)
+        length = data[start:space]
+        if space < 0 or not length.isdigit() or int(length) <= len(length):
+            raise ShardError(f"{path}: damaged PAX header at byte {position}; {_REMEDY}")
+        record = data[space + 1 : start + int(length) - 1]
+        name, _, value = record.partition(b"=")
+        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        start += int(length)
+    return records

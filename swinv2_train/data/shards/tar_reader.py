@@ -1,0 +1,368 @@
+"""Shards: the manifest of a set of them, reading one sample by position, and writing.
+
+A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie its index
+(index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by scripts/make_shards.py or on first
+use.  Shards at an address are read through a cache on this machine (cache.py).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.shards.manifest import (
+    INDEX_SUFFIX,
+    check_content,
+    index_folder,
+    index_shard,
+    merge_entries,
+    read_entries,
+)
+from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
+from swinv2_train.data.shards.prefetch import FetchAhead
+from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
+from swinv2_train.data.shards.tar_index import is_sample_member
+from swinv2_train.data.shards.transfers import base_name, is_remote, shown
+from swinv2_train.storage.atomic import sha256_of
+
+__all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "shard_files"]
+__all__ += ["verify_shards", "write_shards"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that must be known of a set of shards before the first sample is read.  Picklable."""
+
+    paths: tuple[str, ...]
+    """Local paths, and addresses."""
+    index_paths: tuple[str, ...]
+    """Empty for an address: its index lies in the cache."""
+    checksums: tuple[str, ...]
+    """sha256 per shard."""
+    counts: tuple[int, ...]
+    """Samples per shard."""
+    sizes: tuple[int, ...]
+    """Bytes per shard."""
+    unlabelled: tuple[int, ...]
+    """Samples per shard without a readable label."""
+    label_range: tuple[int, int] | None
+    """Lowest and highest label over all shards; None without any label."""
+    digest: str
+    """sha256 over the names, counts and checksums of the shards in order; a resumed run compares it."""
+    cache: ShardCache | None
+    """Where shards at an address are kept on this machine; None when all are local."""
+    labels_from = ".cls"
+    classes = None
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.counts)
+
+    def name(self, shard: int) -> str:
+        """What messages call the shard: its path, or its address without anything secret."""
+        return shown(self.paths[shard])
+
+    def remote(self, shard: int) -> RemoteShard | None:
+        """What the cache must know of a shard at an address; None for a local one."""
+        path = self.paths[shard]
+        return RemoteShard(path, self.sizes[shard], self.checksums[shard]) if is_remote(path) else None
+
+    def open_reader(self, max_open: int = 64) -> TarReader:
+        """max_open: shards that are open at a time."""
+        return TarReader(self, max_open)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The manifest
+
+
+def open_manifest(
+    pattern: str,
+    key: str = "data.shards",
+    progress: Callable[[str], None] | None = None,
+    cache: ShardCache | None = None,
+) -> Manifest:
+    """Index what has no index yet, and compare every shard's size with the manifest (a stat each).
+
+    key: the config key that error messages name.  progress: receives one line per shard that is indexed.  cache: where
+    shards at an address are kept on this machine; None allows local ones alone.  Several processes may do this at
+    once.  Raises ShardError.
+    """
+    paths = expand_pattern(pattern, key)
+    remote = [path for path in paths if is_remote(path)]
+    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress)
+    if remote:
+        if cache is None:
+            raise ShardError(f"{key} '{shown(remote[0])}' is not a local path; copy the shards to a disk and name that")
+        found |= cache.entries(remote, remote_wildcards(pattern), progress)
+    entries = [found[path] for path in paths]
+    if not any(entry["samples"] for entry in entries):
+        raise ShardError(f"{key} '{pattern}': all {len(paths)} shards are empty; name shards that hold samples")
+    ranges = [entry["label_range"] for entry in entries if entry["label_range"] is not None]
+    digest = hashlib.sha256()
+    for path, entry in zip(paths, entries, strict=True):
+        digest.update(f"{base_name(path)}\0{entry['samples']}\0{entry['sha256']}\n".encode())
+    return Manifest(
+        paths=tuple(paths),
+        index_paths=tuple(index_paths.get(path, "") for path in paths),
+        checksums=tuple(entry["sha256"] for entry in entries),
+        counts=tuple(entry["samples"] for entry in entries),
+        sizes=tuple(entry["bytes"] for entry in entries),
+        unlabelled=tuple(entry["unlabelled"] for entry in entries),
+        label_range=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
+        digest=digest.hexdigest(),
+        cache=cache if remote else None,
+    )
+
+
+def _local_entries(
+    paths: Sequence[str], progress: Callable[[str], None] | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The manifest entry and the index path of every shard, made where they are not there yet."""
+    entries: dict[str, dict[str, Any]] = {}
+    index_paths: dict[str, str] = {}
+    known: dict[Path, dict[str, Any]] = {}
+    fresh: dict[Path, dict[str, Any]] = {}
+    try:
+        for path in paths:
+            folder = index_folder(path)
+            if folder not in known:
+                known[folder] = read_entries(folder)
+            name = os.path.basename(path)
+            index_path = folder / f"{name}{INDEX_SUFFIX}"
+            entry = known[folder].get(name)
+            if entry is not None:
+                check_content(path, index_path, entry)
+            if entry is None or not index_path.is_file():
+                made = index_shard(path, index_path)
+                if entry is not None and entry["sha256"] != made["sha256"]:
+                    index_path.unlink()
+                    raise ShardError(
+                        f"{path}: its checksum differs from the manifest; "
+                        f"fetch it again or run scripts/make_shards.py --reindex '{path}'"
+                    )
+                if progress is not None:
+                    progress(f"indexed {path}: {made['samples']} samples")
+                entry = fresh.setdefault(folder, {})[name] = made
+            entries[path], index_paths[path] = entry, str(index_path)
+    finally:
+        for folder, made_entries in fresh.items():
+            merge_entries(folder, made_entries)
+    return entries, index_paths
+
+
+def reindex(pattern: str, progress: Callable[[str], None] | None = None) -> Manifest:
+    """Forget what the index and manifest say of the shards of `pattern`, and make both again.
+
+    Shards that lay in the same folders and are gone are forgotten too.
+    """
+    for path in _local_paths(pattern, complete=False):
+        folder = index_folder(path)
+        gone = [name for name in read_entries(folder) if not Path(path).with_name(name).is_file()]
+        merge_entries(folder, dict.fromkeys([*gone, os.path.basename(path)]))
+        (folder / f"{os.path.basename(path)}{INDEX_SUFFIX}").unlink(missing_ok=True)
+    return open_manifest(pattern, "SOURCE", progress)
+
+
+def verify_shards(pattern: str, progress: Callable[[str], None] | None = None) -> None:
+    """Read every byte of the shards and compare with the manifest's checksums.  Raises ShardError at a difference."""
+    _local_paths(pattern, complete=True)
+    manifest = open_manifest(pattern, "SOURCE")
+    for path, checksum in zip(manifest.paths, manifest.checksums, strict=True):
+        if sha256_of(path) != checksum:
+            raise ShardError(f"{path}: its checksum differs from the manifest; fetch it again")
+        if progress is not None:
+            progress(f"{path}: checksum agrees")
+
+
+def _local_paths(pattern: str, complete: bool) -> list[str]:
+    paths = expand_pattern(pattern, "SOURCE", complete)
+    for path in paths:
+        if is_remote(path):
+            raise ShardError(f"SOURCE '{shown(path)}' is not a local path; run this where the shards lie")
+    return paths
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class TarReader:
+    """Any sample by (shard, index): one ``pread`` each, at most `max_open` shards open.  Picklable; has no position.
+
+    A shard at an address is fetched into the manifest's cache when it is read, unless `fetch_ahead` did so before.
+    """
+
+    def __init__(self, manifest: Manifest, max_open: int = 64) -> None:
+        assert max_open >= 1, max_open
+        self.manifest = manifest
+        self.max_open = max_open
+        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._ahead: FetchAhead | None = None
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Say which shards will be read next, the most urgent first, so that they come in the background.
+
+        Others are closed, or they could not leave the cache.
+        """
+        cache = self.manifest.cache
+        if cache is not None:
+            if self._ahead is None:
+                self._ahead = FetchAhead(cache)
+            wanted = (self.manifest.remote(shard) for shard in shards)
+            self._ahead.want([shard for shard in wanted if shard is not None])
+            for shard in self._open.keys() - set(shards):
+                os.close(self._open.pop(shard)[0])
+
+    def read(self, shard: int, index: int) -> Sample:
+        """The sample's bytes.  Raises SampleError where the sample is damaged, ShardError where the shard is."""
+        fd, rows = self._shard(shard)
+        offset, size, label, extension, key_bytes = rows[index].tolist()
+        name = self.manifest.name(shard)
+        key = key_bytes.decode("utf-8", "surrogateescape")
+        if size <= 0:
+            raise SampleError("no image" if size < 0 else "an empty image", name, key)
+        try:
+            image = os.pread(fd, size, offset)
+        except OSError as error:
+            raise ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk") from error
+        if len(image) != size:
+            raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
+        return Sample(key, image, extension.decode(), label if label >= 0 else None, name)
+
+    def key(self, shard: int, index: int) -> str:
+        """The sample's key, without reading it."""
+        key_bytes: bytes = self._shard(shard)[1]["key"][index]
+        return key_bytes.decode("utf-8", "surrogateescape")
+
+    def place(self, shard: int, index: int) -> str:
+        """The byte in the shard at which the sample's image begins, as it is added to an error text."""
+        return f", at byte {self._shard(shard)[1]['offset'][index]}"
+
+    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        name = self.manifest.name(shard)
+        fd, index_path = self._open_file(shard)
+        try:
+            rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
+        except (OSError, ValueError) as error:
+            os.close(fd)
+            raise ShardError(f"{name}: its index cannot be opened: {error}") from error
+        if os.fstat(fd).st_size != self.manifest.sizes[shard] or len(rows) != self.manifest.counts[shard]:
+            os.close(fd)
+            raise ShardError(f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex")
+        self._open[shard] = (fd, rows)
+        if len(self._open) > self.max_open:
+            os.close(self._open.popitem(last=False)[1][0])
+        return self._open[shard]
+
+    def _open_file(self, shard: int) -> tuple[int, str]:
+        """A descriptor of the shard on this machine, and the path of its index."""
+        remote = self.manifest.remote(shard)
+        if remote is not None:
+            assert self.manifest.cache is not None
+            if self._ahead is not None:
+                self._ahead.check(remote)
+            found = self.manifest.cache.open(remote)
+            assert found is not None, remote
+            return found
+        path = self.manifest.paths[shard]
+        try:
+            return os.open(path, os.O_RDONLY), self.manifest.index_paths[shard]
+        except OSError as error:
+            raise ShardError(f"{path}: the shard cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        """Close the open shards and stop fetching ahead; the next read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_ahead": None}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ahead"):
+            self.close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_shards(
+    samples: Iterable[tuple[str, bytes, str, int | None]], out_prefix: str, samples_per_shard: int
+) -> Manifest:
+    """Write (key, image bytes, extension, label) samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
+
+    The tars appear under their names only when all of them are written, and in the manifest last.  Raises ShardError
+    when shards of that prefix exist, a key comes twice or is none to webdataset, or there are no samples.
+    """
+    from webdataset import TarWriter
+
+    assert samples_per_shard > 0, samples_per_shard
+    folder, stem = Path(out_prefix).parent, Path(out_prefix).name
+    folder.mkdir(parents=True, exist_ok=True)
+    existing = shard_files(out_prefix)
+    if existing:
+        raise ShardError(f"{existing[0]} exists already ({len(existing)} shards); delete them or choose another OUT")
+    for leftover in folder.glob(f"{stem}-[0-9]*.tar.part"):
+        leftover.unlink()
+    parts: list[Path] = []
+    keys: set[str] = set()
+    writer: TarWriter | None = None
+    try:
+        for number, (key, image, extension, label) in enumerate(samples):
+            if key in keys:
+                raise ShardError(f"the key '{key}' comes twice; sample keys must be unique")
+            keys.add(key)
+            if not is_sample_member(f"{key}.{extension}"):
+                raise ShardError(
+                    f"webdataset's readers would pass over the key {key!r} (a line break in it, or __ around its first "
+                    "part); rename the file or its folder"
+                )
+            if number % samples_per_shard == 0:
+                if writer is not None:
+                    writer.close()
+                parts.append(folder / f"{stem}-{len(parts):06d}.tar.part")
+                # mtime=0: the same bytes every time, and no PAX header per member, which halves reading speed
+                writer = TarWriter(str(parts[-1]), mtime=0, encoder=False)
+            assert writer is not None
+            sample: dict[str, Any] = {"__key__": key, extension: image}
+            if label is not None:
+                sample["cls"] = str(label).encode()
+            writer.write(sample)
+        if writer is None:
+            raise ShardError(f"there is no sample to write to {out_prefix}-*.tar")
+        writer.close()
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    for part in parts:
+        part.with_name(f"{part.name.removesuffix('.part')}{INDEX_SUFFIX}").unlink(missing_ok=True)
+    deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand
+    merge_entries(folder, dict.fromkeys(deleted))
+    paths = [part.rename(part.with_suffix("")) for part in parts]
+    return open_manifest("::".join(map(str, paths)))
+
+
+def shard_files(out_prefix: str) -> list[Path]:
+    """The shards that write_shards wrote, or would collide with, in order."""
+    return sorted(Path(out_prefix).parent.glob(f"{Path(out_prefix).name}-[0-9]*.tar"))

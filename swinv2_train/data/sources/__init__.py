@@ -1,0 +1,1 @@
+"""Where images come from: shards, folders, saved data sets, pipes; each offers the same few methods."""

@@ -1,0 +1,95 @@
+"""Where images come from: packed shards, a folder of image files, or a saved data set of Hugging Face's `datasets`.
+
+All keep the same promises: an exact global order, resuming at the next image on any number of ranks, and one policy for
+damage.  So the loader sees only what stands here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from swinv2_train.data.sample import Sample
+from swinv2_train.data.shards.shard_cache import ShardCache
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.sources.folder import open_folder
+from swinv2_train.data.sources.huggingface import is_saved_dataset, open_saved_dataset
+
+
+class Reader(Protocol):
+    """Any sample by (shard, index).  Picklable; has no position."""
+
+    def read(self, shard: int, index: int) -> Sample:
+        """The sample's bytes.  Raises SampleError where the sample is damaged, ShardError where more than it is."""
+
+    def key(self, shard: int, index: int) -> str:
+        """The sample's key, without reading it."""
+
+    def place(self, shard: int, index: int) -> str:
+        """Where its bytes lie within a larger file, to be added to an error text; "" where they are a file."""
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Say which shards will be read next, the most urgent first."""
+
+    def close(self) -> None:
+        """Let go of what is open; the next read opens it again."""
+
+
+class Source(Protocol):
+    """Everything that must be known of images before the first one is read.  Picklable."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples per shard."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def unlabelled(self) -> tuple[int, ...]:
+        """Samples per shard without a readable label."""
+
+    @property
+    def label_range(self) -> tuple[int, int] | None:
+        """Lowest and highest label; None without any."""
+
+    @property
+    def labels_from(self) -> str:
+        """What gives a sample its label, for error texts."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Name of each label; None where the source knows none."""
+
+    @property
+    def digest(self) -> str:
+        """Distinguishes these samples and their numbering from others; a resumed run compares it."""
+
+    @property
+    def cache(self) -> ShardCache | None:
+        """Where shards at an address are kept on this machine; None when nothing is far away."""
+
+    def name(self, shard: int) -> str:
+        """What messages call the shard."""
+
+    def open_reader(self, max_open: int = 64) -> Reader:
+        """A reader that keeps at most so many files open."""
+
+
+def open_source(
+    pattern: str,
+    key: str = "data.shards",
+    progress: Callable[[str], None] | None = None,
+    cache: ShardCache | None = None,
+) -> Source:
+    """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
+
+    Arguments as of shards.open_manifest.  Raises ShardError.
+    """
+    directory = os.path.expanduser(pattern.removeprefix("file://"))
+    if not os.path.isdir(directory):
+        return open_manifest(pattern, key, progress, cache)
+    if is_saved_dataset(directory):
+        return open_saved_dataset(directory, key, progress)
+    return open_folder(directory, key, progress)

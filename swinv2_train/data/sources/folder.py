@@ -1,0 +1,271 @@
+"""A folder of image files as it is: which of them are images, what their classes are, and reading one by position.
+
+The layout is ImageNet's, as torchvision's ImageFolder reads it: ``FOLDER/<class>/.../<image>``, labels 0, 1, ... for
+the classes in sorted order; images directly in the folder have no labels.  scripts/make_shards.py packs by the same
+rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
+from swinv2_train.data.sources.virtual_shards import Unpacked, UnpackedReader, packing_order, place_of
+
+_THREADS = 16
+"""That many folders are listed at a time: on a network file system every file's size is a question to the server."""
+_SAY_SEC = 10.0
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images below a folder."""
+
+    names: list[str]
+    """Paths from the folder on, sorted."""
+    sizes: list[int]
+    """Bytes of each."""
+    left_out: int
+    """Files that are no images, and hidden files and folders."""
+
+
+@dataclass(frozen=True, eq=False)
+class Folder(Unpacked):
+    """The images of a folder, kept compactly: the 1.28 million of ImageNet are 64 MiB.  Picklable."""
+
+    names: bytes
+    """All paths from the folder on, one after the other."""
+    ends: np.ndarray
+    """int64 (images,): where each path ends in `names`."""
+    sizes: np.ndarray
+    """int64 (images,): bytes of each file."""
+    labels_from = "its class folder"
+
+    def image_name(self, place: int) -> bytes:
+        """The path, from the folder on, of the image at this place of the packing order."""
+        return self.names[self.ends[place - 1] if place else 0 : self.ends[place]]
+
+    def open_reader(self, max_open: int = 64) -> FolderReader:
+        """max_open: of no meaning here, for a file is open only while it is read."""
+        return FolderReader(self)
+
+
+def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], None] | None = None) -> Folder:
+    """List the images below `path`, with the size of each file.
+
+    key: the config key that error messages name.  progress: receives a line now and then.  Raises ShardError for a
+    folder without images, with a class that has none, that cannot be read through, or with two files of one name.
+    """
+    path = os.path.abspath(path)
+    listing = list_folder(path, f"{key} '{path}'", progress)
+    if listing.left_out and progress is not None:
+        progress(f"{listing.left_out} files and hidden folders of {path} are not images and are left out")
+    classes = class_names(listing.names, f"{key} '{path}'")
+    _check_unique(listing.names, f"{key} '{path}'")
+    label_of = {name: label for label, name in enumerate(classes or ())}
+    order = packing_order(len(listing.names))
+    ordered = [listing.names[number] for number in order]
+    labels = np.array([label_of.get(name.partition("/")[0], LABEL_MISSING) for name in ordered], "<i8")
+    encoded = [name.encode("utf-8", "surrogateescape") for name in ordered]
+    names, ends = b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype="<i8")
+    sizes = np.array(listing.sizes, "<i8")[order]
+    digest = hashlib.sha256(b"folder\0")
+    for part in (names, ends.tobytes(), sizes.tobytes()):
+        digest.update(part)
+    return Folder(path, labels, None if classes is None else tuple(classes), digest.hexdigest(), names, ends, sizes)
+
+
+def is_image(name: str) -> bool:
+    """By its extension; what is hidden, or what macOS adds to an archive, is none.  name: with / between folders."""
+    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return not hidden and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def class_names(names: Iterable[str], source: str) -> list[str] | None:
+    """The classes of images by their paths: the uppermost folders, sorted; None when there are none.
+
+    source: what errors call the place.  Raises ShardError when some images are in such a folder and others are not.
+    """
+    names = list(names)
+    loose = [name for name in names if "/" not in name]
+    if loose and len(loose) < len(names):
+        raise ShardError(
+            f"{source} holds {len(names) - len(loose)} images in class folders and {len(loose)} outside of them (e.g. "
+            f"{loose[0]}); move them into their classes, or keep them apart"
+        )
+    return None if loose else sorted({name.partition("/")[0] for name in names})
+
+
+def list_folder(path: str, source: str, progress: Callable[[str], None] | None = None) -> Listing:
+    """Every image below `path`, links followed.  source: what errors call it.
+
+    Raises ShardError when there is none, a class folder has none, or a folder or file cannot be looked at: a link to
+    nothing, or one that leads back to a folder above it.
+    """
+    found, said = _Found(), time.monotonic()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting = [_Open("", ())]
+        while waiting:
+            level, waiting = waiting, []
+            for part in pool.map(lambda folder: _scan(path, folder), level):
+                found.add(part)
+                waiting += part.folders
+                if progress is not None and time.monotonic() - said > _SAY_SEC:
+                    said = time.monotonic()
+                    progress(f"{path}: {len(found.images)} images found so far")
+    if found.problems:
+        raise ShardError(f"{found.problems[0]} ({len(found.problems)} such problems); mend or delete it")
+    if not found.images:
+        raise ShardError(f"{source} holds no images ({_what_instead(path, found)})")
+    found.images.sort()
+    _check_classes_filled(found, source)
+    return Listing([name for name, _ in found.images], [size for _, size in found.images], found.left_out)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A folder to look into."""
+
+    name: str
+    """Its path from the uppermost folder on, with a slash at its end; "" is that folder itself."""
+    above: tuple[tuple[int, int], ...]
+    """Device and inode of the folders on the way to it."""
+
+
+@dataclass
+class _Found:
+    images: list[tuple[str, int]] = field(default_factory=list)
+    folders: list[_Open] = field(default_factory=list)
+    left_out: int = 0
+    extensions: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, other: _Found) -> None:
+        self.images += other.images
+        self.folders += other.folders
+        self.left_out += other.left_out
+        self.extensions |= other.extensions
+        self.problems += other.problems
+
+    def leave_out(self, name: str) -> None:
+        self.left_out += 1
+        self.extensions.add(os.path.splitext(name)[1].lower())
+
+
+def _scan(root: str, folder: _Open) -> _Found:
+    """What lies directly in one folder."""
+    found, path = _Found(), os.path.join(root, folder.name)
+    try:
+        status = os.stat(path)
+        mine = (status.st_dev, status.st_ino)
+        if mine in folder.above:
+            found.problems.append(f"{path}: a link back to a folder above it")
+            return found
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = folder.name + entry.name
+                if entry.name.startswith((".", "__MACOSX")):
+                    found.left_out += 1
+                elif entry.is_dir():
+                    found.folders.append(_Open(f"{name}/", (*folder.above, mine)))
+                elif is_image(entry.name) or entry.is_symlink():  # a link to nothing may have been to a class
+                    _look_at(entry, name, found)
+                else:
+                    found.leave_out(entry.name)
+    except OSError as error:
+        found.problems.append(f"{error.filename or path} cannot be listed: {error.strerror}")
+    return found
+
+
+def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
+    try:
+        status = entry.stat()
+    except OSError as error:
+        link = "a link to nothing" if entry.is_symlink() else f"cannot be looked at: {error.strerror}"
+        found.problems.append(f"{entry.path}: {link}")
+        return
+    if is_image(entry.name) and stat.S_ISREG(status.st_mode):
+        found.images.append((name, status.st_size))
+    else:  # opening a pipe would wait for ever
+        found.leave_out(entry.name)
+
+
+def _what_instead(path: str, found: _Found) -> str:
+    if ".tar" in found.extensions:
+        return f"it holds shards: name them, {os.path.join(path, '*.tar')}"
+    if ".arrow" in found.extensions:
+        return "but Arrow files: have `datasets` save them by save_to_disk, and name that directory"
+    return f"{found.left_out} files, none named *.{', *.'.join(IMAGE_EXTENSIONS)}"
+
+
+def _check_classes_filled(found: _Found, source: str) -> None:
+    """An empty class would shift the labels of all that follow, or, left out silently, mean that it has none."""
+    if any("/" not in name for name, _ in found.images):
+        return
+    filled = {name.partition("/")[0] for name, _ in found.images}
+    empty = sorted({folder.name.partition("/")[0] for folder in found.folders} - filled)
+    if empty:
+        raise ShardError(
+            f"{source}: the class folder {empty[0]} holds no image ({len(empty)} such folders); fill or delete it, for "
+            "labels are the places of the folders in sorted order"
+        )
+
+
+def _check_unique(names: Sequence[str], source: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        key = _key_of(name)
+        if key in seen:
+            raise ShardError(
+                f"{source}: two images have the name {key} and differ in the extension alone (one is {name}); rename "
+                "one, for the name without extension is the sample's key"
+            )
+        seen.add(key)
+
+
+def _key_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class FolderReader(UnpackedReader):
+    """Any image of a folder by (shard, index).  Picklable; has no position."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._root = os.fsencode(folder.path) + b"/"
+
+    def read(self, shard: int, index: int) -> Sample:
+        """The file's bytes.  Raises SampleError where it is gone, cannot be read or has another size than listed."""
+        place = place_of(shard, index)
+        name, size, label = self.folder.image_name(place), int(self.folder.sizes[place]), int(self.folder.labels[place])
+        text = name.decode("utf-8", "surrogateescape")
+        key, _, extension = text.rpartition(".")
+        if size == 0:
+            raise SampleError("an empty image", self.folder.path, key)
+        try:
+            with open(self._root + name, "rb", buffering=0) as file:
+                image = file.read(size + 1)
+                while 0 < len(image) < size and (more := file.read(size + 1 - len(image))):
+                    image += more  # some network file systems give less than they are asked for
+        except OSError as error:
+            raise SampleError(f"cannot be read: {error.strerror}", self.folder.path, key) from error
+        if len(image) != size:
+            found = f"more than {size}" if len(image) > size else str(len(image))
+            raise SampleError(f"{found} bytes, but {size} when the run started", self.folder.path, key)
+        return Sample(key, image, extension.lower(), label if label >= 0 else None, self.folder.path)
+
+    def key(self, shard: int, index: int) -> str:
+        """The path from the folder on, without the extension."""
+        return _key_of(self.folder.image_name(place_of(shard, index)).decode("utf-8", "surrogateescape"))

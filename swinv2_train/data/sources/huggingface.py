@@ -1,0 +1,249 @@
+"""A data set that Hugging Face's `datasets` wrote by save_to_disk: its columns, its labels, and one row by position.
+
+The directory holds Arrow streams and two JSON files that describe them, and pyarrow, which `datasets` itself stands on,
+reads those.  `datasets` is not imported: that takes six times as long, and it opens connections of its own accord.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swinv2_train.config import ConfigError
+from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.shards.tar_index import LABEL_MISSING
+from swinv2_train.data.sources.virtual_shards import Unpacked, UnpackedReader, packing_order, place_of
+
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
+"""Ends an Arrow stream.  pyarrow does without it, and loses rows in silence where a file was cut between batches."""
+_AGAIN = "copy or save it again"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedDataset(Unpacked):
+    """The rows of a saved data set.  Picklable."""
+
+    files: tuple[str, ...]
+    """Names of the Arrow files in the directory."""
+    file_rows: tuple[int, ...]
+    """Rows of each."""
+    image_column: str
+    rows: np.ndarray
+    """int64 (images,): the number of the row at each place of the packing order."""
+    labels_from = "a column of class labels"
+
+    def open_reader(self, max_open: int = 64) -> SavedDatasetReader:
+        """max_open: of no meaning here; all files are mapped into memory, and none stays open."""
+        return SavedDatasetReader(self)
+
+
+def is_saved_dataset(directory: str) -> bool:
+    """True for what Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
+    return any(os.path.isfile(os.path.join(directory, name)) for name in (_STATE, _SPLITS))
+
+
+def open_saved_dataset(
+    path: str, key: str = "data.shards", progress: Callable[[str], None] | None = None
+) -> SavedDataset:
+    """Find the image and the label column of a saved data set by their types, and read the labels.
+
+    key: the config key that error messages name.  progress: receives a line.  Raises ShardError for several splits, a
+    damaged directory, no or several columns of a kind, or no rows; ConfigError when pyarrow is not installed.
+    """
+    path, source = os.path.abspath(path), f"{key} '{path}'"
+    _check_single(path, source)
+    state, info = _read_json(path, _STATE), _read_json(path, _INFO)
+    if state.get("_indices_data_files"):
+        raise ShardError(f"{source} holds rows of which a list says the order; save it again with a newer `datasets`")
+    features = info.get("features") or {}
+    image, label = find_columns(features, source)
+    files = tuple(str(file["filename"]) for file in state["_data_files"])
+    labels, file_rows = [], []
+    for file in files:
+        table = _open_table(os.path.join(path, file))
+        _check_columns(table, image, label, os.path.join(path, file))
+        file_rows.append(table.num_rows)
+        labels.append(_labels(table, label))
+    if not sum(file_rows):
+        raise ShardError(f"{source} holds no rows; name a data set that has some")
+    rows = np.array(packing_order(sum(file_rows)), "<i8")
+    in_order = np.concatenate(labels)[rows]
+    classes = None if label is None else features[label].get("names")
+    digest = hashlib.sha256(f"{state['_fingerprint']}\0{image}\0{label}\0".encode())
+    for part in (rows, in_order):
+        digest.update(part.tobytes())
+    if progress is not None:
+        told = "none" if label is None else f"'{label}'"
+        progress(f"{path}: {len(rows)} rows; images in the column '{image}', labels in {told}")
+    return SavedDataset(
+        path, in_order, tuple(classes) if classes else None, digest.hexdigest(), files, tuple(file_rows), image, rows
+    )
+
+
+def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | None]:
+    """The one column of images, and the one of labels: of class labels, or, without those, of integers; None for none.
+
+    features: by column, as dataset_info.json has them.  source: what errors call the data set.  Raises ShardError
+    when there is no column of images, or several of a kind.
+    """
+
+    def of_type(matches: Callable[[Mapping[str, Any]], bool]) -> list[str]:
+        return [name for name, kind in features.items() if isinstance(kind, dict) and matches(kind)]
+
+    images = of_type(lambda kind: kind.get("_type") == "Image")
+    labels = of_type(lambda kind: kind.get("_type") == "ClassLabel")
+    labels = labels or of_type(  # arrays have a dtype too
+        lambda kind: kind.get("_type") == "Value" and str(kind.get("dtype")).startswith(("int", "uint"))
+    )
+    listed = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items()) or "none"
+    if not images:
+        raise ShardError(
+            f"{source} has no column of type Image; its columns: {listed}; cast the one that holds the images "
+            "(cast_column(NAME, datasets.Image())) and save it again"
+        )
+    for what, found in (("images", images), ("labels", labels)):
+        if len(found) > 1:
+            raise ShardError(
+                f"{source} has {len(found)} columns that may be the {what}: {', '.join(found)}; its columns: {listed}; "
+                "keep one of them (select_columns([...])) and save it again"
+            )
+    return images[0], labels[0] if labels else None
+
+
+def _type_name(kind: Any) -> str:
+    return str(kind.get("dtype", kind.get("_type", "nested")) if isinstance(kind, dict) else "nested")
+
+
+def _check_single(path: str, source: str) -> None:
+    if os.path.isfile(os.path.join(path, _SPLITS)):
+        splits = [os.path.join(path, str(name)) for name in _read_json(path, _SPLITS)["splits"]]
+        raise ShardError(f"{source} holds several data sets; name one of them: {', '.join(splits)}")
+
+
+def _read_json(path: str, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path, name).read_text())
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: {name} is missing; {_AGAIN}") from error
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: {name} cannot be read ({error}); {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ShardError(f"{path}: {name} is not what `datasets` writes; {_AGAIN}")
+    return content
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(
+            "data sets of Hugging Face's `datasets` need pyarrow, which is not installed; "
+            "pip install 'swinv2_train[huggingface]', or name a folder of images or shards"
+        ) from error
+    return pyarrow
+
+
+def _open_table(path: str) -> Any:
+    """The table of an Arrow file, mapped into memory: nothing of the images is read yet."""
+    arrow = _pyarrow()
+    try:
+        with open(path, "rb") as file:
+            file.seek(-min(len(_END_MARK), os.fstat(file.fileno()).st_size), os.SEEK_END)
+            complete = file.read() == _END_MARK
+        table = arrow.ipc.open_stream(arrow.memory_map(path)).read_all()
+    except (OSError, arrow.ArrowInvalid) as error:
+        raise ShardError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+    if not complete:
+        raise ShardError(f"{path}: cut off: there is no end mark, so rows are missing; {_AGAIN}")
+    return table
+
+
+def _check_columns(table: Any, image: str, label: str | None, path: str) -> None:
+    kind = table.schema.field(image).type if image in table.schema.names else None
+    names = {kind.field(i).name for i in range(kind.num_fields)} if kind is not None else set()
+    if not {"bytes", "path"} <= names:
+        raise ShardError(f"{path}: the column '{image}' is {kind}, not a struct of bytes and path; save it again")
+    if label is not None and label not in table.schema.names:
+        raise ShardError(f"{path}: there is no column '{label}', which {_INFO} names; {_AGAIN}")
+
+
+def _labels(table: Any, label: str | None) -> np.ndarray:
+    """int64 (rows,), -1 where there is none."""
+    if label is None:
+        return np.full(table.num_rows, LABEL_MISSING, "<i8")
+    column = table.column(label).cast(_pyarrow().int64(), safe=False)  # beyond 63 bit: negative, no readable label
+    # by way of Python's numbers, 0.03 us each: fill_null and to_numpy would import pandas
+    numbers = [LABEL_MISSING if number is None else number for number in column.to_pylist()]
+    return np.maximum(np.array(numbers, "<i8"), LABEL_MISSING)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class SavedDatasetReader(UnpackedReader):
+    """Any image of a saved data set by (shard, index).  Picklable; maps the files when it first reads."""
+
+    def __init__(self, dataset: SavedDataset) -> None:
+        _pyarrow()  # here, or every worker process would import it on its own
+        self.dataset = dataset
+        self._chunks: tuple[list[int], list[Any]] | None = None
+
+    def read(self, shard: int, index: int) -> Sample:
+        """The row's bytes.  Raises SampleError where there are none, ShardError where a file has changed."""
+        path, place = self.dataset.path, place_of(shard, index)
+        key = self.key(shard, index)
+        starts, chunks = self._mapped()
+        chunk = bisect_right(starts, int(self.dataset.rows[place])) - 1
+        cell = chunks[chunk][int(self.dataset.rows[place]) - starts[chunk]].as_py() or {}
+        image, file = cell.get("bytes"), cell.get("path")
+        if image is None:
+            image = _read_file(file, path, key)
+        if not image:
+            raise SampleError("an empty image", path, key)
+        label, extension = int(self.dataset.labels[place]), os.path.splitext(file or "")[1][1:].lower()
+        return Sample(key, image, extension or "bin", label if label >= 0 else None, path)
+
+    def key(self, shard: int, index: int) -> str:
+        """The number of the row."""
+        return str(self.dataset.rows[place_of(shard, index)])
+
+    def close(self) -> None:
+        """Let the mapped files go; the next read maps them again."""
+        self._chunks = None
+
+    def _mapped(self) -> tuple[list[int], list[Any]]:
+        """The number of the first row, and the images, of every batch of rows that the files hold."""
+        if self._chunks is None:
+            chunks: list[Any] = []
+            for name, rows in zip(self.dataset.files, self.dataset.file_rows, strict=True):
+                table = _open_table(os.path.join(self.dataset.path, name))
+                if table.num_rows != rows:
+                    raise ShardError(f"{self.dataset.path}: {name} changed since the run started; {_AGAIN}")
+                chunks += [chunk for chunk in table.column(self.dataset.image_column).chunks if len(chunk)]
+            starts = np.cumsum([0, *map(len, chunks)])[:-1].tolist()
+            self._chunks = (starts, chunks)
+        return self._chunks
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chunks": None}
+
+
+def _read_file(file: str | None, path: str, key: str) -> bytes:
+    """For a row that has no image in it, but a path."""
+    if file is None:
+        raise SampleError("no image", path, key)
+    if "://" in file:
+        raise SampleError(f"no image, but the address {file.split('?')[0]}", path, key)
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise SampleError(f"its file {file} cannot be read: {error.strerror}", path, key) from error

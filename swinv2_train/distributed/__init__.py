@@ -1,0 +1,37 @@
+"""Ranks: the process group, the few collectives that the rest needs, what SLURM says, and whether all started alike.
+
+Knows config alone.
+"""
+
+from swinv2_train.distributed.collectives import (
+    RankError,
+    World,
+    all_gather,
+    all_reduce_sum,
+    any_rank,
+    barrier,
+    broadcast_object,
+    exchange,
+    gather_objects,
+    highest,
+    on_main,
+    raise_together,
+)
+from swinv2_train.distributed.process_group import init_distributed, shutdown_distributed
+
+__all__ = [
+    "RankError",
+    "World",
+    "all_gather",
+    "all_reduce_sum",
+    "any_rank",
+    "barrier",
+    "broadcast_object",
+    "exchange",
+    "gather_objects",
+    "highest",
+    "init_distributed",
+    "on_main",
+    "raise_together",
+    "shutdown_distributed",
+]

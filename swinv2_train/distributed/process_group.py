@@ -1,0 +1,177 @@
+"""The process group of a run: from torchrun, from SLURM or of one process alone."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
+
+from swinv2_train.config import ConfigError
+from swinv2_train.distributed import slurm
+from swinv2_train.distributed.collectives import World, _active
+
+
+def init_distributed(timeout_sec: int) -> World:
+    """Join the process group that torchrun or srun announces, or make a group of one.
+
+    timeout_sec: seconds after which a waiting collective ends the run.  Uses NCCL with an accelerator, gloo without.
+    Also writes RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE to the environment, where DeepSpeed looks for them.
+    Raises ConfigError when the announced ranks make no sense.
+    """
+    environment = _announced_ranks()
+    rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+    local_rank, local_world_size = environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]
+    if not (0 <= rank < world_size and 0 <= local_rank < local_world_size):
+        raise ConfigError(
+            f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_world_size} in the "
+            "environment do not fit together; start with torchrun or srun, or unset them to run one process"
+        )
+    if torch.cuda.is_available():
+        visible = torch.cuda.device_count()
+        if local_rank >= visible and not slurm.own_accelerator(visible, local_world_size):
+            raise ConfigError(
+                f"{local_world_size} processes on this host but {visible} accelerators; "
+                "start at most one process for each (torchrun --nproc-per-node, srun --ntasks-per-node)"
+            )
+        device = torch.device("cuda", min(local_rank, visible - 1))  # 0 where a task sees its own alone
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    world = World(rank, local_rank, world_size, local_world_size, device)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    timeout = datetime.timedelta(seconds=timeout_sec)
+    if device.type == "cpu":
+        atexit.register(_let_gloo_finish)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store(rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return world
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if _active():
+        dist.destroy_process_group()
+
+
+def _announced_ranks() -> dict[str, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun, from srun (2 tasks or more), or alone."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        ranks = slurm.step_ranks()
+        given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+        if given and ranks is None:
+            missing = "WORLD_SIZE" if given == ["RANK"] else "RANK"
+            raise ConfigError(
+                f"{given[0]} ({os.environ[given[0]]}) is in the environment and {missing} is not; "
+                f"start with torchrun or srun, or unset {given[0]} to run one process"
+            )
+        if ranks is None:
+            return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        host, port = slurm.meeting_point()
+        os.environ.setdefault("MASTER_ADDR", host)
+        os.environ.setdefault("MASTER_PORT", str(port))
+        return ranks
+    names = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
+    try:
+        found = {name: int(os.environ[name]) for name in names}
+    except ValueError as error:
+        raise ConfigError(f"{sorted(names)} in the environment must be whole numbers: {error}") from error
+    found.setdefault("LOCAL_RANK", 0)
+    found.setdefault("LOCAL_WORLD_SIZE", found["LOCAL_RANK"] + 1)
+    return found
+
+
+def _let_gloo_finish() -> None:
+    """At exit: gloo's thread frees the tensors of the last collective and needs the interpreter's lock for it.
+
+    When the interpreter is already gone by then, the thread aborts the process ("terminate called without an active
+    exception", in one of four runs of two short-lived ranks) and a complete run counts as failed.  Sleeping gives the
+    lock away.
+    """
+    time.sleep(0.1)
+
+
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
+    """The key-value store where the ranks find each other.
+
+    torchrun's agent hosts one store for all attempts of a job, and torch reuses the addresses that the ranks of the
+    last attempt left in it: with gloo every restart then fails to connect.  So each attempt has its own prefix.
+    """
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return FileStore(str(Path(tempfile.mkdtemp(prefix="swinv2_train_")) / "store"), 1)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} missing in the environment of rank {rank}; start with torchrun")
+    host = os.environ["MASTER_ADDR"]
+    try:
+        port = int(os.environ["MASTER_PORT"])
+    except ValueError as error:
+        raise ConfigError(f"MASTER_PORT ({os.environ['MASTER_PORT']}) must be a port's number") from error
+    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        address = socket.gethostbyname(host)
+        store = TCPStore(address, port, world_size, is_master=is_master, timeout=timeout, wait_for_workers=False)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"MASTER_ADDR ({host}) has no address on {socket.gethostname()}: {error.strerror}; "
+            "set MASTER_ADDR to an address of rank 0's host that every rank can reach"
+        ) from error
+    except dist.DistNetworkError as error:
+        if is_master:
+            raise ConfigError(
+                f"rank 0 cannot listen on MASTER_PORT ({port}): {str(error).splitlines()[0]}; "
+                "another program has it: set MASTER_PORT to a free port"
+            ) from error
+        raise ConfigError(
+            f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at MASTER_ADDR ({host}), MASTER_PORT ({port}): "
+            f"{str(error).splitlines()[0]}; is rank 0 running there, and no firewall between?"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefixed = PrefixStore(f"attempt_{attempt}", store)
+    _meet(prefixed, rank, world_size, timeout)
+    return prefixed
+
+
+def _meet(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+    """ConfigError on every rank that can be reached, unless each of 0 .. world_size - 1 comes once and says the same.
+
+    Collectives among ranks of different numbers would wait until the time is up, and not say for whom.
+    """
+    host = socket.gethostname()
+    come = "start all ranks of a run, and of this run alone, with one torchrun or srun"
+    if store.add(f"arrived_{rank}", 1) > 1:
+        text = f"two processes call themselves RANK {rank}, one of them on {host}; {come}"
+        store.set("verdict", text)
+        raise ConfigError(text)
+    store.set(f"rank_{rank}", f"{world_size} on {host}")
+    if rank == 0:
+        store.set("verdict", _verdict(store, world_size, host, timeout, come))
+    else:
+        store.wait(["verdict"], timeout + datetime.timedelta(seconds=10))
+    if text := store.get("verdict").decode():
+        raise ConfigError(text)
+
+
+def _verdict(store: Store, world_size: int, host: str, timeout: datetime.timedelta, remedy: str) -> str:
+    """What rank 0 finds wrong with those who came, or nothing."""
+    ranks = [f"rank_{rank}" for rank in range(world_size)]
+    try:
+        store.wait(ranks, timeout)
+    except dist.DistStoreError:
+        absent = ", ".join(str(rank) for rank, name in enumerate(ranks) if not store.check([name]))
+        return f"of {world_size} ranks these did not come within {timeout.total_seconds():.0f} s: {absent}; {remedy}"
+    said = [store.get(name).decode() for name in ranks]
+    others = [f"rank {rank} has {text}" for rank, text in enumerate(said) if text.split()[0] != str(world_size)]
+    return f"rank 0 has WORLD_SIZE {world_size} on {host}, {', '.join(others)}; {remedy}" if others else ""

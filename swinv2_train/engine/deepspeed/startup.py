@@ -1,0 +1,77 @@
+"""What is left out of the start of a run, and why that is safe.
+
+An untouched 2-rank ZeRO-3 start takes 34 s on 2 cores, nearly all of it imports and builds that training never uses:
+
+* torch's optimizers import torch._dynamo when the first parameter group is added, and so does the first call of an
+  operation of our own, only to mark functions as "not to be compiled".  The mark is cached in an attribute; we set it
+  to the function itself.
+* DeepSpeed imports its Muon optimizer to compare types, and that import compiles three functions with torch.compile,
+  i.e. imports inductor; its ZeRO-3 hooks are marked as "not to be compiled".  During deepspeed.initialize both
+  decorators return the function as it is.
+* DeepSpeed imports triton for fused kernels of its mixture of experts.  During deepspeed.initialize it is not found.
+* DeepSpeed builds the shm_comm extension with the C++ compiler (78 s when cold) for an operation of its inference
+  engine.  We tell it that the extension is not available.
+* DeepSpeed's BF16_Optimizer (stage 1) reports the memory, with a garbage collection, before and after every group.
+* DeepSpeed probes for accelerators; on a machine without one it is told so.
+
+None of this is wanted by eager training.  With SWINV2_TRAIN_KEEP_COMPILER=1 in the environment,
+torch.compile finds everything as torch ships it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from swinv2_train.engine.adamw import compiler_is_kept
+
+
+def import_deepspeed() -> types.ModuleType:
+    """DeepSpeed, told what this machine has.  The only place that imports it."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch 2.13 deprecates what DeepSpeed 0.19.8 calls at every step; the rank's log would grow by 1 kB a step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.", category=FutureWarning)
+    import deepspeed
+    from deepspeed import ops
+
+    module: types.ModuleType = deepspeed
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return module
+
+
+@contextlib.contextmanager
+def quick_initialize() -> Iterator[None]:
+    """Around deepspeed.initialize: compiling a function and forbidding to compile it both leave it as it is, and
+    memory reports (a garbage collection each) are left out."""
+    from deepspeed.runtime import bf16_optimizer, compiler
+
+    changes: list[tuple[Any, str, Any]] = [(bf16_optimizer, "see_memory_usage", lambda *args, **kwargs: None)]
+    if not compiler_is_kept():
+        changes.append((compiler, "compile", lambda *args, **kwargs: lambda function: function))
+        changes.append((torch.compiler, "disable", _as_it_is))
+    originals = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, replacement in changes:
+        setattr(owner, name, replacement)
+    modules: dict[str, Any] = sys.modules
+    without_triton = not compiler_is_kept() and modules.setdefault("triton", None) is None
+    try:
+        yield
+    finally:
+        if without_triton:
+            del modules["triton"]
+        for (owner, name, _), original in zip(changes, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _as_it_is(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """A decorator, with or without arguments, that changes nothing."""
+    return (lambda inner: inner) if function is None else function

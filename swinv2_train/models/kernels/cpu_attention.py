@@ -1,0 +1,152 @@
+"""Windowed cosine attention on a CPU: fused_cpu.cpp, compiled on first use by the machine's C++ compiler.
+
+Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swinv2_train.models.windows import WindowGrid, window_regions, window_tokens
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_TOKENS = 1024  # of a window: a thread holds four N x N float32 matrices, 16 MiB
+ITEMS = 96  # pieces of work of a call, a chunk of windows and a head each, where there are enough windows
+CHUNK = 4  # windows of a chunk, at least: they share a head's bias.  Neither depends on the machine, as sums do on them
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+class _Sizes(ctypes.Structure):
+    names = ("batch", "map", "windows", "rows", "cols", "heads", "dim", "chunks")
+    _fields_ = [(name, ctypes.c_long) for name in names]
+
+
+def problem() -> str | None:
+    """Why there is no compiled kernel on this machine, in a few words; None where there is one."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
+    if not compiler:
+        return None, "there is no C++ compiler (g++, clang++, or what CXX names)"
+    try:
+        directory, name = _cache_directory(), f"fused_cpu_{_fingerprint(compiler)}.so"
+        library = None if directory is None else _kept(directory / name)
+        if library is None:
+            with tempfile.TemporaryDirectory() as private:
+                built = Path(private) / name
+                subprocess.run([*compiler, *FLAGS, "-o", built, SOURCE], check=True, capture_output=True, timeout=300)
+                library = ctypes.CDLL(str(built))  # stays when its file goes
+                if directory is not None:
+                    _keep(built, directory / name)
+        return library, None
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
+        said = [line for line in lines if line.strip()] or [str(error)]
+        return None, f"{' '.join(compiler)} could not compile it: {said[-1]}"
+
+
+def _cache_directory() -> Path | None:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/swinv2_train, or in ~/.cache; None where others could write."""
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swinv2_train"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory if _is_ours(directory) else None
+    except (OSError, RuntimeError):  # the second from expanduser, where a user has no home
+        return None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else can have put there what would be run."""
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """A kernel that an earlier start compiled; None where there is none, or it cannot be loaded (a torn file)."""
+    try:
+        return ctypes.CDLL(str(path)) if _is_ours(path) else None
+    except OSError:
+        return None
+
+
+def _keep(built: Path, path: Path) -> None:
+    """Whole or not at all, however many processes and hosts do it at once; a full disk is no reason to stop."""
+    with contextlib.suppress(OSError):
+        file, part = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(file, "wb") as target:
+                target.write(built.read_bytes())
+            Path(part).replace(path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    """Of all that a compiled kernel follows from, the processor too: homes are shared between machines."""
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    what = (SOURCE.read_text(), FLAGS, compiler, version, platform.machine(), sorted(features))
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+class _Call:
+    """The arguments that forward and backward share, and the tensors they point into."""
+
+    def __init__(self, qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, heads: int) -> None:
+        tokens, regions = window_tokens(grid, qkv.device), window_regions(grid, qkv.device)
+        windows = tokens.shape[0]
+        self.chunks = max(1, min(math.ceil(ITEMS / heads), qkv.shape[0] * windows // CHUNK))
+        self.table = table.t().contiguous()  # (h, offsets)
+        sizes = _Sizes(
+            qkv.shape[0], math.prod(grid.size), windows, *grid.window, heads, qkv.shape[-1] // (3 * heads), self.chunks
+        )
+        self.tensors = (qkv, scale, self.table, tokens.contiguous(), regions.contiguous())
+        self.arguments = (int(qkv.dtype == torch.bfloat16), ctypes.byref(sizes), *map(_address, self.tensors))
+
+
+def _address(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def forward(qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor, grid: WindowGrid, heads: int) -> None:
+    """Write the attention of qkv (B, H, W, 3C) into out (B, H, W, C), and the logarithms of the softmax's denominators
+    into lse (B*nW, h, N).  All contiguous; otherwise as dispatch.fused_window_attention."""
+    call, (library, _) = _Call(qkv, scale, table, grid, heads), _load()
+    assert library is not None, "ask problem() first"
+    threads = torch.get_num_threads()
+    library.window_attention_forward(*call.arguments, _address(out), _address(lse), threads)
+
+
+def backward(
+    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, lse: Tensor, grad_qkv: Tensor,
+    grid: WindowGrid, heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write the gradient of qkv into grad_qkv; returns those of scale (h,) and table ((2rows-1)(2cols-1), h)."""
+    call, (library, _) = _Call(qkv, scale, table, grid, heads), _load()
+    assert library is not None, "ask problem() first"
+    scale_parts = lse.new_empty(call.chunks, heads)
+    table_parts = lse.new_zeros(call.chunks, *call.table.shape)
+    library.window_attention_backward(
+        *call.arguments, *map(_address, (grad, lse, grad_qkv, scale_parts, table_parts)), torch.get_num_threads()
+    )
+    return scale_parts.sum(0), table_parts.sum(0).t().contiguous()

@@ -1,0 +1,332 @@
+"""Windowed cosine attention in one pass over the unpartitioned map, forward and backward: Triton kernels on CUDA, and
+one written in C++ on a CPU (fused_cpu.py).
+
+Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import swinv2_train.models.kernels.cpu_attention as cpu
+from swinv2_train.models.precision import without_autocast
+from swinv2_train.models.windows import MASKED_LOGIT, WindowGrid
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WINDOW = 64
+HEAD_DIMS = (16, 128)  # the smallest and the largest
+MIN_CAPABILITY = 8  # major: the first with bfloat16 matrix units
+TRIAL_BOUND = 0.05  # of the largest entry, in bfloat16
+TABLE_PROGRAMS = 2048  # of the table's gradient; a constant, because its sums must not depend on the card
+
+
+def fused_problem(device: torch.device) -> str | None:
+    """Why nothing is fused on this device, whatever the sizes, in a few words; None where something is.
+
+    Triton's interpreter, which serves tests, does not count.
+    """
+    if device.type == "cpu":
+        return cpu.problem()
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"there are no kernels for {device.type if torch.version.hip is None else 'ROCm'}"
+    if not HAS_TRITON:
+        return "the package triton is missing"
+    capability = torch.cuda.get_device_capability(device)
+    return _trial(device) if capability[0] >= MIN_CAPABILITY else f"the GPU is too old ({capability}, 8.0 is needed)"
+
+
+@functools.cache
+def _trial(device: torch.device) -> str | None:
+    """What goes wrong when the kernels attend in a small map on this device, beside the reference; None when nothing.
+
+    So a card or a Triton that they do not work on costs speed and no run.  Draws none of the run's random numbers.
+    """
+    from swinv2_train.models.cosine import window_attention
+
+    grid, heads = WindowGrid((10, 12), (8, 8), (4, 4)), 2
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, *grid.size, 3 * 32 * heads, generator=generator).to(device, torch.bfloat16)
+    scale = torch.full((heads, 1, 1), 10.0, device=device)
+    table = torch.rand(15 * 15, heads, generator=generator).to(device)
+    results = []
+    try:
+        with torch.enable_grad(), without_autocast(device):
+            for attention in (fused_window_attention, window_attention):
+                q, s, t = (x.detach().requires_grad_() for x in (qkv, scale, table))
+                out = attention(q, s, t, grid, heads)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, s, t))])
+        differences = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
+    except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
+        return f"the kernels failed on {device}: {type(error).__name__}: {error}"
+    good = all(difference <= TRIAL_BOUND for difference in differences)  # not if one is not a number
+    return None if good else f"on {device} the kernels are {max(differences):.2g} from the reference"
+
+
+def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
+    """Whether :func:`fused_window_attention` is to be used for this qkv (B, H, W, 3C): the kernels of its device know
+    its dtype and sizes, and :func:`fused_problem` has nothing against it."""
+    dim = qkv.shape[-1] // (3 * num_heads)
+    if qkv.device.type == "cpu":
+        known = qkv.dtype in cpu.DTYPES and math.prod(grid.window) <= cpu.MAX_TOKENS and dim <= HEAD_DIMS[1]
+    else:
+        known = (
+            qkv.dtype in DTYPES
+            and max(grid.window) <= MAX_WINDOW
+            and HEAD_DIMS[0] <= dim <= HEAD_DIMS[1]
+            and grid.size[0] * grid.size[1] * qkv.shape[-1] < 2**31  # offsets inside an image are 32-bit
+        )
+    return known and fused_problem(qkv.device) is None
+
+
+def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
+    """Cosine attention inside the windows of a map, N x N scores never in memory (arXiv:2111.09883 section 3.2).
+
+    softmax(cos(q, k) scale + bias + mask) v, as :mod:`swinv2_train.models.attention` computes it on cut windows.
+    qkv: (B, H, W, 3C), the projection of the map itself, channels ordered (3, h, d); float32, bfloat16 or, on CUDA,
+    float16.
+    scale: (h, 1, 1) float32, exp(logit_scale).  table: ((2rows-1)(2cols-1), h) float32, the bias of every offset.
+    Returns (B, H, W, C) in qkv's dtype.  Beside its arguments and the result it keeps the softmax's denominators for
+    the backward pass, (B*nW, h, N) float32.  All gradients are the same bit for bit in every run: no sum is atomic.
+    """
+    out: Tensor = _forward(qkv, scale, table, grid.size, grid.window, grid.shift, num_heads)[0]
+    return out
+
+
+class Tiles(NamedTuple):
+    """How a launch cuts windows up, in tokens: a program owns a block of queries (or keys) and goes over the others."""
+
+    owned: int
+    streamed: int
+    forward_keys: int  # streamed in the forward pass: a window of up to 64 tokens goes in one step
+    warps: int
+    side: int  # of the tiles whose sum over all windows gives the table's gradient; at least a row of the window
+    side_warps: int
+
+
+def tiles_for(tokens: int, cols: int, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles for windows of this many tokens in rows of cols.
+
+    No search, which would cost every start seconds. Chosen by what the compiled kernels take (scripts/compile_fused.py)
+    at d = 32 in bfloat16: hardly anything spilled, and 8 to 20 warps at a time on a multiprocessor.
+    """
+    whole = max(16, _power_of_two(tokens))
+    exact, wide = dtype == torch.float32, head_dim > 64  # float32 has no matrix units and twice the bytes
+    owned = min(whole, 32 if exact else 64)
+    streamed = min(whole, 16 if exact and wide else 32)
+    side = max(min(whole, 32 if exact else 64), 16, _power_of_two(cols))
+    return Tiles(
+        owned=owned,
+        streamed=streamed,
+        forward_keys=64 if whole == 64 and not exact and not wide else streamed,
+        warps=8 if wide and owned == 64 else 4 if owned >= 32 else 2,
+        side=side,
+        side_warps=8 if side == 64 and (wide or exact or (whole == 64 and head_dim > 32)) else 4,
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _rounded(tokens: int, block: int) -> int:
+    return math.ceil(tokens / block) * block
+
+
+class _Launch:
+    """What all kernels of one call share: the grid's numbers, and the constants they are compiled for."""
+
+    def __init__(self, qkv: Tensor, grid: WindowGrid, heads: int) -> None:
+        self.grid, self.heads = grid, heads
+        self.dim = qkv.shape[-1] // (3 * heads)
+        self.tokens = math.prod(grid.window)
+        grid_rows, grid_cols = (p // w for p, w in zip(grid.padded, grid.window, strict=True))
+        self.windows = qkv.shape[0] * grid_rows * grid_cols
+        self.sizes = (heads, *grid.size, grid_rows, grid_cols, *grid.shift)
+        self.tiles = tiles_for(self.tokens, grid.window[1], self.dim, qkv.dtype)
+        self.constants: dict[str, Any] = {
+            "ROWS": grid.window[0],
+            "COLS": grid.window[1],
+            "D": self.dim,
+            "DP": max(16, _power_of_two(self.dim)),
+            "num_stages": 1,  # the pipeliner would copy the bias through shared memory, two instructions more a score
+            "SHIFTED": grid.shift != (0, 0),
+            "PADDED": grid.padded != grid.size,
+            "MASKED": MASKED_LOGIT * math.log2(math.e),
+        }
+
+    def programs(self) -> tuple[int]:
+        return (self.windows * math.ceil(self.tokens / self.tiles.owned) * self.heads,)
+
+    def table_programs(self) -> tuple[int, int, int, int]:
+        """Rows per group, groups, splits of the windows and bins per program of the table's gradient.
+
+        The partial sums take splits * (2 groups - 1) * h * bins * 4 bytes.  bins is at most 256, so that with several
+        splits that is at most 4 MiB; with a single one 64 KiB per head, whatever the batch.
+        """
+        rows, cols = self.grid.window
+        side = self.tiles.side
+        group = min(rows, side // cols)
+        groups = math.ceil(rows / group)
+        splits = min(self.windows, max(1, TABLE_PROGRAMS // (self.heads * groups)))
+        return group, groups, splits, _rounded((2 * group - 1) * (2 * cols - 1), side)
+
+
+def _compiled(qkv: Tensor) -> bool:
+    """Whether C++ computes this, and not Triton, whose interpreter takes the CPU's tensors too."""
+    return qkv.device.type == "cpu"
+
+
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    assert HAS_TRITON, "the package triton is missing: ask fused_available() before fused_window_attention()"
+    from swinv2_train.models.kernels import triton_attention, triton_bias_table  # here, because they import Triton
+
+    return triton_attention, triton_bias_table
+
+
+def _for_scores(table: Tensor) -> Tensor:
+    """The table as the kernels read it: (h, offsets), times log2(e)."""
+    return (table * math.log2(math.e)).t().contiguous()
+
+
+def _check(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, heads: int) -> None:
+    rows, cols = grid.window
+    assert qkv.shape[1:3] == grid.size and qkv.shape[-1] % (3 * heads) == 0, (qkv.shape, grid, heads)
+    assert scale.numel() == heads and table.shape == ((2 * rows - 1) * (2 * cols - 1), heads), (
+        scale.shape,
+        table.shape,
+    )
+    assert scale.dtype == table.dtype == torch.float32 and qkv.dtype in DTYPES, (scale.dtype, table.dtype, qkv.dtype)
+
+
+def _forward_fake(
+    qkv: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = qkv.shape
+    windows = batch * math.prod(math.ceil(n / w) for n, w in zip(size, window, strict=True))
+    out = qkv.new_empty(batch, height, width, channels // 3)
+    return out, qkv.new_empty(windows, heads, math.prod(window), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "swinv2_train::window_attention",
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor scale, Tensor table, int[] size, int[] window, int[] shift, int heads) "
+    "-> (Tensor, Tensor)",
+)
+def _forward(
+    qkv: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    grid = WindowGrid(_pair(size), _pair(window), _pair(shift))
+    _check(qkv, scale, table, grid, heads)
+    qkv, scale = qkv.contiguous(), scale.contiguous()
+    out, lse = _forward_fake(qkv, scale, table, size, window, shift, heads)
+    if _compiled(qkv):
+        cpu.forward(qkv, scale, table, out, lse, grid, heads)
+        return out, lse
+    launch = _Launch(qkv, grid, heads)
+    tiles = launch.tiles
+    with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
+        _kernels()[0].forward_kernel[launch.programs()](
+            qkv, scale, _for_scores(table), out, lse, *launch.sizes, **launch.constants,
+            BLOCK_Q=tiles.owned, BLOCK_K=tiles.forward_keys, num_warps=tiles.warps,
+        )  # fmt: skip
+    return out, lse
+
+
+def _backward_fake(
+    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor,
+    size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (qkv, scale, table))  # type: ignore[return-value]
+
+
+@torch.library.custom_op(
+    "swinv2_train::window_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor qkv, Tensor scale, Tensor table, Tensor out, Tensor lse, "
+    "int[] size, int[] window, int[] shift, int heads) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor,
+    size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grid = WindowGrid(_pair(size), _pair(window), _pair(shift))
+    grad, qkv, scale = grad.contiguous(), qkv.contiguous(), scale.contiguous()
+    grad_qkv, grad_scale, grad_table = _backward_fake(grad, qkv, scale, table, out, lse, size, window, shift, heads)
+    if _compiled(qkv):
+        scale_grad, grad_table = cpu.backward(grad, qkv, scale, table, lse, grad_qkv, grid, heads)
+        return grad_qkv, scale_grad.view_as(scale), grad_table
+    kernels, table_kernels = _kernels()
+    launch = _Launch(qkv, grid, heads)
+    sizes, constants, tiles = launch.sizes, launch.constants, launch.tiles
+    group, groups, splits, bins = launch.table_programs()
+    whole = groups == 1
+    scores_table = _for_scores(table)
+    partial = lse.new_empty(splits, 2 * groups - 1, heads, bins)
+    delta = lse.new_empty(0 if whole else lse.shape)
+    unit = qkv.new_empty(0 if whole else (*qkv.shape[:3], qkv.shape[3] // 3 * 2))
+    scale_summands = lse.new_empty(splits * heads if whole else launch.programs()[0])
+    with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
+        if not whole:
+            # In this order: the first makes delta and the queries' unit vectors, the second those of the keys.
+            kernels.query_gradient_kernel[launch.programs()](
+                grad, qkv, scale, scores_table, out, lse, delta, unit, grad_qkv, scale_summands, *sizes, **constants,
+                BLOCK_Q=tiles.owned, BLOCK_K=tiles.streamed, num_warps=tiles.warps,
+            )  # fmt: skip
+            kernels.key_value_gradient_kernel[launch.programs()](
+                grad, qkv, scale, scores_table, lse, delta, unit, grad_qkv, *sizes, **constants,
+                BLOCK_Q=tiles.streamed, BLOCK_K=tiles.owned, num_warps=tiles.warps,
+            )  # fmt: skip
+        table_kernels.table_gradient_kernel[(heads * (2 * groups - 1), splits)](
+            grad, qkv, scale, scores_table, out, lse, delta, unit, grad_qkv, scale_summands, partial,
+            launch.windows, *sizes, **constants,
+            GROUP=group, BLOCK=tiles.side, WHOLE=whole, BINS=bins, num_warps=tiles.side_warps,
+        )  # fmt: skip
+        table_kernels.table_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
+            partial, grad_table, splits, heads, ROWS=grid.window[0], COLS=grid.window[1], GROUP=group, BINS=bins,
+            BLOCK=64, BLOCK_SPLITS=32, num_warps=4,
+        )  # fmt: skip
+    torch.sum(scale_summands.view(-1, heads), 0, out=grad_scale.view(-1))
+    return grad_qkv, grad_scale, grad_table
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    rows, cols = sizes
+    return rows, cols
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, scale, table, *ctx.sizes = inputs
+    ctx.save_for_backward(qkv, scale, table, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
+
+
+_forward.register_fake(_forward_fake)
+_backward.register_fake(_backward_fake)
+_forward.register_autograd(_gradients, setup_context=_save)

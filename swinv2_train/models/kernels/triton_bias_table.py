@@ -1,0 +1,145 @@
+"""Triton kernels of the position bias table's gradient: sums of the scores' gradient by offset, without atomics.
+
+See fused_kernels for the legend.
+"""
+
+from __future__ import annotations
+
+from swinv2_train.models.kernels.triton_attention import (
+    attention_scores,
+    jit,
+    load_rows,
+    locate,
+    store_rows,
+    through_unit,
+    tl,
+    unit_rows,
+    window_frame,
+)
+
+
+@jit
+def table_gradient_kernel(
+    grad, qkv, scale, table, out, lse, delta, unit, grad_qkv, grad_scale, partial,
+    windows, heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Sums of the scores' gradient by offset, in a fixed order, into partial (splits, 2 groups - 1, h, BINS) float32.
+
+    A window's rows are taken in groups of GROUP rows, at most BLOCK tokens.  A program owns a head, a distance between
+    the query's and the key's group, and the split program_id(1) of the windows: it adds up the (BLOCK, BLOCK) tiles of
+    all its windows and group pairs, whose entries have the same offsets, and at the end sums the tile along these.
+    WHOLE: the window is one group; then the tile has all that the gradients of q, k, v and scale need, and the other
+    two kernels are not launched, which otherwise give delta and unit.
+    """
+    N: tl.constexpr = ROWS * COLS
+    GROUPS: tl.constexpr = (ROWS + GROUP - 1) // GROUP
+    WIDTH: tl.constexpr = 2 * COLS - 1
+    head = tl.program_id(0) % heads
+    diagonal = tl.program_id(0) // heads
+    distance = diagonal - (GROUPS - 1)
+    pairs = GROUPS - tl.abs(distance)
+    per_split = tl.cdiv(windows, tl.num_programs(1))
+    first_window = tl.program_id(1) * per_split
+    count = tl.minimum(per_split, windows - first_window)
+    stride = heads * (3 * D)
+    scale1 = tl.load(scale + head)
+    scale2 = scale1 * 1.4426950408889634
+    table += head * ((2 * ROWS - 1) * WIDTH)
+    local = tl.arange(0, BLOCK)
+    in_group = local < GROUP * COLS
+
+    # All tiles have the same bias.  Tokens past the end of a group could point past the table's ends.
+    local_place = (local // COLS) * WIDTH + local % COLS
+    offset = distance * GROUP * WIDTH + local_place[:, None] - local_place[None, :] + (ROWS - 1) * WIDTH + COLS - 1
+    bias = tl.load(table + tl.minimum(tl.maximum(offset, 0), (2 * ROWS - 1) * WIDTH - 1))
+
+    tile = tl.zeros((BLOCK, BLOCK), tl.float32)
+    scale_sum = 0.0
+    for step in range(count * pairs):
+        window = first_window + step // pairs
+        q_group = step % pairs + tl.maximum(distance, 0)
+        n = tl.where(in_group, q_group * (GROUP * COLS) + local, N)
+        k_n = tl.where(in_group, (q_group - distance) * (GROUP * COLS) + local, N)
+        first_token, first_row, first_col, wrap_row, wrap_col = window_frame(
+            window, height, width, grid_rows, grid_cols, shift_row, shift_col, ROWS, COLS
+        )
+        token, real = locate(n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
+        k_token, k_real = locate(k_n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
+        in_qkv = first_token * stride + head * D
+        in_out = first_token * (heads * D) + head * D
+        statistics = (window.to(tl.int64) * heads + head) * N
+        v = load_rows(qkv + in_qkv + heads * (2 * D), k_token, k_real, stride, D, DP)
+        do = load_rows(grad + in_out, token, real, heads * D, D, DP)
+        row_lse = tl.load(lse + statistics + n, mask=n < N, other=float("inf"))
+        if WHOLE:
+            q_unit, q_inverse = unit_rows(load_rows(qkv + in_qkv, token, real, stride, D, DP))
+            k_unit, k_inverse = unit_rows(load_rows(qkv + in_qkv + heads * D, k_token, k_real, stride, D, DP))
+            q, k = q_unit.to(v.dtype), k_unit.to(v.dtype)
+            o = load_rows(out + in_out, token, real, heads * D, D, DP)
+            row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        else:
+            in_unit = first_token * (heads * 2 * D) + head * D
+            q = load_rows(unit + in_unit, token, real, heads * 2 * D, D, DP)
+            k = load_rows(unit + in_unit + heads * D, k_token, k_real, heads * 2 * D, D, DP)
+            row_delta = tl.load(delta + statistics + n, mask=n < N, other=0.0)
+        scores = attention_scores(q, k, bias, scale2, n, k_n, wrap_row, wrap_col, ROWS, COLS, SHIFTED, MASKED)
+        p = tl.exp2(scores - row_lse[:, None])
+        if PADDED or GROUP * COLS != BLOCK or ROWS % GROUP != 0:
+            p = tl.where(k_real[None, :], p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - row_delta[:, None])
+        tile += ds
+        if WHOLE:
+            ds = ds.to(v.dtype)
+            dq, cosine = through_unit(tl.dot(ds, k, input_precision="ieee"), q_unit, q_inverse)
+            dk, k_cosine = through_unit(tl.dot(tl.trans(ds), q, input_precision="ieee"), k_unit, k_inverse)
+            dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision="ieee")
+            store_rows(grad_qkv + in_qkv, token, real, stride, dq * scale1, D, DP)
+            store_rows(grad_qkv + in_qkv + heads * D, k_token, k_real, stride, dk * scale1, D, DP)
+            store_rows(grad_qkv + in_qkv + heads * (2 * D), k_token, k_real, stride, dv, D, DP)
+            scale_sum += tl.sum(cosine, 0)
+    if WHOLE:
+        tl.store(grad_scale + tl.program_id(1) * heads + head, scale_sum)
+
+    # Of row i of the tile, the key at place u = place_i - (t - the zero offset) belongs to offset t, if there is one.
+    partial += ((tl.program_id(1) * (2 * GROUPS - 1) + diagonal) * heads + head) * BINS
+    for start in tl.static_range(0, BINS, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        u = local_place[:, None] + (GROUP - 1) * WIDTH + COLS - 1 - t[None, :]
+        row, col = u // WIDTH, u % WIDTH
+        there = (u >= 0) & (row < GROUP) & (col < COLS) & in_group[:, None]
+        key = tl.where(there, row * COLS + col, 0)
+        summand = tl.where(there, tl.gather(tile, key, 1), 0.0)
+        tl.store(partial + t, tl.sum(summand, 0))
+
+
+@jit
+def table_reduction_kernel(
+    partial, grad_table, splits, heads,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """grad_table ((2 ROWS - 1)(2 COLS - 1), h) from partial: an offset lies in at most two neighbouring diagonals."""
+    GROUPS: tl.constexpr = (ROWS + GROUP - 1) // GROUP
+    WIDTH: tl.constexpr = 2 * COLS - 1
+    DIAGONALS: tl.constexpr = 2 * GROUPS - 1
+    head = tl.program_id(0) % heads
+    t = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
+    row = t // WIDTH + GROUPS * GROUP - ROWS  # counted from the first row of the first diagonal
+    diagonal, row = row // GROUP, row % GROUP
+    inside = t < (2 * ROWS - 1) * WIDTH
+    low = inside & (diagonal < DIAGONALS)
+    high = inside & (diagonal > 0) & (row + GROUP < 2 * GROUP - 1)
+    low_at = (diagonal * heads + head) * BINS + row * WIDTH + t % WIDTH
+    high_at = low_at + GROUP * WIDTH - heads * BINS
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        base = partial + (split * (DIAGONALS * heads * BINS))[:, None]
+        there = (split < splits)[:, None]
+        one = tl.load(base + low_at[None, :], mask=there & low[None, :], other=0.0)
+        two = tl.load(base + high_at[None, :], mask=there & high[None, :], other=0.0)
+        total += tl.sum(one + two, 0)
+    tl.store(grad_table + t * heads + head, total, mask=inside)

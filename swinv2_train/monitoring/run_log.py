@@ -1,0 +1,298 @@
+"""What a run writes down: metrics.jsonl, pictures and wandb; and, through the console, what it shows.
+
+Only rank 0 writes.  Everything that libraries print goes to RUN_DIR/logs/rank_NNNNN.log (console.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import secrets
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from swinv2_train.config import LogConfig
+from swinv2_train.monitoring.console import Console, Progress, open_console
+from swinv2_train.runtime import git_commit
+from swinv2_train.storage.atomic import replace_text
+
+__all__ = ["Console", "RunLog", "open_console", "read_metrics"]
+
+_WANDB_INIT_SEC = 30.0
+_WANDB_CLOSE_SEC = 60.0
+
+
+class RunLog:
+    """metrics.jsonl, pictures/, wandb and the progress display of one run.  Does nothing on ranks other than 0.
+
+    run_config: the configuration as plain dicts and lists, recorded by wandb.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LogConfig,
+        console: Console,
+        is_main: bool,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.console = console
+        self.is_main = is_main
+        self._file: TextIO | None = None
+        self._wandb: _WandbSink | None = None
+        self._progress: Progress | None = None
+        if is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._progress = Progress(config.progress, console)
+            if config.wandb != "disabled":
+                self._wandb = _WandbSink(run_dir, config, dict(run_config or {}), console)
+
+    def resume_at(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which are run again: at a start, and when a run goes back.
+
+        The file is replaced atomically; a torn last line of a killed run goes too.
+        """
+        path = self.run_dir / "metrics.jsonl"
+        if not self.is_main or not path.exists():
+            return
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        kept = [json.dumps(line) for line in _lines(path) if line["step"] <= step]
+        replace_text(path, "".join(line + "\n" for line in kept))
+
+    def metrics(self, step: int, images_seen: int, values: Mapping[str, float | None]) -> None:
+        """Write one line.  step: completed optimizer steps.  nan, infinity and None are written as null (valid JSON).
+
+        A later line of the same step adds to it: readers merge them (:func:`read_metrics`).
+        """
+        if not self.is_main:
+            return
+        clean = {name: _number(value) for name, value in values.items()}
+        if self._file is None:
+            self._file = _open_append(self.run_dir / "metrics.jsonl")
+        try:
+            self._file.write(json.dumps({"step": step, "images_seen": images_seen, **clean}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk; the system does not say which file it was
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+        if self._wandb is not None:
+            numbers = {name: value for name, value in clean.items() if value is not None}
+            self._wandb.put({"step": step, "images_seen": images_seen, **numbers})
+
+    def picture(self, name: str, step: int, array: np.ndarray) -> Path | None:
+        """Write an image, uint8 (H, W, 3), to RUN_DIR/pictures/NAME_STEP.png and to wandb.  Returns its path."""
+        if not self.is_main:
+            return None
+        from PIL import Image
+
+        assert array.dtype == np.uint8 and array.ndim == 3, (
+            f"a picture is uint8 (H, W, 3), not {array.dtype} {array.shape}"
+        )
+        path = self.run_dir / "pictures" / f"{name}_{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        Image.fromarray(array).save(temporary, format="PNG")
+        temporary.replace(path)
+        if self._wandb is not None:
+            self._wandb.put({"step": step, f"pictures/{name}": array})
+        return path
+
+    def artifact(self, kind: str, files: Sequence[Path]) -> None:
+        """Hand files to wandb as an artifact of the run, e.g. kind "weights"; nothing where there are none.
+
+        wandb reads them when it uploads them, which is at `wandb sync` when offline: they must stay.
+        """
+        if self._wandb is not None and files:
+            self._wandb.put(_Artifact(kind, tuple(files)))
+
+    def progress(self, step: int, total: int, loss: float | None = None, images_per_sec: float | None = None) -> None:
+        """Move the display to `step` of `total`; loss and images/s stay as they were when None.  For every step."""
+        if self._progress is not None:
+            self._progress.update(step, total, loss, images_per_sec)
+
+    def say(self, text: str) -> None:
+        """One line on the console (above the bar), from rank 0 only."""
+        if self.is_main:
+            self.console.say(text)
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the display, close the file, give wandb a minute to write what it holds and tell it exit_code."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what a full disk did not take; metrics() has said so
+                self._file.close()
+            self._file = None
+        if self._wandb is not None:
+            self._wandb.close(exit_code)
+            self._wandb = None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of RUN_DIR/metrics.jsonl, one dict per step in order of steps; later lines of a step win key by key.
+
+    Empty when there is no file.  Torn lines of a killed run are left out.
+    """
+    path = run_dir / "metrics.jsonl"
+    merged: dict[int, dict[str, Any]] = {}
+    for line in _lines(path) if path.exists() else ():
+        merged.setdefault(line["step"], {}).update(line)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:  # torn by a kill
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield line
+
+
+def _open_append(path: Path) -> TextIO:
+    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _number(value: float | None) -> float | int | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# wandb
+
+
+class _Artifact(NamedTuple):
+    kind: str
+    files: tuple[Path, ...]
+
+
+class _WandbSink:
+    """A wandb run fed by a thread of its own, so that neither its start (1 to 3 s) nor its network is ever waited for.
+
+    Each start of the process writes a new run file with the run id in RUN_DIR/wandb/run_id, so wandb shows a resumed
+    run as one.  The x axis is our own "step" value, not wandb's counter, which refuses to go back: steps that are run
+    again after a kill appear twice with the same numbers.
+    """
+
+    def __init__(self, run_dir: Path, config: LogConfig, run_config: dict[str, Any], console: Console) -> None:
+        self._run_dir, self._config, self._run_config, self._console = run_dir, config, run_config, console
+        self._queue: queue.SimpleQueue[dict[str, Any] | _Artifact | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._exit_code = 0
+        self._failed = False
+
+    def put(self, values: dict[str, Any] | _Artifact) -> None:
+        """Hand over one history row, in which arrays are images, or an artifact."""
+        if self._failed:  # nobody would take it out again
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+            self._thread.start()
+        self._queue.put(values)
+
+    def close(self, exit_code: int) -> None:
+        """Write what is left; gives up after a minute."""
+        if self._thread is None:
+            return
+        self._exit_code = exit_code
+        self._queue.put(None)
+        self._thread.join(_WANDB_CLOSE_SEC)
+        if self._thread.is_alive():
+            self._console.say(
+                f"warning: wandb did not finish within {_WANDB_CLOSE_SEC:.0f} s; its last lines may be missing"
+            )
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            while (values := self._queue.get()) is not None:
+                if isinstance(values, _Artifact):
+                    self._log_artifact(run, values)
+                else:
+                    run.log(self._with_images(values))
+            run.finish(exit_code=self._exit_code)
+        except Exception as error:  # noqa: BLE001  wandb is a mirror: whatever ails it, the run goes on
+            self._failed = True
+            traceback.print_exc()
+            self._console.say(f"warning: wandb stopped ({type(error).__name__}: {error}); the run goes on without it")
+
+    def _start(self) -> Any:
+        if self._config.wandb == "offline":
+            os.environ.setdefault(
+                "WANDB_ERROR_REPORTING", "false"
+            )  # or its service reports crashes home; read at start
+        import wandb
+
+        folder = self._run_dir / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        id_path = folder / "run_id"
+        if not id_path.exists():
+            replace_text(id_path, secrets.token_hex(4) + "\n")
+        settings: dict[str, Any] = {
+            "console": "off",
+            "silent": True,
+            "save_code": False,
+            "init_timeout": _WANDB_INIT_SEC,
+            "x_transaction_log_flush_interval": 2.0,  # seconds that a kill can cost the run file
+            "finish_timeout": _WANDB_CLOSE_SEC - 5,
+        }
+        known = wandb.Settings.model_fields  # the last two are younger than the oldest wandb that we accept
+        arguments: dict[str, Any] = {
+            "mode": self._config.wandb,
+            "project": self._config.wandb_project,
+            "name": self._name,
+            "id": id_path.read_text().strip(),
+            "resume": "allow",
+            "dir": str(self._run_dir),
+            "config": self._run_config | {"git": git_commit()},
+            "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
+        }
+        try:
+            run = wandb.init(**arguments)
+        except Exception as error:
+            if self._config.wandb != "online":
+                raise
+            reason = (str(error).splitlines() or [""])[0]  # no network on this node, or no key
+            self._console.say(
+                f"warning: wandb is not online ({reason}); it writes offline files: wandb sync {folder}/offline-run-*"
+            )
+            wandb.teardown()  # its service holds the run id
+            run = wandb.init(**(arguments | {"mode": "offline"}))
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+        return run
+
+    @property
+    def _name(self) -> str:
+        return self._config.wandb_name or self._run_dir.resolve().name
+
+    def _log_artifact(self, run: Any, artifact: _Artifact) -> None:
+        import wandb
+
+        kept = wandb.Artifact(f"{run.id}-{artifact.kind}", type=artifact.kind, description=self._name)
+        for file in artifact.files:
+            kept.add_file(str(file), policy="immutable")  # no copy of it
+        run.log_artifact(kept)
+
+    def _with_images(self, values: dict[str, Any]) -> dict[str, Any]:
+        import wandb
+
+        return {name: wandb.Image(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}

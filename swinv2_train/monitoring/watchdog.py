@@ -1,0 +1,399 @@
+"""Signs of life: what every rank does, written down while it works, and an end to a run that hangs.
+
+RUN_DIR/status.json             the whole run, by rank 0; swinv2-status shows it
+RUN_DIR/health/rank_00000.json  each rank's last sign of life, one line
+RUN_DIR/stacks/rank_00000.txt   where every thread of a rank was when the run was found to hang
+
+Threads do the writing and the watching, so that neither is waited for, and so that both go on while the main thread
+hangs in C code.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from swinv2_train.config import RuntimeConfig
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from swinv2_train.monitoring.console import Console
+from swinv2_train.storage.atomic import replace_text
+
+STATUS = "status.json"
+HEALTH = "health"
+STARTING, FIRST_STEP, TRAINING, ENDING = "starting", "first step", "training", "ending"
+DATA_WAIT, RANK_WAIT = "waiting for data", "waiting for other ranks"
+STEP = (TRAINING, DATA_WAIT, RANK_WAIT)
+"""What a rank does within a step, to which runtime.hang_timeout_sec applies."""
+_HEARTBEAT_SEC = 10.0
+_REPORT_SEC = 20.0
+"""How long a hanging run may take to write where it hangs; its disk may be what it hangs on."""
+_STATES = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}
+
+
+class HangError(RuntimeError):
+    """No rank has moved for too long."""
+
+
+class Pulse:
+    """What this rank does at the moment.  The main thread changes it and other threads read it; it writes nothing."""
+
+    def __init__(self) -> None:
+        self.activity = STARTING
+        self.since = time.time()
+        """When that began, in seconds since 1970."""
+        self.moves = 0
+        """Changes of activity, micro-batches and steps: on a rank that is ahead of another there are more."""
+        self.step = 0
+        """Completed optimizer steps of the run."""
+        self.took_steps = False
+        """True after the first step of this start, which may compile."""
+        self.figures: dict[str, Any] = {}
+        """What rank 0 knows of the run: total_steps, loss, images_per_sec, checkpoint_step, ..."""
+        self.changed = threading.Event()
+        """Set when the figures are new."""
+        self._marks: deque[tuple[float, int]] = deque(maxlen=200)  # recent (time, step)
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Inside, the rank does this; afterwards what it did before."""
+        before = self.activity
+        self.turn_to(activity)
+        try:
+            yield
+        finally:
+            self.turn_to(before)
+
+    def turn_to(self, activity: str) -> None:
+        """The rank does something else from now on."""
+        self.activity, self.since = activity, time.time()
+        self.move()
+
+    def move(self) -> None:
+        """Something got done: the run does not hang."""
+        self.moves += 1
+
+    def step_done(self, step: int) -> None:
+        """The optimizer has taken step number `step`."""
+        self.step, self.took_steps = step, True
+        self._marks.append((time.monotonic(), step))
+        self.turn_to(TRAINING)
+
+    def tell(self, **figures: Any) -> None:
+        """New figures of the run for status.json; what is not named stays."""
+        self.figures = self.figures | figures
+        self.changed.set()
+
+    def seconds_left(self, total_steps: int) -> float | None:
+        """At the pace of the last 200 steps with everything between them; None before a second step."""
+        if len(self._marks) < 2:
+            return None
+        (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
+        if last_step <= first_step:  # back to a checkpoint
+            return None
+        return (last_time - first_time) / (last_step - first_step) * max(0, total_steps - last_step)
+
+
+class Heartbeat:
+    """Writes a rank's signs of life until close(), and ends the process when the rank hangs.
+
+    config.hang_timeout_sec is for a micro-batch, the optimizer's step or a wait for data.  A first step (which may
+    compile), an evaluation batch, a picture and a checkpoint may take as long as config.process_group_timeout_sec where
+    that is longer: the ranks that wait for them meet it anyway.  Start and end have no limit.
+    """
+
+    def __init__(
+        self,
+        pulse: Pulse,
+        run_dir: Path,
+        rank: int,
+        world_size: int,
+        config: RuntimeConfig,
+        console: Console,
+    ) -> None:
+        self.pulse, self.run_dir, self.rank, self.world_size = pulse, run_dir, rank, world_size
+        self.hang_timeout_sec, self.console = config.hang_timeout_sec, console
+        self._patience_sec = max(config.hang_timeout_sec or 0, config.process_group_timeout_sec)
+        self.every_sec = min(_HEARTBEAT_SEC, (config.hang_timeout_sec or math.inf) / 4)
+        self._started_at = time.time()
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._main = threading.main_thread().ident
+        self._place: str | None = None  # where the main thread hangs
+
+    def start(self) -> Self:
+        """Write the first sign of life and begin to watch."""
+        with suppress(OSError):  # _write will say so
+            (self.run_dir / HEALTH).mkdir(parents=True, exist_ok=True)
+            for path in rank_files(self.run_dir) if self.rank == 0 else ():
+                if int(path.stem.removeprefix("rank_")) >= self.world_size:  # of an earlier start with more ranks
+                    path.unlink(missing_ok=True)
+        work = [self._beat] if self.hang_timeout_sec is None else [self._beat, self._watch]
+        for function in work:
+            thread = threading.Thread(target=function, name=function.__name__.strip("_"), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return self
+
+    def close(self, exit_code: int, reason: str | None = None) -> None:
+        """Write how the run ended and stop; a second call does nothing."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self.pulse.changed.set()
+        faulthandler.cancel_dump_traceback_later()
+        for thread in self._threads:
+            thread.join(_REPORT_SEC)
+        self._write(_STATES.get(exit_code, "failed"), reason)
+
+    def _beat(self) -> None:
+        """The thread that writes."""
+        news = self.pulse.changed if self.rank == 0 else self._closed  # the status has the figures
+        while True:
+            self.pulse.changed.clear()
+            if self._closed.is_set():
+                return
+            self._write("running", None)
+            if news.wait(self.every_sec):
+                self._closed.wait(min(1.0, self.every_sec))  # not more often than that
+
+    def _write(self, state: str, reason: str | None) -> None:
+        """This rank's sign of life and, on rank 0, the run's status.  A disk that fails is no reason to stop."""
+        pulse = self.pulse
+        mine = {
+            "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "state": state, "reason": reason,
+            "doing": pulse.activity, "doing_since": pulse.since, "step": pulse.step, "moves": pulse.moves,
+            "place": self._place, "updated_at": time.time(),
+        }  # fmt: skip
+        try:
+            rank_file(self.run_dir, self.rank).write_text(json.dumps(mine) + "\n")
+            if self.rank == 0:
+                self._write_status(mine)
+        except OSError as error:
+            print(f"no sign of life could be written: {error}", file=sys.stderr)
+
+    def _write_status(self, mine: Mapping[str, Any]) -> None:
+        common = {name: value for name, value in mine.items() if name not in ("rank", "moves", "place")}
+        figures = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value  # NaN is no JSON
+            for name, value in self.pulse.figures.items()
+        }
+        status = {
+            **common, **figures, "world_size": self.world_size, "started_at": self._started_at,
+            "heartbeat_sec": self.every_sec,
+        }  # fmt: skip
+        replace_text(self.run_dir / STATUS, json.dumps(status, indent=1) + "\n")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The watchdog
+
+    def _watch(self) -> None:
+        """The thread that ends the process.
+
+        Should the main thread hang in C code that keeps Python's lock, this thread hangs too; then faulthandler's,
+        which needs no lock, writes the stacks to the rank's log and ends the process with exit code 1.
+        """
+        assert self.hang_timeout_sec is not None
+        awake_at, moves, idle_sec = time.monotonic(), -1, 0.0
+        while not self._closed.wait(self.every_sec):
+            faulthandler.dump_traceback_later(3 * self.hang_timeout_sec, exit=True, file=2)
+            now = time.monotonic()
+            idle_sec += min(now - awake_at, self.every_sec)  # more, and the whole process was stopped meanwhile
+            awake_at = now
+            if self.pulse.moves != moves or self._in_debugger():
+                moves, idle_sec = self.pulse.moves, 0.0
+            if idle_sec > self._limit_sec():
+                self._closed.set()  # the last word is the report's
+                self.pulse.changed.set()
+                what = f"rank {self.rank}: nothing has moved for {idle_sec:.0f} s; writing stacks"
+                os.write(2, f"{what} to {self.run_dir}\n".encode())  # first, should that disk hang
+                reporter = threading.Thread(target=self._report, args=(idle_sec,), name="hang report", daemon=True)
+                reporter.start()
+                reporter.join(self.every_sec + _REPORT_SEC)
+                os._exit(EXIT_FAILED)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _limit_sec(self) -> float:
+        assert self.hang_timeout_sec is not None
+        if self.pulse.activity in (STARTING, ENDING):
+            return math.inf
+        quick = self.pulse.took_steps and self.pulse.activity in STEP
+        return self.hang_timeout_sec if quick else self._patience_sec
+
+    def _in_debugger(self) -> bool:
+        return any(frame.f_code.co_filename.endswith(("/pdb.py", "/bdb.py")) for frame in self._main_frames())
+
+    def _main_frames(self) -> Iterator[FrameType]:
+        """The main thread's frames, the innermost first."""
+        frame = sys._current_frames().get(self._main) if self._main is not None else None
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+    def _report(self, quiet_sec: float) -> None:
+        """Write where this rank hangs; then, with what the other ranks wrote, which of them the run waits for."""
+        try:
+            self._place = place_of(list(self._main_frames()))
+            self._dump_stacks(quiet_sec)
+            self._write("running", None)
+            time.sleep(self.every_sec)  # the others find out at about the same time
+            everyone = read_ranks(self.run_dir)
+            text = (
+                f"nothing has moved for {quiet_sec:.0f} s (runtime.hang_timeout_sec) after step {self.pulse.step}: "
+                f"{blame(everyone, self.world_size, time.time(), quiet_sec / 2)}; stacks in {self.run_dir / 'stacks'}"
+            )
+            silent = silent_ranks(everyone, self.world_size, time.time(), quiet_sec / 2)
+            speaker = min((rank for rank in range(self.world_size) if rank not in silent), default=self.rank)
+            self._write("failed", text)
+            if self.rank == speaker:
+                if self.rank:  # rank 0 is silent, so its status is taken over
+                    self._write_status({**everyone.get(0, everyone[self.rank]), "state": "failed", "reason": text})
+                self.console.fail(HangError(text))
+            else:
+                print(text, file=sys.stderr)
+        except Exception:  # noqa: BLE001  the process ends in any case, and the log is all that is left
+            traceback.print_exc()
+
+    def _dump_stacks(self, quiet_sec: float) -> None:
+        path = self.run_dir / "stacks" / f"rank_{self.rank:05d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            print(
+                f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank} pid {os.getpid()} on "
+                f"{socket.gethostname()}: {self.pulse.activity}, step {self.pulse.step}, no move for {quiet_sec:.0f} s",
+                file=file,
+                flush=True,
+            )
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            for pid in child_processes():
+                print(f"child process {pid}: {process_state(pid)}", file=file)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading the signs, and what they say
+
+
+def rank_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank's last sign of life is."""
+    return run_dir / HEALTH / f"rank_{rank:05d}.json"
+
+
+def rank_files(run_dir: Path) -> list[Path]:
+    """Those of all ranks, in order."""
+    return sorted((run_dir / HEALTH).glob("rank_*.json"))
+
+
+def read_ranks(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Each rank's last sign of life; one that is just being written is read again."""
+    found = {}
+    for path in rank_files(run_dir):
+        for _ in range(3):
+            with suppress(OSError, ValueError):
+                sign = json.loads(path.read_text())
+                found[int(sign["rank"])] = sign
+                break
+            time.sleep(0.02)
+    return found
+
+
+def silent_ranks(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now: float, after_sec: float) -> list[int]:
+    """Ranks of which nothing was heard for after_sec seconds before now."""
+    heard = {rank: sign["updated_at"] for rank, sign in everyone.items()}
+    return [rank for rank in range(world_size) if now - heard.get(rank, 0.0) > after_sec]
+
+
+def blame(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now: float, silent_sec: float) -> str:
+    """Which ranks a run that hangs waits for, in words.
+
+    Those of which nothing is heard; else those that have done the least; else those that are elsewhere than most; else
+    where all are, one for each place.
+    """
+    silent = silent_ranks(everyone, world_size, now, silent_sec)
+    if silent:
+        return "; ".join(_silence(rank, everyone.get(rank), now) for rank in silent[:8])
+    fewest = min(sign["moves"] for sign in everyone.values())
+    behind = [rank for rank, sign in everyone.items() if sign["moves"] == fewest]
+    if len(behind) == world_size:
+        places = [sign["place"] for sign in everyone.values()]
+        usual = max(set(places), key=places.count)
+        behind = [rank for rank, sign in everyone.items() if sign["place"] != usual]
+        if not 0 < len(behind) < places.count(usual):
+            firsts: dict[str | None, Mapping[str, Any]] = {}
+            for sign in everyone.values():
+                firsts.setdefault(sign["place"], sign)
+            return "; ".join(f"{_who(sign)} is {_where(sign, now)}" for sign in list(firsts.values())[:8])
+    return "; ".join(f"{_who(everyone[rank])} is behind: {_where(everyone[rank], now)}" for rank in behind[:8])
+
+
+def _who(sign: Mapping[str, Any]) -> str:
+    return f"rank {sign['rank']} (pid {sign['pid']} on {sign['host']})"
+
+
+def _where(sign: Mapping[str, Any], now: float) -> str:
+    return f"{sign['doing']} for {now - sign['doing_since']:.0f} s, in {sign['place'] or 'an unknown place'}"
+
+
+def _silence(rank: int, sign: Mapping[str, Any] | None, now: float) -> str:
+    if sign is None:
+        return f"rank {rank} gave no sign of life at all"
+    state = process_state(sign["pid"]) if sign["host"] == socket.gethostname() else None
+    return (
+        f"{_who(sign)} has given no sign of life for {now - sign['updated_at']:.0f} s"
+        f"{f' ({state})' if state else ''}; then it was {sign['doing']}"
+    )
+
+
+def place_of(frames: Sequence[FrameType]) -> str | None:
+    """Where a thread is, in words: its innermost frame, and the innermost one of our own.  frames: innermost first."""
+
+    def text(frame: FrameType) -> str:
+        return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
+
+    if not frames:
+        return None
+    package = str(Path(__file__).parents[1])
+    own = next((frame for frame in frames if frame.f_code.co_filename.startswith(package)), frames[0])
+    return text(frames[0]) if own is frames[0] else f"{text(frames[0])} (from {text(own)})"
+
+
+_PROCESS_STATES = {
+    "T": "it is stopped", "t": "a debugger holds it", "D": "it waits for a disk or a driver", "Z": "it has ended",
+    "X": "it has ended", "R": "it computes", "S": "it sleeps",
+}  # fmt: skip
+
+
+def process_state(pid: int) -> str:
+    """What the kernel says of a process of this host, in words."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return _PROCESS_STATES["X"] if Path("/proc/self").exists() else "unknown"
+    except OSError:
+        return "unknown"
+    return _PROCESS_STATES.get(letter, letter)
+
+
+def process_ended(pid: int) -> bool:
+    """True when the kernel knows that a process of this host is no more."""
+    return process_state(pid) == _PROCESS_STATES["X"]
+
+
+def child_processes() -> list[int]:
+    """Processes that this one started (data workers), where the kernel tells."""
+    found: list[int] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, path.read_text().split())
+    return sorted(found)

@@ -1,0 +1,32 @@
+"""The process around a run: seeds, threads, stop signals, the lock of a run directory, the record of where it started.
+
+Knows config and storage alone.
+"""
+
+from swinv2_train.runtime.environment import (
+    RECORDED_PACKAGES,
+    environment_record,
+    git_commit,
+    read_environment,
+    record_environment,
+    version_of,
+)
+from swinv2_train.runtime.run_dir_lock import RunDirLock
+from swinv2_train.runtime.seeds_and_threads import available_cores, seed_everything, set_threads, tune_allocator
+from swinv2_train.runtime.stop_request import STOP_SIGNALS, StopRequest
+
+__all__ = [
+    "RECORDED_PACKAGES",
+    "RunDirLock",
+    "STOP_SIGNALS",
+    "StopRequest",
+    "available_cores",
+    "environment_record",
+    "git_commit",
+    "read_environment",
+    "record_environment",
+    "seed_everything",
+    "set_threads",
+    "tune_allocator",
+    "version_of",
+]

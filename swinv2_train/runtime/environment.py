@@ -1,0 +1,132 @@
+"""The record of where a run was started: versions, commit, hardware, command.
+
+torch is imported inside the functions, so that a wrong configuration is answered before that costs its seconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from swinv2_train.runtime.seeds_and_threads import available_cores
+from swinv2_train.storage.atomic import replace_text
+
+RECORDED_PACKAGES = (
+    "swinv2-train", "torch", "deepspeed", "fairscale", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy",
+    "pillow", "simplejpeg", "timm", "safetensors",
+)  # fmt: skip
+_GIB = 1024**3
+
+
+def environment_record(world_size: int) -> dict[str, Any]:
+    """What a reader needs to repeat or to judge a run: versions, commit, hardware, number of ranks, time, command.
+
+    Versions come from the installed metadata (nothing is imported for them); null means not installed or not known.
+    """
+    import torch
+
+    return {
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "world_size": world_size,
+        "git": git_commit(),
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": available_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
+        "gpus": _gpus(),
+        "cuda": torch.version.cuda,
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in RECORDED_PACKAGES},
+    }
+
+
+def record_environment(run_dir: Path, world_size: int) -> dict[str, Any]:
+    """Append this start's record to RUN_DIR/environment.json, a list with one entry per start.  Call it on rank 0.
+
+    The file is replaced atomically.  An unreadable file (a torn copy, say) stays beside it as environment.json.damaged.
+    """
+    path = run_dir / "environment.json"
+    record = environment_record(world_size)
+    starts = read_environment(run_dir)
+    if path.exists() and not starts:
+        path.replace(path.with_name("environment.json.damaged"))
+    starts.append(record)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(starts, indent=2) + "\n")
+    return record
+
+
+def read_environment(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of all starts of a run, oldest first; empty when the file is missing or unreadable."""
+    path = run_dir / "environment.json"
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_text())
+    except ValueError:
+        return []
+    return starts if isinstance(starts, list) else []
+
+
+def git_commit() -> dict[str, Any] | None:
+    """{"commit": hash, "dirty": bool} of the repository that tracks this very file, or that launch/train.sbatch took
+    this copy from; None for an installed one.
+    """
+    file = Path(__file__).resolve()
+    folder = file.parent
+    if _git(folder, "ls-files", "--error-unmatch", file.name) is None:
+        commit_file = file.parents[2] / "commit.txt"
+        if not commit_file.is_file():
+            return None
+        changes = commit_file.with_name("changes.patch")
+        return {"commit": commit_file.read_text().strip(), "dirty": changes.stat().st_size > 0}
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:  # a repository before its first commit
+        return None
+    return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command; None when git is missing, slow or says no."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], check=False, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def version_of(package: str) -> str | None:
+    """An installed package's version, from its metadata; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [{"name": device.name, "memory_gib": round(device.total_memory / _GIB, 1)} for device in devices]

@@ -1,0 +1,63 @@
+"""Seeds, CPU threads and the memory allocator of a process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed python, numpy and torch (CPU and every CUDA device) with a number that belongs to (seed, rank).
+
+    Ranks get distinct streams, so stochastic depth differs between them.  Initial weights do not come from here
+    (training/initial_values.py).
+    """
+    import torch
+
+    words = np.random.SeedSequence([seed, rank]).generate_state(3, dtype=np.uint32)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def tune_allocator() -> bool:
+    """Let this process keep the memory that it frees; returns whether the C library can (glibc).
+
+    A training step on a CPU asks for the same large tensors again and again.  By default glibc gives each back to the
+    system and gets new pages, every one of which faults (benchmarks/speed_cpu_202611.md has a row for the difference).
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 * 2**20))
+    accepted = [mallopt(which, value) == 1 for which, value in settings]
+    return all(accepted)
+
+
+def available_cores() -> int:
+    """CPU cores this process may use: its affinity mask, and a container's CPU quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, _, period = quota_file.read_text().strip().partition(" ")
+        if quota.isdigit() and period.isdigit() and int(quota) > 0:
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def set_threads(num_threads: int | None, local_world_size: int) -> int:
+    """Give torch num_threads CPU threads, or an equal share of this host's cores when None.  Returns the number.
+
+    torchrun sets OMP_NUM_THREADS=1 for more than one process per node; this call overrides it for torch.
+    """
+    import torch
+
+    threads = num_threads if num_threads is not None else max(1, available_cores() // max(1, local_world_size))
+    torch.set_num_threads(threads)
+    return threads

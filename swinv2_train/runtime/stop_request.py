@@ -1,0 +1,65 @@
+"""Stop signals and time limits, as a flag that the training loop reads between steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any, Self
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and a time limit into a flag that the training loop reads between steps.
+
+    So does the death of torchrun, which ends its ranks by a signal unless it is killed itself.  Without torchrun a
+    parent that ends means nothing: the shell of a nohup or an srun may.  A further signal only sets the flag again, so
+    an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees its own signals: the loop agrees over the ranks
+    (``distributed.any_rank(stop.requested is not None)``).
+
+        with StopRequest() as stop:
+            ...
+            if any_rank(stop.requested is not None): save and leave with EXIT_STOPPED
+    """
+
+    def __init__(self, after_sec: float | None = None) -> None:
+        """after_sec: seconds from now after which a stop is requested; None = never."""
+        self._deadline = math.inf if after_sec is None else time.monotonic() + after_sec
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._signal: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> str | None:
+        """Name of the last stop signal, e.g. "SIGTERM", or another reason; None while nothing asks to stop."""
+        if self._signal is None and self._torchrun not in (None, os.getppid()):
+            return "the death of torchrun"
+        return self._signal or ("the time limit" if time.monotonic() >= self._deadline else None)
+
+    def install(self) -> Self:
+        """Install the handlers; main thread only (a rule of Python's signal module)."""
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def uninstall(self) -> None:
+        """Put the handlers back that were there before install."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+
+    def __enter__(self) -> Self:
+        return self.install()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._signal is None:
+            self.uninstall()
+        else:  # the process is about to end, and an impatient signal must not change how
+            for number in self._previous:
+                signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,199 @@
+"""From a configuration to a Run: engine, loaders and position."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from swinv2_train.checkpoint import ema_note, load_checkpoint, newest_checkpoint
+from swinv2_train.config import ClassifyConfig, Config, ConfigError, is_pipe
+from swinv2_train.config.command_line import read_run
+from swinv2_train.config.load import config_yaml
+from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps, check_classes, check_same_classes
+from swinv2_train.data.loading.pipe_loader import build_train_loader
+from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
+from swinv2_train.distributed import World, gather_objects, on_main
+from swinv2_train.engine import build_engine
+from swinv2_train.engine.activation_checkpointing import recompute_warning
+from swinv2_train.evaluation.probe import Probe
+from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.kernels.dispatch import fused_problem
+from swinv2_train.monitoring.profiling import Trace
+from swinv2_train.monitoring.run_log import RunLog
+from swinv2_train.monitoring.watchdog import Pulse
+from swinv2_train.runtime import record_environment, seed_everything
+from swinv2_train.storage.atomic import replace_text
+from swinv2_train.tasks.task import Task
+from swinv2_train.training import loop
+from swinv2_train.training.garbage_collection import Garbage
+from swinv2_train.training.initial_values import InitialValues
+from swinv2_train.training.initial_weights import Initial
+from swinv2_train.training.lr_schedule import total_steps, warmup_steps
+
+MEMORY_KEYS = (
+    "recompute",
+    "attention",
+    "compile",
+    "sequential_stages",
+    "attention_chunk_windows",
+    "attention_chunk_mib",
+)
+"""Keys of the model section that say how it is computed and change no weight."""
+
+
+def build_run(
+    config: Config,
+    world: World,
+    task: Task,
+    param_groups: list[dict[str, Any]],
+    shards: tuple[Source | Stream, Source | None],
+    log: RunLog,
+    newest: Path | None,
+    initial: Initial | None,
+    pulse: Pulse | None = None,
+    probe: Probe | None = None,
+) -> loop.Run:
+    """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
+
+    initial: the weights that a new run starts from, where task.init_from names some.
+    """
+    batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
+    accumulation = accumulation_steps(batch, micro_batch, world.world_size)
+    engine = build_engine(task.module, param_groups, config, world, accumulation)
+    seed_everything(config.seed, world.rank)
+    state: dict[str, Any] = {"step": 0, "images_seen": 0}
+    if newest is not None:
+        state = load_checkpoint(newest, engine, world, config.seed)
+        log.say(f"resuming from {newest}")
+        if note := ema_note(newest, config.optim.ema_decay):
+            log.say(note)
+    else:
+        engine.initialise(InitialValues(task.module, config.seed))
+        if initial is not None:
+            engine.load_full(initial.weights)
+            log.say(initial.report)
+    if isinstance(shards[0], Stream):
+        log.say(NOT_ELASTIC)
+    if warning := recompute_warning(config.model.recompute):
+        log.say(f"warning: {warning}")
+    if config.model.attention == "fused" and (problem := without_fused(task.module, world)) is not None:
+        log.say(f"note: model.attention (fused) is not used: {problem}; the reference serves")
+    loader = build_train_loader(
+        shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
+        state["images_seen"],
+    )  # fmt: skip
+    if newest is not None:
+        loader.check_state(state["data"])
+    evaluation = None
+    if shards[1] is not None:
+        evaluation = EvalLoader(shards[1], config.data, task.eval_transform, micro_batch, world.rank, world.world_size)
+    labels = shards[0].label_range
+    if isinstance(config.task, ClassifyConfig) and labels and labels[1] + 1 < config.task.num_classes:
+        log.say(f"note: task.num_classes is {config.task.num_classes}, but the labels end at {labels[1]}")
+    log.resume_at(state["step"])
+    total = total_steps(config.train, shards[0].num_samples)
+    log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
+    return loop.Run(
+        config=config,
+        world=world,
+        task=task,
+        engine=engine,
+        train_loader=loader,
+        eval_loader=evaluation,
+        log=log,
+        accumulation_steps=accumulation,
+        total_steps=total,
+        warmup_steps=warmup_steps(config.optim.schedule, config.train, shards[0].num_samples),
+        step=state["step"],
+        images_seen=state["images_seen"],
+        saved_step=-1 if newest is None else state["step"],
+        bad_images=loader.bad_images_before,
+        pulse=pulse or Pulse(),
+        trace=Trace(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None,
+        garbage=Garbage(config.runtime.gc_every_steps),
+        probe=probe,
+    )
+
+
+def without_fused(module: nn.Module, world: World) -> str | None:
+    """Where any rank has no fused kernels, none uses them, or their numbers would differ; why, or None."""
+    problems = gather_objects(fused_problem(world.device))
+    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
+    if not found:
+        return None
+    for attention in module.modules():
+        if isinstance(attention, WindowAttention):
+            attention.fused = False
+    return found[0] if world.world_size > 1 else found[0].removeprefix("rank 0: ")
+
+
+def checked_newest(run_dir: Path, config: Config) -> Path | None:
+    """The newest complete checkpoint of run_dir; ConfigError when it belongs to another model or task."""
+    if run_dir.is_file():
+        raise ConfigError(f"run_dir ({run_dir}) is a file; name a directory")
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        return None
+    saved = read_run(run_dir)
+    ours, theirs = (_identity(each) for each in (config, saved))
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise ConfigError(
+                f"run_dir ({run_dir}) holds a run with {key}={theirs.get(key)}, but this command has {key}={value}; "
+                "choose another run_dir, or the same model"
+            )
+    return newest
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """What makes a run's weights: the task and the model without its memory policies."""
+    settings = dataclasses.asdict(config.model)
+    model = {f"model.{key}": value for key, value in settings.items() if key not in MEMORY_KEYS}
+    classes = {"task.num_classes": config.task.num_classes} if isinstance(config.task, ClassifyConfig) else {}
+    return {"task.name": config.task.name, **classes, **model}
+
+
+def make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir ({run_dir}) cannot be made: {error}; choose another") from error
+    if not os.access(run_dir, os.W_OK):  # also where the whole file system is read-only
+        raise ConfigError(f"run_dir ({run_dir}) is read-only; make it writable, or choose another")
+
+
+def write_run_files(run_dir: Path, config: Config, world: World) -> None:
+    """What is run here, and where: written when nothing can be refused any more."""
+    replace_text(run_dir / "config.yaml", config_yaml(config))
+    record_environment(run_dir, world.world_size)
+
+
+def open_shards(config: Config, world: World) -> tuple[Source | Stream, Source | None]:
+    """Where training and evaluation images come from; rank 0 lists and indexes what was not yet.  A pipe has no index.
+
+    Raises ConfigError for missing or damaged shards, and for labels that the task has no class for.
+    """
+
+    def open_one(key: str, pattern: str) -> Source:
+        source = open_source(pattern, key, partial(print, flush=True), shard_cache(config.data))
+        if isinstance(config.task, ClassifyConfig):
+            check_classes(source, config.task.num_classes, key)
+        return source
+
+    def open_both() -> tuple[Source | Stream, Source | None]:
+        keys, pattern, eval_pattern = ("data.shards", "data.eval_shards"), config.data.shards, config.data.eval_shards
+        training = open_stream(pattern) if is_pipe(pattern) else open_one(keys[0], pattern)
+        evaluation = None if eval_pattern is None else open_one(keys[1], eval_pattern)
+        if isinstance(config.task, ClassifyConfig) and evaluation is not None and not isinstance(training, Stream):
+            check_same_classes(training, evaluation, keys)
+        return training, evaluation
+
+    training, evaluation = on_main(world, open_both)
+    return training, evaluation

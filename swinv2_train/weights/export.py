@@ -1,0 +1,70 @@
+"""A run's weights, written for timm, transformers and the official code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from swinv2_train.config import Config, ConfigError, pair
+from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models.initial import without_values
+from swinv2_train.tasks import build_task
+from swinv2_train.weights import read_weights, save_weights
+from swinv2_train.weights.huggingface import Preprocessing
+from swinv2_train.weights.matching import match_weights
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for besides the configuration."""
+
+    format: str
+    """One of WRITTEN_FORMATS."""
+    out: Path
+    """What is written; must not be there yet."""
+    checkpoint: str | None = None
+    """A checkpoint directory; None = the newest of the run."""
+    weights: str | None = None
+    """Weights of any known format in place of a checkpoint."""
+    weights_format: str | None = None
+    """The format of weights; None = by its names."""
+    ema: bool = False
+    """The averages of a run's weights in place of these."""
+
+
+def export(config: Config, request: Request) -> list[Path]:
+    """Write the weights that are asked for; returns the files.
+
+    Raises ConfigError, with nothing written, when the weights are not the configured model's, when the format cannot
+    hold it, and when out exists.
+    """
+    if request.out.exists():
+        raise ConfigError(f"out ({request.out}) exists; name a new file or directory, or remove it")
+    path = request.weights or request.checkpoint or config.run_dir
+    source = read_weights(path, request.weights_format, averaged=request.ema)
+    with without_values():
+        module = build_task(config, torch.device("cpu")).module
+    assert isinstance(module, SwinTransformerV2 | SimMIM)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    weights, _ = match_weights(source, shapes)
+    data = config.data
+    preprocessing = Preprocessing(
+        mean=(data.mean[0], data.mean[1], data.mean[2]),
+        std=(data.std[0], data.std[1], data.std[2]),
+        img_size=pair("model.img_size", config.model.img_size),
+        crop_pct=data.eval_crop_pct,
+        squash=data.eval_crop == "squash",
+        interpolation=data.interpolation,
+    )
+    files = save_weights(module, request.out, request.format, weights=weights, preprocessing=preprocessing)
+    line = {
+        "weights": source.origin,
+        "ema": request.ema,
+        "format": request.format,
+        "files": [str(path) for path in files],
+    }
+    print(json.dumps(line))
+    return files
