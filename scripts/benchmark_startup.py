@@ -4,8 +4,8 @@
 
 Prints a Markdown table: this project's start beside the same command with every cut of engine/deepspeed/startup.py
 undone (SWINV2_TRAIN_KEEP_COMPILER=1) and, where one is given, beside another checkout's, in turn, medians.
-All are warm: one uncounted start of each comes first.  CPU seconds are of all processes together, so that other load on the machine
-hardly counts.
+All are warm: one uncounted start of each comes first.  CPU seconds are of all processes together, so
+that other load on the machine hardly counts.
 """
 
 from __future__ import annotations
