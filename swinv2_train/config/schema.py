@@ -267,7 +267,7 @@ class EngineConfig:
     nvme_dir: str | None
     """Folder on a fast local disk for what is offloaded to nvme; each run's ranks make their own files below it."""
     reduce_bucket_size: int | None
-    """Elements that are reduced together; null, here and below = by the model's layers (engine/deepspeed/buckets.py)."""
+    """Elements reduced together; null, here and below = by the model's layers (engine/deepspeed/buckets.py)."""
     prefetch_bucket_size: int | None
     """ZeRO-3: elements gathered ahead of their use."""
     persistence_threshold: int | None
