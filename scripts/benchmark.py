@@ -34,11 +34,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmark_tables import Entry, Table, details, summary
-from benchmark_worker import BOUNDS, Refused, Setting, Worker, compete, prepare
-from contestants import PEERS, PRODUCTS, Case, Contestant
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 
+import torch
+
+from scripts.benchmark_tables import Entry, Table, details, summary
+from scripts.benchmark_worker import BOUNDS, Refused, Setting, Worker, compete, prepare
+from scripts.contestants import PEERS, PRODUCTS, Case, Contestant
 from swinv2_train.runtime import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from official_arithmetic import OfficialArithmetic
-from peers import import_timm, import_torchvision, import_transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from scripts.official_arithmetic import OfficialArithmetic
+from scripts.peers import import_timm, import_torchvision, import_transformers
 from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.models import SIZES, SwinTransformerV2, count_parameters, swin_v2
 from swinv2_train.weights import load_weights, read_weights, save_weights

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import run_distributed
 
 from swinv2_train import train
 from swinv2_train.checkpoint import read_weights
 from swinv2_train.config import EXIT_DONE
 from swinv2_train.config.command_line import read_run
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.harness import run_distributed
 
 OLD = Path(__file__).parents[1] / "golden" / "old_run"
 LOSS_RTOL = 1e-5  # measured worst 2e-7, with another torch and on 1 rank; a step from the initial weights is 4e-3 away

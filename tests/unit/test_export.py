@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation import CLASSES, CLASSIFY, MODEL, SIZE, make_model, save_model
-from peers import import_timm
-from unit.test_run import run_alone, settings, shards  # noqa: F401  fixtures
 
+from scripts.peers import import_timm
 from swinv2_train import export
 from swinv2_train.checkpoint import find_checkpoint, read_weights
 from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.weights import load_weights
 from swinv2_train.weights import read_weights as read_file
+from tests.support.evaluation import CLASSES, CLASSIFY, MODEL, SIZE, make_model, save_model
+from tests.unit.test_train import run_alone, settings, shards  # noqa: F401  fixtures
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
