@@ -265,7 +265,7 @@ def test_lengths_of_a_run_come_from_its_epochs(build):
     """16 images in batches of 16: 3 steps, 2 of them (1.5 rounded up) warm-up; 2 ranks of 4 accumulate twice."""
     run, log = build(World(1, 1, 2, 2, torch.device("cpu")))
     assert (run.total_steps, run.warmup_steps, run.accumulation_steps) == (3, 2, 2)
-    assert (run.step, run.images_seen, run.saved_step, log.resumed) == (0, 0, -1, [0])
+    assert (run.position.step, run.position.images_seen, run.saver.saved_step, log.resumed) == (0, 0, None, [0])
     assert run.engine.settings[4] == 2
 
 
@@ -273,11 +273,11 @@ def test_a_resumed_run_stands_where_its_checkpoint_says(build):
     """Steps, images, data position and the newest save; lines after it leave the log."""
     world = World(0, 0, 1, 1, torch.device("cpu"))
     fresh, _ = build(world)
-    state = {"step": 2, "images_seen": 32, "data": fresh.train_loader.state_dict(32, 0)}
+    state = {"step": 2, "images_seen": 32, "data": fresh.position.loader.state_dict(32, 0)}
     run, log = build(world, Path("step_00000002"), state)
-    assert (run.step, run.images_seen, run.saved_step, log.resumed) == (2, 32, 2, [2])
-    first = next(iter(run.train_loader))["keys"]
-    skipped = [key for batch, _ in zip(fresh.train_loader, range(12), strict=False) for key in batch["keys"]]
+    assert (run.position.step, run.position.images_seen, run.saver.saved_step, log.resumed) == (2, 32, 2, [2])
+    first = next(iter(run.position.loader))["keys"]
+    skipped = [key for batch, _ in zip(fresh.position.loader, range(12), strict=False) for key in batch["keys"]]
     assert first == skipped[32:36]
     with pytest.raises(ConfigError, match="differs from the checkpoint's"):
         build(world, Path("step_00000002"), state | {"data": state["data"] | {"seed": 77}})
