@@ -351,12 +351,12 @@ def scores_of(run: Run, loader: EvalLoader) -> dict[str, float]:
 
 def draw(run: Run, batch: dict[str, Any]) -> None:
     """Write the task's picture of a few images: the evaluation's first ones, so that pictures compare over time."""
-    if not run.task.has_picture:
+    picture = run.task.picture
+    if picture is None:
         return
     if run.eval_loader is not None:
         batch = next(together(run.eval_loader))
-    picture = run.task.picture(run.engine.evaluate, batch)
-    run.log.picture(run.config.task.name, run.step, picture)
+    run.log.picture(run.config.task.name, run.step, picture(run.engine.evaluate, batch))
 
 
 def save(run: Run, score: float | None) -> None:
