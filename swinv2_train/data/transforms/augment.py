@@ -153,7 +153,7 @@ def erase(images: Tensor, boxes: Sequence[Erasing | None]) -> None:
 class Mixing:
     """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) of each image with the one at its place from the end.
 
-    timm's Mixup in its mode "batch": one draw for the micro-batch.  The fields are keys of config.ClassifyConfig.
+    timm's Mixup in its mode "batch": one draw for the micro-batch.  The fields are keys of conf/task/classify.yaml.
     """
 
     mixup_alpha: float
