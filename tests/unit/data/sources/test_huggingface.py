@@ -278,7 +278,7 @@ def test_without_pyarrow_the_remedy_is_named(saved, monkeypatch):
     source = open_source(str(saved))
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # what Python itself does to forbid an import
     for use in (lambda: open_source(str(saved)), source.open_reader):
-        with pytest.raises(ConfigError, match=r"need pyarrow, .* pip install 'swinv2_train\[huggingface\]'"):
+        with pytest.raises(ConfigError, match=r"need pyarrow, .* pip install 'pyarrow>=16'"):
             use()
 
 
