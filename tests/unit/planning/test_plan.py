@@ -21,7 +21,7 @@ from swinv2_train.planning.memory import BACKWARD, FORWARD, GIB, model_sizes, pl
 from swinv2_train.planning.search import candidates
 from swinv2_train.planning.speed import pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import memory_warning, rough_bytes
-from swinv2_train.planning.trace import meta_batch, meta_task, trace_step
+from swinv2_train.planning.trace import meta_task, trace_step
 from swinv2_train.tasks import build_task
 from tests.support.live_bytes import allocated_peak
 
@@ -59,7 +59,7 @@ def allocated(config: Config) -> int:
     apply_recompute(task.module, config.model.recompute)
     batch: dict[str, Any] = {
         name: torch.zeros_like(tensor, device="cpu")
-        for name, tensor in meta_batch(config, config.train.micro_batch_size).items()
+        for name, tensor in task.meta_batch(config.train.micro_batch_size).items()
     }
     batch["weight"] += 1
     if "mask" in batch:
@@ -208,16 +208,16 @@ def test_the_rough_bound_is_above_the_plan() -> None:
         memory, _ = plan_memory(
             config, complete(config.hardware, 2, rates=False), 2 if config.engine.name != "local" else 1
         )
-        assert rough_bytes(config, meta_task(config).module) > memory.peak, overrides
+        assert rough_bytes(config, meta_task(config)) > memory.peak, overrides
 
 
 def test_the_start_warns_where_it_does_not_fit_and_is_silent_where_it_does() -> None:
     world = World(0, 0, 2, 2, torch.device("cpu"))
     large = composed("model=base", "train.micro_batch_size=32", "hardware=cpu", "hardware.memory_gib=4")
-    warning = memory_warning(large, world, meta_task(large).module)
+    warning = memory_warning(large, world, meta_task(large))
     assert warning is not None and "GiB more than" in warning and "\n" not in warning
     small = composed("model=demo", "task.mask_unit_px=8", "hardware=cpu")
-    assert memory_warning(small, world, meta_task(small).module) is None
+    assert memory_warning(small, world, meta_task(small)) is None
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
