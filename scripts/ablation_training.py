@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ablation_models import with_parts
 from torch import Tensor
 
+from scripts.ablation_models import with_parts
 from swinv2_train.config import ConfigError, ScheduleConfig
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest

@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fetch_cifar10
-import numpy as np
-from make_shards import Entry, pack
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 
+import numpy as np
+
+from scripts import fetch_cifar10
+from scripts.make_shards import Entry, pack
 from swinv2_train.config.command_line import compose_overrides, guarded
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest

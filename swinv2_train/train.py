@@ -79,11 +79,11 @@ def train(config: Config) -> int:
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, shards, log, newest, initial, pulse, probe)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
-                with run.garbage:
+                with run.monitor.garbage:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
-                    log.say(f"stopped by {reason} after step {run.step}; the same command resumes")
+                    log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
                 elif world.is_main:
                     with pulse.doing(ENDING):
                         log_artifacts(config, log)

@@ -25,18 +25,19 @@ from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.kernels.dispatch import fused_problem
-from swinv2_train.monitoring.profiling import Trace
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.watchdog import Pulse
 from swinv2_train.runtime import record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
-from swinv2_train.training import loop
-from swinv2_train.training.garbage_collection import Garbage
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.initial_weights import Initial
+from swinv2_train.training.loop import Run
 from swinv2_train.training.lr_schedule import total_steps, warmup_steps
+from swinv2_train.training.monitor import Monitor
+from swinv2_train.training.position import Position
+from swinv2_train.training.saver import Saver
 
 MEMORY_KEYS = (
     "recompute",
@@ -60,7 +61,7 @@ def build_run(
     initial: Initial | None,
     pulse: Pulse | None = None,
     probe: Probe | None = None,
-) -> loop.Run:
+) -> Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
     initial: the weights that a new run starts from, where task.init_from names some.
@@ -100,25 +101,22 @@ def build_run(
     log.resume_at(state["step"])
     total = total_steps(config.train, shards[0].num_samples)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
-    return loop.Run(
+    pulse = pulse or Pulse()
+    position = Position(state["step"], state["images_seen"], loader, world.device, loader.bad_images_before)
+    saved_step = None if newest is None else position.step
+    return Run(
         config=config,
         world=world,
         task=task,
         engine=engine,
-        train_loader=loader,
+        position=position,
+        saver=Saver(config, world, engine, position, log, pulse, saved_step),
+        monitor=Monitor(config, world, position, total, task.multiply_adds, log, pulse),
         eval_loader=evaluation,
-        log=log,
+        probe=probe,
         accumulation_steps=accumulation,
         total_steps=total,
         warmup_steps=warmup_steps(config.optim.schedule, config.train, shards[0].num_samples),
-        step=state["step"],
-        images_seen=state["images_seen"],
-        saved_step=-1 if newest is None else state["step"],
-        bad_images=loader.bad_images_before,
-        pulse=pulse or Pulse(),
-        trace=Trace(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None,
-        garbage=Garbage(config.runtime.gc_every_steps),
-        probe=probe,
     )
 
 

@@ -147,7 +147,7 @@ def _pyarrow() -> Any:
     except ImportError as error:
         raise ConfigError(
             "data sets of Hugging Face's `datasets` need pyarrow, which is not installed; "
-            "pip install 'swinv2_train[huggingface]', or name a folder of images or shards"
+            "pip install 'pyarrow>=16', or name a folder of images or shards"
         ) from error
     return pyarrow
 
