@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation import evaluate_command, evaluated, make_images, write_images
-from harness import run_distributed
 from torch import Tensor, nn
 
 from swinv2_train import train
@@ -30,6 +28,8 @@ from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
 from swinv2_train.tasks.metrics import Metric, Rows, Sums
 from swinv2_train.tasks.task import Batch, Forward
+from tests.support.evaluation import evaluate_command, evaluated, make_images, write_images
+from tests.support.harness import run_distributed
 
 LEVELS = 3
 OVERRIDES = (
