@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import SwinTransformerV2, count_parameters, swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
 
 GIB = 2**30
 RANKS = 16
@@ -109,7 +110,7 @@ def measure(case: Case, device: torch.device, size: str) -> dict[str, float]:
         forward = OfficialArithmetic(model, use_checkpoint=case.recompute == "blocks")
     else:
         model.bfloat16()
-        apply_recompute(model, case.recompute)
+        apply_recompute(model, case.recompute, (SwinBlock,))
     share = Share(model, RANKS)
     images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device)
     labels = torch.randint(1000, (case.batch_size,), device=device)

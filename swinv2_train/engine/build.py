@@ -20,23 +20,25 @@ def build_engine(
     config: Config,
     world: World,
     accumulation_steps: int,
+    block_types: tuple[type[nn.Module], ...],
 ) -> Engine:
     """The engine that config.engine names, holding the module on world.device.
 
     module: without values (models/initial.py), and then Engine.initialise or load must follow: under ZeRO-3 no rank
     ever holds it whole.  Or constructed plainly, in float32, on the CPU; rank 0's values are given to all ranks.
-    param_groups: from optim.build_param_groups.  accumulation_steps: backward passes per optimizer step.
+    param_groups: from training/param_groups.py.  accumulation_steps: backward passes per optimizer step.  block_types:
+    the classes of which the module is mostly made, each of them recomputed, compiled and gathered as one.
     The process group must be up.  Raises ConfigError for a combination that cannot be computed right.
     """
     check_engine(config.engine)
     assert accumulation_steps >= 1, accumulation_steps
-    apply_recompute(module, config.model.recompute)
+    apply_recompute(module, config.model.recompute, block_types)
     if config.model.compile == "blocks":
-        compile_blocks(module)
+        compile_blocks(module, block_types)
     if config.engine.name == "local":
         from swinv2_train.engine.local import LocalEngine
 
         return LocalEngine(module, param_groups, config, world, accumulation_steps)
     from swinv2_train.engine.deepspeed.engine import ZeroEngine
 
-    return ZeroEngine(module, param_groups, config, world, accumulation_steps)
+    return ZeroEngine(module, param_groups, config, world, accumulation_steps, block_types)

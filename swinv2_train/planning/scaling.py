@@ -108,7 +108,7 @@ class Traces:
 
     def __init__(self, config: Config, hardware: HardwareConfig) -> None:
         self.config, self.hardware = config, hardware
-        self.sizes = model_sizes(meta_task(config).module, config)
+        self.sizes = model_sizes(meta_task(config), config)
         self._known: dict[tuple[int, float], Trace] = {}
         self.alone = pass_seconds(hardware, self.of(config.train.micro_batch_size, 0.0))
 

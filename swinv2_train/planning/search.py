@@ -66,7 +66,7 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
 def candidates(config: Config, hardware: HardwareConfig, num_gpus: int) -> Iterator[Candidate]:
     """Every setting, with its memory and speed estimated from traces of one image."""
     on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None
-    sizes = model_sizes(meta_task(config).module, config)
+    sizes = model_sizes(meta_task(config), config)
     for recompute, stages in _policies(config):
         trace = trace_step(apply(config, Setting(config.engine.zero_stage, recompute, stages, 1)), 0, on_cpu)
         passes = pass_seconds(hardware, trace)

@@ -108,7 +108,7 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
     policy = config.model.recompute.removesuffix(
         "@partitioned"
     )  # which frees nothing (engine/activation_checkpointing.py)
-    apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy)
+    apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy, task.block_types)
     return task
 
 

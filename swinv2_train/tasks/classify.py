@@ -15,6 +15,7 @@ from swinv2_train.data.sample import SampleError
 from swinv2_train.data.transforms.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
 from swinv2_train.data.transforms.crop import eval_crop, random_flip, random_resized_crop
 from swinv2_train.models import multiply_adds
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import Normalise
 from swinv2_train.tasks.task import Forward
@@ -60,6 +61,7 @@ class ClassifyTask:
     """Cross-entropy with label smoothing, of mixed images with the labels of both; top-1 and top-5 in percent."""
 
     has_picture = False
+    block_types = (SwinBlock,)
 
     def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
         self.module = build_model(config.model, task.num_classes)

@@ -14,6 +14,7 @@ from swinv2_train.data.transforms.crop import eval_crop, random_flip, random_res
 from swinv2_train.data.transforms.masks import simmim_mask
 from swinv2_train.models import SimMIM, multiply_adds
 from swinv2_train.models.simmim import local_statistics
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.report.pictures import grid
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import Normalise
@@ -49,6 +50,7 @@ class SimMIMTask:
     """Predict hidden squares of pixels from the rest of the image."""
 
     has_picture = True
+    block_types = (SwinBlock,)
 
     def __init__(self, config: Config, task: SimMIMConfig, device: torch.device) -> None:
         encoder = build_model(config.model, num_classes=0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from swinv2_train.data.loading.loader import Transform
 from swinv2_train.models import SimMIM, SwinTransformerV2
@@ -20,6 +20,11 @@ class Task(Protocol):
 
     @property
     def module(self) -> SwinTransformerV2 | SimMIM: ...
+
+    @property
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        """The blocks of which the module is mostly made: what is recomputed, compiled and gathered as one."""
+        ...
 
     @property
     def train_transform(self) -> Transform: ...

@@ -1,6 +1,6 @@
 """How much DeepSpeed gathers and reduces together, derived from the sizes of a model's layers.
 
-A block (SwinBlock) is gathered and released as one, so it is the measure of all five numbers:
+A block is gathered and released as one, so it is the measure of all five numbers:
 
 | key | where it is null |
 |---|---|
@@ -20,7 +20,6 @@ from typing import NamedTuple
 from torch import nn
 
 from swinv2_train.config import EngineConfig
-from swinv2_train.models.swin_v2 import SwinBlock
 
 REDUCE_AT_MOST = 100_000_000
 
@@ -46,15 +45,15 @@ class Buckets(NamedTuple):
     max_live_parameters: int
 
 
-def layer_sizes(module: nn.Module) -> LayerSizes:
-    """The sizes of a module's layers; of one on the meta device or under ZeRO-3 too."""
+def layer_sizes(module: nn.Module, block_types: tuple[type[nn.Module], ...]) -> LayerSizes:
+    """The sizes of a module's layers, also on the meta device or under ZeRO-3.  block_types: its blocks' classes."""
     numels = {name: _numel(parameter) for name, parameter in module.named_parameters()}
     vectors = [
         numels[name]
         for name, parameter in module.named_parameters()
         if "cpb_mlp" in name or max(getattr(parameter, "ds_shape", parameter.shape), default=1) == numels[name]
     ]
-    blocks = [child for child in module.modules() if isinstance(child, SwinBlock)]
+    blocks = [child for child in module.modules() if isinstance(child, block_types)]
     inside = {id(child) for block in blocks for child in block.modules()}
     layers = [sum(_numel(p) for p in block.parameters()) for block in blocks]
     layers += [

@@ -42,9 +42,11 @@ class ZeroEngine:
         config: Config,
         world: World,
         accumulation_steps: int,
+        block_types: tuple[type[nn.Module], ...],
     ) -> None:
+        sizes = layer_sizes(module, block_types)
         settings = deepspeed_json(
-            config, world.world_size, accumulation_steps, layer_sizes(module), pin_memory=world.device.type != "cpu"
+            config, world.world_size, accumulation_steps, sizes, pin_memory=world.device.type != "cpu"
         )
         deepspeed = import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
@@ -53,9 +55,7 @@ class ZeroEngine:
             # Gather and release a block at a time: hooks on each of its 15 modules cost more than a small block itself.
             from deepspeed.utils import set_z3_leaf_modules
 
-            from swinv2_train.models.swin_v2 import SwinBlock
-
-            set_z3_leaf_modules(module, [SwinBlock], raise_if_not_found=False)
+            set_z3_leaf_modules(module, list(block_types), raise_if_not_found=False)
         if has_no_values(module):
             if config.engine.zero_stage == 3:
                 dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32

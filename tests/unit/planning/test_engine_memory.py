@@ -43,7 +43,9 @@ def step_peak(world: World, overrides: list[str]) -> float:
     steps after the first two, because late frees and early gathers only ever add."""
     config = composed(*overrides)
     task = build_task(config, world.device)
-    engine = build_engine(task.module, build_param_groups(task.module, config.optim), config, world, 1)
+    engine = build_engine(
+        task.module, build_param_groups(task.module, config.optim), config, world, 1, task.block_types
+    )
     batch: dict[str, Any] = {
         "images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([1, 2]), "weight": torch.ones(2)
     }  # fmt: skip

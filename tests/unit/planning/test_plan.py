@@ -56,7 +56,7 @@ def composed(*overrides: str) -> Config:
 def allocated(config: Config) -> int:
     """The most that a real forward and backward pass has allocated on the CPU, by torch's own allocator."""
     task = build_task(config, torch.device("cpu"))
-    apply_recompute(task.module, config.model.recompute)
+    apply_recompute(task.module, config.model.recompute, task.block_types)
     batch: dict[str, Any] = {
         name: torch.zeros_like(tensor, device="cpu")
         for name, tensor in meta_batch(config, config.train.micro_batch_size).items()
@@ -118,7 +118,7 @@ def test_autograd_holds_the_weights_whose_gradients_are_still_to_be_made() -> No
 def test_zero_3_gathers_ahead_no_more_than_is_still_to_come() -> None:
     """In the backward pass of stage 1, where the activations are, nearly all weights are done with."""
     config = composed(*TINY[:5], "train.micro_batch_size=1", "engine=zero3", "model.recompute=blocks", "hardware=cpu")
-    sizes = model_sizes(meta_task(config).module, config)
+    sizes = model_sizes(meta_task(config), config)
     engine, trace = engine_memory(config.engine, sizes, 2, 1, on_cpu=False), trace_step(config, 0)
     parts = {peak.place: engine.in_backward(trace, peak) for peak in trace.backward_peaks}
     stage_1 = sum(numel for place, numel in trace.gradients if place == "stage 1")
