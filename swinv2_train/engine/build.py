@@ -1,17 +1,36 @@
-"""The engine that a configuration names."""
+"""The engines by name: how each is built, and what it holds in memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from swinv2_train.config import Config
+from swinv2_train.config import Config, EngineConfig
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.engine.deepspeed.config import check_engine
+from swinv2_train.engine.deepspeed.engine import ZeroEngine
+from swinv2_train.engine.deepspeed.memory import zero_memory
+from swinv2_train.engine.local import LocalEngine
+from swinv2_train.engine.local_memory import local_memory
+from swinv2_train.engine.memory import EngineMemory
+from swinv2_train.engine.model_sizes import ModelSizes
 from swinv2_train.engine.protocol import Engine
+
+
+class EngineKind(NamedTuple):
+    """What belongs to a value of engine.name."""
+
+    build: Callable[..., Engine]
+    """With build_engine's arguments."""
+    memory: Callable[..., EngineMemory]
+    """With engine_memory's arguments."""
+
+
+ENGINES = {"deepspeed": EngineKind(ZeroEngine, zero_memory), "local": EngineKind(LocalEngine, local_memory)}
 
 
 def build_engine(
@@ -35,10 +54,20 @@ def build_engine(
     apply_recompute(module, config.model.recompute, block_types)
     if config.model.compile == "blocks":
         compile_blocks(module, block_types)
-    if config.engine.name == "local":
-        from swinv2_train.engine.local import LocalEngine
+    return ENGINES[config.engine.name].build(module, param_groups, config, world, accumulation_steps, block_types)
 
-        return LocalEngine(module, param_groups, config, world, accumulation_steps)
-    from swinv2_train.engine.deepspeed.engine import ZeroEngine
 
-    return ZeroEngine(module, param_groups, config, world, accumulation_steps, block_types)
+def engine_memory(
+    config: EngineConfig,
+    sizes: ModelSizes,
+    world_size: int,
+    accumulation_steps: int,
+    on_cpu: bool,
+    ema: bool = False,
+) -> EngineMemory:
+    """What the engine that config.name says holds on each of world_size ranks, by the formulas beside it.
+
+    on_cpu: the rank computes on the CPU, where gloo copies what it gathers.  ema: averages of the weights are kept
+    (optim.ema_decay).
+    """
+    return ENGINES[config.name].memory(config, sizes, world_size, accumulation_steps, on_cpu, ema)

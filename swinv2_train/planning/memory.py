@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from swinv2_train.config import Config, HardwareConfig, pair
 from swinv2_train.data.loading.loader import accumulation_steps
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
+from swinv2_train.engine.build import engine_memory
+from swinv2_train.engine.memory import GRADIENTS, EngineMemory
+from swinv2_train.engine.model_sizes import ModelSizes, layer_sizes
 from swinv2_train.models import count_parameters
-from swinv2_train.planning.engine_memory import GRADIENTS, EngineMemory, ModelSizes, engine_memory
 from swinv2_train.planning.hardware import known
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
 from swinv2_train.tasks.task import Task

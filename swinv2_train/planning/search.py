@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
-from swinv2_train.planning.engine_memory import engine_memory
+from swinv2_train.engine.build import engine_memory
 from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes, plan_memory, scale
 from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import missing

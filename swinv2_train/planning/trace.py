@@ -56,7 +56,7 @@ class Peak:
     gradients: int
     """Gradients of parameters that stay until the step."""
     held_weights: int
-    """Weights of which autograd has saved a view and not yet used it (states.py says what that costs)."""
+    """Weights of which autograd has saved a view and not yet used it (which engine/deepspeed/memory.py counts)."""
 
     @property
     def total(self) -> int:

@@ -10,10 +10,10 @@ import torch
 
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.engine.materialize import allocate_shards
+from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
 from swinv2_train.models.swin_v2 import SwinBlock

@@ -14,9 +14,9 @@ import torch
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
+from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.engine.state.consolidate import read_weights
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.training.param_groups import build_param_groups

@@ -16,9 +16,9 @@ import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
+from swinv2_train.engine.model_sizes import layer_sizes
 from tests.support.harness import run_distributed, tree
 from tests.support.toy import DIM, batches, build, build_toy, full_state, part, save_state, toy_config, train
 

@@ -20,13 +20,13 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World, any_rank, broadcast_object, raise_together
 from swinv2_train.engine.adamw import adamw, avoid_compiler
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.grad_norm import norm_read_once, skip_overflow_scan
 from swinv2_train.engine.deepspeed.pieces import swapped_pieces, zero_1_2_pieces, zero_3_pieces
 from swinv2_train.engine.deepspeed.startup import import_deepspeed, quick_initialize
 from swinv2_train.engine.local import persistent_buffers, sum_of_squares, to_device
 from swinv2_train.engine.materialize import Values, allocate, allocate_shards, has_no_values
+from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.engine.state.ema import WeightAverages
 from swinv2_train.engine.state.files import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.state.pieces import Piece, in_memory, plain_pieces, whole_pieces

@@ -13,9 +13,9 @@ from swinv2_train.config import Config
 from swinv2_train.config.command_line import compose_overrides, conf_dir
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
+from swinv2_train.engine.build import engine_memory
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning import trace as trace_module
-from swinv2_train.planning.engine_memory import engine_memory
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import BACKWARD, FORWARD, GIB, model_sizes, plan_memory, scale
 from swinv2_train.planning.search import candidates

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swinv2_train.engine.deepspeed.buckets import Buckets, LayerSizes, buckets_of, layer_sizes
+from swinv2_train.engine.deepspeed.buckets import Buckets, buckets_of
+from swinv2_train.engine.model_sizes import LayerSizes, layer_sizes
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
 from swinv2_train.models.swin_v2 import SwinBlock
