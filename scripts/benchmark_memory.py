@@ -38,8 +38,8 @@ from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import SwinTransformerV2, count_parameters, swin_v2
 from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.runtime.environment import GIB
 
-GIB = 2**30
 RANKS = 16
 SMALL: dict[str, Any] = {"embed_dim": 32, "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8), "extra_norm_period": 6}
 """Giant's shape at a sixteenth of its width, for machines without a GPU."""

@@ -14,10 +14,10 @@ from swinv2_train.engine.model_sizes import ModelSizes, layer_sizes
 from swinv2_train.models import count_parameters
 from swinv2_train.planning.hardware import known
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks.task import Task
 from swinv2_train.training.param_groups import build_param_groups
 
-GIB = 2**30
 FORWARD, BACKWARD, EXCHANGE, STEP = "forward", "backward", "gradient exchange", "step"
 LOADER, SAVED_INPUTS, TABLES = "micro-batches", "block inputs in CPU memory", "tables"
 

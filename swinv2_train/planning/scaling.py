@@ -8,9 +8,10 @@ from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
 from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.planning.communication import INTER, INTRA, num_nodes, sent_by_card, total_sent
-from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes
+from swinv2_train.planning.memory import MemoryPlan, combine, model_sizes
 from swinv2_train.planning.speed import SpeedPlan, measured_pass, pass_seconds, plan_speed, planned_mfu
 from swinv2_train.planning.trace import Trace, meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 
 COUNTS = tuple(2**k for k in range(3, 11))
 COMPUTE, LAUNCHES, LATENCY, OPTIMIZER = "compute", "launches", "latency", "optimizer"

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
 from swinv2_train.engine.build import engine_memory
-from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes, plan_memory, scale
+from swinv2_train.planning.memory import MemoryPlan, combine, model_sizes, plan_memory, scale
 from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import missing
 from swinv2_train.planning.table import memory_table, verdict
 from swinv2_train.planning.trace import meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 
 POLICIES = ("none", "attention", "every:2", "every:4", "every:8", "blocks", "blocks@cpu")
 """Values of model.recompute that are tried; the config's own is too."""

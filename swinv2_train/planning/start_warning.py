@@ -8,7 +8,8 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.planning.hardware import complete
-from swinv2_train.planning.memory import GIB, MemoryPlan, plan_memory
+from swinv2_train.planning.memory import MemoryPlan, plan_memory
+from swinv2_train.runtime.environment import GIB
 
 ROUGH_BYTES = 4 * 40
 """No block keeps more than 40 floats for a channel of a token, or 8 for a pair of tokens and head, and no engine more

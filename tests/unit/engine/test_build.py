@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from swinv2_train.config.command_line import compose_overrides, conf_dir
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.engine.build import ENGINES, engine_memory
 from swinv2_train.engine.model_sizes import LayerSizes, ModelSizes
 

@@ -10,18 +10,20 @@ import pytest
 import torch
 
 from swinv2_train.config import Config
-from swinv2_train.config.command_line import compose_overrides, conf_dir
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning import trace as trace_module
 from swinv2_train.planning.hardware import complete
-from swinv2_train.planning.memory import BACKWARD, FORWARD, GIB, model_sizes, plan_memory, scale
+from swinv2_train.planning.memory import BACKWARD, FORWARD, model_sizes, plan_memory, scale
 from swinv2_train.planning.search import candidates
 from swinv2_train.planning.speed import pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import memory_warning, rough_bytes
 from swinv2_train.planning.trace import meta_batch, meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks import build_task
 from tests.support.live_bytes import allocated_peak
 
