@@ -8,11 +8,10 @@ from pathlib import Path
 
 from swinv2_train.checkpoint import find_checkpoint, verified_checkpoint
 from swinv2_train.checkpoint.finding import step_of
-from swinv2_train.config import ClassifyConfig, Config, ConfigError
+from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.data.loading.loader import accumulation_steps
-from swinv2_train.data.transforms.augment import check_augment
 from swinv2_train.distributed import (
     init_distributed,
     on_main,
@@ -33,7 +32,7 @@ from swinv2_train.runtime import (
     set_threads,
     tune_allocator,
 )
-from swinv2_train.tasks import build_task
+from swinv2_train.tasks import build_task, task_class
 from swinv2_train.training import loop
 from swinv2_train.training.build import build_run, checked_newest, make_run_dir, open_shards, write_run_files
 from swinv2_train.training.initial_weights import initial_weights
@@ -46,8 +45,7 @@ def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
     check_engine(config.engine)
     check_probe(config, training=True)
-    if isinstance(config.task, ClassifyConfig):
-        check_augment(config.task)
+    task_class(config.task).preflight(config.task)
     run_dir = Path(config.run_dir)
     with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)
@@ -68,7 +66,7 @@ def train(config: Config) -> int:
         with without_values():  # each rank makes those of its own share, in the engine
             task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
-        initial = initial_weights(config, task.module, world) if newest is None else None
+        initial = initial_weights(config, task, world) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
@@ -77,7 +75,7 @@ def train(config: Config) -> int:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
             try:
-                if world.is_main and (warning := memory_warning(config, world, task.module)):
+                if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, shards, log, newest, initial, pulse, probe)
                 on_main(world, lambda: write_run_files(run_dir, config, world))

@@ -9,7 +9,6 @@ from swinv2_train.config.schema import (
     PIPE,
     PROBE_SCORES,
     RECOMPUTE_PLACES,
-    SCORES,
     SPLITS,
     TASKS,
     ClassifyConfig,
@@ -32,7 +31,6 @@ from swinv2_train.config.schema import (
     TrainConfig,
     averaged_score,
     is_pipe,
-    mixes,
     pair,
     parse_recompute,
 )
@@ -60,7 +58,6 @@ __all__ = [
     "RECOMPUTE_PLACES",
     "Recompute",
     "RuntimeConfig",
-    "SCORES",
     "SPLITS",
     "ScheduleConfig",
     "SimMIMConfig",
@@ -69,7 +66,6 @@ __all__ = [
     "TrainConfig",
     "averaged_score",
     "is_pipe",
-    "mixes",
     "pair",
     "parse_recompute",
 ]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from swinv2_train.config.schema import (
     ARTIFACTS,
     PROBE_SCORES,
-    SCORES,
     SPLITS,
     ClassifyConfig,
     Config,
@@ -17,7 +15,6 @@ from swinv2_train.config.schema import (
     SimMIMConfig,
     averaged_score,
     is_pipe,
-    mixes,
     pair,
     parse_recompute,
 )
@@ -28,12 +25,6 @@ MOST_TRACED = 20
 
 ABOVE_0, BELOW_1 = math.ulp(0.0), 1.0 - math.ulp(0.5)
 """The open ends of ranges."""
-
-
-RAND_AUGMENT = re.compile(
-    r"rand(-(m\d+|n\d+|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|tweights|t3a|t3aw))*"
-)
-"""What timm reads of a policy's name; the rest it would pass over in silence."""
 
 
 def check_config(config: Config) -> None:
@@ -189,38 +180,24 @@ def check_config(config: Config) -> None:
         _within("data.std", std, ABOVE_0, math.inf)
     for milestone in schedule.milestones:
         _within("optim.schedule.milestones", milestone, 0, 1)
-    img_size = pair("model.img_size", config.model.img_size)
+    pair("model.img_size", config.model.img_size)
     pair("model.window_size", config.model.window_size)
     for window in config.model.pretrained_window_sizes:
         if window != 0 or isinstance(window, bool):
             pair("model.pretrained_window_sizes", window)
     if isinstance(config.task, SimMIMConfig):
         _within("task.mask_ratio", config.task.mask_ratio, ABOVE_0, 1)
-        unit = config.task.mask_unit_px
-        if unit < 1 or unit % config.model.patch_size or any(side % unit for side in img_size):
-            raise ConfigError(
-                f"task.mask_unit_px ({unit}) must be a multiple of model.patch_size ({config.model.patch_size}) and "
-                f"divide model.img_size {img_size}"
-            )
-        for name, split in data.eval_splits.items():
-            if split.labels is not None:
-                raise ConfigError(f"{SPLITS}{name}.labels ({split.labels}) needs task=classify; SimMIM uses no labels")
     if isinstance(config.task, ClassifyConfig):
         _within("task.num_classes", config.task.num_classes, 1, math.inf)
         for name in ("label_smoothing", "erasing_prob", "mixup_prob", "mixup_switch_prob"):
             _within(f"task.{name}", getattr(config.task, name), 0, 1)
         for name in ("color_jitter", "mixup_alpha", "cutmix_alpha"):
             _within(f"task.{name}", getattr(config.task, name), 0, math.inf)
-        policy = config.task.rand_augment
-        if policy is not None and not RAND_AUGMENT.fullmatch(policy):
+    config.task.check(config)
+    for name, split in data.eval_splits.items():
+        if split.labels is not None and config.task.label_classes is None:
             raise ConfigError(
-                f"task.rand_augment ({policy}) is not rand and sections such as m9, n2, p0.5, mstd0.5, mmax10, inc1, "
-                "tweights, t3a or t3aw, joined by '-'; the official policy is rand-m9-mstd0.5-inc1"
-            )
-        if mixes(config.task) and train.micro_batch_size % 2:
-            raise ConfigError(
-                f"train.micro_batch_size ({train.micro_batch_size}) must be even, for mixup pairs the images of a "
-                "micro-batch; change it, or set task.mixup_alpha=0 and task.cutmix_alpha=0"
+                f"{SPLITS}{name}.labels ({split.labels}) needs task=classify; task={config.task.name} uses no labels"
             )
     if is_pipe(data.shards):
         _check_pipe(config)
@@ -237,7 +214,7 @@ def check_config(config: Config) -> None:
         )
     _check_ema(config)
     if train.keep_best is not None:
-        scores, probed = SCORES[config.task.name], [name for names in PROBE_SCORES.values() for name in names]
+        scores, probed = config.task.scores, [name for names in PROBE_SCORES.values() for name in names]
         _one_of("train.keep_best", train.keep_best, (*scores, *map(averaged_score, scores), *probed))
         if train.keep_best not in (*scores, *probed) and optim.ema_decay is None:
             raise ConfigError(

@@ -174,13 +174,13 @@ def loss_shares(run: Run, micro_batches: list[Batch]) -> list[float]:
 
 def draw(run: Run, batch: Batch) -> None:
     """Write the task's picture of a few images: the evaluation's first ones, so that pictures compare over time."""
+    picture = run.task.picture
+    if picture is None:
+        return
     with run.monitor.pulse.doing("drawing"):
-        if not run.task.has_picture:
-            return
         if run.eval_loader is not None:
             batch = next(together(run.eval_loader))
-        picture = run.task.picture(run.engine.evaluate, batch)
-        run.monitor.log.picture(run.config.task.name, run.position.step, picture)
+        run.monitor.log.picture(run.config.task.name, run.position.step, picture(run.engine.evaluate, batch))
 
 
 def measure(run: Run, last: bool) -> dict[str, float]:

@@ -199,7 +199,7 @@ def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
     still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
     start = (*still, f"task.init_from={tmp_path / 'timm.pth'}")
     with pytest.raises(ConfigError, match=r"task.init_from: .*head.bias is \(6,\), the model has \(4,\); head=fresh"):
-        initial_weights(settings(*start), build_task(settings(), CPU).module, World(0, 0, 1, 1, CPU))
+        initial_weights(settings(*start), build_task(settings(), CPU), World(0, 0, 1, 1, CPU))
     for task, head in (("finetune", f"task.init_head={tmp_path / 'classes.txt'}"), ("simmim", "task.init_head=auto")):
         config = settings(*start, head, f"run_dir={tmp_path / task}", task=task)
         assert run_alone(config) == EXIT_DONE
@@ -224,7 +224,7 @@ def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settin
     cases = [(name, (*larger, *more), not more) for name in ("source", "hf") for more in ((), (right,))]
     for name, overrides, warned in [*cases, ("bare.pth", larger, False)]:
         config = settings(*overrides, f"task.init_from={tmp_path / name}")
-        initial = initial_weights(config, build_task(config, CPU).module, World(0, 0, 1, 1, CPU))
+        initial = initial_weights(config, build_task(config, CPU), World(0, 0, 1, 1, CPU))
         assert (f"{right} keeps its meaning" in initial.report) is warned, (name, overrides)
 
 

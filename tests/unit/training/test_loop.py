@@ -60,7 +60,6 @@ class Loader(list):
 class Task:
     """The loss and the score of a batch stand in it; a picture remembers the batch that it shows."""
 
-    has_picture = True
     multiply_adds = 1
 
     def __init__(self) -> None:

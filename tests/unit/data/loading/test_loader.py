@@ -23,7 +23,7 @@ from PIL import Image
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.data.loading.batches import BatchRequest
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
-from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.sample import SampleError, ShardError, Targets
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
 from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
 from swinv2_train.data.transforms.masks import simmim_mask
@@ -45,12 +45,12 @@ class Transform:
     """A crop, a flip, a mask and the label, as the tasks do it."""
 
     def __init__(self, needs_label: bool = True) -> None:
-        self.needs_label = needs_label
+        self.needs = ("label",) if needs_label else ()
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         crop = random_resized_crop(image, (8, 8), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
         row = {"image": random_flip(crop, 0.5, rng), "mask": simmim_mask((8, 8), 2, 1, 0.6, rng)}
-        return {**row, "label": torch.tensor(label)} if self.needs_label else row
+        return {**row, "label": torch.tensor(targets["label"])} if self.needs else row
 
 
 def png(seed: int) -> bytes:
@@ -267,10 +267,10 @@ def test_what_a_transform_refuses_is_named_too(tmp_path):
     """A label out of range is known to the task alone, which does not know the sample."""
 
     class Refusing(Transform):
-        def __call__(self, image, label, rng):
-            if label == 2:
+        def __call__(self, image, targets, rng):
+            if targets["label"] == 2:
                 raise SampleError("label 2 is not within 0..1")
-            return super().__call__(image, label, rng)
+            return super().__call__(image, targets, rng)
 
     with pytest.raises(SampleError, match=r"t-00000\d.tar: sample 'k0\d\d': label 2 is not within 0..1; repair it"):
         list(islice(train_loader(make_shards(tmp_path, 20), transform=Refusing()), 5))

@@ -24,7 +24,7 @@ from PIL import Image
 from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
-from swinv2_train.data.sample import ShardError
+from swinv2_train.data.sample import ShardError, Targets
 from swinv2_train.data.shards.prefetch import FetchAhead
 from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
@@ -39,9 +39,9 @@ CONFIG = make_config(
 
 
 class Transform:
-    needs_label = False
+    needs = ()
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return {"image": image, "draw": torch.tensor(rng.random())}
 
 

@@ -17,8 +17,8 @@ import torch
 from scripts import make_shards
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.config.command_line import compose_overrides
-from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, check_classes, check_same_classes
-from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, check_same_classes
+from swinv2_train.data.sample import SampleError, ShardError, Targets
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.data.sources import folder as folder_module
 from swinv2_train.data.sources import virtual_shards
@@ -26,6 +26,7 @@ from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.folder import open_folder
 from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
 from swinv2_train.distributed import World
+from swinv2_train.tasks import task_class
 from swinv2_train.training.build import open_shards
 from tests.support.configs import make_config
 from tests.support.shard_files import image_bytes
@@ -37,11 +38,12 @@ class Transform:
     """A crop, a flip and the label, as the tasks do it."""
 
     def __init__(self, needs_label: bool = True) -> None:
-        self.needs_label = needs_label
+        self.needs = ("label",) if needs_label else ()
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         crop = random_resized_crop(image, (6, 6), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
-        return {"image": random_flip(crop, 0.5, rng)} | ({"label": torch.tensor(label)} if self.needs_label else {})
+        row = {"image": random_flip(crop, 0.5, rng)}
+        return {**row, "label": torch.tensor(targets["label"])} if self.needs else row
 
 
 def write(folder: Path, names: list[str]) -> Path:
@@ -128,7 +130,7 @@ def test_which_files_are_images_and_what_their_labels_are(tmp_path):
     source = open_folder(str(folder), progress=said.append)
     reader = pickle.loads(pickle.dumps(source)).open_reader()
     read = [reader.read(0, index) for index in range(source.num_samples)]
-    assert {sample.key: sample.label for sample in read} == {
+    assert {sample.key: sample.targets.get("label") for sample in read} == {
         "Z/w": 0, "a/far": 1, "a/near": 1, "b/deep/z": 2, "b/linked": 2, "b/y": 2, "b-2/x.v1": 3,
     }  # fmt: skip
     assert source.classes == ("Z", "a", "b", "b-2") and said[0].startswith("5 files and hidden folders of")
@@ -272,8 +274,9 @@ def test_classes_are_compared_between_two_sources_and_with_the_model(tmp_path):
     check_same_classes(one, open_source(str(write(tmp_path / "flat", ["1.png"]))), keys)
     with pytest.raises(ConfigError, match=r"data.shards has 3 classes, data.eval_shards 2 \(they differ in: b\)"):
         check_same_classes(one, other, keys)
+    two = compose_overrides(["task=classify", "task.num_classes=2", "model=demo", "run_dir=x", "data.shards=x"]).task
     with pytest.raises(ConfigError, match="data.shards has labels from 0 to 2; set task.num_classes=3"):
-        check_classes(one, 2, "data.shards")
+        task_class(two).check_source(two, one, "data.shards", None)
 
 
 def test_the_train_command_opens_folders_and_refuses_other_classes_before_it_trains(tmp_path):

@@ -18,7 +18,7 @@ import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
-from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.sample import SampleError, ShardError, Targets
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.data.sources import virtual_shards
 from swinv2_train.data.sources.base import Source, open_source
@@ -33,11 +33,11 @@ COUNT = 240
 
 class Transform:
     def __init__(self, needs_label: bool = True) -> None:
-        self.needs_label = needs_label
+        self.needs = ("label",) if needs_label else ()
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: Any) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: Any) -> dict[str, torch.Tensor]:
         crop = random_resized_crop(image, (6, 6), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
-        return {"image": crop} | ({"label": torch.tensor(label)} if self.needs_label else {})
+        return {"image": crop} | ({"label": torch.tensor(targets["label"])} if self.needs else {})
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,11 @@ def test_every_row_is_what_datasets_itself_gives(saved):
     for index in range(COUNT):
         sample = reader.read(0, index)
         row = theirs[int(sample.key)]
-        assert (sample.image, sample.label, sample.extension) == (row["img"]["bytes"], row["class"], "png")
+        assert (sample.image, sample.targets.get("label"), sample.extension) == (
+            row["img"]["bytes"],
+            row["class"],
+            "png",
+        )
     assert sorted(int(reader.key(0, index)) for index in range(COUNT)) == list(range(COUNT))
 
 

@@ -19,7 +19,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.loading.pipe_loader import StreamLoader, build_train_loader
-from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.sample import SampleError, ShardError, Targets
 from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
 from swinv2_train.data.sources.pipe import Stream, open_stream, read_command
 from tests.support.configs import make_config
@@ -32,13 +32,13 @@ class Transform:
     """The image's own pixels, cut to one size, a random number and the label."""
 
     def __init__(self, needs_label: bool = True) -> None:
-        self.needs_label = needs_label
+        self.needs = ("label",) if needs_label else ()
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return {
             "image": image[:, :8, :8].contiguous(),
             "draw": torch.tensor(rng.random()),
-            "label": torch.tensor(label),
+            "label": torch.tensor(targets["label"]),
         }
 
 
@@ -81,7 +81,10 @@ def test_a_command_gives_what_the_index_would(folder):
     tar = folder / "t-000000.tar"
     subprocess.run(["gzip", "-k", str(tar)], check=True)
     for command in (f"cat {tar}", f"zcat {tar}.gz", f"cat {tar} | cat"):
-        found = [(sample.key, sample.image, sample.extension, sample.label) for sample in read_command(command)]
+        found = [
+            (sample.key, sample.image, sample.extension, sample.targets.get("label"))
+            for sample in read_command(command)
+        ]
         assert found == samples(3), command
 
 
@@ -95,7 +98,9 @@ def test_headers_of_every_kind_pass(tmp_path):
     ]  # fmt: skip
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = write_plain_tar(tmp_path / "t.tar", members, format=form)
-        found = [(each.key, each.image, each.extension, each.label) for each in read_command(f"cat {path}")]
+        found = [
+            (each.key, each.image, each.extension, each.targets.get("label")) for each in read_command(f"cat {path}")
+        ]
         assert found == [
             (f"{'long' * 40}/a", b"1", "jpg", 3),
             ("d/c", b"3", "jpg", None),
