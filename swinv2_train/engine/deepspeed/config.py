@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import Config, ConfigError, EngineConfig
-from swinv2_train.engine.deepspeed.buckets import Buckets, LayerSizes, buckets_of
+from swinv2_train.engine.deepspeed.buckets import Buckets, buckets_of
+from swinv2_train.engine.model_sizes import LayerSizes
 
 # fmt: off
 KNOWN_KEYS = frozenset([

@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from swinv2_train.config import TASKS, ClassifyConfig, Config, ConfigError, EvalSplitConfig, SimMIMConfig
-from swinv2_train.config.command_line import compose_argv, compose_source, conf_dir, read_run
+from swinv2_train.config.command_line import compose_argv, compose_source, read_run
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.load import config_yaml, known_keys, load_config
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
