@@ -1,4 +1,4 @@
-"""From a command line to a validated Config: Hydra composes, the gate checks, the user gets one message or a run.
+"""From a command line to a validated Config: Hydra composes, load_config checks, the user gets one message or a run.
 
 Hydra is used for composition alone (groups, experiments, overrides, ``--help``, ``--cfg job``, shell completion); it
 opens no output directory and no logger, so that it does nothing per rank.
@@ -7,7 +7,6 @@ opens no output directory and no logger, so that it does nothing per rank.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import socket
@@ -24,9 +23,12 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
-from swinv2_train.config.load import config_yaml, known_keys, load_config, one_line, unknown_key
-from swinv2_train.config.schema import TASKS, Config, ConfigError
+from swinv2_train.config.keys import known_keys
+from swinv2_train.config.load import config_yaml, load_config, one_line, unknown_key
+from swinv2_train.config.near_names import did_you_mean
+from swinv2_train.config.schema import TASKS, Config
 
 T = TypeVar("T")
 
@@ -153,7 +155,7 @@ def _unquoted(value: str) -> str:
 def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of an earlier run, with overrides on top; keys that are newer than the run have their defaults.
 
-    Raises ConfigError when run_dir holds none, or one that the gate refuses.
+    Raises ConfigError when run_dir holds none, or one that load_config refuses.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"run_dir ({run_dir}) holds no config.yaml; name the directory of a run")
@@ -167,7 +169,7 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
         if task in TASKS:
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 defaults = compose("train", [f"task={task}"])
-            OmegaConf.set_struct(defaults, False)  # the gate is the one to say what is unknown
+            OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
             saved = cast(DictConfig, OmegaConf.merge(defaults, saved))
     return load_config(saved)
 
@@ -203,9 +205,8 @@ def _explain(error: Exception) -> str:
     option = re.search(r"Could not find '(\w+)/([^']*)' Available options in '\w+': (.*?) Config search path", text)
     if option:
         group, given, names = option[1], option[2], [name for name in option[3].split() if name != "common"]
-        near = difflib.get_close_matches(given, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{group}={given}: there is no such {group}; {hint}there are {', '.join(names)}"
+        hint = did_you_mean(given, names)
+        return f"{group}={given}: there is no such {group}; {hint}{' ' if hint else ''}there are {', '.join(names)}"
     if unknown:
         return unknown_key(unknown.group(1))
     return text
