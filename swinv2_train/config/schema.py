@@ -77,7 +77,7 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, at_least(1)]
     """How many of the newest complete checkpoints are kept."""
     keep_best: str | None
-    """Also keep the best checkpoint by a score (SCORES, PROBE_SCORES): val/top1, val_ema/loss, probe/knn_top1, ..."""
+    """Also keep the best checkpoint by a score that the run measures: val/top1, val_ema/loss, probe/knn_top1, ..."""
     eval_every_steps: Annotated[int | None, at_least(1)]
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: Annotated[int, at_least(1)]
@@ -366,18 +366,27 @@ class Config:
     run_dir: Annotated[str, directory()]
     """Directory of the run; the same command with the same run_dir resumes it."""
     train: TrainConfig
+    """Length of the run, batches, and what happens between steps."""
     model: ModelConfig
+    """The encoder and how it computes."""
     task: TaskConfig
+    """What is trained; task=NAME chooses the keys."""
     data: DataConfig
+    """Images: where they are, in which order they are read, how they are cropped."""
     optim: OptimConfig
+    """AdamW and the learning rate."""
     engine: EngineConfig
+    """How a step is computed on several ranks."""
     probe: ProbeConfig
     """Quality of the frozen encoder's features, without fine-tuning."""
     log: LogConfig
+    """What is told, and to whom."""
     runtime: RuntimeConfig
+    """The processes: threads, time limits, traces."""
     hardware: HardwareConfig
     """Used by the planner and by the memory warning at the start of training."""
     plan: PlanConfig
+    """The plan command alone."""
 
 
 SCORES = {"simmim": ("val/loss",), "classify": ("val/loss", "val/top1", "val/top5")}
