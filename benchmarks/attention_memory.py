@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from live_bytes import LiveBytes
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.sequential import Chunks
 from swinv2_train.models.windows import window_grid
+from tests.support.live_bytes import LiveBytes
 
 HEAD_DIM = 32
 MIB = 2**20

@@ -20,21 +20,20 @@ from statistics import median
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 
-from toy import toy_config  # noqa: E402
-
-from swinv2_train.checkpoint import Save, verified_checkpoint  # noqa: E402
-from swinv2_train.distributed import (  # noqa: E402
+from swinv2_train.checkpoint import Save, verified_checkpoint
+from swinv2_train.distributed import (
     World,
     barrier,
     broadcast_object,
     init_distributed,
     shutdown_distributed,
 )
-from swinv2_train.engine import build_engine  # noqa: E402
-from swinv2_train.models import swin_v2  # noqa: E402
-from swinv2_train.training.param_groups import build_param_groups  # noqa: E402
+from swinv2_train.engine import build_engine
+from swinv2_train.models import swin_v2
+from swinv2_train.training.param_groups import build_param_groups
+from tests.support.toy import toy_config
 
 
 def measure(world: World, size: str, run_dir: Path, saves: int) -> dict[str, list[tuple[float, float]]]:

@@ -19,9 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from official_arithmetic import OfficialArithmetic
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
+from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.models import swin_v2
 from swinv2_train.runtime import tune_allocator
 

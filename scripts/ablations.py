@@ -27,9 +27,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ablation_results import BIASES, BLOCKS, write
-from ablation_training import Recipe, Run, pack_images, train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 
+from scripts.ablation_results import BIASES, BLOCKS, write
+from scripts.ablation_training import Recipe, Run, pack_images, train
 from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_STOPPED
 from swinv2_train.runtime import available_cores, environment_record

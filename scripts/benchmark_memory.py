@@ -28,11 +28,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
+
 import torch
 import torch.nn.functional as F
-from official_arithmetic import OfficialArithmetic
 from torch import Tensor, nn
 
+from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import SwinTransformerV2, count_parameters, swin_v2
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmark_worker import LAPS
-from contestants import PEERS, PRODUCTS, Case, Contestant
+from scripts.benchmark_worker import LAPS
+from scripts.contestants import PEERS, PRODUCTS, Case, Contestant
 
 FORWARD, BOTH, STEP = LAPS
 

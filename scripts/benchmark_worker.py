@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contestants import PRODUCTS, Case, Contestant, build, write_weights
-from matrix_products import MatrixProducts
 from torch import Tensor, nn
 
+from scripts.contestants import PRODUCTS, Case, Contestant, build, write_weights
+from scripts.matrix_products import MatrixProducts
 from swinv2_train.engine.adamw import adamw
 from swinv2_train.runtime import tune_allocator
 

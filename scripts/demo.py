@@ -19,12 +19,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import fetch_cifar10
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
+
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from scripts import fetch_cifar10
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import TASKS
 from swinv2_train.config.command_line import compose_overrides, guarded, read_run

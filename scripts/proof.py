@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fetch_cifar10
-import numpy as np
-from make_shards import Entry, pack
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 
+import numpy as np
+
+from scripts import fetch_cifar10
+from scripts.make_shards import Entry, pack
 from swinv2_train.config.command_line import compose_overrides, guarded
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
@@ -128,14 +130,16 @@ def pack_subset(runs: Path, percent: int, seed: int) -> None:
     manifest = open_manifest(f"{DATA}/train-*.tar", "data.shards")
     reader = TarReader(manifest, max_open=4)
     samples = [reader.read(shard, index) for shard, count in enumerate(manifest.counts) for index in range(count)]
-    labels = np.array([sample.label for sample in samples])
+    labels = np.array([sample.targets.get("label") for sample in samples])
     generator = np.random.default_rng(seed)
     entries = []
     for label in np.unique(labels):
         of_class = generator.permutation(np.flatnonzero(labels == label))
         for number in of_class[: round(len(of_class) * percent / 100)]:
             sample = samples[number]
-            entries.append(Entry(sample.key, sample.extension, sample.label, lambda image=sample.image: image))
+            entries.append(
+                Entry(sample.key, sample.extension, sample.targets.get("label"), lambda image=sample.image: image)
+            )
     pack(entries, str(prefix), samples_per_shard=len(entries), seed=seed)
 
 

@@ -1,4 +1,4 @@
-"""Compute the golden curves (tests/curves.py) anew, because numbers were changed on purpose.
+"""Compute the golden curves (tests/support/curves.py) anew, because numbers were changed on purpose.
 
     python scripts/refresh_golden.py --reason "why the numbers are others now" [CURVE ...]
 
@@ -27,14 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 when nothing was computed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reason", default="", help="what was changed, in some words; kept in the files")
-    parser.add_argument("curves", nargs="*", metavar="CURVE", help="those of tests/curves.py (default: all)")
+    parser.add_argument("curves", nargs="*", metavar="CURVE", help="those of tests/support/curves.py (default: all)")
     options = parser.parse_args(arguments)
     if len(options.reason.split()) < FEWEST_WORDS:
         print(f"--reason ({options.reason!r}) must say in {FEWEST_WORDS} words or more why", file=sys.stderr)
         return 2
     os.environ.update(SAME_AS_TESTS)  # before torch is imported
-    sys.path.insert(0, str(ROOT / "tests"))
-    import curves
+    sys.path.insert(0, str(ROOT))
+    from tests.support import curves
 
     if unknown := set(options.curves) - curves.CURVES.keys():
         print(f"no such curve: {', '.join(sorted(unknown))}; there are {', '.join(curves.CURVES)}", file=sys.stderr)

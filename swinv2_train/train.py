@@ -64,7 +64,7 @@ def train(config: Config) -> int:
         with without_values():  # each rank makes those of its own share, in the engine
             task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
-        initial = initial_weights(config, task.module, world) if newest is None else None
+        initial = initial_weights(config, task, world) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
@@ -73,15 +73,15 @@ def train(config: Config) -> int:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
             try:
-                if world.is_main and (warning := memory_warning(config, world, task.module)):
+                if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, shards, log, newest, initial, pulse, probe)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
-                with run.garbage:
+                with run.monitor.garbage:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
-                    log.say(f"stopped by {reason} after step {run.step}; the same command resumes")
+                    log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
                 elif world.is_main:
                     with pulse.doing(ENDING):
                         log_artifacts(config, log)

@@ -32,6 +32,6 @@ def _same_random_state() -> None:
 @pytest.fixture
 def run_distributed():
     """harness.run_distributed, for tests outside of tests/distributed."""
-    import harness
+    from tests.support import harness
 
     return harness.run_distributed

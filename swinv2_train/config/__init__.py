@@ -12,7 +12,6 @@ from swinv2_train.config.schema import (
     ARTIFACTS,
     PIPE,
     PROBE_SCORES,
-    SCORES,
     SPLITS,
     TASKS,
     ClassifyConfig,
@@ -31,7 +30,6 @@ from swinv2_train.config.schema import (
     TrainConfig,
     averaged_score,
     is_pipe,
-    mixes,
 )
 
 __all__ = [
@@ -57,7 +55,6 @@ __all__ = [
     "RECOMPUTE_PLACES",
     "Recompute",
     "RuntimeConfig",
-    "SCORES",
     "SPLITS",
     "ScheduleConfig",
     "SimMIMConfig",
@@ -66,7 +63,6 @@ __all__ = [
     "TrainConfig",
     "averaged_score",
     "is_pipe",
-    "mixes",
     "pair",
     "parse_recompute",
 ]

@@ -5,18 +5,8 @@ from __future__ import annotations
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import check_values
 from swinv2_train.config.recompute import parse_recompute
-from swinv2_train.config.rules import between, one_of, pair
-from swinv2_train.config.schema import (
-    PROBE_SCORES,
-    SCORES,
-    SPLITS,
-    ClassifyConfig,
-    Config,
-    SimMIMConfig,
-    averaged_score,
-    is_pipe,
-    mixes,
-)
+from swinv2_train.config.rules import between, one_of
+from swinv2_train.config.schema import PROBE_SCORES, SPLITS, Config, averaged_score, is_pipe
 
 BF16_LARGEST_DECAY = 0.996
 """1 - 2^-8, one step of bf16: times more than this, a bf16 number is rounded to what it was."""
@@ -27,10 +17,8 @@ def check_config(config: Config) -> None:
     check_values(config)
     _check_lengths(config)
     _check_model(config)
-    if isinstance(config.task, SimMIMConfig):
-        _check_simmim(config, config.task)
-    if isinstance(config.task, ClassifyConfig):
-        _check_classify(config, config.task)
+    config.task.check(config)
+    _check_labels(config)
     _check_hang_timeout(config)
     _check_moments(config)
     _check_ema(config)
@@ -67,26 +55,13 @@ def _check_model(config: Config) -> None:
         between(1, num_stages).check("model.sequential_stages", stage)
 
 
-def _check_simmim(config: Config, task: SimMIMConfig) -> None:
-    """Masked squares tile the image and are made of patches; nothing reads labels."""
-    unit, img_size = task.mask_unit_px, pair("model.img_size", config.model.img_size)
-    if unit < 1 or unit % config.model.patch_size or any(side % unit for side in img_size):
-        raise ConfigError(
-            f"task.mask_unit_px ({unit}) must be a multiple of model.patch_size ({config.model.patch_size}) and "
-            f"divide model.img_size {img_size}"
-        )
+def _check_labels(config: Config) -> None:
+    """Splits have files of labels where the task reads labels."""
     for name, split in config.data.eval_splits.items():
-        if split.labels is not None:
-            raise ConfigError(f"{SPLITS}{name}.labels ({split.labels}) needs task=classify; SimMIM uses no labels")
-
-
-def _check_classify(config: Config, task: ClassifyConfig) -> None:
-    """Mixup pairs the images of a micro-batch."""
-    if mixes(task) and config.train.micro_batch_size % 2:
-        raise ConfigError(
-            f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of a "
-            "micro-batch; change it, or set task.mixup_alpha=0 and task.cutmix_alpha=0"
-        )
+        if split.labels is not None and config.task.label_classes is None:
+            raise ConfigError(
+                f"{SPLITS}{name}.labels ({split.labels}) needs task=classify; task={config.task.name} uses no labels"
+            )
 
 
 def _check_hang_timeout(config: Config) -> None:
@@ -129,7 +104,7 @@ def _check_ema(config: Config) -> None:
 
 def _check_keep_best(config: Config) -> None:
     """The score by which a checkpoint is the best is one that the run measures."""
-    best, scores = config.train.keep_best, SCORES[config.task.name]
+    best, scores = config.train.keep_best, config.task.scores
     if best is None:
         return
     probed = [name for names in PROBE_SCORES.values() for name in names]

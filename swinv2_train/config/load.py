@@ -29,7 +29,8 @@ def load_config(composed: DictConfig) -> Config:
     """
     task_name = OmegaConf.select(composed, "task.name")
     if task_name not in TASKS:
-        raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose task=simmim or task=classify")
+        options = " or ".join(f"task={name}" for name in TASKS)
+        raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose {options}")
     schema = OmegaConf.structured(Config)
     schema.task = OmegaConf.structured(TASKS[task_name])
     _check_keys(composed, TASKS[task_name])

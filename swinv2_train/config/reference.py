@@ -128,7 +128,7 @@ def _default(tree: DictConfig, name: str) -> str | None:
     """A key's value as YAML writes it in one line; None for a key of another task."""
     section, _, leaf = name.rpartition(".")
     node = OmegaConf.select(tree, section) if section else tree
-    if leaf not in node.keys():  # `in` alone is False for what must be given
+    if leaf not in list(node):  # `in node` is False for what must be given
         return None
     return "???" if OmegaConf.is_missing(node, leaf) else _value_text(node[leaf])
 

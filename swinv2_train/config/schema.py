@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
+from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.planner import HardwareConfig, PlanConfig
 from swinv2_train.config.rules import (
     ABOVE_0,
@@ -25,6 +26,7 @@ from swinv2_train.config.rules import (
     matching,
     one_of,
     one_per_stage,
+    pair,
     positive,
     size,
     size_or_0,
@@ -135,6 +137,28 @@ class TaskConfig:
     init_head: str
     """auto (the file's head where it has one), fresh, or a file of class indices to take from it (22k -> 1k)."""
 
+    implementation: ClassVar[str]
+    """MODULE:CLASS that is the task; imported when the task is built."""
+    scores: ClassVar[tuple[str, ...]]
+    """What it measures on the evaluation shards."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the images of a micro-batch are ever mixed, in pairs."""
+        return False
+
+    @property
+    def label_classes(self) -> int | None:
+        """The number of classes of which it names one for each image; None = it uses no labels."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """Keys of this section that shape the weights: a run is resumed with the same values alone."""
+        return {}
+
+    def check(self, config: Config) -> None:
+        """The rules between keys of this section, or with others.  Raises ConfigError naming key, value and remedy."""
+
 
 @dataclass
 class SimMIMConfig(TaskConfig):
@@ -144,6 +168,19 @@ class SimMIMConfig(TaskConfig):
     """Share of the squares that is hidden (0.6)."""
     norm_target: int | None
     """Side in pixels of the sliding window that normalises the target; null = plain pixels (official SwinV2: 47)."""
+
+    implementation: ClassVar[str] = "swinv2_train.tasks.simmim:SimMIMTask"
+    scores: ClassVar[tuple[str, ...]] = ("val/loss",)
+
+    def check(self, config: Config) -> None:
+        """A mask is made of whole patches and fills the image."""
+        patch_size, img_size = config.model.patch_size, pair("model.img_size", config.model.img_size)
+        unit = self.mask_unit_px
+        if unit < 1 or unit % patch_size or any(side % unit for side in img_size):
+            raise ConfigError(
+                f"task.mask_unit_px ({unit}) must be a multiple of model.patch_size ({patch_size}) and divide "
+                f"model.img_size {img_size}"
+            )
 
 
 @dataclass
@@ -167,10 +204,30 @@ class ClassifyConfig(TaskConfig):
     mixup_switch_prob: Annotated[float, between(0, 1)]
     """Probability of cutmix where both are on."""
 
+    implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
+    scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/top1", "val/top5")
 
-def mixes(task: TaskConfig) -> bool:
-    """Whether the images of a micro-batch are ever mixed, in pairs."""
-    return isinstance(task, ClassifyConfig) and task.mixup_prob > 0 and (task.mixup_alpha > 0 or task.cutmix_alpha > 0)
+    @property
+    def mixes(self) -> bool:
+        """With mixup or cutmix on."""
+        return self.mixup_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+    @property
+    def label_classes(self) -> int:
+        """As configured."""
+        return self.num_classes
+
+    def identity(self) -> dict[str, Any]:
+        """The head has a row per class."""
+        return {"task.num_classes": self.num_classes}
+
+    def check(self, config: Config) -> None:
+        """Mixup pairs the images of a micro-batch."""
+        if self.mixes and config.train.micro_batch_size % 2:
+            raise ConfigError(
+                f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "
+                "a micro-batch; change it, or set task.mixup_alpha=0 and task.cutmix_alpha=0"
+            )
 
 
 @dataclass
@@ -389,9 +446,6 @@ class Config:
     """The plan command alone."""
 
 
-SCORES = {"simmim": ("val/loss",), "classify": ("val/loss", "val/top1", "val/top5")}
-"""What each task measures on the evaluation shards."""
-
 PROBE_SCORES = {
     "knn": ("probe/knn_top1", "probe/knn_top5"),
     "linear": ("probe/linear_top1", "probe/linear_top5"),
@@ -407,7 +461,11 @@ def averaged_score(name: str) -> str:
 ARTIFACTS = ("pictures", "weights")
 """What wandb may keep besides the numbers."""
 
-TASKS: dict[str, type[TaskConfig]] = {"simmim": SimMIMConfig, "classify": ClassifyConfig}
+TASKS: dict[str, type[TaskConfig]] = {
+    "simmim": SimMIMConfig,
+    "classify": ClassifyConfig,
+}
+"""The tasks by name: a line each.  What else is known of one stands in its class and in its implementation."""
 
 
 SPLITS = "data.eval_splits."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
+from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.planning.communication import INTER, INTRA, num_nodes, sent_by_card, total_sent
 from swinv2_train.planning.engine_memory import engine_memory
@@ -88,7 +88,7 @@ def scaling_curve(config: Config, hardware: HardwareConfig, base_gpus: int) -> C
     share = None
     if config.plan.scaling == "weak":
         share = accumulation_steps(batch.global_batch_size, batch.micro_batch_size, base_gpus) * batch.micro_batch_size
-    traces, pairs = Traces(config, hardware), mixes(config.task)
+    traces, pairs = Traces(config, hardware), config.task.mixes
     points: list[Point] = []
     left_out: dict[int, str] = {}
     for gpus in COUNTS:
@@ -122,7 +122,7 @@ class Traces:
     def point(self, images: int, gpus: int) -> Point:
         """A step of so many images on so many ranks."""
         config, hardware, sizes, size = self.config, self.hardware, self.sizes, self.config.train.micro_batch_size
-        micro = _micro_batch_size(images // gpus, size, mixes(config.task))
+        micro = _micro_batch_size(images // gpus, size, config.task.mixes)
         accumulation = images // (micro * gpus)
         chosen = replace(config, train=replace(config.train, global_batch_size=images, micro_batch_size=micro))
         on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None

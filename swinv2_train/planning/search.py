@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
+from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.planning.engine_memory import engine_memory
 from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes, plan_memory, scale
 from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
@@ -51,7 +51,7 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
             speed = plan_speed(chosen, hardware, memory.sizes, pass_seconds(hardware, trace), num_gpus)
             return _recommended(Candidate(candidate.setting, memory, speed), config, hardware, num_gpus, arguments)
     if not found:
-        pairs, least = (" in pairs, as mixup needs", "2 x ") if mixes(config.task) else ("", "")
+        pairs, least = (" in pairs, as mixup needs", "2 x ") if config.task.mixes else ("", "")
         raise ConfigError(
             f"train.global_batch_size ({config.train.global_batch_size}) cannot be divided among {num_gpus} ranks"
             f"{pairs}; set it to a multiple of {least}plan.num_gpus"
@@ -72,7 +72,7 @@ def candidates(config: Config, hardware: HardwareConfig, num_gpus: int) -> Itera
         passes = pass_seconds(hardware, trace)
         for zero_stage in _zero_stages(config):
             for size in micro_batch_sizes(config.train.global_batch_size, num_gpus):
-                if size % 2 and mixes(config.task):
+                if size % 2 and config.task.mixes:
                     continue
                 setting = Setting(zero_stage, recompute, stages, size)
                 chosen = apply(config, setting)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from swinv2_train.config import ClassifyConfig, Config
-from swinv2_train.data.transforms.augment import check_augment
+from swinv2_train.config import Config
 from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.evaluation.probe import check_probe
+from swinv2_train.tasks import task_class
 
 
 def preflight(config: Config, *, training: bool) -> None:
-    """Raise ConfigError for what the engine, the augmentation or the probes cannot do; every command calls it first.
+    """Raise ConfigError for what the engine, the probes or the task cannot do here; every command calls it first.
 
-    training: for a run, or its plan, which has an engine, an augmentation and a schedule.  Otherwise weights are only
-    read: they may come from a run whose engine this machine could not even load.
+    training: for a run, or its plan.  Otherwise weights are only read, and the engine of their run may be one that this
+    machine could not even load.
     """
     if training:
         check_engine(config.engine)
     check_probe(config, training)
-    if training and isinstance(config.task, ClassifyConfig):
-        check_augment(config.task)
+    if training:
+        task_class(config.task).preflight(config.task)

@@ -7,12 +7,12 @@ import re
 import socket
 
 import pytest
-from configs import make_config
-from harness import run_distributed
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import collectives, init_distributed, same_start
 from swinv2_train.distributed.same_start import check_agreement
+from tests.support.configs import make_config
+from tests.support.harness import run_distributed
 
 
 def found(world, change):

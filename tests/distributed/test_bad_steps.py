@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from unit.test_run import settings, shards, weights_of  # noqa: F401  fixtures
 
 from swinv2_train import train
 from swinv2_train.config import Config
@@ -18,6 +16,8 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks.simmim import SimMIMTask
+from tests.support.harness import run_distributed
+from tests.unit.test_train import settings, shards, weights_of  # noqa: F401  fixtures
 
 ENGINES = {
     "local": ("engine=local",),

@@ -11,14 +11,14 @@ import time
 
 import pytest
 import torch
-from harness import run_distributed
-from toy import build, full_state, save_checkpoint, toy_config, train
 
 from swinv2_train.checkpoint import Save, load_checkpoint, newest_checkpoint, remove_unfinished, verified_checkpoint
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import barrier
 from swinv2_train.engine.state import files
 from swinv2_train.engine.state.files import Snapshot
+from tests.support.harness import run_distributed
+from tests.support.toy import build, full_state, save_checkpoint, toy_config, train
 
 CASES = [
     ("local", 0, "fp32", 0),

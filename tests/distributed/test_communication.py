@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from benchmarks.communication_volume import MIB, compose, counted, gloo_sent, nbytes_of, predicted
 from swinv2_train.planning.communication import GATHER, SCATTER, SUM
-from tests.harness import run_distributed
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from communication_volume import MIB, compose, counted, gloo_sent, nbytes_of, predicted
+from tests.support.harness import run_distributed
 
 MODEL = "model=demo task=classify task.num_classes=10"
 CASES = {

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_distributed
-from toy import full_state, save_state, toy_config
 
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
@@ -20,6 +18,8 @@ from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.harness import run_distributed
+from tests.support.toy import full_state, save_state, toy_config
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 NO_DECAY = ["1d", ".bias", "cpb_mlp", "logit_scale", "mask_token"]

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from distributed.test_preemption import alone, command
-from distributed.test_train import finish, losses, shards, start, wait_for_step  # noqa: F401
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+from tests.distributed.test_preemption import alone, command
+from tests.distributed.test_train import finish, losses, shards, start, wait_for_step  # noqa: F401
 
 pytestmark = pytest.mark.slow
 ENDLESS = ("train.max_steps=100000", "train.log_every_steps=2")

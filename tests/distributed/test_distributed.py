@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from harness import RankFailed, run_distributed
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import (
@@ -25,6 +24,7 @@ from swinv2_train.distributed import (
     shutdown_distributed,
 )
 from swinv2_train.distributed.slurm import meeting_point
+from tests.support.harness import RankFailed, run_distributed
 
 
 def test_collectives_join_what_the_ranks_say():

@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import run_distributed
 from PIL import Image
-from toy import build_toy, full_state, save_state, toy_config, train
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import ConfigError
@@ -27,6 +25,8 @@ from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.train import train as train_run
 from swinv2_train.training import loop
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.harness import run_distributed
+from tests.support.toy import build_toy, full_state, save_state, toy_config, train
 
 LOSS_ATOL = 3e-6  # measured worst 7.2e-7 over 8 steps of the toy; without the averages 6e-2, with step 0 2e-1
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 300}}

@@ -7,10 +7,6 @@ import json
 
 import pytest
 import torch
-from distributed.test_elastic import SMALL, SUB_GROUPS, shards, start, step_of  # noqa: F401  a fixture
-from evaluation import evaluated
-from harness import run_distributed
-from toy import batches, build, build_toy, full_state, part, save_state, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import compose_source
@@ -19,6 +15,10 @@ from swinv2_train.engine.state.consolidate import read_weights
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.weights import read_weights as read_file
 from swinv2_train.weights.export import Request, export
+from tests.distributed.test_elastic import SMALL, SUB_GROUPS, shards, start, step_of  # noqa: F401  a fixture
+from tests.support.evaluation import evaluated
+from tests.support.harness import run_distributed
+from tests.support.toy import batches, build, build_toy, full_state, part, save_state, toy_config, train
 
 DECAY = 0.9
 ATOL = 1e-6  # measured worst 1.5e-7 over 8 steps, all stages and precisions; averaging before the step: 4e-3

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_distributed
-from toy import Toy, batches, build, build_toy, full_state, part, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError, build_engine
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.harness import run_distributed
+from tests.support.toy import Toy, batches, build, build_toy, full_state, part, toy_config, train
 
 LOSS_ATOL = 3e-6  # measured worst 4.8e-7 over 10 steps, 4 stages, with clipping and accumulation; bf16 gives 1e-2
 NORM_RTOL = 2e-6  # measured worst 1.1e-7
@@ -190,7 +190,7 @@ def test_zero_3_start_imports_no_compiler(tmp_path: Path):
     script.write_text(
         "import sys\n"
         "from swinv2_train.distributed import init_distributed, shutdown_distributed\n"
-        "from toy import build, full_state, save_state, toy_config, train\n"
+        "from tests.support.toy import build, full_state, save_state, toy_config, train\n"
         "from pathlib import Path\n"
         "world = init_distributed(60)\n"
         "engine = build(toy_config(precision='bf16'), world)\n"
@@ -201,10 +201,9 @@ def test_zero_3_start_imports_no_compiler(tmp_path: Path):
         f"Path({str(tmp_path)!r}, f'heavy_{{world.rank}}').write_text(repr(heavy))\n"
         "shutdown_distributed()\n"
     )
-    here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{here.parents[1]}:{here.parent}", "OMP_NUM_THREADS": "1",
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1",
              "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")},
         capture_output=True,
         text=True,

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from evaluation import (
+from PIL import Image
+
+from tests.support.evaluation import (
     CLASSIFY,
     MODEL,
     evaluate_command,
@@ -15,7 +17,6 @@ from evaluation import (
     save_model,
     write_images,
 )
-from PIL import Image
 
 RTOL = 1e-6  # measured worst 8e-8: a batch holds other images, and sums over ranks have another order
 

@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from harness import run_distributed
 
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
@@ -20,6 +19,7 @@ from swinv2_train.engine import build_engine
 from swinv2_train.models.initial import initial_rule, without_values
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.harness import run_distributed
 
 RANKS = 16
 PARAMETERS = {"giant_1536": 3_001_940_680, "simmim_giant_192": 3_010_430_176}

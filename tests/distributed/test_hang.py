@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.test_train import SMALL, shards  # noqa: F401
-from harness import run_distributed
 
 from swinv2_train import train
 from swinv2_train.config.command_line import compose_overrides
@@ -20,6 +18,8 @@ from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.monitoring.watchdog import STATUS, read_ranks
 from swinv2_train.training import loop, prefetch
+from tests.distributed.test_train import SMALL, shards  # noqa: F401
+from tests.support.harness import run_distributed
 
 pytestmark = pytest.mark.slow
 HANG_SEC = 4.0
@@ -72,7 +72,7 @@ def test_a_slow_rank_and_then_a_stopped_one_are_named_and_the_run_ends(shards, t
 
         def slow(run: loop.Run, *more: Any) -> Any:
             time.sleep(SLOW_SEC)
-            if run.step == 6:
+            if run.position.step == 6:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return take_step(run, *more)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import run_distributed
 from PIL import Image
 
 from swinv2_train import train
@@ -19,6 +18,7 @@ from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.harness import run_distributed
 
 SMALL = (
     "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=16", "model.window_size=2",

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed.test_train import SMALL, finish, losses, shards, start, wait_for_step  # noqa: F401
-from network import INTERFACE, TwoHosts
 
 from swinv2_train.checkpoint import newest_checkpoint
+from tests.distributed.test_train import SMALL, finish, losses, shards, start, wait_for_step  # noqa: F401
+from tests.support.network import INTERFACE, TwoHosts
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

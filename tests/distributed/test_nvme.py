@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import run_distributed
-from toy import full_state, save_state, toy_config
 
 from swinv2_train.config import ConfigError
 from swinv2_train.engine import build_engine
@@ -14,6 +12,8 @@ from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.harness import run_distributed
+from tests.support.toy import full_state, save_state, toy_config
 
 
 def async_io_is_here():

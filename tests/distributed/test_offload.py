@@ -7,12 +7,12 @@ import struct
 
 import pytest
 import torch
-from harness import run_distributed
-from toy import batches, build, full_state, part, save_state, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.engine import NonFiniteError
+from tests.support.harness import run_distributed
+from tests.support.toy import batches, build, full_state, part, save_state, toy_config, train
 
 NORM_RTOL = 1e-6  # measured worst 6e-8: with offload DeepSpeed adds up the norm in another order
 OPTIMIZER = {"offload_optimizer": "cpu"}

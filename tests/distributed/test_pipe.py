@@ -8,12 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from distributed.test_preemption import alone, command
-from distributed.test_train import finish, keys_per_step, losses, shards, start, wait_for_step  # noqa: F401
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.data.sources.pipe import NOT_ELASTIC
+from tests.distributed.test_preemption import alone, command
+from tests.distributed.test_train import finish, keys_per_step, losses, shards, start, wait_for_step  # noqa: F401
 
 pytestmark = pytest.mark.slow
 STEPS = ("optim.schedule.warmup_steps=2", "data.shuffle_buffer_images=10", "data.record_keys=true")

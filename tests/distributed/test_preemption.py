@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed.test_train import SMALL, finish, losses, ranks_of, shards, start, wait_for_step  # noqa: F401
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from tests.distributed.test_train import SMALL, finish, losses, ranks_of, shards, start, wait_for_step  # noqa: F401
 
 pytestmark = pytest.mark.slow
 NOTICES_WITHIN_SEC = 20  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share

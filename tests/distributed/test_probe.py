@@ -6,9 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation import CLASSIFY, MODEL, evaluate_command, evaluated, make_images, save_model, write_images
-from harness import run_distributed
-from unit.test_probe import CLASSES, PROBES, SIMMIM, SMALL, blobs, nothing
 
 from swinv2_train import train
 from swinv2_train.config.command_line import compose_overrides, guarded
@@ -17,6 +14,9 @@ from swinv2_train.evaluation.features import Labelled
 from swinv2_train.evaluation.knn import knn
 from swinv2_train.evaluation.linear_probe import linear
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.evaluation import CLASSIFY, MODEL, evaluate_command, evaluated, make_images, save_model, write_images
+from tests.support.harness import run_distributed
+from tests.unit.evaluation.test_probe import CLASSES, PROBES, SIMMIM, SMALL, blobs, nothing
 
 NAMES = ("probe/knn_top1", "probe/knn_top5", "probe/linear_top1", "probe/linear_top5")
 

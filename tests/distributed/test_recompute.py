@@ -6,8 +6,6 @@ import functools
 
 import pytest
 import torch
-from harness import run_distributed
-from toy import DIM, Toy, ToyBlock, build, full_state, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, all_reduce_sum
@@ -18,6 +16,8 @@ from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.harness import run_distributed
+from tests.support.toy import DIM, Toy, ToyBlock, build, full_state, toy_config, train
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 WHAT = ("blocks", "stages:2", "attention", "every:3")

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_distributed
-from toy import batches, build_toy, full_state, part, save_state, toy_config, train
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
@@ -22,6 +20,8 @@ from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.engine.state.consolidate import read_weights
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.harness import run_distributed
+from tests.support.toy import batches, build_toy, full_state, part, save_state, toy_config, train
 
 ONE = World(0, 0, 1, 1, torch.device("cpu"))
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import run_distributed
-from shard_files import image_bytes
 
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.train import train as train_run
+from tests.support.harness import run_distributed
+from tests.support.shard_files import image_bytes
 
 CLASSES, PER_CLASS = 5, 8
 SMALL = (

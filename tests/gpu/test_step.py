@@ -1,5 +1,5 @@
 """Where a training step on CUDA waits for the device, and the copies that run ahead of it.  Skipped without a device;
-tests/unit/test_step.py counts the same on a CPU by what the host reads."""
+tests/unit/training/test_step.py counts the same on a CPU by what the host reads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from unit.test_run import shards  # noqa: F401
-from unit.test_step import place, six_steps
 
 from swinv2_train import train
 from swinv2_train.config.command_line import guarded
@@ -20,6 +18,8 @@ from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop
 from swinv2_train.training.prefetch import Copies
+from tests.unit.test_train import shards  # noqa: F401
+from tests.unit.training.test_step import place, six_steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -32,7 +32,7 @@ def watched_run(config: Any) -> tuple[int, dict[int, Counter[str]]]:
     def watched(run: loop.Run, stop: StopRequest) -> bool:
         def note(message: Any, *where: Any, **more: Any) -> None:
             if "synchroniz" in str(message):
-                found.setdefault(run.step + 1, Counter())[place()] += 1
+                found.setdefault(run.position.step + 1, Counter())[place()] += 1
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from slurm.cluster import Cluster, missing_programs
+
+from tests.slurm.cluster import Cluster, missing_programs
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from distributed.test_train import SMALL, keys_per_step, losses, shards  # noqa: F401
-from slurm.cluster import NODES, ROOT, Cluster, wait_until
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.command_line import read_run
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.distributed.test_train import SMALL, keys_per_step, losses, shards  # noqa: F401
+from tests.slurm.cluster import NODES, ROOT, Cluster, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 PRETRAIN = (

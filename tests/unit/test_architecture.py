@@ -6,6 +6,7 @@ import ast
 import configparser
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,3 +178,14 @@ def test_the_lines_that_people_grep_for_are_absent() -> None:
             )
             if isinstance(node, ast.Raise) and node.exc is not None:
                 assert "NotImplementedError" not in ast.dump(node.exc), f"{name(path)}:{node.lineno} a stub"
+
+
+def test_the_drawing_shows_these_layers() -> None:
+    """docs/architecture.md shows it to those who do not read tests."""
+    drawing = ET.parse(PACKAGE.parent / "docs" / "pictures" / "layers.svg")
+    drawn = {
+        text.text: int(layer.attrib["data-layer"])
+        for layer in drawing.iterfind(".//{*}g[@data-layer]")
+        for text in layer.iterfind("{*}text[@class='package']")
+    }
+    assert drawn == FLOORS

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation import (
+from PIL import Image
+
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.load import config_yaml
+from swinv2_train.evaluation.splits import open_splits
+from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.weights import save_weights
+from tests.support.evaluation import (
     CLASSES,
     CLASSIFY,
     MODEL,
@@ -23,15 +31,7 @@ from evaluation import (
     save_model,
     write_images,
 )
-from harness import tree
-from PIL import Image
-
-from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
-from swinv2_train.config.load import config_yaml
-from swinv2_train.evaluation.splits import open_splits
-from swinv2_train.models import SimMIM, SwinTransformerV2
-from swinv2_train.weights import save_weights
+from tests.support.harness import tree
 
 COUNT = 11
 IMAGES, OTHERS = make_images(COUNT, seed=1), make_images(6, seed=2)

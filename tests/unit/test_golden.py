@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 
-import curves
 import pytest
-import refresh_golden
+
+from scripts import refresh_golden
+from tests.support import curves
 
 LOSSES = {"train/loss": [0.9, 0.8, 0.7], "train/grad_norm": [2.0, 1.0, 0.5], "val/loss": 0.6}
 MACHINE = {"torch": "1"}

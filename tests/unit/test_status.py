@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from unit.test_health import start, wait_for
-from unit.test_run import run_alone, settings, shards  # noqa: F401
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.monitoring.watchdog import STATUS
 from swinv2_train.status import read_status, status_text
+from tests.unit.monitoring.test_watchdog import start, wait_for
+from tests.unit.test_train import run_alone, settings, shards  # noqa: F401
 
 FIGURES = "pulse.step_done(40); pulse.tell(total_steps=100, loss=2.5, images_per_sec=812.3, seconds_left=75.0)\n"
 

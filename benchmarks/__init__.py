@@ -1,0 +1,1 @@
+"""Measurements: each runs as `python benchmarks/X.py`, and its results lie beside it."""

@@ -1,0 +1,1 @@
+"""What tests share: models, shards, servers, configs and real ranks.  Imported as tests.support.X."""

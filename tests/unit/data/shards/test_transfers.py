@@ -1,0 +1,262 @@
+"""Shards at an address: every fault of a real server is survived or is one clear error, and the bytes are right."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.shard_cache import ShardCache
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
+from swinv2_train.data.shards.transfers import Patience, base_name, beside, folder_of, insist, shown
+from tests.support.shard_files import image_bytes, samples, write_plain_tar
+from tests.support.shard_server import serve
+
+PATIENT = Patience(stall_sec=0.4, give_up_sec=20.0)
+HASTY = Patience(stall_sec=0.4, give_up_sec=1.0)
+SHARDS = "t-{000000..000003}.tar"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Four shards of 10 samples in all, with their manifest."""
+    write_shards(samples(10), str(tmp_path / "served" / "t"), 3)
+    with serve(tmp_path / "served") as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The same as s3://bucket/a/t-*.tar."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()  # it knows the last test's server
+    write_shards(samples(10), str(tmp_path / "served" / "bucket" / "a" / "t"), 3)
+    with serve(tmp_path / "served") as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield running
+
+
+def cache_in(folder: Path, patience: Patience = PATIENT, max_bytes: int = 10**9) -> ShardCache:
+    return ShardCache(str(folder), max_bytes, patience)
+
+
+def read_all(manifest: Manifest) -> list[tuple[str, bytes, str, int | None]]:
+    reader = TarReader(manifest)
+    places = [(shard, i) for shard, count in enumerate(manifest.counts) for i in range(count)]
+    found = [reader.read(*place) for place in places]
+    reader.close()
+    return [(sample.key, sample.image, sample.extension, sample.targets.get("label")) for sample in found]
+
+
+def test_shards_of_an_address_are_those_of_the_folder_behind_it(tmp_path, server):
+    """The digest too, so that a run may go on where its shards moved to."""
+    manifest = open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
+    assert manifest.digest == open_manifest(f"{tmp_path}/served/t-*.tar").digest
+    assert server.gets == {"manifest.json": 1}, "with a manifest nothing else is fetched at the start"
+    assert read_all(manifest) == samples(10)
+    assert read_all(manifest) == samples(10)
+    assert all(server.gets[f"t-00000{number}.tar"] == 1 for number in range(4)), "fetched once, then kept"
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "cut", "stall", "slow start", "wrong"])
+def test_a_fault_that_passes_is_survived(tmp_path, server, fault):
+    server.faults["t-000002.tar"] = [fault]
+    server.faults["manifest.json"] = [] if fault == "wrong" else [fault]  # its own checksum is nowhere
+    cache = cache_in(tmp_path / "cache", Patience(stall_sec=1.0, give_up_sec=20.0))
+    assert read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache)) == samples(10)
+    assert server.gets["t-000002.tar"] == (1 if fault == "slow start" else 2)
+    assert not server.faults["t-000002.tar"] and not server.faults["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "patience", "message"),
+    [
+        ("always 500", HASTY, r"\d attempts in \d s, the last ended with: HTTP 500 .*fetch_give_up_sec"),
+        ("always cut", HASTY, r"\d attempts in \d s, the last ended with: ClientPayloadError.*fetch_give_up_sec"),
+        ("always stall", HASTY, r"\d attempts in \d s, the last ended with: TimeoutError: no byte came"),
+        ("always wrong", PATIENT, r"3 attempts in \d s, the last ended with: MismatchError.* another checksum"),
+        ("always 404", PATIENT, r"1 attempt in 0 s, the last ended with: FileNotFoundError.*check the address"),
+        ("always 403", PATIENT, r"1 attempt in 0 s, the last ended with: HTTP 403 .*your access"),
+    ],
+)
+def test_a_fault_that_stays_is_one_error_with_address_attempts_and_cause(tmp_path, server, fault, patience, message):
+    """What no repetition can mend is not repeated; the rest ends after data.fetch_give_up_sec."""
+    server.faults["t-000002.tar"] = [fault]
+    started = time.monotonic()
+    manifest = open_manifest(f"{server.url}/{SHARDS}?signature=secret", cache=cache_in(tmp_path / "cache", patience))
+    with pytest.raises(
+        ShardError, match=f"^{re.escape(server.url)}/t-000002.tar: cannot be fetched, {message}"
+    ) as caught:
+        read_all(manifest)
+    assert "secret" not in str(caught.value)
+    assert time.monotonic() - started < 6  # measured 0.1 to 2.5 s
+    left = {path.suffix for path in (tmp_path / "cache").rglob("*0002*")}
+    assert left == {".lock"} and all(not path.stat().st_size for path in (tmp_path / "cache").rglob("*.lock"))
+
+
+def test_a_missing_shard_and_one_of_another_size_are_errors_at_the_start(tmp_path, server):
+    cache = cache_in(tmp_path / "cache")
+    with pytest.raises(ShardError, match=rf"^{server.url}/t-000004.tar does not exist"):
+        open_manifest(f"{server.url}/t-{{000000..000004}}.tar", cache=cache)
+    path = tmp_path / "served" / "t-000001.tar"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(ShardError, match=f"t-000001.tar: {size - 512} bytes, manifest says {size}; .*index it anew"):
+        open_manifest(f"{server.url}/{SHARDS}", cache=cache)
+
+
+def test_without_a_manifest_every_shard_is_indexed_once_and_remembered(tmp_path, server):
+    (tmp_path / "served" / "manifest.json").unlink()
+    said: list[str] = []
+    first = open_manifest(f"{server.url}/{SHARDS}", progress=said.append, cache=cache_in(tmp_path / "cache"))
+    assert "4 shards have no manifest; each is fetched once to be indexed" in said[0] and len(said) == 5
+    assert read_all(first) == samples(10)
+    assert sum(server.gets[f"t-00000{n}.tar"] for n in range(4)) == 4
+    assert open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache")) == first
+    assert sum(server.gets[f"t-00000{n}.tar"] for n in range(4)) == 4, "what was indexed is remembered"
+
+
+def test_a_damaged_shard_without_a_manifest_is_an_error_that_names_its_address(tmp_path, server):
+    (tmp_path / "served" / "manifest.json").unlink()
+    path = tmp_path / "served" / "t-000001.tar"
+    path.write_bytes(path.read_bytes()[:1536])
+    with pytest.raises(ShardError, match=rf"^{server.url}/t-000001.tar: cut off at byte 1536"):
+        open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
+
+
+def test_a_manifest_that_says_otherwise_makes_cached_bytes_worthless(tmp_path, server):
+    """Somebody wrote the shards anew: the old copies in the cache must not be mixed with the new manifest."""
+    cache = cache_in(tmp_path / "cache")
+    read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache))
+    for path in (tmp_path / "served").glob("t-*"):
+        path.unlink()
+    fresh = [(key, image_bytes(i + 100), kind, label) for i, (key, _, kind, label) in enumerate(samples(10))]
+    write_shards(fresh, str(tmp_path / "served" / "t"), 3)
+    assert read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache)) == fresh
+
+
+def test_wildcards_need_a_server_that_lists(tmp_path, server):
+    cache = cache_in(tmp_path / "cache")
+    manifest = open_manifest(f"{server.url}/t-*.tar", cache=cache)
+    assert manifest == open_manifest(f"{server.url}/{SHARDS}", cache=cache)
+    server.lists = False
+    with pytest.raises(ShardError, match=r"t-\*.tar' matches nothing; .*name them by braces"):
+        open_manifest(f"{server.url}/t-*.tar", cache=cache)
+
+
+@pytest.mark.parametrize("listed", ["beside them", "in the cache"])
+def test_a_wildcard_that_misses_a_shard_is_an_error(listed, tmp_path, server):
+    """A shard that was deleted or renamed on the server: training on the rest would be another data set in silence."""
+    cache, served = cache_in(tmp_path / "cache"), tmp_path / "served"
+    where = f"{server.url}/manifest.json"
+    if listed == "in the cache":
+        (served / "manifest.json").unlink()
+        where = f"{tmp_path}/cache/.*/manifest.json"
+    open_manifest(f"{server.url}/t-*.tar", cache=cache)
+    (served / "t-000001.tar").rename(served / "x-000001.tar")
+    (served / "t-000003.tar").unlink()
+    message = rf"^{server.url}/t-000001.tar is missing, {where} lists it \(2 such shards\); put it there"
+    with pytest.raises(ShardError, match=message):
+        open_manifest(f"{server.url}/t-*.tar", cache=cache)
+    for pattern in ("t-*0.tar", "t-*[02].tar", "t-{000000,000002}.tar"):
+        assert open_manifest(f"{server.url}/{pattern}", cache=cache).num_samples > 0, "it asks for none that is gone"
+
+
+def test_a_bucket_that_misses_a_shard_is_an_error_in_its_own_folder(tmp_path, bucket):
+    served = tmp_path / "served" / "bucket"
+    write_shards(samples(4), str(served / "b" / "t"), 2)
+    cache = cache_in(tmp_path / "cache")
+    assert open_manifest("s3://bucket/{a,b}/t-*.tar", cache=cache).num_samples == 14
+    (served / "b" / "t-000001.tar").unlink()
+    for pattern in ("s3://bucket/{a,b}/t-*.tar", "s3a://bucket/b/t-*.tar"):
+        with pytest.raises(ShardError, match=r"^s3://bucket/b/t-000001.tar is missing, s3://bucket/b/manifest.json"):
+            open_manifest(pattern, cache=cache)
+    assert open_manifest("s3://bucket/a/t-*.tar::s3://bucket/b/*0.tar", cache=cache).num_samples == 12
+
+
+def test_local_and_remote_shards_mix(tmp_path, server):
+    local = write_plain_tar(tmp_path / "l.tar", [("x.png", image_bytes(50))])
+    manifest = open_manifest(f"{local}::{server.url}/t-000003.tar", cache=cache_in(tmp_path / "cache"))
+    assert [key for key, *_ in read_all(manifest)] == ["x", "s0009"]
+
+
+@pytest.mark.parametrize("pattern", ["t-{000000..000003}.tar", "t-*.tar"])
+def test_s3(tmp_path, bucket, pattern):
+    manifest = open_manifest(f"s3://bucket/a/{pattern}", cache=cache_in(tmp_path / "cache"))
+    assert manifest.digest == open_manifest(f"{tmp_path}/served/bucket/a/t-*.tar").digest
+    bucket.faults["t-000000.tar"], bucket.faults["t-000001.tar"] = [503, "cut"], ["stall", "wrong"]
+    assert read_all(manifest) == samples(10)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("always 404", "1 attempt in 0 s.*FileNotFoundError"), ("always 403", "1 attempt in 0 s.*PermissionError")],
+)
+def test_s3_errors_are_told_alike(tmp_path, bucket, fault, message):
+    bucket.faults["t-000002.tar"] = [fault]
+    manifest = open_manifest(f"s3://bucket/a/{SHARDS}", cache=cache_in(tmp_path / "cache"))
+    with pytest.raises(ShardError, match=f"^s3://bucket/a/t-000002.tar: cannot be fetched, {message}"):
+        read_all(manifest)
+    with pytest.raises(ShardError, match=r"^s3://bucket/a/t-000004.tar does not exist"):
+        open_manifest("s3://bucket/a/t-{000000..000004}.tar", cache=cache_in(tmp_path / "cache"))
+
+
+def test_an_address_that_nobody_can_read_is_one_error(tmp_path):
+    for pattern, message in (("nosuch://x/t.tar", "nosuch"), ("http://127.0.0.1:9/t.tar", "cannot be fetched")):
+        with pytest.raises(ShardError, match=message):
+            open_manifest(pattern, cache=cache_in(tmp_path / "cache", Patience(0.4, 0.5)))
+    with pytest.raises(ShardError, match="data.shards alone may be a pipe"):
+        open_manifest("pipe:cat t.tar", cache=cache_in(tmp_path / "cache"))
+
+
+def test_pauses_grow_and_the_global_generator_is_left_alone(monkeypatch):
+    """The clock stands still but for the pauses: 0.5 s doubling up to 60 s, each shortened by up to a half."""
+    now, pauses = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    before = random.getstate()
+    with pytest.raises(ShardError, match="x: cannot be fetched, .* in [56]\\d\\d s, .*OSError: no"):
+        insist("x", lambda: (_ for _ in ()).throw(OSError("no")), Patience(1.0, 600.0))
+    assert random.getstate() == before
+    longest = [min(0.5 * 2**attempt, 60.0) for attempt in range(len(pauses))]
+    assert all(limit / 2 <= pause <= limit for pause, limit in zip(pauses, longest, strict=True)) and len(pauses) > 10
+    assert len(set(pauses[8:])) > 1, "ranks that fail together must not come back together"
+
+
+def test_addresses_are_shown_without_secrets():
+    url = "https://me:pass@host/a/t.tar?X-Amz-Signature=abc"
+    assert shown(url) == "https://host/a/t.tar" and shown("/data/what?.tar") == "/data/what?.tar"
+    assert base_name(url) == "t.tar" and folder_of(url) == "https://me:pass@host/a/"
+    assert beside(url, "manifest.json") == "https://me:pass@host/a/manifest.json?X-Amz-Signature=abc"
+
+
+def test_the_index_beside_a_manifest_is_of_the_same_version(tmp_path, server):
+    """A manifest that is none is said so, with its address."""
+    (tmp_path / "served" / "manifest.json").write_text(json.dumps({"version": 99}))
+    with pytest.raises(ShardError, match=rf"^{server.url}/manifest.json is not a manifest of version 1"):
+        open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(tmp_path, server):
+    (tmp_path / "file").write_text("x")
+    message = r"data.cache_dir \(.*/file\) cannot be used: .*name a folder of a local disk"
+    with pytest.raises(ShardError, match=message):
+        open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "file"))
+    manifest = open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
+    with pytest.raises(ShardError, match=message):  # on another host
+        read_all(replace(manifest, cache=cache_in(tmp_path / "file")))

@@ -1,0 +1,119 @@
+"""The launch files without a scheduler; tests/slurm runs them under a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from swinv2_train.config.command_line import conf_dir
+from swinv2_train.config.load import known_keys
+
+ROOT = Path(__file__).resolve().parents[3]
+FILES = sorted((ROOT / "launch").iterdir())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_launch_files_hold_no_value_of_the_training(path):
+    """Every one comes from conf/ or the command line; run_dir is named here, because a job must know it."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    keys = "|".join(re.escape(key) for key in known_keys() if key != "run_dir")
+    groups = "|".join(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
+    assert [line for line in lines if re.search(rf"(?<![\w.-])({keys}|{groups})=", line)] == []
+    assert subprocess.run(["bash", "-n", path]).returncode == 0 and os.access(path, os.X_OK)
+
+
+def test_a_copy_of_the_code_knows_its_commit(tmp_path):
+    """launch/train.sbatch runs a copy in the run directory; environment.json still names what it was copied from."""
+    shutil.copytree(ROOT / "swinv2_train", tmp_path / "swinv2_train", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "commit.txt").write_text("4" * 40 + "\n")
+    for changes in ("", "diff --git a b\n"):
+        (tmp_path / "changes.patch").write_text(changes)
+        command = "import json; from swinv2_train.runtime import git_commit; print(json.dumps(git_commit()))"
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+        output = subprocess.check_output([sys.executable, "-c", command], env=environment, text=True)
+        assert json.loads(output) == {"commit": "4" * 40, "dirty": bool(changes)}
+
+
+def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
+    """The command that launch/torchrun.sh becomes, printed by a stand-in for Python."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    python.chmod(0o755)
+
+    def words(**variables: str) -> list[str]:
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
+        command = [ROOT / "launch" / "torchrun.sh", "data.shards='a b/{0..3}.tar'", "optim.betas=[0.9, 0.95]"]
+        return subprocess.check_output(command, env=environment, text=True).splitlines()
+
+    alone = words(NPROC_PER_NODE="8")
+    assert alone[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    assert alone[-3:] == ["swinv2_train.train", "data.shards='a b/{0..3}.tar'", "optim.betas=[0.9, 0.95]"]
+    several = " ".join(words(NNODES="4", NODE_RANK="3", MASTER_ADDR="node1", MAX_RESTARTS="2"))
+    assert "--nnodes 4 --node-rank 3 --master-addr node1 --master-port 29500" in several
+    assert "--max-restarts 2" in several and "SIGUSR1" in several
+
+
+@pytest.fixture
+def job(tmp_path) -> Callable[..., tuple[bool, int]]:
+    """job(TASK, overrides...): train.sbatch itself, with stand-ins for srun and scontrol; requeued?, exit code."""
+    for folder in ("swinv2_train", "conf", "launch", "run", "bin"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
+
+    def run(task: str, *overrides: str) -> tuple[bool, int]:
+        (tmp_path / "bin" / "srun").write_text(f'#!/bin/bash\necho "$@" > started\n({task})\nexit $?\n')
+        for program in (tmp_path / "bin").iterdir():
+            program.chmod(0o755)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "swinv2",
+            "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "1",
+        }  # fmt: skip
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        command = [ROOT / "launch" / "train.sbatch", "run_dir=run", *overrides]
+        done = subprocess.run(command, cwd=tmp_path, env=environment)
+        return (tmp_path / "requeued").exists(), done.returncode
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("task", "goes_on"),
+    [
+        ("exit 0", False),
+        ("exit 1", False),
+        ("exit 2", False),
+        ("exit 3", True),
+        ("kill -USR1 $$", True),
+        ("kill -TERM $$", True),
+        ("mkdir -p run/checkpoints/step_00000007; exit 1", True),
+        ("mkdir -p run/checkpoints/step_00000007; exit 2", False),
+        ("""sleep 0.1; echo '{"state": "stopped"}' > run/status.json; exit 1""", True),
+        ("""echo '{"state": "stopped"}' > run/status.json; touch -d '1 hour ago' run/status.json; exit 1""", False),
+    ],
+)
+def test_a_job_goes_on_after_a_stop_and_after_progress_alone(task, goes_on, job):
+    """What it makes of each end of its tasks."""
+    requeued, code = job(task)
+    assert requeued is goes_on and (code == 0) is (task == "exit 0")
+
+
+def test_five_starts_without_a_checkpoint_are_enough(job):
+    """A time limit shorter than a start takes would requeue for ever; a checkpoint begins the count again."""
+    assert [job("exit 3")[0] for _ in range(3)] == [True] * 3
+    assert job("mkdir -p run/checkpoints/step_00000007; exit 3")[0]
+    assert [job("kill -USR1 $$")[0] for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_a_restart_keeps_its_overrides(job, tmp_path):
+    """Also where the file of a sweep has changed meanwhile."""
+    job("exit 3", "optim.lr=0.1", "data.shards='a b/{0..3}.tar'")
+    job("exit 3", "optim.lr=0.2")
+    assert "optim.lr=0.1 data.shards='a b/{0..3}.tar' run_dir='run'" in (tmp_path / "started").read_text()

@@ -1,0 +1,240 @@
+"""Signs of life and the watchdog: real processes that hang, stop and end.  Ranks: tests/distributed/test_hang.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.monitoring.watchdog import STATUS, Pulse, blame, read_ranks, silent_ranks
+
+PRELUDE = """
+import ctypes, os, sys, time
+from pathlib import Path
+from tests.support.configs import make_config
+from swinv2_train.monitoring.console import open_console
+from swinv2_train.monitoring.watchdog import FIRST_STEP, TRAINING, Heartbeat, Pulse
+run_dir, timeout = Path(sys.argv[1]), float(sys.argv[2])
+config = make_config(runtime={"hang_timeout_sec": timeout, "process_group_timeout_sec": 3 * timeout}).runtime
+console, pulse = open_console(run_dir, 0), Pulse()
+heartbeat = Heartbeat(pulse, run_dir, 0, 1, config, console).start()
+"""
+
+
+def start(run_dir: Path, body: str, timeout_sec: float = 1.0) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + body, str(run_dir), str(timeout_sec)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / STATUS).read_text())
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.timeout(60)
+def test_a_main_thread_that_hangs_ends_with_its_stacks_and_exit_code_1(tmp_path):
+    """In a call into C that gives Python's lock away, as a collective does."""
+    body = """
+def a_place_to_find(): ctypes.CDLL(None).sleep(600)
+pulse.step_done(7)
+a_place_to_find()
+"""
+    process = start(tmp_path, body)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "rank 0 failed: HangError: nothing has moved for" in error and "after step 7" in error
+    stacks = (tmp_path / "stacks" / "rank_00000.txt").read_text()
+    assert "a_place_to_find" in stacks and "training, step 7" in stacks
+    status = status_of(tmp_path)
+    assert status["state"] == "failed" and "a_place_to_find" in status["reason"] and status["step"] == 7
+
+
+@pytest.mark.timeout(60)
+def test_a_call_that_never_gives_pythons_lock_back_ends_too(tmp_path):
+    """No Python thread runs any more; the stacks are in the log."""
+    body = """
+def a_place_to_find(): ctypes.PyDLL(None).sleep(600)  # PyDLL: keeps the lock
+pulse.step_done(7)
+time.sleep(0.5)
+a_place_to_find()
+"""
+    process = start(tmp_path, body)
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a_place_to_find" in (tmp_path / "logs" / "rank_00000.log").read_text()
+
+
+@pytest.mark.timeout(60)
+def test_what_may_take_long_is_not_taken_for_a_hang(tmp_path):
+    """A start has no limit; a first step and a checkpoint have that of the process group; and each move counts."""
+    body = """
+time.sleep(2)  # starting
+pulse.turn_to(FIRST_STEP)
+time.sleep(0.9)
+pulse.step_done(1)
+with pulse.doing("saving"):
+    time.sleep(0.9)
+for _ in range(8):
+    time.sleep(0.1)
+    pulse.move()
+heartbeat.close(0)
+console.say("done")
+"""
+    process = start(tmp_path, body, timeout_sec=0.6)
+    output, error = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "done\n"), error
+    assert status_of(tmp_path)["state"] == "done" and not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.timeout(60)
+def test_time_in_which_the_process_was_stopped_or_debugged_does_not_count(tmp_path):
+    """Ctrl-Z and fg; a scheduler that suspends; a person at a breakpoint."""
+    body = """
+pulse.step_done(1)
+(run_dir / "stop me").touch()
+os.read(0, 1)
+pulse.move()
+(run_dir / "went on").touch()
+breakpoint()
+heartbeat.close(0)
+"""
+    process = start(tmp_path, body, timeout_sec=2.0)
+    assert process.stdin is not None
+    wait_for(tmp_path / "stop me", process)
+    time.sleep(0.6)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.25)  # the watchdog has looked, and nothing has moved yet
+    process.stdin.write("x")
+    process.stdin.flush()
+    wait_for(tmp_path / "went on", process)
+    time.sleep(3.75)
+    _, error = process.communicate("c\n", timeout=30)
+    assert process.returncode == 0 and not (tmp_path / "stacks").exists(), error
+
+
+@pytest.mark.timeout(60)
+def test_a_disk_that_takes_no_signs_of_life_does_not_end_the_run(tmp_path):
+    body = """
+import shutil
+shutil.rmtree(run_dir / "health"); (run_dir / "health").write_text("in the way")
+(run_dir / "status.json").unlink(missing_ok=True); (run_dir / "status.json").mkdir()
+pulse.tell(loss=1.0)
+time.sleep(0.5)
+heartbeat.close(0)
+"""
+    process = start(tmp_path, body)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 0, error
+    assert "no sign of life could be written" in (tmp_path / "logs" / "rank_00000.log").read_text()
+
+
+def sign(rank: int, moves: int = 9, place: str = "gloo.py:1 wait", age_sec: float = 0.0, **more: Any) -> dict[str, Any]:
+    return {
+        "rank": rank, "host": "elsewhere", "pid": 100 + rank, "doing": "training", "doing_since": 900.0, "moves": moves,
+        "place": place, "updated_at": 1000.0 - age_sec,
+    } | more  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("signs", "expected"),
+    [
+        (
+            [sign(0), sign(1), sign(2, age_sec=80)],
+            "rank 2 (pid 102 on elsewhere) has given no sign of life for 80 s; then it was training",
+        ),
+        ([sign(0), sign(2)], "rank 1 gave no sign of life at all"),
+        (
+            [sign(0), sign(1, moves=8, doing="waiting for data"), sign(2)],
+            "rank 1 (pid 101 on elsewhere) is behind: waiting for data for 100 s, in gloo.py:1 wait",
+        ),
+        (
+            [sign(0), sign(1), sign(2, place="io.py:5 read")],
+            "rank 2 (pid 102 on elsewhere) is behind: training for 100 s, in io.py:5 read",
+        ),
+        (
+            [sign(0), sign(1), sign(2)],
+            "rank 0 (pid 100 on elsewhere) is training for 100 s, in gloo.py:1 wait",
+        ),
+        (
+            [sign(0, place="a"), sign(1, place="b"), sign(2, place="b"), sign(3, place="a")],
+            "rank 0 (pid 100 on elsewhere) is training for 100 s, in a; "
+            "rank 1 (pid 101 on elsewhere) is training for 100 s, in b",
+        ),
+    ],
+)
+def test_the_rank_that_is_waited_for_is_named(signs, expected):
+    """Silent ones before those that have done less, before those that are elsewhere; else where all are."""
+    world_size = max(each["rank"] for each in signs) + 1
+    assert blame({each["rank"]: each for each in signs}, world_size, now=1000.0, silent_sec=50.0) == expected
+
+
+def test_silence_is_counted_from_the_last_sign():
+    signs = {0: sign(0), 1: sign(1, age_sec=10)}
+    assert silent_ranks(signs, 3, 1000.0, 9.0) == [1, 2] and silent_ranks(signs, 2, 1000.0, 11.0) == []
+
+
+def test_pulse_knows_what_is_done_and_how_long_the_rest_takes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pulse = Pulse()
+    assert pulse.seconds_left(100) is None
+    for step in range(1, 4):
+        now[0] += 2.0
+        pulse.step_done(step)
+    assert pulse.seconds_left(10) == 14.0 and pulse.step == 3
+    moves = pulse.moves
+    with pulse.doing("evaluating"):
+        assert pulse.activity == "evaluating"
+        with pytest.raises(ZeroDivisionError), pulse.doing("saving"):
+            _ = 1 / 0
+        assert pulse.activity == "evaluating"
+    assert pulse.activity == "training" and pulse.moves > moves
+    pulse.step_done(1)  # back to a checkpoint
+    assert pulse.seconds_left(10) is None
+
+
+def test_a_torn_sign_of_life_is_left_out(tmp_path):
+    (tmp_path / "health").mkdir()
+    (tmp_path / "health" / "rank_00000.json").write_text(json.dumps(sign(0)))
+    (tmp_path / "health" / "rank_00001.json").write_text('{"rank": 1, "ho')
+    assert list(read_ranks(tmp_path)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["runtime.hang_timeout_sec=0"], r"runtime.hang_timeout_sec \(0.0\) must be at least 1"),
+        (
+            ["runtime.hang_timeout_sec=600", "data.shards='https://host/train-{00..11}.tar'"],
+            r"hang_timeout_sec \(600\) must be more than data.fetch_give_up_sec \(600\), .* lower the other",
+        ),
+    ],
+)
+def test_a_limit_that_would_end_a_healthy_run_is_refused(overrides, message):
+    """A shard at an address may take its time, and local ones need no such room."""
+    with pytest.raises(ConfigError, match=message):
+        compose_overrides(["run_dir=r", "data.shards=s.tar", *overrides])
+    compose_overrides(["run_dir=r", "data.shards=s.tar", "runtime.hang_timeout_sec=600"])
+    compose_overrides(["run_dir=r", "data.shards='s3://b/s.tar'", "runtime.hang_timeout_sec=null"])

@@ -1,0 +1,302 @@
+"""The planner: activations as they are, engine bytes by formula, speed, what fits and what to change."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swinv2_train.config import Config
+from swinv2_train.config.command_line import compose_overrides, conf_dir
+from swinv2_train.distributed import World
+from swinv2_train.engine.activation_checkpointing import apply_recompute
+from swinv2_train.plan import parse, plan
+from swinv2_train.planning import trace as trace_module
+from swinv2_train.planning.engine_memory import engine_memory
+from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.memory import BACKWARD, FORWARD, GIB, model_sizes, plan_memory, scale
+from swinv2_train.planning.search import candidates
+from swinv2_train.planning.speed import pass_seconds, plan_speed
+from swinv2_train.planning.start_warning import memory_warning, rough_bytes
+from swinv2_train.planning.trace import meta_task, trace_step
+from swinv2_train.tasks import build_task
+from tests.support.live_bytes import allocated_peak
+
+ONE_BY_ONE = ("task.mixup_alpha=0", "task.cutmix_alpha=0")  # mixing wants micro-batches of pairs
+SMALL = [
+    "model=demo",
+    "model.img_size=64",
+    "model.window_size=8",
+    "task=classify",
+    "task.num_classes=10",
+    *ONE_BY_ONE,
+    "engine=local",
+]
+TINY = ["model=tiny", "model.img_size=256", "task=classify", *ONE_BY_ONE, "engine=local", "train.micro_batch_size=1"]
+POLICIES = {
+    "none": [],
+    "blocks": ["model.recompute=blocks"],
+    "attention": ["model.recompute=attention"],
+    "every second": ["model.recompute=every:2"],
+    "stage 1": ["model.recompute=stages:1"],
+    "fairscale": ["model.recompute=blocks@fairscale"],
+    "chunks": ["model.sequential_stages=[1,2]", "model.attention_chunk_windows=2"],
+    "chunks recomputed": ["model.sequential_stages=[1]", "model.attention_chunk_windows=2", "model.recompute=blocks"],
+    "simmim": ["task=simmim", "task.mask_unit_px=8"],
+}
+
+
+def composed(*overrides: str) -> Config:
+    return compose_overrides(["run_dir=unused", "data.shards=unused", *overrides])
+
+
+def allocated(config: Config) -> int:
+    """The most that a real forward and backward pass has allocated on the CPU, by torch's own allocator."""
+    task = build_task(config, torch.device("cpu"))
+    apply_recompute(task.module, config.model.recompute)
+    batch: dict[str, Any] = {
+        name: torch.zeros_like(tensor, device="cpu")
+        for name, tensor in task.meta_batch(config.train.micro_batch_size).items()
+    }
+    batch["weight"] += 1
+    if "mask" in batch:
+        batch["mask"][:, :2] = True
+
+    def passes() -> None:
+        torch.autograd.backward(task.loss(task.module.train().__call__, batch))
+
+    passes()  # tables are made, and gradients: the second pass adds to them
+    for parameter in task.module.parameters():
+        parameter.grad = None
+    return allocated_peak(passes)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_activations_are_those_that_torch_allocates(policy: str) -> None:
+    """Whatever the policy, because it is run.  Kernels' own workspaces are all that a trace does not see."""
+    overrides = [*SMALL, "train.micro_batch_size=8", *POLICIES[policy]]
+    if policy == "simmim":
+        overrides = [*SMALL[:3], "engine=local", *overrides[len(SMALL) :]]
+    config = composed(*overrides)
+    trace = trace_step(config, 4, on_cpu=True)
+    predicted = max(trace.forward.total, trace.backward.total) - trace.backward.tables
+    assert predicted == pytest.approx(allocated(config), rel=0.04)  # measured worst 2.6 %
+
+
+def test_recomputation_keeps_less_and_computes_more() -> None:
+    """The order that every user expects; a trace that lost the policy would see no difference."""
+    none, attention, blocks = (trace_step(composed(*TINY, f"model.recompute={each}"), 0) for each in (
+        "none", "attention", "blocks"))  # fmt: skip
+    assert none.backward.total > attention.backward.total > blocks.backward.total
+    assert none.flops < attention.flops < blocks.flops
+    assert sum(blocks.backward.kept.values()) < 0.15 * sum(none.forward.kept.values())
+
+
+def test_inputs_on_the_cpu_count_there() -> None:
+    stay, cpu = (trace_step(composed(*TINY, f"model.recompute={each}"), 0) for each in ("blocks", "blocks@cpu"))
+    assert stay.host_bytes == 0
+    blocks = meta_task(composed(*TINY)).module.layers  # type: ignore[union-attr]
+    tokens = [(64 // 2**i) ** 2 * 96 * 2**i * 4 for i in range(4)]  # bytes of a block's input
+    assert cpu.host_bytes == sum(len(stage.blocks) * nbytes for stage, nbytes in zip(blocks, tokens, strict=True))  # type: ignore[arg-type]
+    assert sum(cpu.forward.kept.values()) < sum(stay.forward.kept.values())
+
+
+def test_autograd_holds_the_weights_whose_gradients_are_still_to_be_made() -> None:
+    """ZeRO-3 cannot free them; where the backward pass has been they are free, and recomputed blocks hold none."""
+    for policy, least, most in (("none", 0.9, 1.0), ("blocks", 0.0, 0.1)):
+        trace = trace_step(composed(*TINY, f"model.recompute={policy}"), 0)
+        held = {peak.place: peak.held_weights for peak in trace.backward_peaks}
+        assert list(held) == ["ends", "stage 4", "stage 3", "stage 2", "stage 1"]
+        assert least * trace.weight_bytes <= held["ends"] <= most * trace.weight_bytes
+        assert held["stage 1"] < 0.02 * trace.weight_bytes
+        assert trace.forward_peaks[1].held_weights < 0.02 * trace.weight_bytes  # stage 1
+
+
+def test_zero_3_gathers_ahead_no_more_than_is_still_to_come() -> None:
+    """In the backward pass of stage 1, where the activations are, nearly all weights are done with."""
+    config = composed(*TINY[:5], "train.micro_batch_size=1", "engine=zero3", "model.recompute=blocks", "hardware=cpu")
+    sizes = model_sizes(meta_task(config).module, config)
+    engine, trace = engine_memory(config.engine, sizes, 2, 1, on_cpu=False), trace_step(config, 0)
+    parts = {peak.place: engine.in_backward(trace, peak) for peak in trace.backward_peaks}
+    stage_1 = sum(numel for place, numel in trace.gradients if place == "stage 1")
+    held = {peak.place: peak.held_weights for peak in trace.backward_peaks}
+    assert parts["stage 1"] == {"ZeRO-3 live weights": 2 * stage_1 + held["stage 1"], "gradient copies": 0}
+    window = 2 * 2 * sizes.layers.largest_block  # bf16, the block in use and the next
+    assert parts["stage 4"]["ZeRO-3 live weights"] == window + held["stage 4"]
+    bucket = sizes.layers.largest_block * (2 + 4 // 2)  # together, and half of it in fp32
+    assert parts["stage 3"]["gradient copies"] == parts["stage 4"]["gradient copies"] == bucket
+    assert parts["ends"]["gradient copies"] == 0  # the head's gradients do not fill a bucket
+
+
+def test_fairscale_counts_as_itself_on_the_cpu() -> None:
+    """It keeps a gradient and an output longer than torch's recomputation, which is as good a guess at first sight."""
+    config = composed(*TINY, "model.recompute=blocks@fairscale")
+    trace = trace_step(config, 4, on_cpu=True)
+    predicted = max(trace.forward.total, trace.backward.total) - trace.backward.tables
+    assert predicted == pytest.approx(allocated(config), rel=0.004)  # measured 0.05 %; torch's takes 1 % less
+
+
+def test_remembered_results_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operation returned is made again for equal arguments: the same bytes and flops as when all are run."""
+    config = composed(*SMALL, "train.micro_batch_size=2", *POLICIES["chunks recomputed"])
+    trace_step(config, 0)  # makes the tables
+    quick = trace_step(config, 0)
+    monkeypatch.setattr(trace_module.Results, "call", lambda self, func, args, kwargs, key: func(*args, **kwargs))
+    slow = trace_step(config, 0)
+    assert (quick.forward, quick.backward, quick.flops) == (slow.forward, slow.backward, slow.flops)
+
+
+def test_forward_flops_are_twice_the_multiply_adds() -> None:
+    """Two counts of one thing; the trace leaves norms out and has the position bias's MLP."""
+    config = composed(*TINY)
+    trace = trace_step(config, 0)
+    forward = sum(operation.flops for operation in trace.operations[: trace.forward_operations])
+    assert forward == pytest.approx(2 * meta_task(config).multiply_adds, rel=0.02)  # measured 0.6 %
+    assert trace.flops == pytest.approx(3 * forward, rel=0.02)  # measured 0.3 %
+
+
+def test_fused_attention_is_counted_as_it_runs() -> None:
+    """The forward pass multiplies as much as the reference's, and keeps nothing of tokens x tokens."""
+    config = composed(*TINY, "model.attention=reference")
+    fused = composed(*TINY, "model.attention=fused")
+    plain, without = trace_step(config, 0), trace_step(fused, 0)
+    one, other = (sum(o.flops for o in t.operations[: t.forward_operations]) for t in (plain, without))
+    assert one == other and plain.flops < without.flops < 1.2 * plain.flops  # the scores once more
+    assert without.backward.total < 0.8 * plain.backward.total
+
+
+def test_several_images_take_as_many_times_one() -> None:
+    """The search scales one trace; the rest are tensors of parameters, which do not grow."""
+    reference = [*TINY[:-1], "model.attention=reference"]
+    one, four = (trace_step(composed(*reference, f"train.micro_batch_size={n}"), 0) for n in (1, 4))
+    scaled = scale(one, 4, 0)
+    assert four.backward.total <= scaled.backward.total < 1.08 * four.backward.total  # measured 1.06
+    assert 4 * one.flops == pytest.approx(four.flops, rel=0.02)
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "hardware").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_hardware_file_composes_and_plans(path: Path) -> None:
+    if path.stem == "common":
+        return
+    config = composed(*SMALL, f"hardware={path.stem}", "train.micro_batch_size=1", "train.global_batch_size=1")
+    hardware = complete(config.hardware, 1)
+    memory, trace = plan_memory(config, hardware, 1)
+    speed = plan_speed(config, hardware, memory.sizes, pass_seconds(hardware, trace), 1)
+    assert memory.fits and 0 < speed.step_sec < 60, (memory.peak, speed)
+
+
+def test_the_rough_bound_is_above_the_plan() -> None:
+    """Or the check at the start would keep silent about a run that does not fit."""
+    for overrides in (
+        SMALL,
+        TINY,
+        ["model=base", "train.micro_batch_size=4", "engine=zero1"],
+        ["model=large", "model.img_size=512", "model.window_size=32", "task=classify", "train.micro_batch_size=2"],
+        [
+            "model=tiny",
+            "task=classify",
+            "model.img_size=224",
+            "model.window_size=7",
+            "engine=zero0",
+            "train.micro_batch_size=16",
+        ],
+    ):
+        config = composed(*overrides, "hardware=cpu", "train.global_batch_size=128")
+        memory, _ = plan_memory(
+            config, complete(config.hardware, 2, rates=False), 2 if config.engine.name != "local" else 1
+        )
+        assert rough_bytes(config, meta_task(config)) > memory.peak, overrides
+
+
+def test_the_start_warns_where_it_does_not_fit_and_is_silent_where_it_does() -> None:
+    world = World(0, 0, 2, 2, torch.device("cpu"))
+    large = composed("model=base", "train.micro_batch_size=32", "hardware=cpu", "hardware.memory_gib=4")
+    warning = memory_warning(large, world, meta_task(large))
+    assert warning is not None and "GiB more than" in warning and "\n" not in warning
+    small = composed("model=demo", "task.mask_unit_px=8", "hardware=cpu")
+    assert memory_warning(small, world, meta_task(small)) is None
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    plan(*parse(list(arguments)))
+    return capsys.readouterr().out
+
+
+def test_the_command_prints_where_the_bytes_go(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "new" / "bytes.png"
+    text = planned(
+        capsys, *TINY[:5], "engine=zero3", "hardware=a100_40gb", "plan.num_gpus=16", "train.micro_batch_size=8",
+        "plan.num_images=1281167", f"plan.picture={picture}",
+    )  # fmt: skip
+    for part in ("weights", "AdamW's averages", "ZeRO-3 live weights", "activations, stage 3", "fits on 16 x A100",
+                 "images/s", "GPU-days", "checkpoint: ", "TFLOP"):  # fmt: skip
+        assert part in text, part
+    assert "62600 steps" not in text and f"{-(-100 * 1281167 // 2048)} steps" in text
+    assert Image.open(picture).size[0] > 500
+
+
+def test_the_length_is_unknown_without_images(capsys: pytest.CaptureFixture[str]) -> None:
+    text = planned(capsys, *SMALL, "hardware=a100_40gb", "plan.num_gpus=1")
+    assert "set plan.num_images" in text
+
+
+ASKED = [*SMALL[:7], "engine=zero3", "hardware=rtx4090", "hardware.reserved_gib=0", "plan.num_gpus=4",
+         "train.global_batch_size=64", "train.micro_batch_size=1"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_recommended_command_composes_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """And it is at least as fast as the setting that was asked about."""
+    text = planned(capsys, *ASKED, "--recommend", "run_dir=runs/x")
+    command = text.strip().splitlines()[-1].split()
+    assert command[:5] == ["torchrun", "--nnodes", "1", "--nproc-per-node", "4"]
+    arguments = [each.strip("'") for each in command[7:]]
+    assert "run_dir=runs/x" in arguments
+    times = []
+    for overrides in (arguments, ASKED):
+        config = composed(*[each for each in overrides if not each.startswith("hardware")], "hardware=rtx4090")
+        hardware = complete(config.hardware, 4)
+        memory, trace = plan_memory(config, hardware, 4)
+        assert memory.fits
+        times.append(plan_speed(config, hardware, memory.sizes, pass_seconds(hardware, trace), 4).step_sec)
+    assert times[0] <= times[1]
+
+
+@pytest.mark.slow
+def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    config = composed(*ASKED)
+    hardware = complete(config.hardware, 4)
+    found = [each for each in candidates(config, hardware, 4) if each.setting.micro_batch_size == 16]
+    peaks = {(each.setting.recompute, each.setting.zero_stage): each.memory.peak for each in found}
+    assert peaks["blocks", 3] < peaks["attention", 3] < peaks["none", 3]
+    text = planned(capsys, *ASKED, f"hardware.memory_gib={0.9 * peaks['none', 3] / GIB}", "--recommend")
+    assert "fits on 4 x RTX 4090" in text
+    assert "train.micro_batch_size=16" not in text or "model.recompute=none" not in text
+    text = planned(capsys, *ASKED, "hardware.memory_gib=0.01", "--recommend")
+    assert text.startswith("nothing fits on 4 x RTX 4090") and "GiB more than" in text and "largest part is" in text
+    text = planned(capsys, *ASKED, "hardware.memory_gib=0.01")
+    assert "does not fit on 4 x RTX 4090" in text
+
+
+def test_no_odd_micro_batch_is_recommended_where_images_are_mixed_in_pairs() -> None:
+    """The recommended command would be refused."""
+    for mixing, smallest in (("task.mixup_alpha=0.8", 2), ("task.mixup_alpha=0", 1)):
+        config = composed(*ASKED, "train.micro_batch_size=2", mixing)
+        tried = islice(candidates(config, complete(config.hardware, 4), 4), 5)  # of one trace
+        assert min(each.setting.micro_batch_size for each in tried) == smallest
+
+
+def test_phases_hold_what_belongs_to_them() -> None:
+    """Forward has no gradients yet, the backward pass makes them, and the engine's parts are in every one."""
+    config = composed(*TINY, "train.global_batch_size=1", "hardware=a100_40gb")
+    memory, _ = plan_memory(config, complete(config.hardware, 1), 1)
+    n = memory.sizes.parameters
+    assert memory.rests == 12 * n + memory.phases["step"].pop("tables")
+    assert "gradients" not in memory.phases[FORWARD]
+    assert 0 < memory.phases[BACKWARD]["gradients"] < 4 * n
+    assert memory.phases["step"] == {"weights": 4 * n, "AdamW's averages": 8 * n, "gradients": 4 * n}

@@ -1,0 +1,110 @@
+"""The demo's way from phase to phase, without data or training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from scripts import demo
+from swinv2_train.config import ConfigError
+
+
+class Phases:
+    """Records what the demo starts; every phase ends as it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.codes: dict[str, int] = {}
+        self.scores: dict[str, float] | None = {"val/top1": 50.0}
+
+    def fetch(self, arguments: list[str]) -> int:
+        self.calls.append(["fetch", *arguments])
+        return self.codes.get("fetch", 0)
+
+    def ranks(self, command: list[str]) -> int:
+        self.calls.append(command)
+        return self.codes.get(next(part for part in command if part.startswith("experiment=")), 0)
+
+    def evaluate(self, run_dir: Path) -> dict[str, float] | None:
+        self.calls.append(["evaluate", str(run_dir)])
+        return self.scores
+
+    def names(self) -> list[str]:
+        return [next((part[11:] for part in call if part.startswith("experiment=")), call[0]) for call in self.calls]
+
+
+@pytest.fixture
+def phases(monkeypatch) -> Phases:
+    recorded = Phases()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the demo sets it; this puts it back
+    monkeypatch.setattr(demo, "precision_for", lambda run_dir: "fp32")
+    monkeypatch.setattr(demo.fetch_cifar10, "run", recorded.fetch)
+    monkeypatch.setattr(demo, "run_ranks", recorded.ranks)
+    monkeypatch.setattr(demo, "evaluate", recorded.evaluate)
+    monkeypatch.setattr(demo, "print_table", lambda *arguments: None)
+    return recorded
+
+
+def test_phases_come_in_order_and_the_second_starts_from_the_first(phases, tmp_path):
+    """Fetch from data.source, pre-train, fine-tune from that run, evaluate that one."""
+    assert demo.main(["--runs", str(tmp_path), "data.source=/mirror", "train.epochs=1", "task.mask_ratio=0.5"]) == 0
+    assert phases.names() == ["fetch", "cifar10_simmim", "cifar10_finetune", "evaluate"]
+    fetch, pretrain, finetune, evaluation = phases.calls
+    assert fetch[-2:] == ["--source", "/mirror"]
+    assert {f"run_dir={tmp_path}/pretrain", "train.epochs=1", "task.mask_ratio=0.5"} <= set(pretrain)
+    assert {f"run_dir={tmp_path}/finetune", f"task.init_from={tmp_path}/pretrain", "train.epochs=1"} <= set(finetune)
+    assert "task.mask_ratio=0.5" not in finetune and evaluation == ["evaluate", f"{tmp_path}/finetune"]
+
+
+def test_images_come_from_their_own_source_unless_one_is_given(phases, tmp_path):
+    demo.main(["--runs", str(tmp_path)])
+    assert "--source" not in phases.calls[0]
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("phase", "left_out"),
+    [("fetch", 3), ("experiment=cifar10_simmim", 2), ("experiment=cifar10_finetune", 1)],
+)
+def test_a_phase_that_does_not_end_well_ends_the_demo_with_its_exit_code(phase, left_out, code, phases, tmp_path):
+    """Fine-tuning from a pre-training that was stopped would be of no use and take minutes."""
+    phases.codes[phase] = code
+    assert demo.main(["--runs", str(tmp_path)]) == code
+    assert len(phases.calls) == 4 - left_out
+
+
+def test_an_evaluation_that_failed_is_no_success(phases, tmp_path):
+    phases.scores = None
+    assert demo.main(["--runs", str(tmp_path)]) == 1
+
+
+def test_wrong_override_is_refused_before_anything_is_fetched(phases, tmp_path):
+    """Not after 170 MB, and not in the second phase after the minutes of the first."""
+    with pytest.raises(ConfigError, match="task.label_smoothing"):
+        demo.main(["--runs", str(tmp_path), "task.label_smoothing=7"])
+    assert phases.calls == []
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((1, -15), 1), ((2, 2), 2), ((-15, 2), 2), ((3, 3), 3), ((-9, 1), 1)])
+def test_exit_code_of_failed_ranks_is_the_one_that_says_most(codes, expected, monkeypatch):
+    """torchrun kills the other ranks (-15) when one has left; wrong input stays 2 and a stop 3."""
+
+    def fail(arguments: list[str]) -> None:
+        failures = {rank: ProcessFailure(rank, 1, code, "<none>") for rank, code in enumerate(codes)}
+        raise ChildFailedError("train", failures)
+
+    monkeypatch.setattr(demo, "torchrun", fail)
+    assert demo.run_ranks(["-m", "x"]) == expected
+
+
+def test_ctrl_c_is_a_stop_and_ranks_that_end_are_success(monkeypatch):
+    def stop(arguments: list[str]) -> None:
+        raise SignalException("stopped", 2)
+
+    monkeypatch.setattr(demo, "torchrun", stop)
+    assert demo.run_ranks(["-m", "x"]) == 3
+    monkeypatch.setattr(demo, "torchrun", lambda arguments: None)
+    assert demo.run_ranks(["-m", "x"]) == 0

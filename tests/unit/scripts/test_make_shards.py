@@ -1,0 +1,191 @@
+"""scripts/make_shards.py: folders, zips and tars become shards, byte for byte, with labels nobody has to guess."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import make_shards
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+
+SCRIPTS = Path(make_shards.__file__).parent
+
+
+def image(seed: int, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+FILES = {
+    "dog/a.jpg": image(0),
+    "dog/b.v2.JPEG": image(1),
+    "cat/sub/a.png": image(2, "PNG"),
+    "cat/x.webp": image(3, "WEBP"),
+    "ape.big/a.jpg": image(4),
+}
+EXPECTED = {
+    "ape.big/a": ("jpg", 0, FILES["ape.big/a.jpg"]),
+    "cat/sub/a": ("png", 1, FILES["cat/sub/a.png"]),
+    "cat/x": ("webp", 1, FILES["cat/x.webp"]),
+    "dog/a": ("jpg", 2, FILES["dog/a.jpg"]),
+    "dog/b_v2": ("jpeg", 2, FILES["dog/b.v2.JPEG"]),
+}
+
+
+def folder(path: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["__background__", "two\nlines"])
+def test_a_name_that_webdataset_passes_over_is_refused_instead_of_lost(tmp_path, capsys, name):
+    """It reads as so many images fewer, and so would the index."""
+    source = folder(tmp_path / "images", {**FILES, f"{name}/a.jpg": image(5)})
+    assert make_shards.main([str(source), str(tmp_path / "out" / "t")]) == 2
+    assert f"pass over the key {f'{name}/a'!r}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("t-*"))
+
+
+def test_names_that_are_no_text_are_packed(tmp_path):
+    """File names are bytes."""
+    source = folder(tmp_path / "images", {"cat/a.jpg": image(0), "d\udcff/\udce9.jpg": image(1)})
+    for _ in range(2):  # the second time classes.txt is compared
+        assert make_shards.main([str(source), str(tmp_path / "out" / "t"), "--overwrite"]) == 0
+    assert packed(f"{tmp_path}/out/t-*.tar")["d\udcff/\udce9"] == ("jpg", 1, image(1))
+
+
+def packed(pattern: str) -> dict[str, tuple[str, int | None, bytes]]:
+    manifest = open_manifest(pattern)
+    reader = TarReader(manifest)
+    read = [reader.read(shard, i) for shard, count in enumerate(manifest.counts) for i in range(count)]
+    assert len({sample.key for sample in read}) == len(read)
+    return {sample.key: (sample.extension, sample.targets.get("label"), sample.image) for sample in read}
+
+
+def test_class_folders_become_labels_in_sorted_order_and_files_are_copied_byte_for_byte(tmp_path, capsys):
+    source = folder(tmp_path / "src", {**FILES, "dog/notes.txt": b"x", ".hidden/a.jpg": b"x"})
+    assert make_shards.main([str(source), str(tmp_path / "out" / "train"), "--samples-per-shard", "2"]) == 0
+    assert packed(f"{tmp_path}/out/train-{{000000..000002}}.tar") == EXPECTED
+    assert (tmp_path / "out" / "classes.txt").read_text() == "ape.big\ncat\ndog\n"
+    out = capsys.readouterr().out
+    assert "2 files and hidden folders of" in out and "5 images in 3 shards" in out
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_archives_give_the_same_shards_as_the_folder_they_hold(tmp_path, kind):
+    """The archive's own top folder is no class."""
+    path = tmp_path / f"src.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in FILES.items():
+                archive.writestr(f"animals/{name}", data)
+            archive.writestr("__MACOSX/animals/._a.jpg", b"x")
+    else:
+        with tarfile.open(path, "w") as tar:
+            for name, data in FILES.items():
+                info = tarfile.TarInfo(f"./animals/{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert make_shards.main([str(path), str(tmp_path / "a")]) == 0
+    assert packed(f"{tmp_path}/a-*.tar") == EXPECTED
+    make_shards.main([str(folder(tmp_path / "src", FILES)), str(tmp_path / "b")])
+    assert (tmp_path / "a-000000.tar").read_bytes() == (tmp_path / "b-000000.tar").read_bytes()
+
+
+def test_a_flat_folder_has_no_labels_and_colliding_keys_stay_apart(tmp_path):
+    source = folder(tmp_path / "src", {"1.jpg": image(0), "1.png": image(1, "PNG"), "1_.jpg": image(2)})
+    assert make_shards.main([str(source), str(tmp_path / "t")]) == 0
+    read = packed(f"{tmp_path}/t-*.tar")
+    assert len(read) == 3 and {label for _, label, _ in read.values()} == {None}
+    assert not (tmp_path / "classes.txt").exists()
+
+
+def test_the_shuffle_mixes_classes_and_follows_the_seed(tmp_path):
+    source = folder(tmp_path / "src", {f"{c}/{i:02d}.jpg": image(i) for c in "ab" for i in range(30)})
+    for name, seed in (("x", "0"), ("y", "0"), ("z", "1")):
+        make_shards.main([str(source), str(tmp_path / name), "--seed", seed])
+    x, y, z = ((tmp_path / f"{name}-000000.tar").read_bytes() for name in "xyz")
+    assert x == y != z
+    first = [label for _, label, _ in packed(f"{tmp_path}/x-*.tar").values()][:20]
+    assert 4 <= sum(label or 0 for label in first) <= 16
+
+
+def test_a_second_split_with_other_classes_is_refused(tmp_path, capsys):
+    """Its labels would silently mean other classes than the training split's."""
+    assert make_shards.main([str(folder(tmp_path / "tr", FILES)), str(tmp_path / "out" / "train")]) == 0
+    val = folder(tmp_path / "va", {name: data for name, data in FILES.items() if not name.startswith("cat")})
+    assert make_shards.main([str(val), str(tmp_path / "out" / "val")]) == 2
+    assert "lists 3 classes, SOURCE has 2 (they differ in: cat)" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("val*"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.txt": b"x"}, "holds no images .1 files"),
+        ({"a.jpg": b"x", "cat/b.jpg": b"x"}, "1 images in class folders and 1 outside of them .e.g. a.jpg."),
+    ],
+)
+def test_sources_that_cannot_be_packed_exit_2_with_one_message(tmp_path, capsys, files, message):
+    import re
+
+    assert make_shards.main([str(folder(tmp_path / "src", files)), str(tmp_path / "t")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_missing_and_compressed_sources_and_existing_shards_exit_2(tmp_path, capsys):
+    assert make_shards.main([str(tmp_path / "nowhere"), str(tmp_path / "t")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz"):
+        pass
+    assert make_shards.main([str(tmp_path / "x.tar.gz"), str(tmp_path / "t")]) == 2
+    assert "uncompressed tar" in capsys.readouterr().err
+    source = folder(tmp_path / "src", {"1.jpg": image(0)})
+    assert make_shards.main([str(source), str(tmp_path / "t")]) == 0
+    assert make_shards.main([str(source), str(tmp_path / "t")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert make_shards.main([str(source), str(tmp_path / "t"), "--overwrite"]) == 0
+
+
+def test_reindex_and_verify_work_as_a_command(tmp_path):
+    """As the error texts tell the user to run it."""
+    make_shards.main([str(folder(tmp_path / "src", {"1.jpg": image(0)})), str(tmp_path / "t")])
+    path = tmp_path / "t-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(30):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = 600
+            tar.addfile(info, io.BytesIO(bytes(600)))
+    command = [sys.executable, str(SCRIPTS / "make_shards.py")]
+    environment = {"PYTHONPATH": str(SCRIPTS.parent)}
+    before = subprocess.run(
+        [*command, "--verify", str(path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert before.returncode == 2 and "manifest says" in before.stderr
+    done = subprocess.run(
+        [*command, "--reindex", str(path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0 and "30 images in 1 shards" in done.stdout
+    assert make_shards.main(["--verify", str(path)]) == 0
+
+
+def test_files_that_cannot_be_read_or_written_are_one_message(tmp_path, capsys):
+    """A dangling link among the images, and a place where nothing can be written."""
+    source = tmp_path / "images"
+    source.mkdir()
+    (source / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert make_shards.main([str(source), str(tmp_path / "out" / "train")]) == 2
+    assert make_shards.main([str(source), str(tmp_path / "images" / "gone.jpg" / "x")]) == 2
+    assert capsys.readouterr().err.count("make_shards: ") == 2

@@ -1,0 +1,390 @@
+"""A run from its start to its exit code: what is seeded, restored, refused, written and closed.  One process, local."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from swinv2_train import evaluate, train
+from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
+from swinv2_train.config import Config, ConfigError
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.load import config_yaml
+from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.distributed import World
+from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.tasks import build_task
+from swinv2_train.training import build as building
+from swinv2_train.training import loop
+from swinv2_train.training.initial_weights import initial_weights
+from swinv2_train.weights import save_weights
+from tests.support.harness import run_distributed
+
+CPU = torch.device("cpu")
+SMALL = (
+    "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=16", "model.window_size=2",
+    "train.global_batch_size=8", "train.micro_batch_size=4", "train.log_every_steps=1", "train.keep_best=null",
+    "train.eval_every_steps=null", "log.wandb=disabled", "log.progress=none", "engine=local", "engine.precision=fp32",
+    "runtime.num_threads=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[str, str]:
+    """16 training images and 6 of evaluation, of 4 classes."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 16), ("test", 6)):
+        rows = []
+        for i in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
+            rows.append((f"k{i:03d}", buffer.getvalue(), "png", i % 4))
+        write_shards(rows, str(folder / name), 8)
+    return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")
+
+
+@pytest.fixture
+def settings(shards, tmp_path):
+    """settings(*overrides): a small classifier's configuration in tmp_path/run."""
+
+    def compose(*overrides: str, task: str = "finetune") -> Config:
+        init = ("task.init_from=null", "task.num_classes=4") if task == "finetune" else ()
+        run = (f"experiment=cifar10_{task}", f"run_dir={tmp_path / 'run'}")
+        return compose_overrides([*run, *SMALL, *shards, *init, *overrides])
+
+    return compose
+
+
+def run_alone(config: Config, around: Any = None) -> Any:
+    """train(config) in a process of its own; around(): called there first, its result is called after."""
+
+    def command(world: World) -> Any:
+        after = around() if around is not None else None
+        code = guarded(lambda: train.train(config))
+        return code if after is None else (code, after())
+
+    return run_distributed(command, 1, init=False, timeout_sec=60)[0]
+
+
+def weights_of(config: Config) -> dict[str, torch.Tensor]:
+    return read_weights(find_checkpoint(Path(config.run_dir)))
+
+
+def test_seed_decides_the_initial_weights(settings, tmp_path):
+    """A step of rate 0 leaves them as drawn: the same for the same seed, others for another."""
+    still = ("train.max_steps=1", "optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0")
+    found = []
+    for number, seed in enumerate((1, 1, 2)):
+        config = settings(*still, f"seed={seed}", f"run_dir={tmp_path / str(number)}")
+        assert run_alone(config) == EXIT_DONE
+        found.append(weights_of(config))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not torch.equal(found[0]["head.weight"], found[2]["head.weight"])
+
+
+def test_resumed_run_writes_each_step_once_and_is_the_same_run(settings, tmp_path):
+    """Steps after the newest checkpoint run again; metrics.jsonl drops their old lines.  A finished run says so."""
+    config = settings("train.max_steps=5", "train.checkpoint_every_steps=2", "train.keep_checkpoints=3")
+    assert run_alone(config) == EXIT_DONE
+    run_dir = tmp_path / "run"
+    before = read_metrics(run_dir)
+    assert [line["images_seen"] for line in before] == [8, 16, 24, 32, 40]
+    (run_dir / "checkpoints" / "step_00000005" / "COMPLETE").unlink()
+    (run_dir / "checkpoints" / "step_00000004" / "COMPLETE").unlink()
+    assert run_alone(config) == EXIT_DONE
+    raw = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in raw if "train/loss" in line] == [1, 2, 3, 4, 5]
+    for old, new in zip(before, read_metrics(run_dir), strict=True):
+        assert (old["train/loss"], old["images_seen"], old["train/lr"]) == (
+            new["train/loss"], new["images_seen"], new["train/lr"],
+        )  # fmt: skip
+    (run_dir / "report.html").unlink()
+    assert run_alone(config) == EXIT_DONE
+    assert (run_dir / "report.html").exists(), "a report that a kill prevented is written by the next call"
+
+
+def test_best_checkpoint_by_the_configured_score_stays(settings, tmp_path):
+    """train.keep_best from the command line to the folder: the lowest loss is not among the newest."""
+    config = settings(
+        "train.max_steps=4", "train.eval_every_steps=1", "train.keep_best=val/loss", "train.keep_checkpoints=1"
+    )
+
+    def scores_rise() -> None:
+        values = iter([0.3, 0.1, 0.2, 0.4])
+        loop.evaluate = lambda *arguments: {"val/loss": next(values)}
+
+    assert run_alone(config, scores_rise) == EXIT_DONE
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000004"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "closed_with", "report"),
+    [
+        (True, EXIT_DONE, 0, True),
+        (False, EXIT_STOPPED, 0, True),
+        (RuntimeError("a bug"), EXIT_FAILED, 1, True),
+        (ConfigError("the user's"), EXIT_USER_ERROR, 2, False),
+    ],
+)
+def test_however_a_run_ends_its_log_is_closed_and_its_exit_code_says_how(
+    outcome, code, closed_with, report, settings, tmp_path
+):
+    """wandb loses what it holds when nobody closes it; a stop is no failure; wrong input leaves no report."""
+
+    def around() -> Any:
+        closed: list[int] = []
+        close = train.RunLog.close
+
+        def recorded(self: Any, exit_code: int = 0) -> None:
+            closed.append(exit_code)
+            close(self, exit_code)
+
+        def fit(run: loop.Run, stop: Any) -> bool:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        train.RunLog.close, loop.fit = recorded, fit
+        return lambda: closed
+
+    assert run_alone(settings("train.max_steps=2"), around) == (code, [closed_with])
+    assert (tmp_path / "run" / "report.html").exists() is report
+
+
+def test_refused_start_leaves_no_configuration_behind(settings, tmp_path):
+    """Labels beyond the classes, and an init_from that is nothing: before anything of the run is written."""
+    for overrides in (("task.num_classes=3",), (f"task.init_from={tmp_path}",), ("model.num_heads=[5,5]",)):
+        assert run_alone(settings("train.max_steps=1", *overrides)) == EXIT_USER_ERROR
+        assert not (tmp_path / "run").exists(), overrides
+
+
+def test_init_from_counts_at_the_start_and_not_at_a_resume(settings, tmp_path):
+    """A resumed fine-tuning goes on with its own weights; its source may be gone by then."""
+    source = settings("train.max_steps=1", f"run_dir={tmp_path / 'source'}", task="simmim")
+    assert run_alone(source) == EXIT_DONE
+    still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
+    config = settings(*still, f"task.init_from={tmp_path / 'source'}")
+    assert run_alone(config) == EXIT_DONE
+    theirs, ours = weights_of(source), weights_of(config)
+    for name, tensor in ours.items():
+        if not name.startswith("head."):
+            assert torch.equal(tensor, theirs[f"encoder.{name}"]), name
+    (tmp_path / "source").rename(tmp_path / "gone")
+    config.train.max_steps = 2
+    assert run_alone(config) == EXIT_DONE
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000002"
+
+
+def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
+    """A supervised file of timm's into pre-training and fine-tuning; the head follows task.init_head."""
+    from tests.support.weights_samples import classifier
+
+    model = classifier(img_size=16, num_classes=6, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=2,
+                       pretrained_window_sizes=(0, 0))  # fmt: skip
+    save_weights(model, tmp_path / "timm.pth", "timm")
+    (tmp_path / "classes.txt").write_text("5\n0\n3\n1\n")
+    still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
+    start = (*still, f"task.init_from={tmp_path / 'timm.pth'}")
+    with pytest.raises(ConfigError, match=r"task.init_from: .*head.bias is \(6,\), the model has \(4,\); head=fresh"):
+        initial_weights(settings(*start), build_task(settings(), CPU), World(0, 0, 1, 1, CPU))
+    for task, head in (("finetune", f"task.init_head={tmp_path / 'classes.txt'}"), ("simmim", "task.init_head=auto")):
+        config = settings(*start, head, f"run_dir={tmp_path / task}", task=task)
+        assert run_alone(config) == EXIT_DONE
+        prefix = "encoder." if task == "simmim" else ""
+        trained = weights_of(config)
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("head."):
+                assert torch.equal(trained[prefix + name], tensor), name
+        if task == "finetune":
+            assert torch.equal(trained["head.weight"], model.head.weight[[5, 0, 3, 1]])
+
+
+def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settings, tmp_path):
+    """Fine-tuning at another window without pretrained_window_sizes would change what the bias means, unseen."""
+    source = settings("train.max_steps=1", f"run_dir={tmp_path / 'source'}", task="simmim")
+    assert run_alone(source) == EXIT_DONE
+    model = build_task(settings(), CPU).module
+    save_weights(model, tmp_path / "hf", "huggingface")
+    save_weights(model, tmp_path / "bare.pth", "microsoft")
+    larger = ("model.img_size=32", "model.window_size=4")
+    right = "model.pretrained_window_sizes=[2,2]"
+    cases = [(name, (*larger, *more), not more) for name in ("source", "hf") for more in ((), (right,))]
+    for name, overrides, warned in [*cases, ("bare.pth", larger, False)]:
+        config = settings(*overrides, f"task.init_from={tmp_path / name}")
+        initial = initial_weights(config, build_task(config, CPU), World(0, 0, 1, 1, CPU))
+        assert (f"{right} keeps its meaning" in initial.report) is warned, (name, overrides)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts of the start
+
+
+class SilentLog:
+    def __init__(self) -> None:
+        self.resumed: list[int] = []
+
+    def resume_at(self, step: int) -> None:
+        self.resumed.append(step)
+
+    def say(self, text: str) -> None: ...
+
+
+@pytest.fixture
+def build(settings, shards, monkeypatch):
+    """build(world, newest, state): build_run around an engine that is none; the run and the log."""
+
+    def build_run(world: World, newest: Path | None = None, state: dict[str, Any] | None = None) -> Any:
+        config = settings("train.epochs=3", "optim.schedule.warmup_epochs=1.5", "train.global_batch_size=16")
+        monkeypatch.setattr(
+            building, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments, initialise=print)
+        )
+        monkeypatch.setattr(building, "load_checkpoint", lambda *arguments: state)
+        monkeypatch.setattr(building, "ema_note", lambda *_: None)  # there is no checkpoint on disk
+        task = build_task(config, torch.device("cpu"))
+        manifests = tuple(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards)
+        log = SilentLog()
+        return building.build_run(config, world, task, [], manifests, log, newest, None), log
+
+    return build_run
+
+
+def test_lengths_of_a_run_come_from_its_epochs(build):
+    """16 images in batches of 16: 3 steps, 2 of them (1.5 rounded up) warm-up; 2 ranks of 4 accumulate twice."""
+    run, log = build(World(1, 1, 2, 2, torch.device("cpu")))
+    assert (run.total_steps, run.warmup_steps, run.accumulation_steps) == (3, 2, 2)
+    assert (run.position.step, run.position.images_seen, run.saver.saved_step, log.resumed) == (0, 0, None, [0])
+    assert run.engine.settings[4] == 2
+
+
+def test_a_resumed_run_stands_where_its_checkpoint_says(build):
+    """Steps, images, data position and the newest save; lines after it leave the log."""
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    fresh, _ = build(world)
+    state = {"step": 2, "images_seen": 32, "data": fresh.position.loader.state_dict(32, 0)}
+    run, log = build(world, Path("step_00000002"), state)
+    assert (run.position.step, run.position.images_seen, run.saver.saved_step, log.resumed) == (2, 32, 2, [2])
+    first = next(iter(run.position.loader))["keys"]
+    skipped = [key for batch, _ in zip(fresh.position.loader, range(12), strict=False) for key in batch["keys"]]
+    assert first == skipped[32:36]
+    with pytest.raises(ConfigError, match="differs from the checkpoint's"):
+        build(world, Path("step_00000002"), state | {"data": state["data"] | {"seed": 77}})
+
+
+def test_ranks_draw_different_random_numbers_once_the_model_stands(build):
+    """The same drop path on every rank would make two ranks half as random as one."""
+    drawn = []
+    for rank in (0, 1):
+        build(World(rank, rank, 2, 2, torch.device("cpu")))
+        drawn.append((torch.rand(1).item(), np.random.rand()))
+    assert drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1]
+
+
+IDENTITY = {
+    "task.num_classes": 5, "model.name": "tiny", "model.img_size": 64, "model.patch_size": 2, "model.window_size": 8,
+    "model.pretrained_window_sizes": [4, 4], "model.embed_dim": 16, "model.depths": [2, 1], "model.num_heads": [2, 2],
+    "model.mlp_ratio": 2.0, "model.drop_path_rate": 0.3, "model.extra_norm_period": 1,
+    "model.clamp_to_shorter_side": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_a_run_directory_of_another_model_is_refused_by_the_key(key, settings, tmp_path, monkeypatch):
+    """Weights that load into another model, or not at all, are never a resume."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    config = settings()
+    (tmp_path / "run" / "config.yaml").write_text(config_yaml(config))
+    monkeypatch.setattr(building, "newest_checkpoint", lambda run_dir: checkpoint)
+    assert building.checked_newest(tmp_path / "run", config) == checkpoint
+    section, name = key.split(".")
+    setattr(getattr(config, section), name, IDENTITY[key])
+    with pytest.raises(ConfigError, match=f"holds a run with {key}=.*, but this command has {key}="):
+        building.checked_newest(tmp_path / "run", config)
+    rest = {f.name for f in dataclasses.fields(config.model)} - set(building.MEMORY_KEYS)
+    assert {f"model.{name}" for name in rest} <= IDENTITY.keys()
+
+
+def test_a_resume_may_change_memory_policy_length_and_rate(settings, tmp_path, monkeypatch):
+    """What does not make the weights another model's; and the other task is refused."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(config_yaml(settings()))
+    monkeypatch.setattr(building, "newest_checkpoint", lambda run_dir: checkpoint)
+    other = settings(
+        "model.recompute=blocks", "model.attention=reference", "model.compile=blocks", "model.sequential_stages=[1]",
+        "model.attention_chunk_windows=2", "model.attention_chunk_mib=9",
+        "train.max_steps=99", "optim.lr=0.5", "task.label_smoothing=0",
+    )  # fmt: skip
+    assert building.checked_newest(tmp_path / "run", other) == checkpoint
+    with pytest.raises(ConfigError, match="holds a run with task.name=classify, but this command has task.name=simmim"):
+        building.checked_newest(tmp_path / "run", settings(task="simmim"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kinds"),
+    [
+        (None, ["answer", "answer"]),
+        (ConfigError("wrong"), ["ConfigError: wrong", "ConfigError: wrong"]),
+        (OSError("disk full"), ["ConfigError: disk full", "ConfigError: disk full"]),
+        (ZeroDivisionError("bug"), ["ZeroDivisionError: bug", "RuntimeError: rank 0 failed:"]),
+    ],
+)
+def test_what_the_first_rank_finds_or_raises_reaches_every_rank(error, kinds):
+    """A rank that goes on alone waits for ever; what cannot be read or written is the user's to mend."""
+
+    def ask(world: World) -> str:
+        def answer() -> str:
+            assert world.is_main
+            if error is not None:
+                raise error
+            return "answer"
+
+        try:
+            return train.on_main(world, answer)
+        except Exception as caught:  # noqa: BLE001  its kind is the result
+            return f"{type(caught).__name__}: {caught}".splitlines()[0]
+
+    assert run_distributed(ask, 2, timeout_sec=30) == kinds
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The evaluate command
+
+
+def test_evaluate_command_scores_the_named_checkpoint_in_evaluation_mode(settings, tmp_path, capfd):
+    """checkpoint= chooses one, else it is the newest; stochastic depth is off, so the scores repeat."""
+    config = settings("train.max_steps=2", "train.checkpoint_every_steps=1", "optim.lr=0.5", "model.drop_path_rate=0.9")
+    assert run_alone(config) == EXIT_DONE
+    first = tmp_path / "run" / "checkpoints" / "step_00000001"
+
+    def score(*arguments: str) -> dict[str, Any]:
+        def command(world: World) -> None:
+            sys.argv = ["evaluate", f"run_dir={tmp_path / 'run'}", *arguments]
+            with pytest.raises(SystemExit) as left:
+                evaluate.main()
+            assert left.value.code == EXIT_DONE
+
+        capfd.readouterr()
+        run_distributed(command, 1, init=False, timeout_sec=60)
+        return json.loads(capfd.readouterr().out)
+
+    newest, again, older = score(), score(), score(f"checkpoint={first}")
+    assert newest == again and newest["images"] == 6
+    assert newest["checkpoint"].endswith("step_00000002") and older["checkpoint"] == str(first)
+    assert newest["val/loss"] != older["val/loss"]
+    logged = read_metrics(tmp_path / "run")[-1]
+    for name in ("val/loss", "val/top1", "val/top5"):
+        assert newest[name] == pytest.approx(logged[name], rel=1e-4), name
