@@ -5,6 +5,7 @@ Knows nothing else of the project, and is the only package that knows Hydra.
 
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.planner import HardwareConfig, PlanConfig
 from swinv2_train.config.recompute import RECOMPUTE_PLACES, Recompute, parse_recompute
 from swinv2_train.config.rules import pair
@@ -62,6 +63,7 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "averaged_score",
+    "did_you_mean",
     "is_pipe",
     "pair",
     "parse_recompute",

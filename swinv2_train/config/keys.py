@@ -57,7 +57,7 @@ def known_keys(task: type[TaskConfig] | None = None) -> list[str]:
 
 
 def check_values(section: Any, prefix: str = "") -> None:
-    """Hold every value of a Config, or of a section of it, against the rules of its key.
+    """Check every value of a Config, or of a section of it, by the rules of its key.
 
     Raises ConfigError naming the key, its value and what it may be.
     """

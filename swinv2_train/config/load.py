@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from swinv2_train.config.checks import check_config
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import known_keys
-from swinv2_train.config.near_names import did_you_mean
+from swinv2_train.config.near_names import did_you_mean_key
 from swinv2_train.config.schema import SPLITS, TASKS, Config, EvalSplitConfig, TaskConfig
 
 
@@ -89,7 +89,7 @@ def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
 
 
 def _nearest_keys(key: str, known: list[str]) -> str:
-    return did_you_mean(key, known, otherwise="`--cfg job` prints every key", cutoff=0.7)
+    return did_you_mean_key(key, known, otherwise="`--cfg job` prints every key")
 
 
 def _first_below(section: str, known: list[str]) -> str:

@@ -6,14 +6,16 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(given: str, names: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
-    """The end of a message about an unknown name: "did you mean A or B?", or otherwise where no name is near.
+def did_you_mean(given: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about an unknown name: "did you mean NAME?", or otherwise where none is near."""
+    near = difflib.get_close_matches(given, names, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
-    Near is the most similar name, and for a dotted one also every name that ends in the same part.
-    cutoff: 0 to 1, how similar; dotted names of one section are similar by that alone.
-    """
-    names = list(names)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=cutoff)
+
+def did_you_mean_key(given: str, keys: Iterable[str], otherwise: str) -> str:
+    """The same about a dotted key: near is the most similar one, and every one that ends in the same part."""
+    keys = list(keys)
+    near = difflib.get_close_matches(given, keys, n=1, cutoff=0.7)  # keys of one section are similar by that alone
     leaf = given.rsplit(".", 1)[-1]
-    near += [name for name in names if name.rsplit(".", 1)[-1] == leaf and name not in near]
+    near += [key for key in keys if key.rsplit(".", 1)[-1] == leaf and key not in near]
     return f"did you mean {' or '.join(near[:3])}?" if near else otherwise

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import Key, all_keys
-from swinv2_train.config.near_names import did_you_mean
+from swinv2_train.config.near_names import did_you_mean_key
 from swinv2_train.config.schema import Config
 
 _JSON_NAMES = {True: "true", False: "false", None: "null"}
@@ -62,7 +62,7 @@ def help_text(names: Iterable[str], entries: Iterable[Entry]) -> str:
     for name in names:
         chosen = {each.name: each for each in entries if each.name == name or each.name.startswith(f"{name}.")}
         if not chosen:
-            hint = did_you_mean(name, [each.name for each in entries], otherwise="--help alone prints every key")
+            hint = did_you_mean_key(name, [each.name for each in entries], otherwise="--help alone prints every key")
             raise ConfigError(f"--help {name}: there is no such key or section; {hint}")
         found |= chosen
     return "\n".join(_paragraph(entry) for entry in found.values())

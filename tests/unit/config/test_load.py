@@ -1,4 +1,4 @@
-"""The one gate: every experiment composes, and wrong input of any kind gives one message that names the key."""
+"""load_config: every experiment composes, and wrong input of any kind gives one message that names the key."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_unknown_key_in_an_experiment_file_is_rejected(tmp_path, monkeypatch, co
         compose(*MINIMAL, "experiment=mine")
 
 
-def test_saved_configuration_comes_back_through_the_gate(tmp_path, compose):
+def test_saved_configuration_is_loaded_and_checked_again(tmp_path, compose):
     """config.yaml in the run directory is what evaluation and a resume read."""
     config = compose("experiment=cifar10_finetune", "+engine.deepspeed_overrides.comms_logger.enabled=true")
     (tmp_path / "config.yaml").write_text(config_yaml(config))
@@ -241,6 +241,6 @@ def test_known_keys_holds_the_contract():
     }  # fmt: skip
 
 
-def test_gate_refuses_what_no_command_line_composed():
+def test_load_config_refuses_what_no_command_line_composed():
     with pytest.raises(ConfigError, match=r"task.name \(None\) is none of simmim, classify"):
         load_config(OmegaConf.create({}))
