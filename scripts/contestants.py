@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.models import SIZES, SwinTransformerV2, count_parameters, swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.weights import load_weights, read_weights, save_weights
 
 DROP_PATH_RATE = 0.1
@@ -117,7 +118,7 @@ def build(contestant: Contestant, case: Case, weights: Path, device: torch.devic
     """
     model = _BUILDERS[contestant.implementation](case, weights, device).to(device, contestant.weights_dtype).train()
     if contestant.compiled and contestant.implementation == "ours":
-        compile_blocks(model)
+        compile_blocks(model, (SwinBlock,))
     elif contestant.compiled:
         model.compile(dynamic=False)
     return model

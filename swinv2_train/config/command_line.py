@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.config.keys import known_keys
@@ -34,13 +35,6 @@ from swinv2_train.config.schema import TASKS, Config
 T = TypeVar("T")
 
 _HELP = {"-h", "--help"}
-
-
-def conf_dir() -> Path:
-    """The configuration tree: conf/ beside the package in a checkout, inside the package in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def run_command(run: Callable[[Config], int]) -> None:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.engine.build import engine_memory
 from swinv2_train.planning.communication import INTER, INTRA, num_nodes, sent_by_card, total_sent
-from swinv2_train.planning.engine_memory import engine_memory
-from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes
+from swinv2_train.planning.memory import MemoryPlan, combine, model_sizes
 from swinv2_train.planning.speed import SpeedPlan, measured_pass, pass_seconds, plan_speed, planned_mfu
 from swinv2_train.planning.trace import Trace, meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 
 COUNTS = tuple(2**k for k in range(3, 11))
 COMPUTE, LAUNCHES, LATENCY, OPTIMIZER = "compute", "launches", "latency", "optimizer"
@@ -108,7 +109,7 @@ class Traces:
 
     def __init__(self, config: Config, hardware: HardwareConfig) -> None:
         self.config, self.hardware = config, hardware
-        self.sizes = model_sizes(meta_task(config).module, config)
+        self.sizes = model_sizes(meta_task(config), config)
         self._known: dict[tuple[int, float], Trace] = {}
         self.alone = pass_seconds(hardware, self.of(config.train.micro_batch_size, 0.0))
 

@@ -7,7 +7,8 @@ import math
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.planning.hardware import complete
-from swinv2_train.planning.memory import GIB, MemoryPlan, plan_memory
+from swinv2_train.planning.memory import MemoryPlan, plan_memory
+from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks.task import Task
 
 ROUGH_BYTES = 4 * 40

@@ -56,7 +56,7 @@ class Peak:
     gradients: int
     """Gradients of parameters that stay until the step."""
     held_weights: int
-    """Weights of which autograd has saved a view and not yet used it (states.py says what that costs)."""
+    """Weights of which autograd has saved a view and not yet used it (which engine/deepspeed/memory.py counts)."""
 
     @property
     def total(self) -> int:
@@ -108,7 +108,7 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
     policy = config.model.recompute.removesuffix(
         "@partitioned"
     )  # which frees nothing (engine/activation_checkpointing.py)
-    apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy)
+    apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy, task.block_types)
     return task
 
 

@@ -68,7 +68,7 @@ def build_run(
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
-    engine = build_engine(task.module, param_groups, config, world, accumulation)
+    engine = build_engine(task.module, param_groups, config, world, accumulation, task.block_types)
     seed_everything(config.seed, world.rank)
     state: dict[str, Any] = {"step": 0, "images_seen": 0}
     if newest is not None:

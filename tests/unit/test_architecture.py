@@ -116,6 +116,14 @@ def test_models_import_torch_alone(path: Path) -> None:
     assert not foreign, f"{name(path)} imports {sorted(foreign)}"
 
 
+def test_engines_know_no_model() -> None:
+    """They are handed a module and the classes of its blocks, so that an engine trains any model."""
+    for path in FILES:
+        if room_of(path) == "engine":
+            known = [f"{m} (line {line})" for m, line in imports_of(path) if m.startswith("swinv2_train.models")]
+            assert not known, f"{name(path)} imports {', '.join(known)}"
+
+
 def test_data_does_not_know_torch_distributed() -> None:
     """The order of images is a function of plain numbers."""
     for path in FILES:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import Config, ConfigError, EngineConfig, did_you_mean
-from swinv2_train.engine.deepspeed.buckets import Buckets, LayerSizes, buckets_of
+from swinv2_train.engine.deepspeed.buckets import Buckets, buckets_of
+from swinv2_train.engine.model_sizes import LayerSizes
 
 # fmt: off
 KNOWN_KEYS = frozenset([

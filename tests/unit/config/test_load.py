@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, EvalSplitConfig, SimMIMConfig
-from swinv2_train.config.command_line import compose_argv, compose_source, conf_dir, read_run
+from swinv2_train.config.command_line import compose_argv, compose_source, read_run
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.keys import all_keys, known_keys
 from swinv2_train.config.load import config_yaml, load_config
 

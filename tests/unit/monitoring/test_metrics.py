@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.monitoring.metrics import (
@@ -194,6 +195,14 @@ def test_peak_of_known_devices(name: str, precision: str, tflops: float) -> None
 )
 def test_an_unknown_device_or_precision_has_no_peak_rather_than_a_wrong_one(name: str, precision: str) -> None:
     assert peak_flops(name, precision) is None
+
+
+@pytest.mark.parametrize("file", ["a100_40gb", "a100_80gb", "h100", "h200", "rtx4090"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_mfu_and_the_planner_know_one_peak_of_a_card(file: str, precision: str) -> None:
+    """Two numbers for a card would give an MFU that no plan can reach, or the reverse."""
+    hardware = compose_overrides(["run_dir=unused", "data.shards=unused", f"hardware={file}"]).hardware
+    assert peak_flops(hardware.name, precision) == getattr(hardware, f"tflops_{precision}") * 1e12
 
 
 def test_mfu_is_useful_arithmetic_over_the_peak_of_all_devices() -> None:
