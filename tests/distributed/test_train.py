@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.images import encoded
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +38,7 @@ def shards(tmp_path_factory) -> tuple[str, ...]:
         for i in range(count):
             label = i % 10
             pixels = rng.integers(0, 100, (32, 32, 3)) + 15 * label
-            buffer = io.BytesIO()
-            Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
-            yield f"image_{i:04d}", buffer.getvalue(), "png", label
+            yield f"image_{i:04d}", encoded(pixels.astype(np.uint8)), "png", label
 
     write_shards(samples(60), str(folder / "train"), 20)
     write_shards(samples(10), str(folder / "test"), 10)
@@ -263,9 +260,12 @@ def test_a_damaged_sample_on_one_rank_is_named_once_and_ends_all(where, shards, 
 
     def samples():
         for i in range(32):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(buffer, format="PNG")
-            yield f"image_{i:04d}", buffer.getvalue()[: 40 if i == damaged else None], "png", 0
+            yield (
+                f"image_{i:04d}",
+                encoded(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8))[: 40 if i == damaged else None],
+                "png",
+                0,
+            )
 
     broken = f"{tmp_path}/broken-*.tar"
     write_shards(samples(), str(tmp_path / "broken"), 32)

@@ -10,7 +10,7 @@ import pytest
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.train import train as train_run
 from tests.support.harness import run_distributed
-from tests.support.shard_files import image_bytes
+from tests.support.images import image_bytes
 
 CLASSES, PER_CLASS = 5, 8
 SMALL = (

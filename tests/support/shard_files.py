@@ -6,16 +6,7 @@ import io
 import tarfile
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-
-def image_bytes(seed: int, kind: str = "png", size: tuple[int, int] = (8, 8)) -> bytes:
-    """An image file of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "jpeg": "JPEG"}.get(kind, kind.upper()))
-    return buffer.getvalue()
+from tests.support.images import image_bytes
 
 
 def samples(count: int, labels: bool = True) -> list[tuple[str, bytes, str, int | None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from swinv2_train import evaluate, train
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
@@ -30,6 +28,8 @@ from swinv2_train.training import loop
 from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.weights import save_weights
 from tests.support.harness import run_distributed
+from tests.support.images import encoded
+from tests.support.one_rank import ONE
 
 CPU = torch.device("cpu")
 SMALL = (
@@ -48,9 +48,7 @@ def shards(tmp_path_factory) -> tuple[str, str]:
     for name, count in (("train", 16), ("test", 6)):
         rows = []
         for i in range(count):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
-            rows.append((f"k{i:03d}", buffer.getvalue(), "png", i % 4))
+            rows.append((f"k{i:03d}", encoded(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), "png", i % 4))
         write_shards(rows, str(folder / name), 8)
     return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")
 
@@ -199,7 +197,7 @@ def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
     still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
     start = (*still, f"task.init_from={tmp_path / 'timm.pth'}")
     with pytest.raises(ConfigError, match=r"task.init_from: .*head.bias is \(6,\), the model has \(4,\); head=fresh"):
-        initial_weights(settings(*start), build_task(settings(), CPU).module, World(0, 0, 1, 1, CPU))
+        initial_weights(settings(*start), build_task(settings(), CPU).module, ONE)
     for task, head in (("finetune", f"task.init_head={tmp_path / 'classes.txt'}"), ("simmim", "task.init_head=auto")):
         config = settings(*start, head, f"run_dir={tmp_path / task}", task=task)
         assert run_alone(config) == EXIT_DONE
@@ -224,7 +222,7 @@ def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settin
     cases = [(name, (*larger, *more), not more) for name in ("source", "hf") for more in ((), (right,))]
     for name, overrides, warned in [*cases, ("bare.pth", larger, False)]:
         config = settings(*overrides, f"task.init_from={tmp_path / name}")
-        initial = initial_weights(config, build_task(config, CPU).module, World(0, 0, 1, 1, CPU))
+        initial = initial_weights(config, build_task(config, CPU).module, ONE)
         assert (f"{right} keeps its meaning" in initial.report) is warned, (name, overrides)
 
 
@@ -271,7 +269,7 @@ def test_lengths_of_a_run_come_from_its_epochs(build):
 
 def test_a_resumed_run_stands_where_its_checkpoint_says(build):
     """Steps, images, data position and the newest save; lines after it leave the log."""
-    world = World(0, 0, 1, 1, torch.device("cpu"))
+    world = ONE
     fresh, _ = build(world)
     state = {"step": 2, "images_seen": 32, "data": fresh.train_loader.state_dict(32, 0)}
     run, log = build(world, Path("step_00000002"), state)

@@ -28,10 +28,10 @@ from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.evaluation import evaluated, make_images, write_images
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 
 avoid_compiler()  # as every engine and the evaluate command do, for L-BFGS would import torch._dynamo
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 CLASSES = 7
 
 

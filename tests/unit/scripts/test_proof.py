@@ -15,7 +15,7 @@ from scripts.proof import ARMS, PRETRAINED, PROBES, SCRATCH, SEEDS, STEPS, Cell,
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.exit_codes import EXIT_FAILED
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
-from tests.support.shard_files import image_bytes
+from tests.support.images import image_bytes
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:

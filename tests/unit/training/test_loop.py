@@ -20,9 +20,8 @@ from swinv2_train.engine import NonFiniteError
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 from tests.support.toy import toy_config
-
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 def batch_of(loss: float, key: str, num_bad: int = 0) -> dict[str, Any]:

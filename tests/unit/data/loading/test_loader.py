@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import re
@@ -18,56 +17,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.batches import BatchRequest
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
 from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
-from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
-from swinv2_train.data.transforms.masks import simmim_mask
-from tests.support.configs import make_config
-
-CONFIG = make_config(
-    data={
-        "lanes": 4,
-        "window_shards": 2,
-        "num_workers": 0,
-        "crop_scale": [0.5, 1.0],
-        "crop_ratio": [0.75, 1.33],
-        "max_bad_fraction": 0.5,
-    }
-).data
-
-
-class Transform:
-    """A crop, a flip, a mask and the label, as the tasks do it."""
-
-    def __init__(self, needs_label: bool = True) -> None:
-        self.needs_label = needs_label
-
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        crop = random_resized_crop(image, (8, 8), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
-        row = {"image": random_flip(crop, 0.5, rng), "mask": simmim_mask((8, 8), 2, 1, 0.6, rng)}
-        return {**row, "label": torch.tensor(label)} if self.needs_label else row
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.support.images import image_bytes
+from tests.support.loaders import CONFIG, Transform, train_loader
 
 
 def make_shards(folder: Path, count: int, bad: dict[int, bytes] | None = None, unlabelled: int = -1) -> Manifest:
     bad = bad or {}
-    rows = [(f"k{i:03d}", bad.get(i, png(i)), "png", None if i == unlabelled else i % 3) for i in range(count)]
+    rows = [
+        (f"k{i:03d}", bad.get(i, image_bytes(i, size=(12, 10))), "png", None if i == unlabelled else i % 3)
+        for i in range(count)
+    ]
     return write_shards(rows, str(folder / "t"), samples_per_shard=7)
-
-
-def train_loader(manifest: Manifest, config: DataConfig = CONFIG, **changes) -> TrainLoader:
-    options = {"seed": 5, "global_batch_size": 12, "micro_batch_size": 4, "rank": 0, "world_size": 1, "start_images": 0}
-    return TrainLoader(manifest, config, changes.pop("transform", Transform()), **(options | changes))
 
 
 def fingerprint(batch: dict) -> list[tuple[str, bytes]]:
@@ -223,7 +189,7 @@ def test_state_is_one_position_one_count_and_the_identity_of_the_data(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_sample_stops_the_run_and_is_named(tmp_path, workers):
     """One message, no traceback of a worker around it."""
-    manifest = make_shards(tmp_path, 20, bad={9: png(9)[:100]})
+    manifest = make_shards(tmp_path, 20, bad={9: image_bytes(9, size=(12, 10))[:100]})
     loader = train_loader(manifest, replace(CONFIG, num_workers=workers))
     message = r"^\S*t-000001.tar: sample 'k009': not a readable .png image .* at byte \d+; .*data.on_bad_sample=replace"
     with pytest.raises(SampleError, match=message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import itertools
 import math
 import random
@@ -42,6 +41,7 @@ from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 from swinv2_train.train import train
 from tests.support.harness import run_distributed
+from tests.support.images import encoded
 
 CPU = torch.device("cpu")
 OFFICIAL = "rand-m9-mstd0.5-inc1"
@@ -458,9 +458,7 @@ def test_nothing_on_the_device_is_waited_for():
 @pytest.fixture
 def shards(tmp_path) -> Manifest:
     def png(seed: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(picture(seed, (40, 36)).permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        return buffer.getvalue()
+        return encoded(picture(seed, (40, 36)).permute(1, 2, 0).numpy())
 
     rows = [(f"k{number:03d}", png(number), "png", number % 7) for number in range(26)]
     return write_shards(rows, str(tmp_path / "t"), samples_per_shard=7)

@@ -13,7 +13,6 @@ from swinv2_train.checkpoint import read_weights as read_checkpoint
 from swinv2_train.config import ConfigError, HardwareConfig
 from swinv2_train.config.command_line import compose_overrides, compose_source
 from swinv2_train.config.exit_codes import EXIT_DONE
-from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
 from swinv2_train.engine.state.ema import SWAPPED_TOGETHER, WeightAverages
 from swinv2_train.export import parse
@@ -25,10 +24,10 @@ from swinv2_train.planning.search import candidates
 from swinv2_train.weights import read_weights
 from swinv2_train.weights.export import Request, export
 from tests.support.evaluation import evaluated
+from tests.support.one_rank import ONE
 from tests.support.toy import batches, build, build_toy, full_state, part, toy_config, train
 from tests.unit.test_train import run_alone, settings, shards  # noqa: F401  fixtures
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 BATCH = part(batches(1, 16)[0], 0, 1, 0, 1)
 ATOL = 2e-6  # measured worst 4.9e-7 over 40 steps of all decays; averaging a refused step: 4e-4, before a step: 4e-3
 
