@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests.support.evaluation import (
     write_images,
 )
 from tests.support.harness import tree
+from tests.support.processes import finished, forked_command
 
 COUNT = 11
 IMAGES, OTHERS = make_images(COUNT, seed=1), make_images(6, seed=2)
@@ -73,10 +73,8 @@ def answers_file(folder: Path, entries: Any) -> str:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "swinv2_train.evaluate", *arguments],
-        check=False, capture_output=True, text=True, timeout=120, cwd=folder,
-    )  # fmt: skip
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return finished(forked_command("swinv2_train.evaluate", *arguments, cwd=folder, **pipes))
 
 
 def test_weights_without_a_run_are_scored_and_nothing_is_written(base, tmp_path):

@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from swinv2_train import evaluate, train
-from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
-from swinv2_train.config import Config, ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.load import config_yaml
-from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
@@ -28,56 +27,10 @@ from swinv2_train.training import loop
 from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.weights import save_weights
 from tests.support.harness import run_distributed
-from tests.support.images import encoded
 from tests.support.one_rank import ONE
+from tests.support.small_run import run_alone, weights_of
 
 CPU = torch.device("cpu")
-SMALL = (
-    "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=16", "model.window_size=2",
-    "train.global_batch_size=8", "train.micro_batch_size=4", "train.log_every_steps=1", "train.keep_best=null",
-    "train.eval_every_steps=null", "log.wandb=disabled", "log.progress=none", "engine=local", "engine.precision=fp32",
-    "runtime.num_threads=1",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> tuple[str, str]:
-    """16 training images and 6 of evaluation, of 4 classes."""
-    folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 16), ("test", 6)):
-        rows = []
-        for i in range(count):
-            rows.append((f"k{i:03d}", encoded(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), "png", i % 4))
-        write_shards(rows, str(folder / name), 8)
-    return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")
-
-
-@pytest.fixture
-def settings(shards, tmp_path):
-    """settings(*overrides): a small classifier's configuration in tmp_path/run."""
-
-    def compose(*overrides: str, task: str = "finetune") -> Config:
-        init = ("task.init_from=null", "task.num_classes=4") if task == "finetune" else ()
-        run = (f"experiment=cifar10_{task}", f"run_dir={tmp_path / 'run'}")
-        return compose_overrides([*run, *SMALL, *shards, *init, *overrides])
-
-    return compose
-
-
-def run_alone(config: Config, around: Any = None) -> Any:
-    """train(config) in a process of its own; around(): called there first, its result is called after."""
-
-    def command(world: World) -> Any:
-        after = around() if around is not None else None
-        code = guarded(lambda: train.train(config))
-        return code if after is None else (code, after())
-
-    return run_distributed(command, 1, init=False, timeout_sec=60)[0]
-
-
-def weights_of(config: Config) -> dict[str, torch.Tensor]:
-    return read_weights(find_checkpoint(Path(config.run_dir)))
 
 
 def test_seed_decides_the_initial_weights(settings, tmp_path):

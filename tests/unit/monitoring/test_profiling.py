@@ -16,10 +16,10 @@ from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.monitoring.profiling import BACKWARD, CHECKPOINT, DATA, EVALUATION, FORWARD, OPTIMIZER
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.harness import run_distributed
-from tests.unit.test_train import SMALL, shards  # noqa: F401
+from tests.support.small_run import SMALL
 
 
-def train_on_two(run_dir: Path, shards: tuple[str, str], *more: str) -> list[float]:  # noqa: F811
+def train_on_two(run_dir: Path, shards: tuple[str, str], *more: str) -> list[float]:
     """The losses of 6 steps under ZeRO-3."""
     settings = [setting for setting in SMALL if not setting.startswith(("engine", "train.eval"))]
     config = compose_overrides([
@@ -38,7 +38,7 @@ def events(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_traced_run_under_zero_3_has_the_same_losses_and_resumes(shards, tmp_path):  # noqa: F811
+def test_a_traced_run_under_zero_3_has_the_same_losses_and_resumes(shards, tmp_path):
     """Every labelled part of a step is in each rank's trace, as often as it happened in the steps that were asked for;
     the steps after a resume are traced anew beside the first ones."""
     plain = train_on_two(tmp_path / "plain", shards)

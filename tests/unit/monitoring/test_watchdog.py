@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.monitoring.watchdog import STATUS, Pulse, blame, read_ranks, silent_ranks
+from tests.support.processes import forked_code
 
 PRELUDE = """
 import ctypes, os, sys, time
@@ -31,14 +30,8 @@ heartbeat = Heartbeat(pulse, run_dir, 0, 1, config, console).start()
 
 
 def start(run_dir: Path, body: str, timeout_sec: float = 1.0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + body, str(run_dir), str(timeout_sec)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return forked_code(PRELUDE + body, str(run_dir), str(timeout_sec), **pipes)
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import pickle
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -25,6 +24,7 @@ from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
 from tests.support.images import image_bytes
 from tests.support.loaders import CONFIG, Transform, train_loader
+from tests.support.processes import forked_code
 
 
 def make_shards(folder: Path, count: int, bad: dict[int, bytes] | None = None, unlabelled: int = -1) -> Manifest:
@@ -377,7 +377,6 @@ def test_evaluation_stands_in_for_damaged_samples_too(tmp_path):
 _SCRIPT = """
 import sys, time
 from itertools import islice
-sys.path.insert(0, {project!r})
 from tests.unit.data.loading.test_loader import *
 from swinv2_train.data.shards.tar_reader import open_manifest
 loader = train_loader(open_manifest({pattern!r}), replace(CONFIG, num_workers=2))
@@ -390,10 +389,8 @@ print("pids", *[w.pid for w in loader._workers._running["loader"]._iterator._wor
 
 def _start(tmp_path: Path, then: str) -> tuple[subprocess.Popen, list[int]]:
     make_shards(tmp_path, 20)
-    script = _SCRIPT.format(project=str(Path(__file__).parents[4]), pattern=f"{tmp_path}/*.tar", then=then)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    script = _SCRIPT.format(pattern=f"{tmp_path}/*.tar", then=then)
+    process = forked_code(script, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     return process, [int(pid) for pid in process.stdout.readline().split()[1:]]
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from tests.support import loaders
 from tests.support.configs import make_config
 from tests.support.images import image_bytes
 from tests.support.loaders import PixelsAndDraw
+from tests.support.processes import forked_code
 from tests.support.shard_server import ShardServer, serve
 
 PATIENT = Patience(stall_sec=5.0, give_up_sec=20.0)
@@ -200,13 +200,7 @@ print(reader.read(0, 0).key, flush=True)
 
 
 def _reader_process(server: ShardServer, folder: Path, then: str = "read") -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
-    return subprocess.Popen(
-        [sys.executable, "-c", _READ_ONE, server.url, str(folder), then],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return forked_code(_READ_ONE, server.url, str(folder), then, stdout=subprocess.PIPE)
 
 
 def _wait_for(what, seconds: float = 20.0) -> None:

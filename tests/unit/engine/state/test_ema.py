@@ -25,8 +25,8 @@ from swinv2_train.weights import read_weights
 from swinv2_train.weights.export import Request, export
 from tests.support.evaluation import evaluated
 from tests.support.one_rank import ONE
+from tests.support.small_run import run_alone
 from tests.support.toy import batches, build, build_toy, full_state, part, toy_config, train
-from tests.unit.test_train import run_alone, settings, shards  # noqa: F401  fixtures
 
 BATCH = part(batches(1, 16)[0], 0, 1, 0, 1)
 ATOL = 2e-6  # measured worst 4.9e-7 over 40 steps of all decays; averaging a refused step: 4e-4, before a step: 4e-3
@@ -156,7 +156,7 @@ def test_recommendation_counts_them_too():
     assert all(parts[EMA] for parts in found.memory.phases.values())
 
 
-def test_run_scores_both_keeps_the_best_average_and_the_commands_take_it(settings, tmp_path, capfd):  # noqa: F811
+def test_run_scores_both_keeps_the_best_average_and_the_commands_take_it(settings, tmp_path, capfd):
     """What the run measured of its averages is what evaluate says with ema=true; export writes the same."""
     config = settings(
         "train.max_steps=4", "train.eval_every_steps=2", "train.keep_best=val_ema/loss", "optim.ema_decay=0.7",
@@ -185,7 +185,7 @@ def test_run_scores_both_keeps_the_best_average_and_the_commands_take_it(setting
     assert not torch.equal(exported["head.weight"], weights["head.weight"])
 
 
-def test_run_without_averages_says_so_when_they_are_asked_for(settings, tmp_path, capfd):  # noqa: F811
+def test_run_without_averages_says_so_when_they_are_asked_for(settings, tmp_path, capfd):
     """evaluate and export refuse; a resume begins at the weights, or drops what was kept, in a line."""
     assert run_alone(settings("train.max_steps=1")) == EXIT_DONE
     run_dir = tmp_path / "run"
