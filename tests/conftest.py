@@ -41,12 +41,12 @@ def run_distributed():
 def settings(shards, tmp_path):
     """settings(*overrides): a small classifier's configuration in tmp_path/run, on the test's shards."""
 
-    from swinv2_train.config.command_line import compose_overrides
+    from tests.support.configs import composed
     from tests.support.small_run import SMALL
 
     def compose(*overrides: str, task: str = "finetune"):
         init = ("task.init_from=null", "task.num_classes=4") if task == "finetune" else ()
         run = (f"experiment=cifar10_{task}", f"run_dir={tmp_path / 'run'}")
-        return compose_overrides([*run, *SMALL, *shards, *init, *overrides])
+        return composed([*run, *SMALL, *shards, *init, *overrides])
 
     return compose

@@ -15,7 +15,6 @@ import torch
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.state.files import Shards
@@ -23,6 +22,7 @@ from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.train import train as train_run
 from swinv2_train.training import loop
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 from tests.support.images import encoded
 from tests.support.toy import build_toy, full_state, save_state, toy_config, train
@@ -195,7 +195,7 @@ def shards(tmp_path_factory) -> str:
 
 def start(size: int, overrides: tuple[str, ...], kill: tuple[int, float] | None = None) -> list[int | None]:
     """The train command on so many ranks; the kernel ends all of them so many seconds after a step has begun."""
-    config = compose_overrides(list(overrides))
+    config = composed(list(overrides))
 
     def command(world):
         lr_at = loop.lr_at

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from swinv2_train import train
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.monitoring.watchdog import STATUS, read_ranks
 from swinv2_train.training import loop, prefetch
 from tests.support.commands import SMALL
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
 def run(run_dir: Path, shards: tuple[str, ...], around: Any) -> None:
     """Two ranks of the train command; around(world) prepares each."""
-    config = compose_overrides(
+    config = composed(
         ["experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=100", "log.progress=none",
          *SMALL, "train.checkpoint_every_steps=100", "engine.precision=fp32", *shards]
     )  # fmt: skip

@@ -11,11 +11,12 @@ import torch
 
 from swinv2_train import train
 from swinv2_train.checkpoint import find_checkpoint, read_weights
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 from tests.support.images import encoded
 
@@ -53,7 +54,7 @@ def test_global_mean_on_two_ranks_is_one_process_over_the_whole_batch(experiment
 
     def after_a_step(name: str, ranks: int, *overrides: str) -> tuple[float, dict[str, torch.Tensor]]:
         run = (f"experiment={experiment}", f"run_dir={tmp_path / name}")
-        config = compose_overrides([*run, *SMALL, shards, *task, *overrides])
+        config = composed([*run, *SMALL, shards, *task, *overrides])
 
         def command(world: World) -> Any:
             return guarded(lambda: train.train(config))

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -97,5 +98,13 @@ def _look_new(environment: dict[str, str]) -> None:
         for handler in getattr(logger, "handlers", []):
             if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.stdout)
+    warnings.showwarning = _show_warning  # pytest would keep them for its summary
+    warnings.resetwarnings()
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
     os.environ.update(environment)
     torch.set_num_threads(1)
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))

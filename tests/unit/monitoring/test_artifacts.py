@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.weights import read_weights
+from tests.support.configs import composed
 from tests.support.small_run import run_alone, weights_of
 from tests.unit.monitoring.test_run_log import read_wandb_records
 
@@ -36,4 +36,4 @@ def test_weights_and_pictures_of_a_complete_run(settings, tmp_path):
 
 def test_other_artifacts_are_refused():
     with pytest.raises(ConfigError, match=r"log.wandb_artifacts \(code\) is none of pictures, weights"):
-        compose_overrides(["run_dir=r", "data.shards=s.tar", "log.wandb_artifacts=[weights,code]"])
+        composed(["run_dir=r", "data.shards=s.tar", "log.wandb_artifacts=[weights,code]"])

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.monitoring.watchdog import STATUS, Pulse, blame, read_ranks, silent_ranks
+from tests.support.configs import composed
 from tests.support.processes import forked_code
 
 PRELUDE = """
@@ -228,6 +228,6 @@ def test_a_torn_sign_of_life_is_left_out(tmp_path):
 def test_a_limit_that_would_end_a_healthy_run_is_refused(overrides, message):
     """A shard at an address may take its time, and local ones need no such room."""
     with pytest.raises(ConfigError, match=message):
-        compose_overrides(["run_dir=r", "data.shards=s.tar", *overrides])
-    compose_overrides(["run_dir=r", "data.shards=s.tar", "runtime.hang_timeout_sec=600"])
-    compose_overrides(["run_dir=r", "data.shards='s3://b/s.tar'", "runtime.hang_timeout_sec=null"])
+        composed(["run_dir=r", "data.shards=s.tar", *overrides])
+    composed(["run_dir=r", "data.shards=s.tar", "runtime.hang_timeout_sec=600"])
+    composed(["run_dir=r", "data.shards='s3://b/s.tar'", "runtime.hang_timeout_sec=null"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swinv2_train.config import Config
-from swinv2_train.config.command_line import compose_overrides, conf_dir
+from swinv2_train.config.command_line import conf_dir
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.plan import parse, plan
@@ -23,6 +23,7 @@ from swinv2_train.planning.speed import pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import memory_warning, rough_bytes
 from swinv2_train.planning.trace import meta_batch, meta_task, trace_step
 from swinv2_train.tasks import build_task
+from tests.support import configs
 from tests.support.live_bytes import allocated_peak
 
 ONE_BY_ONE = ("task.mixup_alpha=0", "task.cutmix_alpha=0")  # mixing wants micro-batches of pairs
@@ -50,7 +51,7 @@ POLICIES = {
 
 
 def composed(*overrides: str) -> Config:
-    return compose_overrides(["run_dir=unused", "data.shards=unused", *overrides])
+    return configs.composed(["run_dir=unused", "data.shards=unused", *overrides])
 
 
 def allocated(config: Config) -> int:

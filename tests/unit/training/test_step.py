@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_train import train
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine.adamw import adamw
 from swinv2_train.monitoring.watchdog import Pulse
@@ -24,6 +24,7 @@ from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop
 from swinv2_train.training.garbage_collection import Garbage
 from swinv2_train.training.prefetch import FAILED, GO, STOP, Feed
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 from tests.support.small_run import SMALL
 
@@ -76,7 +77,7 @@ def six_steps(engine: str, task: str, run_dir: Any, shards: tuple[str, str], *mo
     """Two micro-batches of two images a step on one process; steps 1, 4 and 6 are logged, the last one is saved."""
     settings = [setting for setting in SMALL if not setting.startswith(("engine", "train.log_every"))]
     of_task = {"finetune": ["task.init_from=null", "task.num_classes=4", "optim.layer_decay=0.9"]}
-    return compose_overrides([
+    return composed([
         f"experiment=cifar10_{task}", f"run_dir={run_dir}", *settings, shards[0], "data.eval_shards=null",
         f"engine={engine}", "train.max_steps=6", "train.log_every_steps=4", "train.global_batch_size=4",
         "train.micro_batch_size=2", "train.checkpoint_every_steps=100", "train.picture_every_steps=100",
@@ -142,7 +143,7 @@ def test_what_is_wrong_with_the_next_steps_data_comes_with_that_step():
 def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(shards, tmp_path):
     """50 steps: the collector runs at every 20th and at no other time, and what is alive does not grow."""
     settings = (*SMALL, "train.max_steps=50", "train.checkpoint_every_steps=100", "train.picture_every_steps=100")
-    config = compose_overrides([
+    config = composed([
         "experiment=cifar10_finetune", f"run_dir={tmp_path / 'run'}", *settings, *shards, "task.init_from=null",
         "task.num_classes=4", "runtime.gc_every_steps=20",
     ])  # fmt: skip

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.loading.pipe_loader import StreamLoader, build_train_loader
 from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
 from swinv2_train.data.sources.pipe import Stream, open_stream, read_command
-from tests.support.configs import make_config
+from tests.support.configs import composed, make_config
 from tests.support.images import image_bytes
 from tests.support.loaders import PixelsAndDraw
 from tests.support.shard_files import samples, write_plain_tar
@@ -359,7 +358,7 @@ def test_the_loader_can_go_back(folder):
 )
 def test_lengths_are_given_in_steps(overrides, message):
     given = ["run_dir=run", "data.shards='pipe:cat {00..11}.tar'", "train.max_steps=9", "optim.schedule.warmup_steps=1"]
-    config = compose_overrides(given)
+    config = composed(given)
     assert config.data.shards == "pipe:cat {00..11}.tar" and config.train.epochs is not None
     with pytest.raises(ConfigError, match=message):
-        compose_overrides([*given, *overrides])
+        composed([*given, *overrides])

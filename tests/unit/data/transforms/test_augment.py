@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
 from swinv2_train.data.transforms import augment
@@ -40,6 +40,7 @@ from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 from swinv2_train.train import train
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 from tests.support.images import encoded
 
@@ -55,7 +56,7 @@ UNMIXED = ("task.mixup_alpha=0", "task.cutmix_alpha=0")
 
 
 def config_of(*overrides: str) -> Config:
-    return compose_overrides([*SMALL, *overrides])
+    return composed([*SMALL, *overrides])
 
 
 def task_of(*overrides: str) -> Task:

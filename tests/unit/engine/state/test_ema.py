@@ -11,7 +11,7 @@ import torch
 from swinv2_train.checkpoint import ema_note, find_checkpoint
 from swinv2_train.checkpoint import read_weights as read_checkpoint
 from swinv2_train.config import ConfigError, HardwareConfig
-from swinv2_train.config.command_line import compose_overrides, compose_source
+from swinv2_train.config.command_line import compose_source
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine import NonFiniteError
 from swinv2_train.engine.state.ema import SWAPPED_TOGETHER, WeightAverages
@@ -23,6 +23,7 @@ from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.search import candidates
 from swinv2_train.weights import read_weights
 from swinv2_train.weights.export import Request, export
+from tests.support.configs import composed
 from tests.support.evaluation import evaluated
 from tests.support.one_rank import ONE
 from tests.support.small_run import run_alone
@@ -122,7 +123,7 @@ SMALL = ("run_dir=unused", "data.shards=unused", "task=classify", "model=demo", 
 )
 def test_what_cannot_be_averaged_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        compose_overrides([*SMALL, "optim.ema_decay=0.9", *overrides])
+        composed([*SMALL, "optim.ema_decay=0.9", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_plan_counts_four_bytes_a_parameter_sharded_as_the_masters(engine, share
     ranks = 1 if engine == "local" else 2
     plans = []
     for decay in ("null", "0.9999"):
-        config = compose_overrides([*SMALL, f"engine={engine}", "hardware=a100_40gb", f"optim.ema_decay={decay}"])
+        config = composed([*SMALL, f"engine={engine}", "hardware=a100_40gb", f"optim.ema_decay={decay}"])
         plans.append(plan_memory(config, _complete(config.hardware, ranks), ranks)[0])
     without, plan = plans
     added = 4 * plan.sizes.parameters * share
@@ -151,7 +152,7 @@ def _complete(hardware: HardwareConfig, ranks: int) -> HardwareConfig:
 
 
 def test_recommendation_counts_them_too():
-    config = compose_overrides([*SMALL, "hardware=a100_40gb", "optim.ema_decay=0.9", "model.recompute=none"])
+    config = composed([*SMALL, "hardware=a100_40gb", "optim.ema_decay=0.9", "model.recompute=none"])
     found = next(iter(candidates(config, _complete(config.hardware, 2), 2)))
     assert all(parts[EMA] for parts in found.memory.phases.values())
 
