@@ -38,12 +38,13 @@ from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.engine.local import to_device
 from swinv2_train.evaluation.confusion import confusion_map
-from swinv2_train.evaluation.probe import build_probe, check_probe
+from swinv2_train.evaluation.probe import build_probe
 from swinv2_train.evaluation.splits import COMPARED, Scored, Split, _finite, build_loader, compared, open_splits, score
 from swinv2_train.runtime import set_threads
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Forward, Picture, Task
+from swinv2_train.training.preflight import preflight
 from swinv2_train.weights import Head, LoadReport, load_weights, read_weights
 
 OWN_KEYS = ("checkpoint", "weights", "format", "ema", "out", "crop_pcts")
@@ -114,7 +115,7 @@ def check_request(config: Config, request: Request) -> None:
     """Everything that needs no file and no process group."""
     if config.data.eval_shards is None:
         raise ConfigError("data.eval_shards has no value; set it on the command line: data.eval_shards=PATTERN")
-    check_probe(config, training=False)
+    preflight(config, training=False)
     if request.format is not None and request.weights is None:
         raise ConfigError(f"format ({request.format}) is of weights=PATH, which is not given; add it, or leave it out")
     if request.weights is not None and request.checkpoint is not None:

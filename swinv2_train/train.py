@@ -18,8 +18,7 @@ from swinv2_train.distributed import (
     shutdown_distributed,
 )
 from swinv2_train.distributed.same_start import check_agreement
-from swinv2_train.engine.deepspeed.config import check_engine
-from swinv2_train.evaluation.probe import build_probe, check_probe
+from swinv2_train.evaluation.probe import build_probe
 from swinv2_train.models.initial import without_values
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog
@@ -32,20 +31,19 @@ from swinv2_train.runtime import (
     set_threads,
     tune_allocator,
 )
-from swinv2_train.tasks import build_task, task_class
+from swinv2_train.tasks import build_task
 from swinv2_train.training import loop
 from swinv2_train.training.build import build_run, checked_newest, make_run_dir, open_shards, write_run_files
 from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.param_groups import build_param_groups
+from swinv2_train.training.preflight import preflight
 from swinv2_train.weights.export import Request, export
 
 
 def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
-    check_engine(config.engine)
-    check_probe(config, training=True)
-    task_class(config.task).preflight(config.task)
+    preflight(config, training=True)
     run_dir = Path(config.run_dir)
     with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)

@@ -31,7 +31,7 @@ class Stream:
     commands: tuple[str, ...]
     """One for each shard, without ``pipe:``."""
     num_samples = 0
-    """Not known; the gate demands that every length is given in steps."""
+    """Not known; load_config demands that every length is given in steps."""
     label_range = None
     """Not known; each label is looked at when it comes."""
 
