@@ -38,7 +38,7 @@ test-slurm: setup  ## the launch files on a real SLURM (Debian: apt-get install 
 	$(PYTEST) tests/slurm
 
 bench: setup  ## the training step beside other implementations of SwinV2; BENCH_ARGS="--quick ..."
-	@$(BIN)/python scripts/benchmark.py --install-peers $(BENCH_ARGS)
+	@$(BIN)/python scripts/benchmark.py $(BENCH_ARGS)
 
 proof: setup  ## does pre-training pay?  CIFAR-10 with 1, 10 and 100 % of the labels; two cores, less than two hours
 	@$(BIN)/python scripts/proof.py

@@ -52,7 +52,7 @@ def steps(size: int) -> dict[str, tuple[str, Callable[[int], object]]]:
     )
     decoded = [decode_image(photograph(number), "jpg") for number in range(PICTURES)]
     pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in decoded]
-    crops = [plain(image, 0, sample_rng(0, 0, number))["images"] for number, image in enumerate(decoded)]
+    crops = [plain(image, {"label": 0}, sample_rng(0, 0, number))["images"] for number, image in enumerate(decoded)]
     cropped = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in crops]
     settings = {"translate_const": int(0.45 * size), "img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
     policy = timms("auto_augment").rand_augment_transform(POLICY, settings)
@@ -88,10 +88,10 @@ def steps(size: int) -> dict[str, tuple[str, Callable[[int], object]]]:
         "colour jitter 0.4, ours": (bare, lambda number: color_jitter(crops[number % PICTURES], 0.4, rng_of(number))),
         whole: (whole, timms_pieces),
         "ours in a worker: crop to uint8, box and seed": (
-            whole, lambda number: full(decoded[number % PICTURES], 0, rng_of(number)),
+            whole, lambda number: full(decoded[number % PICTURES], {"label": 0}, rng_of(number)),
         ),
         "ours without augmentation: crop and flip": (
-            whole, lambda number: plain(decoded[number % PICTURES], 0, rng_of(number)),
+            whole, lambda number: plain(decoded[number % PICTURES], {"label": 0}, rng_of(number)),
         ),
         f"ours on the device (here the CPU), batches of {BATCH}": (whole, on_the_device),
     }  # fmt: skip

@@ -32,6 +32,7 @@ from swinv2_train.distributed import (
 )
 from swinv2_train.engine import build_engine
 from swinv2_train.models import swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.toy import toy_config
 
@@ -40,7 +41,7 @@ def measure(world: World, size: str, run_dir: Path, saves: int) -> dict[str, lis
     """For each way, (seconds that a save holds rank 0 up, seconds until it is complete) of each save."""
     module = swin_v2(size)
     config = toy_config(precision="bf16")
-    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     found: dict[str, list[tuple[float, float]]] = {}
     images = torch.randn(1, 3, 256, 256)
     step = 0

@@ -131,7 +131,7 @@ def compose(overrides: str, ranks: int, accumulation: int) -> Config:
 
 def predicted(config: Config, ranks: int) -> list[Collective]:
     """The planner's."""
-    sizes = model_sizes(meta_task(config).module, config)
+    sizes = model_sizes(meta_task(config), config)
     batch = config.train
     accumulation = accumulation_steps(batch.global_batch_size, batch.micro_batch_size, ranks)
     return collectives(config.engine, sizes, ranks, accumulation, backward=2 / 3)
@@ -151,7 +151,8 @@ def counted(config: Config, world: World) -> Volume:
     batch = config.train
     accumulation = accumulation_steps(batch.global_batch_size, batch.micro_batch_size, world.world_size)
     task = build_task(config, world.device)
-    engine = build_engine(task.module, build_param_groups(task.module, config.optim), config, world, accumulation)
+    groups = build_param_groups(task.module, config.optim)
+    engine = build_engine(task.module, groups, config, world, accumulation, task.block_types)
     inputs = a_batch(config)
 
     def step() -> None:

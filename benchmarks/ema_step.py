@@ -21,6 +21,7 @@ from swinv2_train.distributed import World, init_distributed, shutdown_distribut
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.deepspeed.engine import ZeroEngine
 from swinv2_train.models import SimMIM, swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.param_groups import build_param_groups
 
 PX, IMAGES = 64, 2
@@ -34,7 +35,7 @@ def build(size: str, precision: str, decay: float | None, world: World) -> ZeroE
     ])  # fmt: skip
     torch.manual_seed(0)
     module = SimMIM(swin_v2(size, img_size=PX, window_size=4, num_classes=0))
-    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     assert isinstance(engine, ZeroEngine)
     return engine
 

@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 from swinv2_train.config import DataConfig
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.loading.loader import TrainLoader
+from swinv2_train.data.sample import Targets
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, write_shards
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.transforms.crop import random_box, random_flip, random_resized_crop
@@ -50,12 +51,12 @@ Streams = dict[str, tuple[str, Iterator[int]]]
 class Crop:
     """What pre-training does with an image, without the mask."""
 
-    needs_label = False
+    needs = ()
 
     def __init__(self, config: DataConfig, size: int) -> None:
         self.config, self.size = config, size
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         config = self.config
         box = random_resized_crop(
             image, (self.size, self.size), config.crop_scale, config.crop_ratio, config.interpolation, rng

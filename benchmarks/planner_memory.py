@@ -161,7 +161,7 @@ class Training:
     def __init__(self, config: Config, world: World) -> None:
         self.task = build_task(config, world.device)
         groups = build_param_groups(self.task.module, config.optim)
-        self.engine = build_engine(self.task.module, groups, config, world, 1)
+        self.engine = build_engine(self.task.module, groups, config, world, 1, self.task.block_types)
         self.batch = a_batch(config)
 
     def step(self) -> None:
@@ -180,7 +180,7 @@ class Passes:
         for parameter in self.module.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        apply_recompute(self.module, config.model.recompute)
+        apply_recompute(self.module, config.model.recompute, self.task.block_types)
         self.batch = a_batch(config)
         self.device = world.device
 

@@ -27,6 +27,7 @@ from swinv2_train.distributed import World, barrier, broadcast_object, init_dist
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.state import consolidate
 from swinv2_train.models import swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.weights import read_weights, save_weights
 
@@ -80,7 +81,7 @@ def compare(world: World, size: str, precision: str, folder: Path) -> tuple[int,
     name, largest, total = largest_of(module)
     if world.is_main:
         save_file({key: value + 1e-3 for key, value in module.state_dict().items()}, file)
-    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     del module
     with torch.device("meta"):
         described = swin_v2(size)

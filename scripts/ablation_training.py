@@ -122,8 +122,8 @@ def pack_images(out: Path, data: Path) -> Path:
         labels = torch.empty(len(places), dtype=torch.int64)
         for number, (shard, index) in enumerate(places):
             sample = reader.read(shard, index)
-            assert sample.label is not None, f"{sample.shard}: {sample.key} has no label"
-            images[number], labels[number] = decode_image(sample.image, sample.extension), sample.label
+            assert "label" in sample.targets, f"{sample.shard}: {sample.key} has no label"
+            images[number], labels[number] = decode_image(sample.image, sample.extension), sample.targets["label"]
         reader.close()
         content[split] = (images, labels)
     config = compose_overrides(["experiment=cifar10_finetune"])

@@ -1,6 +1,6 @@
 """This project's training step beside every other SwinV2: the official arithmetic, timm, transformers, torchvision.
 
-    python scripts/benchmark.py [--install-peers] [--cases tiny/256/8 ...] [--compile] [--quick]
+    python scripts/benchmark.py [--cases tiny/256/8 ...] [--compile] [--quick]
 
 Same weights, same images.  Before anything is timed, each contestant's logits and the gradient of the loss with respect
 to the images are compared with the official arithmetic in float32, in evaluation mode, where stochastic depth is off.
@@ -21,12 +21,9 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import signal
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -44,8 +41,6 @@ from scripts.contestants import PEERS, PRODUCTS, Case, Contestant
 from swinv2_train.runtime import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS_ENVIRONMENT = ROOT / ".venv-peers"
-TORCHVISION = "torchvision==0.28.0"  # of torch 2.13; timm and transformers are in constraints.txt
 CASES = {  # images per step on a CPU and on a GPU
     "tiny/256/8": (4, 128),
     "base/192/12": (2, 128),
@@ -88,7 +83,7 @@ def absent(contestant: Contestant, case: Case) -> str | None:
     """Why a contestant cannot even be asked."""
     name = contestant.implementation
     if name in PEERS and importlib.util.find_spec(name) is None:
-        return f"{name} is not installed (--install-peers)"
+        return f"{name} is not installed"
     if name in PEERS and case.without_values().extra_norm_period:
         return f"{name} has no place for the extra norms of huge and giant"
     return None
@@ -230,24 +225,6 @@ def write(out: Path, tables: Sequence[Table], about: dict[str, Any]) -> None:
     out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def install_peers() -> Path | None:
-    """Make .venv-peers: this environment with the peers that it lacks.  Returns its python, None where that fails."""
-    python = PEERS_ENVIRONMENT / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "-qq", "-c", str(ROOT / "constraints.txt")]
-    try:
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(PEERS_ENVIRONMENT)], check=True)
-        (PEERS_ENVIRONMENT / ".gitignore").write_text("*\n")
-        site = Path(sysconfig.get_path("purelib", vars={"base": str(PEERS_ENVIRONMENT)}))
-        (site / "base.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-        subprocess.run([*pip, "transformers"], check=True)
-        subprocess.run([*pip, "--no-deps", "timm", TORCHVISION], check=True)  # or torch would come with them
-    except (OSError, subprocess.CalledProcessError) as error:
-        say(f"the peers could not be installed ({error}); those that are here take part")
-        return None
-    return python
-
-
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -263,9 +240,6 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cores(), help="CPU threads; default: all cores")
     parser.add_argument("--compile", action="store_true", help="also the others under torch.compile (minutes on a CPU)")
     parser.add_argument("--quick", action="store_true", help="one round of tiny in fp32, nothing compiled")
-    parser.add_argument(
-        "--install-peers", action="store_true", help="put the peers into .venv-peers and run from there"
-    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/speed_DEVICE_YYYYMM.md; none for --quick")
     options = parser.parse_args(arguments)
     usual = {
@@ -291,11 +265,6 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore otherwise
     options = options_of(arguments)
-    if options.install_peers:
-        python = install_peers()
-        if python is not None:
-            rest = [argument for argument in arguments if argument != "--install-peers"]
-            os.execv(python, [str(python), __file__, *rest])
     device = torch.device(options.device)
     begin = time.perf_counter()
     about = {

@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import SwinTransformerV2, count_parameters, swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.runtime.environment import GIB
 
-GIB = 2**30
 RANKS = 16
 SMALL: dict[str, Any] = {"embed_dim": 32, "depths": (2, 2, 6, 2), "num_heads": (1, 2, 4, 8), "extra_norm_period": 6}
 """Giant's shape at a sixteenth of its width, for machines without a GPU."""
@@ -109,7 +110,7 @@ def measure(case: Case, device: torch.device, size: str) -> dict[str, float]:
         forward = OfficialArithmetic(model, use_checkpoint=case.recompute == "blocks")
     else:
         model.bfloat16()
-        apply_recompute(model, case.recompute)
+        apply_recompute(model, case.recompute, (SwinBlock,))
     share = Share(model, RANKS)
     images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device)
     labels = torch.randint(1000, (case.batch_size,), device=device)

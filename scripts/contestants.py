@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scripts.official_arithmetic import OfficialArithmetic
-from scripts.peers import import_timm, import_torchvision, import_transformers
 from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.models import SIZES, SwinTransformerV2, count_parameters, swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.weights import load_weights, read_weights, save_weights
 
 DROP_PATH_RATE = 0.1
@@ -118,7 +118,7 @@ def build(contestant: Contestant, case: Case, weights: Path, device: torch.devic
     """
     model = _BUILDERS[contestant.implementation](case, weights, device).to(device, contestant.weights_dtype).train()
     if contestant.compiled and contestant.implementation == "ours":
-        compile_blocks(model)
+        compile_blocks(model, (SwinBlock,))
     elif contestant.compiled:
         model.compile(dynamic=False)
     return model
@@ -139,7 +139,6 @@ def _official(case: Case, weights: Path, device: torch.device) -> nn.Module:
 
 
 def _timm(case: Case, weights: Path, device: torch.device) -> nn.Module:
-    import_timm()
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as Timm
 
     shape = case.without_values()
@@ -165,7 +164,8 @@ class _Logits(nn.Module):
 
 
 def _transformers(case: Case, weights: Path, device: torch.device) -> nn.Module:
-    transformers = import_transformers()
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_weights(case.without_values(), folder, "huggingface", weights=read_weights(weights))
@@ -176,7 +176,6 @@ def _torchvision(case: Case, weights: Path, device: torch.device) -> nn.Module:
     """torchvision lays windows of full size over smaller maps too, and lets the padding take part: another function
     than everybody else's.  So the attention of such a stage gets the window that the others use there.
     """
-    import_torchvision()
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
     shape = case.without_values()

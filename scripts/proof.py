@@ -130,14 +130,16 @@ def pack_subset(runs: Path, percent: int, seed: int) -> None:
     manifest = open_manifest(f"{DATA}/train-*.tar", "data.shards")
     reader = TarReader(manifest, max_open=4)
     samples = [reader.read(shard, index) for shard, count in enumerate(manifest.counts) for index in range(count)]
-    labels = np.array([sample.label for sample in samples])
+    labels = np.array([sample.targets.get("label") for sample in samples])
     generator = np.random.default_rng(seed)
     entries = []
     for label in np.unique(labels):
         of_class = generator.permutation(np.flatnonzero(labels == label))
         for number in of_class[: round(len(of_class) * percent / 100)]:
             sample = samples[number]
-            entries.append(Entry(sample.key, sample.extension, sample.label, lambda image=sample.image: image))
+            entries.append(
+                Entry(sample.key, sample.extension, sample.targets.get("label"), lambda image=sample.image: image)
+            )
     pack(entries, str(prefix), samples_per_shard=len(entries), seed=seed)
 
 

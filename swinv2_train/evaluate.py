@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from swinv2_train.checkpoint import find_checkpoint
-from swinv2_train.config import ClassifyConfig, Config, ConfigError
+from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import compose_source, own_flag, run_on_weights
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.distributed import (
@@ -37,12 +38,13 @@ from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.engine.local import to_device
 from swinv2_train.evaluation.confusion import confusion_map
-from swinv2_train.evaluation.probe import build_probe, check_probe
-from swinv2_train.evaluation.splits import Scored, Split, _finite, build_loader, compared, open_splits, score
+from swinv2_train.evaluation.probe import build_probe
+from swinv2_train.evaluation.splits import COMPARED, Scored, Split, _finite, build_loader, compared, open_splits, score
 from swinv2_train.runtime import set_threads
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import build_task
-from swinv2_train.tasks.task import Forward, Task
+from swinv2_train.tasks.task import Forward, Picture, Task
+from swinv2_train.training.preflight import preflight
 from swinv2_train.weights import Head, LoadReport, load_weights, read_weights
 
 OWN_KEYS = ("checkpoint", "weights", "format", "ema", "out", "crop_pcts")
@@ -89,21 +91,21 @@ def evaluate(config: Config, request: Request) -> dict[str, Any]:
     if probe is not None:
         avoid_compiler()  # its optimizer would import torch._dynamo
     with torch.no_grad():
-        results = {name: score(task, forward, split, loaders[name], world) for name, split in splits.items()}
+        results = {name: score(task, forward, split, loaders[name]) for name, split in splits.items()}
         crops: dict[float, dict[str, float]] = {}
         for value in request.crop_pcts:
             crops[value] = results[""].scores
             if value != config.data.eval_crop_pct:
                 loader = build_loader(config, task, splits[""], world, value)
-                crops[value] = score(task, forward, splits[""], loader, world).scores
+                crops[value] = score(task, forward, splits[""], loader).scores
         probed = {} if probe is None else probe.scores(partial(task.features, forward), lambda: None)
         line = {**origin, **results[""].summary(), **_finite(probed), **compared(crops)}
         if len(splits) > 1:
             line["splits"] = {name: scored.summary() for name, scored in results.items() if name}
         if out is not None:
             on_main(world, lambda: write_out(out, config, line, results))
-            if task.has_picture:
-                on_main(world, lambda: draw(out, task, forward, loaders[""]))
+            if task.picture is not None:
+                on_main(world, partial(draw, out, task.picture, forward, loaders[""]))
     on_main(world, lambda: print(json.dumps(line, allow_nan=False)))
     shutdown_distributed()
     return line
@@ -113,13 +115,13 @@ def check_request(config: Config, request: Request) -> None:
     """Everything that needs no file and no process group."""
     if config.data.eval_shards is None:
         raise ConfigError("data.eval_shards has no value; set it on the command line: data.eval_shards=PATTERN")
-    check_probe(config, training=False)
+    preflight(config, training=False)
     if request.format is not None and request.weights is None:
         raise ConfigError(f"format ({request.format}) is of weights=PATH, which is not given; add it, or leave it out")
     if request.weights is not None and request.checkpoint is not None:
         raise ConfigError("weights and checkpoint are both given; leave one of them out")
-    if request.crop_pcts and not isinstance(config.task, ClassifyConfig):
-        raise ConfigError("crop_pcts compares accuracies, which task=simmim has not; leave it out")
+    if request.crop_pcts and not set(COMPARED) <= set(config.task.scores):
+        raise ConfigError(f"crop_pcts compares accuracies, which task={config.task.name} has not; leave it out")
     for value in request.crop_pcts:
         if not 0 < value <= 1:
             raise ConfigError(f"crop_pcts ({value:g}) must be more than 0 and at most 1")
@@ -145,7 +147,7 @@ def load(task: Task, config: Config, request: Request, world: World) -> dict[str
     problem: ConfigError | None = None
     report: LoadReport | None = None
     try:
-        head = wanted_head(config, path, request.format)
+        head = wanted_head(task.module, config.task.init_head, path, request.format)
         report = load_weights(task.module, path, format=request.format, head=head, averaged=request.ema)
     except ConfigError as error:
         problem = error
@@ -155,16 +157,16 @@ def load(task: Task, config: Config, request: Request, world: World) -> dict[str
     return {origin: str(path), **({"ema": request.ema} if origin == "checkpoint" or request.ema else {})}
 
 
-def wanted_head(config: Config, path: Path, format: str | None) -> Head:
+def wanted_head(module: nn.Module, init_head: str, path: Path, format: str | None) -> Head:
     """The rows that the file task.init_head lists, where the weights have another number of classes than the model.
 
     Otherwise the head that the weights have: a run that began with such a file has no use for it any more.
     """
-    task = config.task
-    if not isinstance(task, ClassifyConfig) or task.init_head in ("auto", "fresh"):
+    ours = module.state_dict().get("head.weight")
+    if ours is None or init_head in ("auto", "fresh"):
         return "load"
     theirs = read_weights(path, format).entries.get("head.weight")
-    return "load" if theirs is not None and theirs.shape[0] == task.num_classes else Path(task.init_head)
+    return "load" if theirs is not None and theirs.shape[0] == ours.shape[0] else Path(init_head)
 
 
 def write_out(out: Path, config: Config, line: dict[str, Any], results: dict[str, Scored]) -> None:
@@ -195,11 +197,11 @@ def write_out(out: Path, config: Config, line: dict[str, Any], results: dict[str
             Image.fromarray(confusion_map(scored.confusion)).save(out / f"{stem}.png")
 
 
-def draw(out: Path, task: Task, forward: Forward, loader: EvalLoader) -> None:
+def draw(out: Path, picture: Picture, forward: Forward, loader: EvalLoader) -> None:
     """The task's picture of rank 0's first images."""
     from PIL import Image
 
-    Image.fromarray(task.picture(forward, next(iter(loader)))).save(out / "picture.png")
+    Image.fromarray(picture(forward, next(iter(loader)))).save(out / "picture.png")
     loader.close()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import compose_source, own_flag, run_on_weights
+from swinv2_train.training.preflight import preflight
 from swinv2_train.weights import WRITTEN_FORMATS
 from swinv2_train.weights.export import Request, export
 
@@ -42,9 +43,15 @@ def parse(arguments: list[str]) -> tuple[Config, Request]:
     return config, Request(**own)
 
 
+def run(config: Config, request: Request) -> None:
+    """Write what is asked for."""
+    preflight(config, training=False)
+    export(config, request)
+
+
 def main() -> None:
     """The console script swinv2-export."""
-    run_on_weights(__doc__, parse, export)
+    run_on_weights(__doc__, parse, run)
 
 
 if __name__ == "__main__":

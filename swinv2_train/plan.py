@@ -31,7 +31,6 @@ from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.command_line import compose_overrides, run_on_weights
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
 from swinv2_train.data.sources.base import open_source
-from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.picture import draw_curve, draw_plan
@@ -40,6 +39,7 @@ from swinv2_train.planning.search import recommend
 from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
 from swinv2_train.planning.table import host_line, memory_table, plan_json, scaling_lines, speed_lines, verdict
 from swinv2_train.training.lr_schedule import total_steps
+from swinv2_train.training.preflight import preflight
 
 UNUSED = ("run_dir", "data.shards")
 """Keys that training needs and a plan can do without."""
@@ -57,7 +57,7 @@ def plan(config: Config, arguments: list[str]) -> None:
 
     arguments: what the recommended command starts with.  Raises ConfigError where the run itself would.
     """
-    check_engine(config.engine)
+    preflight(config, training=True)
     gpus = num_gpus(config)
     hardware = complete(config.hardware, min(gpus, config.hardware.gpus_per_node or gpus))
     check_request(config)

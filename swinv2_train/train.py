@@ -8,19 +8,17 @@ from pathlib import Path
 
 from swinv2_train.checkpoint import find_checkpoint, verified_checkpoint
 from swinv2_train.checkpoint.finding import step_of
-from swinv2_train.config import ClassifyConfig, Config, ConfigError
+from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.data.loading.loader import accumulation_steps
-from swinv2_train.data.transforms.augment import check_augment
 from swinv2_train.distributed import (
     init_distributed,
     on_main,
     shutdown_distributed,
 )
 from swinv2_train.distributed.same_start import check_agreement
-from swinv2_train.engine.deepspeed.config import check_engine
-from swinv2_train.evaluation.probe import build_probe, check_probe
+from swinv2_train.evaluation.probe import build_probe
 from swinv2_train.models.initial import without_values
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog
@@ -39,15 +37,13 @@ from swinv2_train.training.build import build_run, checked_newest, make_run_dir,
 from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.param_groups import build_param_groups
+from swinv2_train.training.preflight import preflight
 from swinv2_train.weights.export import Request, export
 
 
 def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
-    check_engine(config.engine)
-    check_probe(config, training=True)
-    if isinstance(config.task, ClassifyConfig):
-        check_augment(config.task)
+    preflight(config, training=True)
     run_dir = Path(config.run_dir)
     with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)
@@ -68,7 +64,7 @@ def train(config: Config) -> int:
         with without_values():  # each rank makes those of its own share, in the engine
             task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
-        initial = initial_weights(config, task.module, world) if newest is None else None
+        initial = initial_weights(config, task, world) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
@@ -77,15 +73,15 @@ def train(config: Config) -> int:
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
             try:
-                if world.is_main and (warning := memory_warning(config, world, task.module)):
+                if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, shards, log, newest, initial, pulse, probe)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
-                with run.garbage:
+                with run.monitor.garbage:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
-                    log.say(f"stopped by {reason} after step {run.step}; the same command resumes")
+                    log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
                 elif world.is_main:
                     with pulse.doing(ENDING):
                         log_artifacts(config, log)

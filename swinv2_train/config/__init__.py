@@ -1,30 +1,29 @@
 """What a run may be told: keys, rules and the command line.
 
-Knows nothing else of the project, and is the only room that knows Hydra.
+Knows nothing else of the project, and is the only package that knows Hydra.
 """
 
+from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.near_names import did_you_mean
+from swinv2_train.config.planner import HardwareConfig, PlanConfig
+from swinv2_train.config.recompute import RECOMPUTE_PLACES, Recompute, parse_recompute
+from swinv2_train.config.rules import pair
 from swinv2_train.config.schema import (
     ARTIFACTS,
     PIPE,
     PROBE_SCORES,
-    RECOMPUTE_PLACES,
-    SCORES,
     SPLITS,
     TASKS,
     ClassifyConfig,
     Config,
-    ConfigError,
     DataConfig,
     EngineConfig,
     EvalSplitConfig,
-    HardwareConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
-    PlanConfig,
     ProbeConfig,
-    Recompute,
     RuntimeConfig,
     ScheduleConfig,
     SimMIMConfig,
@@ -32,9 +31,6 @@ from swinv2_train.config.schema import (
     TrainConfig,
     averaged_score,
     is_pipe,
-    mixes,
-    pair,
-    parse_recompute,
 )
 
 __all__ = [
@@ -60,7 +56,6 @@ __all__ = [
     "RECOMPUTE_PLACES",
     "Recompute",
     "RuntimeConfig",
-    "SCORES",
     "SPLITS",
     "ScheduleConfig",
     "SimMIMConfig",
@@ -68,8 +63,8 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "averaged_score",
+    "did_you_mean",
     "is_pipe",
-    "mixes",
     "pair",
     "parse_recompute",
 ]

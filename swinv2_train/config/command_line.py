@@ -1,4 +1,4 @@
-"""From a command line to a validated Config: Hydra composes, the gate checks, the user gets one message or a run.
+"""From a command line to a validated Config: Hydra composes, load_config checks, the user gets one message or a run.
 
 Hydra is used for composition alone (groups, experiments, overrides, ``--help``, ``--cfg job``, shell completion); it
 opens no output directory and no logger, so that it does nothing per rank.
@@ -7,7 +7,6 @@ opens no output directory and no logger, so that it does nothing per rank.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import socket
@@ -24,18 +23,18 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from swinv2_train.config.conf_dir import conf_dir
+from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
-from swinv2_train.config.load import config_yaml, known_keys, load_config, one_line, unknown_key
-from swinv2_train.config.schema import TASKS, Config, ConfigError
+from swinv2_train.config.keys import known_keys
+from swinv2_train.config.load import config_yaml, load_config, one_line, unknown_key
+from swinv2_train.config.near_names import did_you_mean
+from swinv2_train.config.reference import Entry, help_text, reference
+from swinv2_train.config.schema import TASKS, Config
 
 T = TypeVar("T")
 
-
-def conf_dir() -> Path:
-    """The configuration tree: conf/ beside the package in a checkout, inside the package in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+_HELP = {"-h", "--help"}
 
 
 def run_command(run: Callable[[Config], int]) -> None:
@@ -56,14 +55,14 @@ def run_on_weights(
 ) -> None:
     """Exit with the code of a command on existing weights, whose keys parse splits from the configuration's.
 
-    ``--help`` prints usage, ``--cfg job`` the configuration.
+    ``--help`` prints usage, ``--help KEY`` what a key of the configuration means, ``--cfg job`` the configuration.
     """
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(usage)
-        sys.exit(EXIT_DONE)
 
     def command() -> int:
+        if _HELP & set(arguments):
+            print(key_help(arguments) or usage)
+            return EXIT_DONE
         config, request = parse([argument for argument in arguments if argument not in ("--cfg", "job")])
         if "--cfg" in arguments:
             print(config_yaml(config), end="")
@@ -112,11 +111,31 @@ def compose_argv() -> Config | None:
             "--multirun starts one run after another in one process; start each with its own run_dir, on a cluster as "
             "a job array: SWEEP=FILE sbatch --array=1-N launch/train.sbatch ... (docs/cluster.md)"
         )
+    if _HELP & set(sys.argv[1:]) and (text := key_help(sys.argv[1:])):
+        print(text)
+        return None
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
     with _composition_errors():
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(composed.append)()
     return load_config(composed[0]) if composed else None
+
+
+def key_help(arguments: Sequence[str]) -> str:
+    """What the keys and sections are that a command line names beside ``--help``; "" where it names none."""
+    names = [each for each in arguments if not each.startswith("-") and "=" not in each and each != "job"]
+    return help_text(names, key_reference()) if names else ""
+
+
+def key_reference() -> list[Entry]:
+    """Every key of the configuration: its type, default, what it may be and what it means."""
+    with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return reference({task: _defaults(task) for task in TASKS})
+
+
+def _defaults(task: str) -> DictConfig:
+    """What conf/ says for a task without any override; Hydra must be initialised there."""
+    return compose("train", [f"task={task}"])
 
 
 def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Config, dict[str, str]]:
@@ -153,7 +172,7 @@ def _unquoted(value: str) -> str:
 def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of an earlier run, with overrides on top; keys that are newer than the run have their defaults.
 
-    Raises ConfigError when run_dir holds none, or one that the gate refuses.
+    Raises ConfigError when run_dir holds none, or one that load_config refuses.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"run_dir ({run_dir}) holds no config.yaml; name the directory of a run")
@@ -166,8 +185,8 @@ def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
         task = OmegaConf.select(saved, "task.name")
         if task in TASKS:
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                defaults = compose("train", [f"task={task}"])
-            OmegaConf.set_struct(defaults, False)  # the gate is the one to say what is unknown
+                defaults = _defaults(task)
+            OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
             saved = cast(DictConfig, OmegaConf.merge(defaults, saved))
     return load_config(saved)
 
@@ -203,9 +222,8 @@ def _explain(error: Exception) -> str:
     option = re.search(r"Could not find '(\w+)/([^']*)' Available options in '\w+': (.*?) Config search path", text)
     if option:
         group, given, names = option[1], option[2], [name for name in option[3].split() if name != "common"]
-        near = difflib.get_close_matches(given, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{group}={given}: there is no such {group}; {hint}there are {', '.join(names)}"
+        hint = did_you_mean(given, names)
+        return f"{group}={given}: there is no such {group}; {hint}{' ' if hint else ''}there are {', '.join(names)}"
     if unknown:
         return unknown_key(unknown.group(1))
     return text

@@ -1,4 +1,4 @@
-"""The one strict gate between a composed YAML tree and the typed configuration.
+"""The one strict loader of the typed configuration from a composed YAML tree.
 
 ``load_config`` merges the tree into the dataclasses of :mod:`swinv2_train.config`.  An unknown, missing, mistyped or
 out-of-range key raises ConfigError before any process group or accelerator is touched, whether it came from the command
@@ -8,7 +8,6 @@ line, from an experiment file or from behind ``+``.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from typing import Any
@@ -17,14 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config.checks import check_config
-from swinv2_train.config.schema import (
-    SPLITS,
-    TASKS,
-    Config,
-    ConfigError,
-    EvalSplitConfig,
-    TaskConfig,
-)
+from swinv2_train.config.errors import ConfigError
+from swinv2_train.config.keys import known_keys
+from swinv2_train.config.near_names import did_you_mean_key
+from swinv2_train.config.schema import SPLITS, TASKS, Config, EvalSplitConfig, TaskConfig
 
 
 def load_config(composed: DictConfig) -> Config:
@@ -34,7 +29,8 @@ def load_config(composed: DictConfig) -> Config:
     """
     task_name = OmegaConf.select(composed, "task.name")
     if task_name not in TASKS:
-        raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose task=simmim or task=classify")
+        options = " or ".join(f"task={name}" for name in TASKS)
+        raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose {options}")
     schema = OmegaConf.structured(Config)
     schema.task = OmegaConf.structured(TASKS[task_name])
     _check_keys(composed, TASKS[task_name])
@@ -49,33 +45,6 @@ def load_config(composed: DictConfig) -> Config:
         raise ConfigError(_merge_error(error)) from error
     check_config(config)
     return config
-
-
-def known_keys(task: type[TaskConfig] | None = None) -> list[str]:
-    """Every dotted key of the configuration (of all tasks, or of one)."""
-    return list(_keys(Config, "", task))
-
-
-def near_names(key: str, names: typing.Iterable[str]) -> str:
-    """A remedy for an unknown dotted key: its nearest known names, by the whole path or by the last part alone."""
-    names = list(names)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
-    leaf = key.rsplit(".", 1)[-1]
-    near += [name for name in names if name.rsplit(".", 1)[-1] == leaf and name not in near]
-    return f"did you mean {' or '.join(near[:3])}?" if near else "`--cfg job` prints every key"
-
-
-def _keys(cls: type, prefix: str, task: type[TaskConfig] | None) -> typing.Iterator[str]:
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind, name = hints[field.name], f"{prefix}{field.name}"
-        if kind is TaskConfig:
-            for option in TASKS.values() if task is None else (task,):
-                yield from _keys(option, f"{name}.", task)
-        elif dataclasses.is_dataclass(kind):
-            yield from _keys(typing.cast(type, kind), f"{name}.", task)
-        else:
-            yield name
 
 
 def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
@@ -104,7 +73,7 @@ def _check_split_key(key: str) -> None:
     if not rest:
         raise ConfigError(f"{key} is a split, not a value; set its shards: +{key}.shards=PATTERN")
     if key not in known:
-        raise ConfigError(f"unknown key {key}: {near_names(key, known)}")
+        raise ConfigError(f"unknown key {key}: {_nearest_keys(key, known)}")
 
 
 def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
@@ -116,7 +85,11 @@ def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
     owners = [name for name, cls in TASKS.items() if cls is not task and key in known_keys(cls)]
     if owners:
         return f"unknown key {key}: it belongs to task={owners[0]}"
-    return f"unknown key {key}: {near_names(key, known_keys(task))}"
+    return f"unknown key {key}: {_nearest_keys(key, known_keys(task))}"
+
+
+def _nearest_keys(key: str, known: list[str]) -> str:
+    return did_you_mean_key(key, known, otherwise="`--cfg job` prints every key")
 
 
 def _first_below(section: str, known: list[str]) -> str:
@@ -139,7 +112,7 @@ def _merge_error(error: OmegaConfBaseException) -> str:
 
 
 def config_yaml(config: Config) -> str:
-    """The validated configuration as YAML, loadable by the same gate."""
+    """The validated configuration as YAML, which load_config reads again."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

@@ -21,18 +21,14 @@ from swinv2_train.config import ConfigError, Recompute, parse_recompute
 Forward = Callable[..., Any]
 
 
-def apply_recompute(module: nn.Module, policy: str, block_types: tuple[type[nn.Module], ...] | None = None) -> int:
+def apply_recompute(module: nn.Module, policy: str, block_types: tuple[type[nn.Module], ...]) -> int:
     """Compute parts of the model again in the backward pass instead of keeping their activations.
 
     policy: as model.recompute (docs/model.md).  What is recomputed keeps its input only: as it is, in CPU memory
     (torch or fairscale), or cut into as many parts as there are model-parallel ranks (DeepSpeed).
-    block_types: the classes of blocks; None = SwinBlock.  Returns the number of wrapped modules; raises ConfigError for
-    an unknown policy and for one that finds nothing in this model.
+    block_types: the classes of the module's blocks.  Returns the number of wrapped modules; raises ConfigError for an
+    unknown policy and for one that finds nothing in this model.
     """
-    if block_types is None:
-        from swinv2_train.models.swin_v2 import SwinBlock
-
-        block_types = (SwinBlock,)
     blocks = [(name, child) for name, child in module.named_modules() if isinstance(child, block_types)]
     recompute = parse_recompute(policy, max((_stage(name) for name, _ in blocks), default=1))
     if recompute.part is None:

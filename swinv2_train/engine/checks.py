@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, did_you_mean
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 
 
@@ -22,8 +21,8 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
     problems = []
     for name, tensor in known.items():
         if name not in shapes:
-            near = difflib.get_close_matches(name, shapes, n=1)
-            problems.append(f"{name} is not in the model" + (f" (near: {near[0]})" if near else ""))
+            hint = did_you_mean(name, shapes)
+            problems.append(f"{name} is not in the model" + (f" ({hint})" if hint else ""))
         elif tuple(tensor.shape) != shapes[name]:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, the model {shapes[name]}")
     if problems:

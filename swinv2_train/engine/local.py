@@ -22,7 +22,10 @@ from swinv2_train.engine.state.pieces import Piece, plain_pieces, whole_pieces
 
 
 class LocalEngine:
-    """The engine protocol with nothing between the module and torch.optim.AdamW."""
+    """The engine protocol with nothing between the module and torch.optim.AdamW.
+
+    block_types is nothing to it: it gathers no weights.
+    """
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class LocalEngine:
         config: Config,
         world: World,
         accumulation_steps: int,
+        block_types: tuple[type[nn.Module], ...],
     ) -> None:
         if world.world_size != 1:
             raise ConfigError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from swinv2_train.distributed import World, all_reduce_sum
+from swinv2_train.evaluation.scoring import gather_rows
 from swinv2_train.report.pictures import _DARK, _GAP_PX, _GREY, _TEXT
 
 
@@ -51,17 +51,11 @@ class ConfusionCounter:
         codes = true.to(predicted.device) * self.num_classes + predicted
         self._codes.append(codes.masked_fill(weight.to(predicted.device) == 0, -1))
 
-    def read(self, world: World) -> Confusion:
+    def read(self) -> Confusion:
         """The counts over all ranks, the same on each.  Two collectives."""
         mine = np.concatenate([np.zeros(0, np.int64), *(codes.cpu().numpy() for codes in self._codes)])
         pairs, counts = np.unique(mine[mine >= 0], return_counts=True)
-        lengths = torch.zeros(world.world_size, dtype=torch.int64)
-        lengths[world.rank] = len(pairs)
-        lengths = all_reduce_sum(lengths)
-        everyone = torch.zeros(2, world.world_size, int(lengths.max()), dtype=torch.int64)
-        everyone[:, world.rank, : len(pairs)] = torch.from_numpy(np.stack([pairs, counts]))
-        filled = torch.arange(everyone.shape[2]) < lengths.unsqueeze(1)  # (ranks, longest)
-        pairs, counts = all_reduce_sum(everyone)[:, filled].numpy()
+        pairs, counts = gather_rows(torch.from_numpy(np.stack([pairs, counts], axis=1))).numpy().T
         merged, where = np.unique(pairs, return_inverse=True)
         total = np.zeros(len(merged), np.int64)
         np.add.at(total, where, counts)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swinv2_train.config import DataConfig
 from swinv2_train.data.loading.loader import EvalLoader
+from swinv2_train.data.sample import LABEL, Targets
 from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.evaluation.scoring import together
@@ -30,10 +31,10 @@ class WholeImage:
 
     data: DataConfig
     img_size: tuple[int, int]
-    needs_label: bool = True
+    needs: tuple[str, ...] = (LABEL,)
 
-    def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Any]:
-        return {"images": eval_crop(image, self.img_size, self.data), "labels": torch.tensor(label)}
+    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+        return {"images": eval_crop(image, self.img_size, self.data), "labels": torch.tensor(targets["label"])}
 
 
 @dataclass(frozen=True)

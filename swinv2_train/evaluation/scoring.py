@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import any_rank, raise_together
+from swinv2_train.distributed import all_gather, all_reduce_sum, any_rank, raise_together
 from swinv2_train.monitoring.metrics import Means
+from swinv2_train.tasks.metrics import Finish, Metric, Rows, Sums
 
 Batch = dict[str, Any]
 
@@ -35,13 +38,72 @@ def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], ConfigErro
         return [], error
 
 
-Score = Callable[[dict[str, Any]], dict[str, torch.Tensor]]
-"""From a batch to means over it, weighted by batch["weight"]."""
+Score = Callable[[Batch], Mapping[str, Metric]]
+"""From a batch to what a task measures of it (tasks/metrics.py)."""
 
 
-def evaluate(score: Score, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """The means of a score over one pass of an evaluation loader, over all ranks; every sample counts once."""
-    means = Means()
+def evaluate(score: Score, batches: Iterable[Batch]) -> dict[str, float]:
+    """The scores of one pass of an evaluation loader, over all ranks; every sample counts once."""
+    means, sums, rows = Means(), SumsOverRanks(), RowsOfRanks()
     for batch in together(batches):
-        means.add(score(batch), weight=batch["weight"].sum())
-    return means.read()
+        metrics, weight = score(batch), batch["weight"]
+        means.add({name: each for name, each in metrics.items() if isinstance(each, Tensor)}, weight=weight.sum())
+        sums.add({name: each for name, each in metrics.items() if isinstance(each, Sums)}, weight)
+        rows.add({name: each for name, each in metrics.items() if isinstance(each, Rows)}, weight)
+    return means.read() | sums.read() | rows.read()
+
+
+class SumsOverRanks:
+    """Adds up whole numbers, exactly in whatever order, without waiting for the device until they are read."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._finish: dict[str, Finish] = {}
+
+    def add(self, sums: Mapping[str, Sums], weight: Tensor) -> None:
+        """Sums of a batch; weight: (B,) of its images."""
+        for name, each in sums.items():
+            assert not each.values.is_floating_point(), f"{name} is {each.values.dtype}; whole numbers add up exactly"
+            absent = (weight == 0).to(each.values.device).view(-1, *[1] * (each.values.ndim - 1))
+            total = each.values.masked_fill(absent, 0).sum(dim=0, dtype=torch.int64)
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
+            self._finish[name] = each.finish
+
+    def read(self) -> dict[str, float]:
+        """The finished scores, the same on every rank; one collective for each name."""
+        scores: dict[str, float] = {}
+        for name in sorted(self._totals):
+            scores |= self._finish[name](all_reduce_sum(self._totals[name]))
+        return scores
+
+
+class RowsOfRanks:
+    """Collects rows of numbers, and sorts them: the result is the same whichever rank saw which image."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[Tensor]] = {}
+        self._finish: dict[str, Finish] = {}
+
+    def add(self, rows: Mapping[str, Rows], weight: Tensor) -> None:
+        """Rows of a batch; weight: (B,) of its images."""
+        for name, each in rows.items():
+            counts = (weight > 0).to(each.image.device)[each.image]
+            self._rows.setdefault(name, []).append(each.values.detach().double()[counts])
+            self._finish[name] = each.finish
+
+    def read(self) -> dict[str, float]:
+        """The finished scores, the same on every rank; two collectives for each name."""
+        scores: dict[str, float] = {}
+        for name in sorted(self._rows):
+            everyone = gather_rows(torch.cat(self._rows[name]).cpu())
+            order = np.lexsort(everyone.numpy().T[::-1])
+            scores |= self._finish[name](everyone[torch.from_numpy(order)])
+        return scores
+
+
+def gather_rows(mine: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of ranks, on each.  mine: (n, columns), n of this rank.  Two collectives."""
+    lengths = all_gather(torch.tensor(len(mine)))  # (ranks,)
+    padded = mine.new_zeros(int(lengths.max()), *mine.shape[1:])
+    padded[: len(mine)] = mine
+    return torch.cat([rows[:length] for rows, length in zip(all_gather(padded), lengths.tolist(), strict=True)])

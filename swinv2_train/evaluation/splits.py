@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from swinv2_train.config import SPLITS, ClassifyConfig, Config
-from swinv2_train.data.loading.loader import EvalLoader, check_classes, check_same_classes
+from swinv2_train.config import SPLITS, Config
+from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_files import Answers, answered, read_answers
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.evaluation.scoring import evaluate
-from swinv2_train.tasks.classify import ClassifyTask
-from swinv2_train.tasks.task import Forward, Task
+from swinv2_train.tasks import task_class
+from swinv2_train.tasks.metrics import Metric
+from swinv2_train.tasks.task import Batch, Forward, Task
 
 WORST_CLASSES = 5
+COMPARED = ("val/top1", "val/loss")
+"""What says which crop is the best: the highest of the one, then the lowest of the other."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ class Scored:
 
 
 def open_splits(config: Config) -> dict[str, Split]:
-    """data.eval_shards under the name "", and data.eval_splits by their names, checked against the classes.
+    """data.eval_shards under the name "", and data.eval_splits by their names, checked against the task.
 
-    Raises ConfigError for a split whose labels would mean other classes than those of data.eval_shards.
+    Raises ConfigError for a split whose targets would mean something else than those of data.eval_shards.
     """
     named: dict[str, tuple[str, str | None, str | None]] = {"": ("data.eval_shards", config.data.eval_shards, None)}
     for name, split in config.data.eval_splits.items():
@@ -81,41 +85,46 @@ def open_splits(config: Config) -> dict[str, Split]:
     for name, (key, pattern, labels) in named.items():
         source = open_source(str(pattern), key, cache=shard_cache(config.data))
         answers = None
-        if isinstance(config.task, ClassifyConfig):
-            if labels is None:
-                check_classes(source, config.task.num_classes, key)
-                if name:
-                    check_same_classes(splits[""].source, source, ("data.eval_shards", key))
-            else:
-                answers, unused = read_answers(labels, source, config.task.num_classes, f"{SPLITS}{name}.labels")
-                if unused:
-                    print(f"note: {unused} entries of {labels} belong to no sample of {key}", file=sys.stderr)
+        if labels is None:
+            beside = ("data.eval_shards", splits[""].source) if name else None
+            task_class(config.task).check_source(config.task, source, key, beside)
+        else:
+            answers = _answers(config, labels, source, key, f"{SPLITS}{name}.labels")
         splits[name] = Split(key, source, answers)
     return splits
 
 
+def _answers(config: Config, labels: str, source: Source, key: str, labels_key: str) -> Answers:
+    """The right classes that a file has for the images of a source; labels_key named the file."""
+    classes = config.task.label_classes
+    assert classes is not None, f"{labels_key} for a task without classes"
+    answers, unused = read_answers(labels, source, classes, labels_key)
+    if unused:
+        print(f"note: {unused} entries of {labels} belong to no sample of {key}", file=sys.stderr)
+    return answers
+
+
 def build_loader(config: Config, task: Task, split: Split, world: World, crop_pct: float | None = None) -> EvalLoader:
     """This rank's part of a split, at data.eval_crop_pct or another crop; ConfigError for images without labels."""
-    transform = task.eval_transform
-    if isinstance(task, ClassifyTask):
-        data = dataclasses.replace(config.data, eval_crop_pct=crop_pct or config.data.eval_crop_pct)
-        transform = dataclasses.replace(task.eval_transform, data=data, needs_label=split.answers is None)
+    data = dataclasses.replace(config.data, eval_crop_pct=crop_pct or config.data.eval_crop_pct)
+    needs = task.eval_transform.needs if split.answers is None else ()
+    transform = dataclasses.replace(task.eval_transform, data=data, needs=needs)
     micro_batch = config.train.micro_batch_size
     return EvalLoader(split.source, config.data, transform, micro_batch, world.rank, world.world_size, split.key)
 
 
-def score(task: Task, forward: Forward, split: Split, loader: EvalLoader, world: World) -> Scored:
+def score(task: Task, forward: Forward, split: Split, loader: EvalLoader) -> Scored:
     """The scores of a split over all ranks."""
-    counter = None
-    if isinstance(task, ClassifyTask) and (split.answers is None or max(map(len, split.answers.values())) == 1):
-        counter = ConfusionCounter(task.num_classes)
+    counter, predictions = None, task.predictions
+    if predictions is not None and (split.answers is None or max(map(len, split.answers.values())) == 1):
+        counter = ConfusionCounter(predictions.num_classes)
     images = torch.zeros((), dtype=torch.float64)
 
-    def score_batch(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def score_batch(batch: Batch) -> Mapping[str, Metric]:
         images.add_(batch["weight"].sum())
-        if not isinstance(task, ClassifyTask):
+        if predictions is None:
             return task.scores(forward, batch)
-        scores, predicted = task.scores_and_predictions(forward, batch)
+        scores, predicted = predictions.score(forward, batch)
         if counter is not None:
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
         return scores
@@ -123,14 +132,15 @@ def score(task: Task, forward: Forward, split: Split, loader: EvalLoader, world:
     batches = loader if split.answers is None else (answered(batch, split.answers) for batch in loader)
     scores = evaluate(score_batch, batches)
     loader.close()
-    return Scored(int(all_reduce_sum(images)), scores, None if counter is None else counter.read(world))
+    return Scored(int(all_reduce_sum(images)), scores, None if counter is None else counter.read())
 
 
 def compared(crops: dict[float, dict[str, float]]) -> dict[str, Any]:
     """The scores at each crop, and which crop has the highest top-1 (then the lowest loss); empty without crops."""
     if not crops:
         return {}
-    best = max(crops, key=lambda value: (crops[value]["val/top1"], -crops[value]["val/loss"]))
+    accuracy, loss = COMPARED
+    best = max(crops, key=lambda value: (crops[value][accuracy], -crops[value][loss]))
     return {"crop_pcts": {f"{value:g}": _finite(scores) for value, scores in crops.items()}, "best_crop_pct": best}
 
 

@@ -91,3 +91,8 @@ class SimMIM(nn.Module):
         if weight is not None:
             hidden = hidden * weight.view(-1, 1, 1, 1)
         return {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}
+
+
+def encoder_of(model: SwinTransformerV2 | SimMIM) -> SwinTransformerV2:
+    """The encoder of either model; without SimMIM around it, it is the model itself."""
+    return model.encoder if isinstance(model, SimMIM) else model

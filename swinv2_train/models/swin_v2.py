@@ -6,12 +6,14 @@ Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.models.precision import Float32LayerNorm, at_least_float32
 from swinv2_train.models.sequential import Chunks
 from swinv2_train.models.windows import WindowGrid, window_grid
@@ -98,6 +100,11 @@ class SwinBlock(nn.Module):
         branch = self.norm2(self.mlp(x))
         x = x + (branch if mlp_factors is None else branch * mlp_factors)
         return x if self.norm3 is None else self.norm3(x)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module.compile, but of branches() alone: stochastic depth is drawn outside of the graph."""
+        torch.compiler.assume_constant_result(fused_problem)  # type: ignore[no-untyped-call]
+        self.branches = torch.compile(self.branches, *args, **kwargs)  # type: ignore[method-assign]
 
 
 class PatchEmbed(nn.Module):

@@ -8,6 +8,7 @@ probe/knn_top1, probe/knn_top5, probe/linear_top1 and probe/linear_top5.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import resource
@@ -20,10 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.distributed import World, all_reduce_sum
-
-_GIB = 1024**3
+from swinv2_train.runtime.environment import GIB
 
 
 class Means:
@@ -178,27 +180,28 @@ class Throughput:
 def peak_memory_gib(device: torch.device) -> float:
     """Highest memory of this process so far in GiB: tensors on a CUDA device, or resident memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB
+        return torch.cuda.max_memory_allocated(device) / GIB
     status = Path("/proc/self/status")
     if status.exists():  # VmHWM starts anew at exec; ru_maxrss keeps the parent's peak
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         if found:
-            return int(found.group(1)) * 1024 / _GIB
+            return int(found.group(1)) * 1024 / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / _GIB
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
 # Dense peak of the matrix units in TFLOP/s, without sparsity, from NVIDIA's data sheets.  bf16 is with fp32
 # accumulation (what torch computes: half of the advertised figure on GeForce).  The first name found in the device's
-# name counts, so the special ones come first.
-_PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    ("H200 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0}),
-    ("H200", {"bf16": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    ("H100 PCIE", {"bf16": 756.0, "tf32": 378.0, "fp32": 51.0}),
-    ("H100 NVL", {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0}),
-    ("H100", {"bf16": 989.5, "tf32": 494.5, "fp32": 67.0}),
-    ("A100", {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5}),
-    ("RTX 4090", {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6}),
+# name counts, so the special ones come first.  A name of conf/hardware/ stands for the bf16 and fp32 of that file, by
+# which the planner plans too.
+_PEAK_TFLOPS: tuple[tuple[str, str | None, dict[str, float]], ...] = (
+    ("H200 NVL", None, {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    ("H200", "h200", {"tf32": 494.5}),
+    ("H100 PCIE", None, {"bf16": 756.0, "tf32": 378.0, "fp32": 51.0}),
+    ("H100 NVL", None, {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0}),
+    ("H100", "h100", {"tf32": 494.5}),
+    ("A100", "a100_80gb", {"tf32": 156.0}),
+    ("RTX 4090", "rtx4090", {"tf32": 82.6}),
 )
 
 
@@ -210,10 +213,18 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     name = device_name.upper().replace("RTX4090", "RTX 4090")
     if "LAPTOP" in name or " 4090 D" in name:
         return None
-    for part, tflops in _PEAK_TFLOPS:
+    for part, file, tflops in _PEAK_TFLOPS:
         if part in name:
-            return tflops[precision] * 1e12 if precision in tflops else None
+            known = tflops if file is None else tflops | _hardware_tflops(file)
+            return known[precision] * 1e12 if precision in known else None
     return None
+
+
+@functools.cache
+def _hardware_tflops(name: str) -> dict[str, float]:
+    """The peaks of a file of conf/hardware/, by precision."""
+    values = yaml.safe_load((conf_dir() / "hardware" / f"{name}.yaml").read_text())
+    return {precision: values[f"tflops_{precision}"] for precision in ("bf16", "fp32")}
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 
 from swinv2_train.config import EngineConfig, HardwareConfig
 from swinv2_train.engine.deepspeed.buckets import buckets_of
-from swinv2_train.planning.engine_memory import EXCHANGED_TOGETHER, ModelSizes
+from swinv2_train.engine.deepspeed.memory import EXCHANGED_TOGETHER
+from swinv2_train.engine.model_sizes import ModelSizes
 from swinv2_train.planning.hardware import known
 
 GATHER, SCATTER, SUM = "all-gather", "reduce-scatter", "all-reduce"

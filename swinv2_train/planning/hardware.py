@@ -13,8 +13,8 @@ import torch
 
 from swinv2_train.config import HardwareConfig
 from swinv2_train.monitoring.metrics import peak_flops
+from swinv2_train.runtime.environment import GIB
 
-_GIB = 2**30
 _USUAL: dict[str, dict[str, float]] = {
     "cuda": {
         "reserved_gib": 1.5, "tflops_bf16": 100.0, "tflops_fp32": 20.0, "matmul_efficiency": 0.6,
@@ -45,7 +45,7 @@ def complete(hardware: HardwareConfig, local_world_size: int, rates: bool = True
     if on_this:
         found |= _this_gpu()
     elif device == "cpu":
-        found["memory_gib"] = host_memory_bytes() / _GIB
+        found["memory_gib"] = host_memory_bytes() / GIB
         if rates and None in (hardware.tflops_bf16, hardware.tflops_fp32, hardware.memory_gb_per_sec):
             found |= _this_cpu()
     for key, value in _USUAL[device].items():
@@ -75,7 +75,7 @@ def host_memory_bytes() -> int:
 
 def _this_gpu() -> dict[str, object]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    found: dict[str, object] = {"memory_gib": properties.total_memory / _GIB}
+    found: dict[str, object] = {"memory_gib": properties.total_memory / GIB}
     for key, precision in (("tflops_bf16", "bf16"), ("tflops_fp32", "fp32")):
         peak = peak_flops(properties.name, precision)
         if peak is not None:

@@ -6,19 +6,18 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from swinv2_train.config import Config, HardwareConfig, pair
 from swinv2_train.data.loading.loader import accumulation_steps
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
+from swinv2_train.engine.build import engine_memory
+from swinv2_train.engine.memory import GRADIENTS, EngineMemory
+from swinv2_train.engine.model_sizes import ModelSizes, layer_sizes
 from swinv2_train.models import count_parameters
-from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.planning.engine_memory import GRADIENTS, EngineMemory, ModelSizes, engine_memory
 from swinv2_train.planning.hardware import known
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
+from swinv2_train.tasks.task import Task
 from swinv2_train.training.param_groups import build_param_groups
 
-GIB = 2**30
 FORWARD, BACKWARD, EXCHANGE, STEP = "forward", "backward", "gradient exchange", "step"
 LOADER, SAVED_INPUTS, TABLES = "micro-batches", "block inputs in CPU memory", "tables"
 
@@ -59,17 +58,18 @@ class MemoryPlan:
         return self.free >= 0
 
 
-def model_sizes(module: nn.Module, config: Config) -> ModelSizes:
-    """What the engine's formulas need of a module, on any device."""
+def model_sizes(task: Task, config: Config) -> ModelSizes:
+    """What the engine's formulas need of a task's module, on any device."""
+    module = task.module
     groups = build_param_groups(module, config.optim)
     numels = [[parameter.numel() for parameter in group["params"]] for group in groups]
-    blocks = [list(child.parameters()) for child in module.modules() if isinstance(child, SwinBlock)]
+    blocks = [list(child.parameters()) for child in module.modules() if isinstance(child, task.block_types)]
     inside = {id(parameter) for block in blocks for parameter in block}
     return ModelSizes(
         parameters=count_parameters(module),
         largest_parameter=max(max(group) for group in numels),
         groups=tuple(sum(group) for group in numels),
-        layers=layer_sizes(module),
+        layers=layer_sizes(module, task.block_types),
         blocks=tuple(tuple(parameter.numel() for parameter in block) for block in blocks),
         others=tuple(parameter.numel() for parameter in module.parameters() if id(parameter) not in inside),
     )
@@ -82,7 +82,7 @@ def plan_memory(config: Config, hardware: HardwareConfig, world_size: int) -> tu
     together.
     """
     on_cpu = hardware.device == "cpu"
-    sizes = model_sizes(meta_task(config).module, config)
+    sizes = model_sizes(meta_task(config), config)
     accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size)
     ema = config.optim.ema_decay is not None
     engine = engine_memory(config.engine, sizes, world_size, accumulation, on_cpu, ema)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swinv2_train.planning.memory import GIB, MemoryPlan
+from swinv2_train.planning.memory import MemoryPlan
 from swinv2_train.planning.scaling import Curve
 from swinv2_train.report.charts import nice_ticks, tick_text
+from swinv2_train.runtime.environment import GIB
 
 _COLOURS = (
     "#2563c9", "#6ea8fe", "#a9c9ff", "#1b7f79", "#55b8a6", "#8e44ad", "#c39bd3", "#d9730d", "#f0a35e", "#f7cf9d",

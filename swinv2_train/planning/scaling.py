@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
+from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.engine.build import engine_memory
 from swinv2_train.planning.communication import INTER, INTRA, num_nodes, sent_by_card, total_sent
-from swinv2_train.planning.engine_memory import engine_memory
-from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes
+from swinv2_train.planning.memory import MemoryPlan, combine, model_sizes
 from swinv2_train.planning.speed import SpeedPlan, measured_pass, pass_seconds, plan_speed, planned_mfu
 from swinv2_train.planning.trace import Trace, meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 
 COUNTS = tuple(2**k for k in range(3, 11))
 COMPUTE, LAUNCHES, LATENCY, OPTIMIZER = "compute", "launches", "latency", "optimizer"
@@ -88,7 +89,7 @@ def scaling_curve(config: Config, hardware: HardwareConfig, base_gpus: int) -> C
     share = None
     if config.plan.scaling == "weak":
         share = accumulation_steps(batch.global_batch_size, batch.micro_batch_size, base_gpus) * batch.micro_batch_size
-    traces, pairs = Traces(config, hardware), mixes(config.task)
+    traces, pairs = Traces(config, hardware), config.task.mixes
     points: list[Point] = []
     left_out: dict[int, str] = {}
     for gpus in COUNTS:
@@ -108,7 +109,7 @@ class Traces:
 
     def __init__(self, config: Config, hardware: HardwareConfig) -> None:
         self.config, self.hardware = config, hardware
-        self.sizes = model_sizes(meta_task(config).module, config)
+        self.sizes = model_sizes(meta_task(config), config)
         self._known: dict[tuple[int, float], Trace] = {}
         self.alone = pass_seconds(hardware, self.of(config.train.micro_batch_size, 0.0))
 
@@ -122,7 +123,7 @@ class Traces:
     def point(self, images: int, gpus: int) -> Point:
         """A step of so many images on so many ranks."""
         config, hardware, sizes, size = self.config, self.hardware, self.sizes, self.config.train.micro_batch_size
-        micro = _micro_batch_size(images // gpus, size, mixes(config.task))
+        micro = _micro_batch_size(images // gpus, size, config.task.mixes)
         accumulation = images // (micro * gpus)
         chosen = replace(config, train=replace(config.train, global_batch_size=images, micro_batch_size=micro))
         on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None

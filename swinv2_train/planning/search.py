@@ -7,13 +7,14 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from swinv2_train.config import Config, ConfigError, HardwareConfig, mixes
-from swinv2_train.planning.engine_memory import engine_memory
-from swinv2_train.planning.memory import GIB, MemoryPlan, combine, model_sizes, plan_memory, scale
+from swinv2_train.config import Config, ConfigError, HardwareConfig
+from swinv2_train.engine.build import engine_memory
+from swinv2_train.planning.memory import MemoryPlan, combine, model_sizes, plan_memory, scale
 from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import missing
 from swinv2_train.planning.table import memory_table, verdict
 from swinv2_train.planning.trace import meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 
 POLICIES = ("none", "attention", "every:2", "every:4", "every:8", "blocks", "blocks@cpu")
 """Values of model.recompute that are tried; the config's own is too."""
@@ -51,7 +52,7 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
             speed = plan_speed(chosen, hardware, memory.sizes, pass_seconds(hardware, trace), num_gpus)
             return _recommended(Candidate(candidate.setting, memory, speed), config, hardware, num_gpus, arguments)
     if not found:
-        pairs, least = (" in pairs, as mixup needs", "2 x ") if mixes(config.task) else ("", "")
+        pairs, least = (" in pairs, as mixup needs", "2 x ") if config.task.mixes else ("", "")
         raise ConfigError(
             f"train.global_batch_size ({config.train.global_batch_size}) cannot be divided among {num_gpus} ranks"
             f"{pairs}; set it to a multiple of {least}plan.num_gpus"
@@ -66,13 +67,13 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
 def candidates(config: Config, hardware: HardwareConfig, num_gpus: int) -> Iterator[Candidate]:
     """Every setting, with its memory and speed estimated from traces of one image."""
     on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None
-    sizes = model_sizes(meta_task(config).module, config)
+    sizes = model_sizes(meta_task(config), config)
     for recompute, stages in _policies(config):
         trace = trace_step(apply(config, Setting(config.engine.zero_stage, recompute, stages, 1)), 0, on_cpu)
         passes = pass_seconds(hardware, trace)
         for zero_stage in _zero_stages(config):
             for size in micro_batch_sizes(config.train.global_batch_size, num_gpus):
-                if size % 2 and mixes(config.task):
+                if size % 2 and config.task.mixes:
                     continue
                 setting = Setting(zero_stage, recompute, stages, size)
                 chosen = apply(config, setting)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.engine.model_sizes import ModelSizes
 from swinv2_train.monitoring.metrics import mfu
 from swinv2_train.planning.communication import Collective, collectives, ring, seconds
-from swinv2_train.planning.engine_memory import ModelSizes
 from swinv2_train.planning.hardware import known
 from swinv2_train.planning.op_cost import Operation
 from swinv2_train.planning.trace import Trace

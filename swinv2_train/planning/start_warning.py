@@ -6,24 +6,25 @@ import math
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.planning.hardware import complete
-from swinv2_train.planning.memory import GIB, MemoryPlan, plan_memory
+from swinv2_train.planning.memory import MemoryPlan, plan_memory
+from swinv2_train.runtime.environment import GIB
+from swinv2_train.tasks.task import Task
 
 ROUGH_BYTES = 4 * 40
 """No block keeps more than 40 floats for a channel of a token, or 8 for a pair of tokens and head, and no engine more
 than 40 bytes of a parameter."""
 
 
-def memory_warning(config: Config, world: World, module: SimMIM | SwinTransformerV2) -> str | None:
+def memory_warning(config: Config, world: World, task: Task) -> str | None:
     """A line for the user where this run needs more memory than each rank has; None where it fits.
 
-    module: what is trained, with or without values.  Small runs are not traced: where a generous bound is half of the
+    task: what is trained, with or without values.  Small runs are not traced: where a generous bound is half of the
     memory at hand, this costs nothing.
     """
     hardware = complete(config.hardware, world.local_world_size, rates=False)
     assert hardware.memory_gib is not None and hardware.reserved_gib is not None, "complete"
-    if rough_bytes(config, module) < 0.5 * (hardware.memory_gib - hardware.reserved_gib) * GIB:
+    if rough_bytes(config, task) < 0.5 * (hardware.memory_gib - hardware.reserved_gib) * GIB:
         return None
     try:
         plan, _ = plan_memory(config, hardware, world.world_size)
@@ -32,14 +33,13 @@ def memory_warning(config: Config, world: World, module: SimMIM | SwinTransforme
     return None if plan.fits else missing(plan)
 
 
-def rough_bytes(config: Config, module: SimMIM | SwinTransformerV2) -> int:
+def rough_bytes(config: Config, task: Task) -> int:
     """A generous bound of what a rank needs, without running anything."""
-    encoder = module.encoder if isinstance(module, SimMIM) else module
-    total = 0
+    encoder, total = task.encoder, 0
     for i, (grid, depth, heads) in enumerate(zip(encoder.grids, encoder.depths, encoder.num_heads, strict=True)):
         tokens, window = math.prod(grid.padded), math.prod(grid.window)
         total += (depth + 1) * tokens * (ROUGH_BYTES * encoder.embed_dim * 2**i + 32 * heads * window)
-    parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
+    parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in task.module.parameters())
     return config.train.micro_batch_size * total + 40 * parameters
 
 

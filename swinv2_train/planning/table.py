@@ -6,11 +6,12 @@ import dataclasses
 
 from swinv2_train.config import Config, HardwareConfig
 from swinv2_train.planning.communication import sent_by_card, total_sent
-from swinv2_train.planning.memory import GIB, MemoryPlan
+from swinv2_train.planning.memory import MemoryPlan
 from swinv2_train.planning.scaling import Curve
 from swinv2_train.planning.speed import SpeedPlan, planned_mfu
 from swinv2_train.planning.start_warning import missing
 from swinv2_train.report.charts import value_text
+from swinv2_train.runtime.environment import GIB
 
 STATE_BYTES = {"fp32": 12, "bf16": 6}
 """A checkpoint's bytes per parameter: master and AdamW's two averages."""

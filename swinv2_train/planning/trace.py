@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swinv2_train.config import ClassifyConfig, Config, pair
+from swinv2_train.config import Config
 from swinv2_train.engine.activation_checkpointing import apply_recompute
-from swinv2_train.models import SimMIM, SwinTransformerV2, count_parameters
+from swinv2_train.models import SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
 from swinv2_train.models.initial import without_values
@@ -56,7 +56,7 @@ class Peak:
     gradients: int
     """Gradients of parameters that stay until the step."""
     held_weights: int
-    """Weights of which autograd has saved a view and not yet used it (states.py says what that costs)."""
+    """Weights of which autograd has saved a view and not yet used it (which engine/deepspeed/memory.py counts)."""
 
     @property
     def total(self) -> int:
@@ -108,22 +108,8 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
     policy = config.model.recompute.removesuffix(
         "@partitioned"
     )  # which frees nothing (engine/activation_checkpointing.py)
-    apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy)
+    apply_recompute(task.module, policy.removesuffix("@cpu") if on_cpu else policy, task.block_types)
     return task
-
-
-def meta_batch(config: Config, batch_size: int) -> dict[str, Tensor]:
-    """A training batch as the loader gives it, without contents."""
-    height, width = pair("model.img_size", config.model.img_size)
-    batch = {
-        "images": torch.empty(batch_size, 3, height, width, dtype=torch.uint8, device=META),
-        "weight": torch.empty(batch_size, device=META),
-    }
-    if isinstance(config.task, ClassifyConfig):
-        return batch | {"labels": torch.empty(batch_size, dtype=torch.int64, device=META)}
-    patch = config.model.patch_size
-    mask = torch.empty(batch_size, height // patch, width // patch, dtype=torch.bool, device=META)
-    return batch | {"mask": mask}
 
 
 def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False) -> Trace:
@@ -135,7 +121,7 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
     """
     task = meta_task(config, on_cpu)
     unit = CPU_ALLOCATION_UNIT if on_cpu else ALLOCATION_UNIT
-    batch = meta_batch(config, config.train.micro_batch_size)
+    batch = task.meta_batch(config.train.micro_batch_size)
     module = task.module.train()
     counter = _Counter([*module.parameters(), *module.buffers(), *batch.values()], unit, on_cpu)
 
@@ -147,7 +133,7 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
     for parameter in module.parameters():
         handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
     on_host = not on_cpu and config.model.recompute.endswith(("@cpu", "@fairscale"))
-    handles += list(_follow(module, counter, on_host))
+    handles += list(_follow(task.encoder, counter, on_host))
     weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in module.parameters()}
 
     def note(tensor: Tensor) -> _Saved:
@@ -179,10 +165,8 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
     )
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _parts(encoder: SwinTransformerV2) -> Iterator[tuple[nn.Module, str]]:
     """The modules that have a name of their own in the table."""
-    encoder = module.encoder if isinstance(module, SimMIM) else module
-    assert isinstance(encoder, SwinTransformerV2)
     for number, stage in enumerate(encoder.layers, start=1):
         yield stage, f"stage {number}"
         for block in stage.modules():
@@ -190,7 +174,7 @@ def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield block, f"stage {number}"
 
 
-def _follow(module: nn.Module, counter: _Counter, inputs_on_host: bool) -> Iterator[Any]:
+def _follow(encoder: SwinTransformerV2, counter: _Counter, inputs_on_host: bool) -> Iterator[Any]:
     """Tell the counter where in the model the passes are; yields the hooks' handles.
 
     The backward pass comes to a stage when the gradient of its output is known.
@@ -215,7 +199,7 @@ def _follow(module: nn.Module, counter: _Counter, inputs_on_host: bool) -> Itera
 
         return hook
 
-    for child, part in _parts(module):
+    for child, part in _parts(encoder):
         yield child.register_forward_pre_hook(enter(child, part))
         yield child.register_forward_hook(leave(part))
 

@@ -23,7 +23,8 @@ RECORDED_PACKAGES = (
     "swinv2-train", "torch", "deepspeed", "fairscale", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy",
     "pillow", "simplejpeg", "timm", "safetensors",
 )  # fmt: skip
-_GIB = 1024**3
+GIB = 2**30
+"""Bytes of a GiB."""
 
 
 def environment_record(world_size: int) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def environment_record(world_size: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_cores": available_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "gpus": _gpus(),
         "cuda": torch.version.cuda,
         "versions": {"python": platform.python_version()} | {name: version_of(name) for name in RECORDED_PACKAGES},
@@ -129,4 +130,4 @@ def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [{"name": device.name, "memory_gib": round(device.total_memory / _GIB, 1)} for device in devices]
+    return [{"name": device.name, "memory_gib": round(device.total_memory / GIB, 1)} for device in devices]

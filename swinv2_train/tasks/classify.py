@@ -10,40 +10,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinv2_train.config import ClassifyConfig, Config, DataConfig, mixes, pair
-from swinv2_train.data.sample import SampleError
-from swinv2_train.data.transforms.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
-from swinv2_train.data.transforms.crop import eval_crop, random_flip, random_resized_crop
+from swinv2_train.config import ClassifyConfig, Config, ConfigError, pair
+from swinv2_train.data.loading.loader import check_same_classes
+from swinv2_train.data.sample import LABEL, SampleError, Targets
+from swinv2_train.data.sources.base import Source
+from swinv2_train.data.sources.pipe import Stream
+from swinv2_train.data.transforms.augment import (
+    Mixing,
+    check_augment,
+    color_jitter,
+    draw_erasing,
+    erase,
+    rand_augment,
+)
 from swinv2_train.models import multiply_adds
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import Normalise
-from swinv2_train.tasks.task import Forward
+from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
+from swinv2_train.tasks.task import Batch, Forward, Predictions
 
 
-@dataclass(frozen=True)
-class ClassifyTransform:
+@dataclass(frozen=True, kw_only=True)
+class ClassifyTransform(ImageTransform):
     """A crop of the image and, where they are needed, its label: {"images": uint8 (3, H, W), "labels": int64 ()}.
 
     For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
     or None) with task.erasing_prob, "mixing_seed" (int) with mixup or cutmix.
     """
 
-    data: DataConfig
-    img_size: tuple[int, int]
     task: ClassifyConfig
-    train: bool
-    needs_label: bool = True
+    needs: tuple[str, ...] = (LABEL,)
 
-    def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Any]:
-        if self.needs_label and (label is None or not 0 <= label < self.task.num_classes):
+    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+        label, needed = targets.get("label"), LABEL in self.needs
+        if needed and (label is None or not 0 <= label < self.task.num_classes):
             raise SampleError(f"label {label} is not within 0..{self.task.num_classes - 1} (task.num_classes)")
-        row = self._augmented(image, rng) if self.train else {"images": eval_crop(image, self.img_size, self.data)}
-        return {**row, "labels": torch.tensor(label)} if self.needs_label else row
+        row = super().__call__(image, targets, rng)
+        if self.train:
+            row = self._augmented(row["images"], rng)
+        return {**row, "labels": torch.tensor(label)} if needed else row
 
     def _augmented(self, image: Tensor, rng: np.random.Generator) -> dict[str, Any]:
         data, task = self.data, self.task
-        image = random_resized_crop(image, self.img_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
-        image = random_flip(image, data.hflip, rng)
         if task.rand_augment is not None:
             image = rand_augment(image, task.rand_augment, data.mean, data.interpolation, rng)
         if task.color_jitter:
@@ -51,7 +59,7 @@ class ClassifyTransform:
         row: dict[str, Any] = {"images": image}
         if task.erasing_prob:
             row["erasing"] = draw_erasing(*self.img_size, task.erasing_prob, rng)
-        if mixes(task):
+        if task.mixes:
             row["mixing_seed"] = int(rng.integers(2**32))
         return row
 
@@ -59,21 +67,52 @@ class ClassifyTransform:
 class ClassifyTask:
     """Cross-entropy with label smoothing, of mixed images with the labels of both; top-1 and top-5 in percent."""
 
-    has_picture = False
+    block_types = (SwinBlock,)
+    picture = None
 
     def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
-        self.module = build_model(config.model, task.num_classes)
+        self.module = self.encoder = build_model(config.model, task.num_classes)
         self.multiply_adds = multiply_adds(self.module)
         self.label_smoothing = task.label_smoothing
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.num_classes = task.num_classes
+        self.predictions = Predictions(task.num_classes, self.scores_and_predictions)
         self.normalise = Normalise(config.data.mean, config.data.std, device)
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
-            ClassifyTransform(config.data, img_size, task, train=train) for train in (True, False)
+            ClassifyTransform(config.data, img_size, train, task=task) for train in (True, False)
         )
 
-    def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+    @staticmethod
+    def preflight(task: ClassifyConfig) -> None:
+        """What the augmentation is drawn from must be installed."""
+        check_augment(task.rand_augment, task.mixes)
+
+    @staticmethod
+    def check_source(task: ClassifyConfig, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
+        """The model has a class for every label, and a label means one class."""
+        labels = source.label_range
+        if labels is not None and labels[1] >= task.num_classes:
+            raise ConfigError(
+                f"task.num_classes ({task.num_classes}) is too small: {key} has labels from {labels[0]} to "
+                f"{labels[1]}; set task.num_classes={labels[1] + 1} or more"
+            )
+        if beside is not None:
+            check_same_classes(beside[1], source, (beside[0], key))
+
+    def notes(self, source: Source | Stream) -> tuple[str, ...]:
+        """Where the model has more classes than the images."""
+        labels = source.label_range
+        if labels is None or labels[1] + 1 >= self.num_classes:
+            return ()
+        return (f"task.num_classes is {self.num_classes}, but the labels end at {labels[1]}",)
+
+    def meta_batch(self, size: int) -> dict[str, Tensor]:
+        """Images and labels without contents."""
+        labels = torch.empty(size, dtype=torch.int64, device="meta")
+        return {**meta_images(size, self.encoder.img_size), "labels": labels}
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
         images = self.normalise(batch["images"])
         if "erasing" in batch:
             erase(images, batch["erasing"])
@@ -88,13 +127,13 @@ class ClassifyTask:
         mixed = kept * weight * losses + (1 - kept) * weight.flip(0) * partners
         return mixed.sum() / weight.sum().clamp(min=1e-12)
 
-    def count(self, batch: dict[str, Any]) -> float:
+    def count(self, batch: Batch) -> float:
         return float(batch["weight"].sum())
 
-    def scores(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def scores(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
         return self.scores_and_predictions(forward, batch)[0]
 
-    def scores_and_predictions(self, forward: Forward, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    def scores_and_predictions(self, forward: Forward, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The scores, and the most likely class of each image, (B,) int64.
 
         batch["labels"]: (B,), or (B, L) where an image has up to L right classes, filled up with -1.  A prediction is
@@ -113,12 +152,9 @@ class ClassifyTask:
         }
         return scores, ranking[:, 0]
 
-    def features(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+    def features(self, forward: Forward, batch: Batch) -> Tensor:
         pooled: Tensor = forward(images=self.normalise(batch["images"]), features=True)
         return pooled
-
-    def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
-        raise AssertionError("classification has no picture")
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -3,85 +3,94 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from swinv2_train.config import Config, ConfigError, DataConfig, SimMIMConfig, pair
-from swinv2_train.data.transforms.crop import eval_crop, random_flip, random_resized_crop
+from swinv2_train.config import Config, ConfigError, SimMIMConfig, pair
+from swinv2_train.data.sample import Targets
+from swinv2_train.data.sources.base import Source
+from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.data.transforms.masks import simmim_mask
 from swinv2_train.models import SimMIM, multiply_adds
 from swinv2_train.models.simmim import local_statistics
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.report.pictures import grid
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import Normalise
-from swinv2_train.tasks.task import Forward
+from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
+from swinv2_train.tasks.task import Batch, Forward
 
 PICTURE_IMAGES = 8
 
 
-@dataclass(frozen=True)
-class SimMIMTransform:
+@dataclass(frozen=True, kw_only=True)
+class SimMIMTransform(ImageTransform):
     """A crop of the image and a random mask: {"images": uint8 (3, H, W), "mask": bool (H/p, W/p)}."""
 
-    data: DataConfig
-    img_size: tuple[int, int]
     patch_size: int
-    mask_unit_px: int
-    mask_ratio: float
-    train: bool
-    needs_label: bool = False
+    task: SimMIMConfig
 
-    def __call__(self, image: Tensor, label: int | None, rng: np.random.Generator) -> dict[str, Tensor]:
-        if self.train:
-            data = self.data
-            image = random_resized_crop(image, self.img_size, data.crop_scale, data.crop_ratio, data.interpolation, rng)
-            image = random_flip(image, data.hflip, rng)
-        else:
-            image = eval_crop(image, self.img_size, self.data)
-        mask = simmim_mask(self.img_size, self.mask_unit_px, self.patch_size, self.mask_ratio, rng)
-        return {"images": image, "mask": mask}
+    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Tensor]:
+        row = super().__call__(image, targets, rng)
+        mask = simmim_mask(self.img_size, self.task.mask_unit_px, self.patch_size, self.task.mask_ratio, rng)
+        return {**row, "mask": mask}
 
 
 class SimMIMTask:
     """Predict hidden squares of pixels from the rest of the image."""
 
-    has_picture = True
+    block_types = (SwinBlock,)
+    predictions = None
 
     def __init__(self, config: Config, task: SimMIMConfig, device: torch.device) -> None:
-        encoder = build_model(config.model, num_classes=0)
-        self.multiply_adds = multiply_adds(encoder)
-        stride = encoder.patch_size * 2 ** (len(encoder.depths) - 1)
+        self.encoder = build_model(config.model, num_classes=0)
+        self.multiply_adds = multiply_adds(self.encoder)
+        stride = self.encoder.patch_size * 2 ** (len(self.encoder.depths) - 1)
         try:
-            self.module = SimMIM(encoder, stride, task.norm_target)
+            self.module = SimMIM(self.encoder, stride, task.norm_target)
         except ValueError as error:
             raise ConfigError(f"task: {error}") from error
         self.normalise = Normalise(config.data.mean, config.data.std, device)
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
-            SimMIMTransform(
-                config.data, img_size, config.model.patch_size, task.mask_unit_px, task.mask_ratio, train=train
-            )
+            SimMIMTransform(config.data, img_size, train, patch_size=config.model.patch_size, task=task)
             for train in (True, False)
         )
 
-    def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+    @staticmethod
+    def preflight(task: SimMIMConfig) -> None:
+        """Nothing more than torch is needed."""
+
+    @staticmethod
+    def check_source(task: SimMIMConfig, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
+        """Images are all that is needed."""
+
+    def notes(self, source: Source | Stream) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def meta_batch(self, size: int) -> dict[str, Tensor]:
+        """Images and masks without contents."""
+        height, width = (side // self.encoder.patch_size for side in self.encoder.img_size)
+        mask = torch.empty(size, height, width, dtype=torch.bool, device="meta")
+        return {**meta_images(size, self.encoder.img_size), "mask": mask}
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
         return self._outputs(forward, batch)["loss"]
 
-    def count(self, batch: dict[str, Any]) -> float:
+    def count(self, batch: Batch) -> float:
         patches = batch["mask"].flatten(1).sum(dim=1)  # (B,)
         return float((patches * batch["weight"]).sum()) * self.module.encoder.patch_size**2
 
-    def scores(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def scores(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
         return {"val/loss": self._outputs(forward, batch)["loss"]}
 
-    def features(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+    def features(self, forward: Forward, batch: Batch) -> Tensor:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]))
         return outputs["features"]
 
-    def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
+    def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
         few = {name: batch[name][:PICTURE_IMAGES] for name in ("images", "mask", "weight")}
         outputs = self._outputs(forward, few)
         original = few["images"].to(outputs["reconstruction"].device)
@@ -97,7 +106,7 @@ class SimMIMTask:
         columns = [_hwc(images) for images in (original, masked, restored)]
         return grid(list(zip(*columns, strict=True)), ("original", "masked", "reconstructed"))
 
-    def _outputs(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _outputs(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = forward(
             images=self.normalise(batch["images"]), mask=batch["mask"], weight=batch["weight"]
         )

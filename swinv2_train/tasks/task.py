@@ -1,59 +1,106 @@
-"""What a model is trained to do: a batch in, a loss, scores and pictures out."""
+"""The protocol of a task: the module that is trained, and what a batch of its samples means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from swinv2_train.data.loading.loader import Transform
-from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.config import Config
+from swinv2_train.data.sources.base import Source
+from swinv2_train.data.sources.pipe import Stream
+from swinv2_train.models import SwinTransformerV2
+from swinv2_train.tasks.inputs import ImageTransform
+from swinv2_train.tasks.metrics import Metric
 
+Batch = dict[str, Any]
+"""What the loaders make of the transform's rows: tensors (B, ...), and "weight" (B,), 0 for an image that stands in."""
 Forward = Callable[..., Any]
 """An engine's forward or evaluate: keyword tensors in, the module's outputs out."""
+Picture = Callable[[Forward, Batch], np.ndarray]
+"""Something to look at, uint8 (H, W, 3), from a few images of a batch."""
+
+
+class Predictions(NamedTuple):
+    """For a task that names one class for each image, whose right class may come from a file too."""
+
+    num_classes: int
+    score: Callable[[Forward, Batch], tuple[Mapping[str, Metric], Tensor]]
+    """The scores, and the class that is named for each image, (B,) int64.
+
+    batch["labels"]: (B,), or (B, L) where an image has up to L right classes, filled up with -1.
+    """
 
 
 class Task(Protocol):
-    """The module that is trained, and what a batch of its samples means."""
+    """The module that is trained, and what a batch of its samples means.
+
+    What is asked before there is a module is asked of the class.  `task` is the section of the task's own class.
+    """
+
+    def __init__(self, config: Config, task: Any, device: torch.device) -> None: ...
+
+    @staticmethod
+    def preflight(task: Any) -> None:
+        """Raises ConfigError for what the task needs on this machine and does not find."""
+
+    @staticmethod
+    def check_source(task: Any, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
+        """Raises ConfigError for images, named by this key, whose targets are not the task's.
+
+        beside: other images, with their key, whose targets must mean the same.
+        """
 
     @property
-    def module(self) -> SwinTransformerV2 | SimMIM: ...
+    def module(self) -> nn.Module: ...
 
     @property
-    def train_transform(self) -> Transform: ...
+    def encoder(self) -> SwinTransformerV2:
+        """The module itself, or its child of this name beside what the task adds, which is named head or decoder.
+
+        By these names parameter groups know the layers, and weights of other tasks are told from the task's own.
+        """
 
     @property
-    def eval_transform(self) -> Transform: ...
+    def block_types(self) -> tuple[type[nn.Module], ...]:
+        """The blocks of which the module is mostly made: what is recomputed, compiled and gathered as one."""
+
+    @property
+    def train_transform(self) -> ImageTransform: ...
+
+    @property
+    def eval_transform(self) -> ImageTransform: ...
 
     @property
     def multiply_adds(self) -> int:
         """Of one image's forward pass."""
-        ...
 
-    def loss(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+    @property
+    def predictions(self) -> Predictions | None: ...
+
+    @property
+    def picture(self) -> Picture | None: ...
+
+    def meta_batch(self, size: int) -> dict[str, Tensor]:
+        """A training batch of so many images without contents, on the meta device."""
+
+    def notes(self, source: Source | Stream) -> Iterable[str]:
+        """What a user should know of the training images at the start."""
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """The loss of a training batch, () float32: the mean over its images, weighted by batch["weight"]."""
-        ...
 
-    def count(self, batch: dict[str, Any]) -> float:
+    def count(self, batch: Batch) -> float:
         """What the loss of a training batch is the mean over: its images or hidden pixels, weighted by batch["weight"].
 
         A batch that counts 0 has a loss of 0.
         """
-        ...
 
-    def scores(self, forward: Forward, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Weighted means over an evaluation batch, () each, by metric name (val/loss, ...)."""
-        ...
+    def scores(self, forward: Forward, batch: Batch) -> Mapping[str, Metric]:
+        """Of an evaluation batch, by metric name (val/loss, ...); the same names in every batch."""
 
-    def features(self, forward: Forward, batch: dict[str, Any]) -> Tensor:
+    def features(self, forward: Forward, batch: Batch) -> Tensor:
         """The encoder's mean-pooled, normed last map of a batch's whole images, (B, 8C) with four stages, float32."""
-        ...
-
-    @property
-    def has_picture(self) -> bool: ...
-
-    def picture(self, forward: Forward, batch: dict[str, Any]) -> np.ndarray:
-        """Something to look at, uint8 (H, W, 3), from a few images of a batch; for tasks that have pictures."""
-        ...

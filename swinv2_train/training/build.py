@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from swinv2_train.checkpoint import ema_note, load_checkpoint, newest_checkpoint
-from swinv2_train.config import ClassifyConfig, Config, ConfigError, is_pipe
+from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.command_line import read_run
 from swinv2_train.config.load import config_yaml
-from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps, check_classes, check_same_classes
+from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps
 from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
@@ -25,17 +25,19 @@ from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.kernels.dispatch import fused_problem
-from swinv2_train.monitoring.profiling import Trace
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.watchdog import Pulse
 from swinv2_train.runtime import record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
+from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
-from swinv2_train.training import loop
-from swinv2_train.training.garbage_collection import Garbage
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.initial_weights import Initial
+from swinv2_train.training.loop import Run
 from swinv2_train.training.lr_schedule import total_steps, warmup_steps
+from swinv2_train.training.monitor import Monitor
+from swinv2_train.training.position import Position
+from swinv2_train.training.saver import Saver
 
 MEMORY_KEYS = (
     "recompute",
@@ -59,14 +61,14 @@ def build_run(
     initial: Initial | None,
     pulse: Pulse | None = None,
     probe: Probe | None = None,
-) -> loop.Run:
+) -> Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
     initial: the weights that a new run starts from, where task.init_from names some.
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
-    engine = build_engine(task.module, param_groups, config, world, accumulation)
+    engine = build_engine(task.module, param_groups, config, world, accumulation, task.block_types)
     seed_everything(config.seed, world.rank)
     state: dict[str, Any] = {"step": 0, "images_seen": 0}
     if newest is not None:
@@ -94,31 +96,27 @@ def build_run(
     evaluation = None
     if shards[1] is not None:
         evaluation = EvalLoader(shards[1], config.data, task.eval_transform, micro_batch, world.rank, world.world_size)
-    labels = shards[0].label_range
-    if isinstance(config.task, ClassifyConfig) and labels and labels[1] + 1 < config.task.num_classes:
-        log.say(f"note: task.num_classes is {config.task.num_classes}, but the labels end at {labels[1]}")
+    for note in task.notes(shards[0]):
+        log.say(f"note: {note}")
     log.resume_at(state["step"])
     total = total_steps(config.train, shards[0].num_samples)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
-    return loop.Run(
+    pulse = pulse or Pulse()
+    position = Position(state["step"], state["images_seen"], loader, world.device, loader.bad_images_before)
+    saved_step = None if newest is None else position.step
+    return Run(
         config=config,
         world=world,
         task=task,
         engine=engine,
-        train_loader=loader,
+        position=position,
+        saver=Saver(config, world, engine, position, log, pulse, saved_step),
+        monitor=Monitor(config, world, position, total, task.multiply_adds, log, pulse),
         eval_loader=evaluation,
-        log=log,
+        probe=probe,
         accumulation_steps=accumulation,
         total_steps=total,
         warmup_steps=warmup_steps(config.optim.schedule, config.train, shards[0].num_samples),
-        step=state["step"],
-        images_seen=state["images_seen"],
-        saved_step=-1 if newest is None else state["step"],
-        bad_images=loader.bad_images_before,
-        pulse=pulse or Pulse(),
-        trace=Trace(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None,
-        garbage=Garbage(config.runtime.gc_every_steps),
-        probe=probe,
     )
 
 
@@ -156,8 +154,7 @@ def _identity(config: Config) -> dict[str, Any]:
     """What makes a run's weights: the task and the model without its memory policies."""
     settings = dataclasses.asdict(config.model)
     model = {f"model.{key}": value for key, value in settings.items() if key not in MEMORY_KEYS}
-    classes = {"task.num_classes": config.task.num_classes} if isinstance(config.task, ClassifyConfig) else {}
-    return {"task.name": config.task.name, **classes, **model}
+    return {"task.name": config.task.name, **config.task.identity(), **model}
 
 
 def make_run_dir(run_dir: Path) -> None:
@@ -178,22 +175,19 @@ def write_run_files(run_dir: Path, config: Config, world: World) -> None:
 def open_shards(config: Config, world: World) -> tuple[Source | Stream, Source | None]:
     """Where training and evaluation images come from; rank 0 lists and indexes what was not yet.  A pipe has no index.
 
-    Raises ConfigError for missing or damaged shards, and for labels that the task has no class for.
+    Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's.
     """
 
-    def open_one(key: str, pattern: str) -> Source:
+    def open_one(key: str, pattern: str, beside: tuple[str, Source] | None = None) -> Source:
         source = open_source(pattern, key, partial(print, flush=True), shard_cache(config.data))
-        if isinstance(config.task, ClassifyConfig):
-            check_classes(source, config.task.num_classes, key)
+        task_class(config.task).check_source(config.task, source, key, beside)
         return source
 
     def open_both() -> tuple[Source | Stream, Source | None]:
         keys, pattern, eval_pattern = ("data.shards", "data.eval_shards"), config.data.shards, config.data.eval_shards
         training = open_stream(pattern) if is_pipe(pattern) else open_one(keys[0], pattern)
-        evaluation = None if eval_pattern is None else open_one(keys[1], eval_pattern)
-        if isinstance(config.task, ClassifyConfig) and evaluation is not None and not isinstance(training, Stream):
-            check_same_classes(training, evaluation, keys)
-        return training, evaluation
+        beside = None if isinstance(training, Stream) else (keys[0], training)
+        return training, None if eval_pattern is None else open_one(keys[1], eval_pattern, beside)
 
     training, evaluation = on_main(world, open_both)
     return training, evaluation

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import read_run
 from swinv2_train.distributed import World, on_main
-from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.initial import without_values
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
+from swinv2_train.tasks.task import Task
 from swinv2_train.weights import Head, match_weights, read_weights, trained_windows
 
 
@@ -25,33 +24,32 @@ class Initial(NamedTuple):
     report: str
 
 
-def initial_weights(config: Config, module: nn.Module, world: World) -> Initial | None:
-    """The weights of task.init_from as the module wants them; nothing is read yet but names and shapes.
+def initial_weights(config: Config, task: Task, world: World) -> Initial | None:
+    """The weights of task.init_from as the task's module wants them; nothing is read yet but names and shapes.
 
     Raises ConfigError on every rank when they cannot be read or do not fit.
     """
-    task = config.task
-    if task.init_from is None:
+    init_from, init_head, matched = config.task.init_from, config.task.init_head, []
+    if init_from is None:
         return None
-    init_from, matched = task.init_from, []
 
     def match() -> str:
-        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in task.module.state_dict().items()}
         fixed: dict[str, Head] = {"auto": "auto", "fresh": "fresh"}
-        head = fixed.get(task.init_head, Path(task.init_head))
+        head = fixed.get(init_head, Path(init_head))
         try:
-            source = read_weights(init_from, task.init_format)
+            source = read_weights(init_from, config.task.init_format)
             weights, report = match_weights(source, shapes, head=head)
         except ConfigError as error:
             raise ConfigError(f"task.init_from: {error}") from error
         matched.append(weights)
-        return "\n".join([f"weights from {source.origin}: {report}", *other_windows(config, module)])
+        return "\n".join([f"weights from {source.origin}: {report}", *other_windows(config, task.encoder)])
 
     report = on_main(world, match)
     return Initial(matched[0] if matched else None, report)
 
 
-def other_windows(config: Config, module: nn.Module) -> list[str]:
+def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:
     """A warning where the position bias of task.init_from belongs to other windows than this model assumes.
 
     Known of our own runs and of Hugging Face directories; other files do not tell.
@@ -62,8 +60,6 @@ def other_windows(config: Config, module: nn.Module) -> list[str]:
     if runs:
         with without_values():
             theirs = build_model(read_run(runs[0]).model, num_classes=0).pretrained_window_sizes
-    encoder = module.encoder if isinstance(module, SimMIM) else module
-    assert isinstance(encoder, SwinTransformerV2)
     if theirs is None or theirs == encoder.pretrained_window_sizes:
         return []
     value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for rows, cols in theirs)

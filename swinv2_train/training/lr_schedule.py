@@ -19,7 +19,7 @@ def total_steps(config: TrainConfig, num_samples: int) -> int:
     """
     if config.max_steps is not None:
         return config.max_steps
-    assert config.epochs is not None, "the gate demands one of the two"
+    assert config.epochs is not None, "load_config demands one of the two"
     return max(1, _ceil(config.epochs * num_samples / config.global_batch_size))
 
 
@@ -30,7 +30,7 @@ def warmup_steps(config: ScheduleConfig, train: TrainConfig, num_samples: int) -
     """
     if config.warmup_steps is not None:
         return config.warmup_steps
-    assert config.warmup_epochs is not None, "the gate demands one of the two"
+    assert config.warmup_epochs is not None, "load_config demands one of the two"
     return _ceil(config.warmup_epochs * num_samples / train.global_batch_size)
 
 

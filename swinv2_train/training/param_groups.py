@@ -1,7 +1,7 @@
 """Parameter groups: which parameters decay, and with what share of the learning rate each one is trained.
 
 Works on official SwinV2 parameter names (``patch_embed.*``, ``layers.I.blocks.J.*``, ``layers.I.downsample.*``,
-``norm.*``, ``head.*``), alone or behind ``encoder.`` as in SimMIM.
+``norm.*``, ``head.*``), alone or behind ``encoder.``, as a module around an encoder names it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import highest
+from swinv2_train.distributed import highest, raise_together
 from swinv2_train.evaluation.scoring import Batch, fetch
 from swinv2_train.monitoring.watchdog import RANK_WAIT, Pulse
 from swinv2_train.runtime import StopRequest
@@ -63,11 +63,16 @@ class Feed:
         self._ready = Upcoming(state, micro_batches, copies, problem)
 
     def take(self) -> Upcoming:
-        """The step that is ready; where none is, it is made so.  Every rank must have prepared equally often."""
+        """The step that is ready; where none is, it is made so.  Every rank must have prepared equally often.
+
+        Raises on every rank what is wrong with the data of any.
+        """
         if self._ready is None:
             self.prepare()
         assert self._ready is not None
         ready, self._ready = self._ready, None
+        if ready.state == FAILED:
+            raise_together(ready.problem)
         return ready
 
     def look_again(self) -> None:

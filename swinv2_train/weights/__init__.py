@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swinv2_train.checkpoint import COMPLETE, find_checkpoint
 from swinv2_train.checkpoint import read_weights as read_checkpoint
@@ -79,7 +79,7 @@ def _is_run(path: Path) -> bool:
 
 @torch.no_grad()
 def load_weights(
-    module: SwinTransformerV2 | SimMIM,
+    module: nn.Module,
     path: str | Path,
     *,
     format: str | None = None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
-from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models import SimMIM, SwinTransformerV2, encoder_of
 from swinv2_train.storage.atomic import replacing
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import fill_safetensors
@@ -48,7 +48,7 @@ class Preprocessing:
 
 def check_huggingface(module: SwinTransformerV2 | SimMIM, preprocessing: Preprocessing | None) -> None:
     """ConfigError when transformers would compute something else, or could not build the model at all."""
-    model = module.encoder if isinstance(module, SimMIM) else module
+    model = encoder_of(module)
     if model.window_size[0] != model.window_size[1]:
         raise _refusal(f"window_size {model.window_size} (its windows are square)")
     if isinstance(module, SimMIM) and model.img_size[0] != model.img_size[1]:
@@ -106,7 +106,7 @@ def write_huggingface(
 
 def huggingface_config(module: SwinTransformerV2 | SimMIM, entries: Mapping[str, LazyTensor]) -> dict[str, Any]:
     """config.json of a model whose weights, by transformers' names, are entries."""
-    model = module.encoder if isinstance(module, SimMIM) else module
+    model = encoder_of(module)
     height, width = model.img_size
     if isinstance(module, SimMIM):
         architecture = "Swinv2ForMaskedImageModeling"

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.engine.materialize import allocate_shards
+from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
@@ -49,7 +50,7 @@ def build(world, config, seed):
     config.optim.no_decay = NO_DECAY
     with without_values():
         module = build_small()
-    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     if seed is not None:
         engine.initialise(InitialValues(module, seed))
     return engine
@@ -119,7 +120,7 @@ def test_a_model_with_values_on_some_parameters_only_is_an_error():
     config = toy_config("local")
     config.optim.no_decay = NO_DECAY
     with pytest.raises(AssertionError, match="parts of the module are on the meta device"):
-        build_engine(module, build_param_groups(module, config.optim), config, ONE, 1)
+        build_engine(module, build_param_groups(module, config.optim), config, ONE, 1, (SwinBlock,))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -168,13 +169,13 @@ def test_no_rank_ever_holds_the_model_whole(tmp_path):
 
         def shards():
             module = build_wide_without_values()
-            settings = deepspeed_json(config, world.world_size, 1, layer_sizes(module))
+            settings = deepspeed_json(config, world.world_size, 1, layer_sizes(module, (SwinBlock,)))
             allocate_shards(module, settings, torch.bfloat16, world.device)
             return module
 
         def engine(start):
             module = build_wide_without_values()
-            built = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+            built = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
             start(built)
             return built
 

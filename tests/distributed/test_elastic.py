@@ -54,7 +54,7 @@ def build(world, case, seed=0):
     for parameter in module.extra.parameters():
         parameter.data = parameter.data.bfloat16().float()
         parameter.requires_grad_(False)
-    return build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    return build_engine(module, build_param_groups(module, config.optim), config, world, 1, ())
 
 
 def contents(directory: Path) -> dict[str, tuple[torch.Tensor, ...] | float]:
@@ -142,7 +142,7 @@ def test_state_of_another_model_is_refused_by_names_and_shapes_on_all_ranks_befo
         module = build_toy(seed=1)
         module.head = torch.nn.Linear(16, 3)
         module.more = torch.nn.Parameter(torch.ones(2))
-        engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+        engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, ())
         before = full_state(engine)
         with pytest.raises(ConfigError) as caught:
             engine.load(tmp_path)

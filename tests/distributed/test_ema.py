@@ -205,7 +205,7 @@ def test_averages_begin_at_the_weights_where_a_state_has_none_and_can_be_dropped
 
 
 def test_averages_take_a_ranks_share_of_four_bytes_a_parameter():
-    """As planning/engine_memory.py counts them; nothing without optim.ema_decay."""
+    """As engine/deepspeed/memory.py counts them; nothing without optim.ema_decay."""
 
     def held(world):
         found = []

@@ -179,7 +179,7 @@ def test_local_engine_refuses_several_ranks():
     config = toy_config("local")
     with pytest.raises(ConfigError, match=r"engine\.name=local runs on one process, but there are 2"):
         build_engine(
-            module, build_param_groups(module, config.optim), config, World(0, 0, 2, 2, torch.device("cpu")), 1
+            module, build_param_groups(module, config.optim), config, World(0, 0, 2, 2, torch.device("cpu")), 1, ()
         )
 
 

@@ -75,7 +75,7 @@ def take_steps(world, name):
         task = build_task(config, world.device)  # drawn, in fake memory
         shapes = {key: tuple(p.shape) for key, p in task.module.named_parameters()}
         groups = build_param_groups(task.module, config.optim)
-        engine = build_engine(task.module, groups, config, world, 1)
+        engine = build_engine(task.module, groups, config, world, 1, task.block_types)
         rules = Rules(task.module)
         engine.initialise(rules)
         for _ in range(STEPS[name]):

@@ -72,7 +72,7 @@ def test_a_slow_rank_and_then_a_stopped_one_are_named_and_the_run_ends(shards, t
 
         def slow(run: loop.Run, *more: Any) -> Any:
             time.sleep(SLOW_SEC)
-            if run.step == 6:
+            if run.position.step == 6:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return take_step(run, *more)
 

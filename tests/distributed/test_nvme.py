@@ -10,6 +10,7 @@ from swinv2_train.engine import build_engine
 from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
@@ -39,7 +40,7 @@ def build_large(world, config, seed):
     settings = {"img_size": 32, "window_size": 4, "embed_dim": 256, "depths": (1, 2), "num_heads": (8, 16)}
     with without_values():
         module = SimMIM(swin_v2("demo", num_classes=0, pretrained_window_sizes=(0, 0), **settings), 8)
-    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     if seed is not None:
         engine.initialise(InitialValues(module, seed))
     return engine

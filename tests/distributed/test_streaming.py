@@ -13,9 +13,9 @@ import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
+from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.engine.state.consolidate import read_weights
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.training.param_groups import build_param_groups
@@ -36,7 +36,7 @@ def build(world, config, seed=0):
     module = build_toy(seed=seed)
     module.gain = torch.nn.Parameter(torch.ones(1))
     module.extra.requires_grad_(False)
-    return build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    return build_engine(module, build_param_groups(module, config.optim), config, world, 1, ())
 
 
 def expected_of(value, name, precision):
@@ -105,11 +105,11 @@ def test_loading_works_into_parameters_built_under_zero_init(precision):
     def run(world, sharded):
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
-        settings = deepspeed_json(config, world.world_size, 1, layer_sizes(build_toy()))
+        settings = deepspeed_json(config, world.world_size, 1, layer_sizes(build_toy(), ()))
         with deepspeed.zero.Init(config_dict_or_path=settings, enabled=sharded):
             module = build_toy()
         assert sharded == all(p.numel() == 0 for p in module.parameters())
-        engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+        engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, ())
         engine.load_full(wanted if world.is_main else None)
         state = full_state(engine)
         return state, train(engine, world, 3)
@@ -291,7 +291,7 @@ def test_no_rank_holds_more_than_a_few_parameters_while_weights_come_and_go(tmp_
         module = many_layers()
         config = toy_config(layer_decay=1.0)
         config.optim.no_decay = []
-        engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+        engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, ())
         state = {f"layers.{i}.weight": lazy(torch.empty(0), lambda i=i: torch.full((1024, 1024), i)) for i in range(32)}
         state = {name: entry._replace(shape=(1024, 1024)) for name, entry in state.items()}
 

@@ -8,6 +8,7 @@ import torch
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.engine import build_engine
 from swinv2_train.models import SimMIM, swin_v2
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
 from tests.support.one_rank import ONE
@@ -26,7 +27,7 @@ def simmim_steps(world, config):
     )  # fmt: skip
     module = SimMIM(encoder, 8)
     config.optim.no_decay = ["1d", ".bias", "cpb_mlp", "logit_scale", "mask_token"]
-    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1)
+    engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     generator = torch.Generator().manual_seed(1)
     history = []
     for _ in range(10):

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
+from swinv2_train.engine.model_sizes import layer_sizes
 from tests.support.harness import run_distributed, tree
 from tests.support.one_rank import ONE
 from tests.support.toy import DIM, batches, build, build_toy, full_state, part, save_state, toy_config, train
@@ -101,7 +101,7 @@ def test_selective_recomputation_gives_the_right_gradients_under_zero_3():
 
     def grad_norm(world, selective, memory_efficient):
         deepspeed = import_deepspeed()
-        settings = deepspeed_json(toy_config(micro=8), world.world_size, 1, layer_sizes(build_toy()))
+        settings = deepspeed_json(toy_config(micro=8), world.world_size, 1, layer_sizes(build_toy(), ()))
         settings["zero_optimization"]["memory_efficient_linear"] |= memory_efficient
         deepspeed.init_distributed(auto_mpi_discovery=False)
         with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -181,7 +181,7 @@ def test_round_robin_gradients_are_refused_because_masters_are_mixed_up():
         from deepspeed.utils import safe_get_full_fp32_param
 
         deepspeed = import_deepspeed()
-        settings = deepspeed_json(toy_config(stage=2), world.world_size, 1, layer_sizes(build_toy()))
+        settings = deepspeed_json(toy_config(stage=2), world.world_size, 1, layer_sizes(build_toy(), ()))
         settings["zero_optimization"] |= overrides["zero_optimization"]
         deepspeed.init_distributed(auto_mpi_discovery=False)
         module = build_toy()

@@ -38,7 +38,7 @@ def watched_run(config: Any) -> tuple[int, dict[int, Counter[str]]]:
     def watched(run: loop.Run, stop: StopRequest) -> bool:
         def note(message: Any, *where: Any, **more: Any) -> None:
             if "synchroniz" in str(message):
-                found.setdefault(run.step + 1, Counter())[place()] += 1
+                found.setdefault(run.position.step + 1, Counter())[place()] += 1
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")

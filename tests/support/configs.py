@@ -12,8 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from swinv2_train.config import Config
-from swinv2_train.config.command_line import compose_overrides, conf_dir
-from swinv2_train.config.load import known_keys, load_config
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.conf_dir import conf_dir
+from swinv2_train.config.keys import known_keys
+from swinv2_train.config.load import load_config
 
 
 def make_config(**sections: dict[str, Any]) -> Config:

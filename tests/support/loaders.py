@@ -10,6 +10,7 @@ import torch
 
 from swinv2_train.config import DataConfig
 from swinv2_train.data.loading.loader import TrainLoader
+from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
 from swinv2_train.data.transforms.masks import simmim_mask
@@ -22,20 +23,20 @@ class Transform:
     """A crop, a flip, a mask and the label, as the tasks do it."""
 
     def __init__(self, needs_label: bool = True) -> None:
-        self.needs_label = needs_label
+        self.needs = ("label",) if needs_label else ()
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         crop = random_resized_crop(image, (8, 8), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
         row = {"image": random_flip(crop, 0.5, rng), "mask": simmim_mask((8, 8), 2, 1, 0.6, rng)}
-        return {**row, "label": torch.tensor(label)} if self.needs_label else row
+        return {**row, "label": torch.tensor(targets["label"])} if self.needs else row
 
 
 class PixelsAndDraw(Transform):
     """The image's own pixels cut to 8 x 8, a random number and the label: what the crop of Transform would hide."""
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         row = {"image": image[:, :8, :8].contiguous(), "draw": torch.tensor(rng.random())}
-        return {**row, "label": torch.tensor(label)} if self.needs_label else row
+        return {**row, "label": torch.tensor(targets["label"])} if self.needs else row
 
 
 def train_loader(source: Source, config: DataConfig = CONFIG, **changes: Any) -> TrainLoader:

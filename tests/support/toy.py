@@ -130,7 +130,7 @@ def build(config: Config, world: Any, accumulation: int = 1, drop: float = 0.0, 
     if config.model.recompute != "none":
         apply_recompute(module, config.model.recompute, (ToyBlock,))
         config.model.recompute = "none"
-    return build_engine(module, build_param_groups(module, config.optim), config, world, accumulation)
+    return build_engine(module, build_param_groups(module, config.optim), config, world, accumulation, ())
 
 
 def full_state(engine: Any) -> dict[str, Tensor] | None:

@@ -6,12 +6,14 @@ import ast
 import configparser
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import swinv2_train
+from swinv2_train.config import TASKS
 
 PACKAGE = Path(swinv2_train.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -115,6 +117,14 @@ def test_models_import_torch_alone(path: Path) -> None:
     assert not foreign, f"{name(path)} imports {sorted(foreign)}"
 
 
+def test_engines_know_no_model() -> None:
+    """They are handed a module and the classes of its blocks, so that an engine trains any model."""
+    for path in FILES:
+        if room_of(path) == "engine":
+            known = [f"{m} (line {line})" for m, line in imports_of(path) if m.startswith("swinv2_train.models")]
+            assert not known, f"{name(path)} imports {', '.join(known)}"
+
+
 def test_data_does_not_know_torch_distributed() -> None:
     """The order of images is a function of plain numbers."""
     for path in FILES:
@@ -149,6 +159,17 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         visit(module, ())
 
 
+def test_a_task_is_known_by_its_type_in_its_own_files_alone() -> None:
+    """So that a new task is its schema class, its line in TASKS, its file in tasks/ and its YAML alone."""
+    tasks = {name for cls in TASKS.values() for name in (cls.__name__, cls.implementation.rpartition(":")[2])}
+    for path in FILES:
+        if room_of(path) == "tasks" or name(path) in ("config/schema.py", "config/__init__.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            words = {getattr(node, field, None) for field in ("id", "attr", "name")}
+            assert not words & tasks, f"{name(path)}:{getattr(node, 'lineno', '?')} knows {words & tasks}"
+
+
 def test_importing_every_module_does_nothing_visible() -> None:
     """No print, no change of the environment, no thread, no accelerator, and none of the slow packages."""
     modules = [module_of(path) for path in FILES]
@@ -177,3 +198,14 @@ def test_the_lines_that_people_grep_for_are_absent() -> None:
             )
             if isinstance(node, ast.Raise) and node.exc is not None:
                 assert "NotImplementedError" not in ast.dump(node.exc), f"{name(path)}:{node.lineno} a stub"
+
+
+def test_the_drawing_shows_these_layers() -> None:
+    """docs/architecture.md shows it to those who do not read tests."""
+    drawing = ET.parse(PACKAGE.parent / "docs" / "pictures" / "layers.svg")
+    drawn = {
+        text.text: int(layer.attrib["data-layer"])
+        for layer in drawing.iterfind(".//{*}g[@data-layer]")
+        for text in layer.iterfind("{*}text[@class='package']")
+    }
+    assert drawn == FLOORS

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.peers import import_timm
 from swinv2_train import export
 from swinv2_train.checkpoint import find_checkpoint, read_weights
 from swinv2_train.config import ConfigError
@@ -96,7 +95,8 @@ def test_a_pretraining_run_keeps_its_decoder_in_huggingface_and_is_refused_by_ti
 
 def test_other_peoples_weights_are_converted_without_a_run(tmp_path):
     """timm's file to Hugging Face, with the model section on the command line."""
-    timm = import_timm()
+    import timm
+
     sizes = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "num_classes": CLASSES}
     model = timm.models.swin_transformer_v2.SwinTransformerV2(img_size=SIZE, window_size=2, **sizes)
     torch.save(model.state_dict(), tmp_path / "timm.pth")

@@ -150,7 +150,7 @@ def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
     still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
     start = (*still, f"task.init_from={tmp_path / 'timm.pth'}")
     with pytest.raises(ConfigError, match=r"task.init_from: .*head.bias is \(6,\), the model has \(4,\); head=fresh"):
-        initial_weights(settings(*start), build_task(settings(), CPU).module, ONE)
+        initial_weights(settings(*start), build_task(settings(), CPU), ONE)
     for task, head in (("finetune", f"task.init_head={tmp_path / 'classes.txt'}"), ("simmim", "task.init_head=auto")):
         config = settings(*start, head, f"run_dir={tmp_path / task}", task=task)
         assert run_alone(config) == EXIT_DONE
@@ -175,7 +175,7 @@ def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settin
     cases = [(name, (*larger, *more), not more) for name in ("source", "hf") for more in ((), (right,))]
     for name, overrides, warned in [*cases, ("bare.pth", larger, False)]:
         config = settings(*overrides, f"task.init_from={tmp_path / name}")
-        initial = initial_weights(config, build_task(config, CPU).module, ONE)
+        initial = initial_weights(config, build_task(config, CPU), ONE)
         assert (f"{right} keeps its meaning" in initial.report) is warned, (name, overrides)
 
 
@@ -216,7 +216,7 @@ def test_lengths_of_a_run_come_from_its_epochs(build):
     """16 images in batches of 16: 3 steps, 2 of them (1.5 rounded up) warm-up; 2 ranks of 4 accumulate twice."""
     run, log = build(World(1, 1, 2, 2, torch.device("cpu")))
     assert (run.total_steps, run.warmup_steps, run.accumulation_steps) == (3, 2, 2)
-    assert (run.step, run.images_seen, run.saved_step, log.resumed) == (0, 0, -1, [0])
+    assert (run.position.step, run.position.images_seen, run.saver.saved_step, log.resumed) == (0, 0, None, [0])
     assert run.engine.settings[4] == 2
 
 
@@ -224,11 +224,11 @@ def test_a_resumed_run_stands_where_its_checkpoint_says(build):
     """Steps, images, data position and the newest save; lines after it leave the log."""
     world = ONE
     fresh, _ = build(world)
-    state = {"step": 2, "images_seen": 32, "data": fresh.train_loader.state_dict(32, 0)}
+    state = {"step": 2, "images_seen": 32, "data": fresh.position.loader.state_dict(32, 0)}
     run, log = build(world, Path("step_00000002"), state)
-    assert (run.step, run.images_seen, run.saved_step, log.resumed) == (2, 32, 2, [2])
-    first = next(iter(run.train_loader))["keys"]
-    skipped = [key for batch, _ in zip(fresh.train_loader, range(12), strict=False) for key in batch["keys"]]
+    assert (run.position.step, run.position.images_seen, run.saver.saved_step, log.resumed) == (2, 32, 2, [2])
+    first = next(iter(run.position.loader))["keys"]
+    skipped = [key for batch, _ in zip(fresh.position.loader, range(12), strict=False) for key in batch["keys"]]
     assert first == skipped[32:36]
     with pytest.raises(ConfigError, match="differs from the checkpoint's"):
         build(world, Path("step_00000002"), state | {"data": state["data"] | {"seed": 77}})

@@ -19,7 +19,7 @@ from swinv2_train.data.loading.batches import BatchRequest, EvalBatches, TrainBa
 from swinv2_train.data.loading.order import GlobalOrder, Location, rank_shards
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
-from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.sample import LABEL, Sample, SampleError, ShardError, Targets, example_targets
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
@@ -32,9 +32,10 @@ class Transform(Protocol):
     """A picklable function from one image to one batch row."""
 
     @property
-    def needs_label(self) -> bool: ...
+    def needs(self) -> tuple[str, ...]:
+        """Names of the targets without which a sample is damaged (data/sample.py)."""
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> Row:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> Row:
         """image: uint8 (3, H, W).  May raise SampleError."""
 
 
@@ -220,16 +221,6 @@ class EvalLoader:
         self._workers.close()
 
 
-def check_classes(manifest: Source, num_classes: int, key: str) -> None:
-    """Raises ConfigError when the shards have a label that the model has no class for."""
-    labels = manifest.label_range
-    if labels is not None and labels[1] >= num_classes:
-        raise ConfigError(
-            f"task.num_classes ({num_classes}) is too small: {key} has labels from {labels[0]} to {labels[1]}; set "
-            f"task.num_classes={labels[1] + 1} or more"
-        )
-
-
 def check_same_classes(first: Source, second: Source, keys: tuple[str, str]) -> None:
     """Raises ConfigError when both name their classes, and not alike: the same label would mean two things."""
     mine, theirs = first.classes, second.classes
@@ -255,7 +246,7 @@ def check_labels(manifest: Source, config: DataConfig, key: str, remedy: str) ->
 
 def _check_labels(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
     """A supervised run on unlabelled shards fails before its first step."""
-    if transform.needs_label:
+    if LABEL in transform.needs:
         remedy = "this task needs labels: sort the images into class folders, or choose task=simmim"
         check_labels(manifest, config, key, remedy)
 
@@ -320,7 +311,7 @@ class _Fetcher(Fetch):
     def memory(self, ahead: int) -> BatchMemory | None:
         nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
         try:
-            row = self.transform(nothing, 0 if self.transform.needs_label else None, np.random.default_rng(0))
+            row = self.transform(nothing, example_targets(self.transform.needs), np.random.default_rng(0))
         except SampleError:
             return None
         return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
@@ -363,9 +354,10 @@ class _Fetcher(Fetch):
         _, shard, index = location
         sample: Sample = self.reader.read(shard, index)
         try:
-            if sample.label is None and self.transform.needs_label:
-                raise SampleError(f"no readable label ({self.source.labels_from})")
-            return self.transform(decode_image(sample.image, sample.extension), sample.label, rng)
+            for name in self.transform.needs:
+                if name not in sample.targets:
+                    raise SampleError(f"no readable {name} ({self.source.labels_from})")
+            return self.transform(decode_image(sample.image, sample.extension), sample.targets, rng)
         except DecodeError as error:
             cause = f"{error}{self.reader.place(shard, index)}"
             raise SampleError(cause, sample.shard, sample.key) from error

@@ -20,7 +20,7 @@ from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.data.loading.loader import TrainLoader, Transform, accumulation_steps, check_bad_fraction
 from swinv2_train.data.loading.shared_memory import Batch
 from swinv2_train.data.loading.workers import Fetch, Row, Workers
-from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.sample import MEMBERS, Sample, SampleError, ShardError
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream, read_command
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
@@ -177,10 +177,11 @@ class _Fetcher(Fetch):
     def _row(self, sample: Sample) -> Row:
         if not sample.image:
             raise SampleError("an empty image" if sample.extension else "no image")
-        if sample.label is None and self.transform.needs_label:
-            raise SampleError("no readable label (.cls)")
+        for name in self.transform.needs:
+            if name not in sample.targets:
+                raise SampleError(f"no readable {name} (.{MEMBERS[name].suffix})")
         try:
-            return self.transform(decode_image(sample.image, sample.extension), sample.label, self._rng)
+            return self.transform(decode_image(sample.image, sample.extension), sample.targets, self._rng)
         except DecodeError as error:
             raise SampleError(str(error)) from error
 

@@ -14,12 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
-from swinv2_train.data.sample import ShardError
+from swinv2_train.data.sample import LABEL, LABEL_BYTES, MEMBERS, ShardError, read_label
 
 BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """In order of preference when one sample holds several (as webdataset's "jpg;jpeg;png;webp")."""
-LABEL_EXTENSION = "cls"
 LABEL_MISSING = -1
 """The sample has no .cls member."""
 LABEL_UNREADABLE = -2
@@ -27,7 +26,6 @@ LABEL_UNREADABLE = -2
 
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
-_LABEL_BYTES = 64  # a longer member is no number
 _REGULAR = (b"0", b"\0", b"7")
 _REMEDY = "fetch or write it again"
 
@@ -74,8 +72,9 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
                 preference = IMAGE_EXTENSIONS.index(extension)
                 if key not in images or preference < images[key][0]:
                     images[key] = (preference, offset, size)
-            elif extension == LABEL_EXTENSION:
-                labels[key] = parse_label(os.pread(fd, min(size, _LABEL_BYTES + 1), offset))
+            elif extension == MEMBERS[LABEL].suffix:
+                label = read_label(os.pread(fd, min(size, LABEL_BYTES + 1), offset))
+                labels[key] = LABEL_UNREADABLE if label is None else label
     finally:
         os.close(fd)
     if not keys:
@@ -91,14 +90,6 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
         extension = IMAGE_EXTENSIONS[preference] if preference >= 0 else ""
         index[row] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
     return index
-
-
-def parse_label(text: bytes) -> int:
-    """The content of a .cls member as a number, or LABEL_UNREADABLE."""
-    if len(text) > _LABEL_BYTES or not text.strip().isdigit():
-        return LABEL_UNREADABLE
-    label = int(text)
-    return label if label < 2**63 else LABEL_UNREADABLE
 
 
 class TarBytes(Protocol):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
     check_content,
@@ -238,7 +238,7 @@ class TarReader:
             raise ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk") from error
         if len(image) != size:
             raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
-        return Sample(key, image, extension.decode(), label if label >= 0 else None, name)
+        return Sample(key, image, extension.decode(), labelled(label), name)
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key, without reading it."""

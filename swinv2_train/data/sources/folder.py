@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import Unpacked, UnpackedReader, packing_order, place_of
 
@@ -264,7 +264,7 @@ class FolderReader(UnpackedReader):
         if len(image) != size:
             found = f"more than {size}" if len(image) > size else str(len(image))
             raise SampleError(f"{found} bytes, but {size} when the run started", self.folder.path, key)
-        return Sample(key, image, extension.lower(), label if label >= 0 else None, self.folder.path)
+        return Sample(key, image, extension.lower(), labelled(label), self.folder.path)
 
     def key(self, shard: int, index: int) -> str:
         """The path from the folder on, without the extension."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import Unpacked, UnpackedReader, packing_order, place_of
 
@@ -147,7 +147,7 @@ def _pyarrow() -> Any:
     except ImportError as error:
         raise ConfigError(
             "data sets of Hugging Face's `datasets` need pyarrow, which is not installed; "
-            "pip install 'swinv2_train[huggingface]', or name a folder of images or shards"
+            "pip install 'pyarrow>=16', or name a folder of images or shards"
         ) from error
     return pyarrow
 
@@ -210,7 +210,7 @@ class SavedDatasetReader(UnpackedReader):
         if not image:
             raise SampleError("an empty image", path, key)
         label, extension = int(self.dataset.labels[place]), os.path.splitext(file or "")[1][1:].lower()
-        return Sample(key, image, extension or "bin", label if label >= 0 else None, path)
+        return Sample(key, image, extension or "bin", labelled(label), path)
 
     def key(self, shard: int, index: int) -> str:
         """The number of the row."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from swinv2_train.data.sample import Sample, ShardError
+from swinv2_train.data.sample import Sample, ShardError, read_targets
 from swinv2_train.data.shards.pattern import expand_commands
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_EXTENSION, parse_label, tar_members
+from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, tar_members
 
 NOT_ELASTIC = (
     "warning: data.shards is a pipe, so this run is not elastic: a resume, on whatever number of processes, starts the "
@@ -31,7 +31,7 @@ class Stream:
     commands: tuple[str, ...]
     """One for each shard, without ``pipe:``."""
     num_samples = 0
-    """Not known; the gate demands that every length is given in steps."""
+    """Not known; load_config demands that every length is given in steps."""
     label_range = None
     """Not known; each label is looked at when it comes."""
 
@@ -72,8 +72,7 @@ def read_command(command: str) -> Iterator[Sample]:
 def _sample(raw: dict[str, Any], name: str) -> Sample:
     """The members that the index would choose."""
     extension = next((each for each in IMAGE_EXTENSIONS if each in raw), "")
-    label = parse_label(raw[LABEL_EXTENSION]) if LABEL_EXTENSION in raw else -1
-    return Sample(raw["__key__"], raw.get(extension, b""), extension, label if label >= 0 else None, name)
+    return Sample(raw["__key__"], raw.get(extension, b""), extension, read_targets(raw), name)
 
 
 class _Printed:

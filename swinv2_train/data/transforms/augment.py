@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swinv2_train.config import ClassifyConfig, ConfigError, mixes
+from swinv2_train.config import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,19 +31,19 @@ ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 """Share of the image, and height over width, of a box of random erasing: [low, high] (arXiv:1708.04896 section 4.1)."""
 
 
-def check_augment(task: ClassifyConfig) -> None:
-    """Load what the task draws its augmentation from.
+def check_augment(rand_augment: str | None, mixes: bool) -> None:
+    """Load what augmentation is drawn from: a policy of timm's, where one is named, and mixup, where images are mixed.
 
     Raises ConfigError where that is not installed, or where a policy draws more different operations than it has.
     """
-    if task.rand_augment is not None:
-        policy = _timm("auto_augment").rand_augment_transform(task.rand_augment)
+    if rand_augment is not None:
+        policy = _timm("auto_augment").rand_augment_transform(rand_augment)
         if policy.choice_weights is not None and policy.num_layers > len(policy.ops):  # drawn without replacement
             raise ConfigError(
-                f"task.rand_augment ({task.rand_augment}) draws {policy.num_layers} different operations of an image, "
+                f"task.rand_augment ({rand_augment}) draws {policy.num_layers} different operations of an image, "
                 f"but its weighted set has {len(policy.ops)}; use n{len(policy.ops)} or less"
             )
-    if mixes(task):
+    if mixes:
         _timm("mixup")
 
 
@@ -153,7 +153,7 @@ def erase(images: Tensor, boxes: Sequence[Erasing | None]) -> None:
 class Mixing:
     """Mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899) of each image with the one at its place from the end.
 
-    timm's Mixup in its mode "batch": one draw for the micro-batch.  The fields are keys of config.ClassifyConfig.
+    timm's Mixup in its mode "batch": one draw for the micro-batch.  The fields are keys of conf/task/classify.yaml.
     """
 
     mixup_alpha: float

@@ -1,6 +1,6 @@
 """How much DeepSpeed gathers and reduces together, derived from the sizes of a model's layers.
 
-A block (SwinBlock) is gathered and released as one, so it is the measure of all five numbers:
+A block is gathered and released as one, so it is the measure of all five numbers:
 
 | key | where it is null |
 |---|---|
@@ -17,23 +17,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
-
 from swinv2_train.config import EngineConfig
-from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.engine.model_sizes import LayerSizes
 
 REDUCE_AT_MOST = 100_000_000
-
-
-class LayerSizes(NamedTuple):
-    """What the numbers are derived from, in elements."""
-
-    largest_block: int
-    """Of the largest block, or of the largest layer outside of blocks where that is larger."""
-    largest_vector: int
-    """Of the largest parameter with one dimension (besides those of length 1) or in a position-bias MLP."""
-    small: int
-    """Of all parameters with at most largest_vector elements together."""
 
 
 class Buckets(NamedTuple):
@@ -44,24 +31,6 @@ class Buckets(NamedTuple):
     persistence_threshold: int
     max_reuse_distance: int
     max_live_parameters: int
-
-
-def layer_sizes(module: nn.Module) -> LayerSizes:
-    """The sizes of a module's layers; of one on the meta device or under ZeRO-3 too."""
-    numels = {name: _numel(parameter) for name, parameter in module.named_parameters()}
-    vectors = [
-        numels[name]
-        for name, parameter in module.named_parameters()
-        if "cpb_mlp" in name or max(getattr(parameter, "ds_shape", parameter.shape), default=1) == numels[name]
-    ]
-    blocks = [child for child in module.modules() if isinstance(child, SwinBlock)]
-    inside = {id(child) for block in blocks for child in block.modules()}
-    layers = [sum(_numel(p) for p in block.parameters()) for block in blocks]
-    layers += [
-        sum(_numel(p) for p in child.parameters(recurse=False)) for child in module.modules() if id(child) not in inside
-    ]
-    largest_vector = max(vectors, default=0)
-    return LayerSizes(max(layers), largest_vector, sum(n for n in numels.values() if n <= largest_vector))
 
 
 def buckets_of(config: EngineConfig, sizes: LayerSizes) -> Buckets:
@@ -75,7 +44,3 @@ def buckets_of(config: EngineConfig, sizes: LayerSizes) -> Buckets:
     )
     given = {key: getattr(config, key) for key in Buckets._fields}
     return derived._replace(**{key: value for key, value in given.items() if value is not None})
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -6,13 +6,13 @@ Nothing is left to DeepSpeed's defaults that changes what is computed; reference
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from swinv2_train.config import Config, ConfigError, EngineConfig
-from swinv2_train.engine.deepspeed.buckets import Buckets, LayerSizes, buckets_of
+from swinv2_train.config import Config, ConfigError, EngineConfig, did_you_mean
+from swinv2_train.engine.deepspeed.buckets import Buckets, buckets_of
+from swinv2_train.engine.model_sizes import LayerSizes
 
 # fmt: off
 KNOWN_KEYS = frozenset([
@@ -56,7 +56,7 @@ _NEEDS: dict[str, tuple[int, ...]] = {
 def check_engine(config: EngineConfig) -> None:
     """Raise ConfigError for what DeepSpeed accepts but computes wrongly, or cannot do.
 
-    Called by the entry points before any process group is touched; the gate has checked each key alone.
+    Called by every command that uses the engine before any process group is touched; each key alone is checked already.
     """
     if config.name == "local":
         if config.precision != "fp32":
@@ -225,8 +225,7 @@ def _merged(generated: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
         if key in _CLOSED:
             raise ConfigError(f"{where}: {_CLOSED[key]} instead")
         if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see DeepSpeed's configuration reference"
+            hint = did_you_mean(key, KNOWN_KEYS, otherwise="see DeepSpeed's configuration reference")
             raise ConfigError(f"{where} is no key that DeepSpeed reads (it would ignore it silently); {hint}")
         _add(merged, key, value, where)
     return merged

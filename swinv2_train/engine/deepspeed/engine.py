@@ -20,13 +20,13 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World, any_rank, broadcast_object, raise_together
 from swinv2_train.engine.adamw import adamw, avoid_compiler
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
-from swinv2_train.engine.deepspeed.buckets import layer_sizes
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.grad_norm import norm_read_once, skip_overflow_scan
 from swinv2_train.engine.deepspeed.pieces import swapped_pieces, zero_1_2_pieces, zero_3_pieces
 from swinv2_train.engine.deepspeed.startup import import_deepspeed, quick_initialize
 from swinv2_train.engine.local import persistent_buffers, sum_of_squares, to_device
 from swinv2_train.engine.materialize import Values, allocate, allocate_shards, has_no_values
+from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.engine.state.ema import WeightAverages
 from swinv2_train.engine.state.files import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
 from swinv2_train.engine.state.pieces import Piece, in_memory, plain_pieces, whole_pieces
@@ -42,9 +42,11 @@ class ZeroEngine:
         config: Config,
         world: World,
         accumulation_steps: int,
+        block_types: tuple[type[nn.Module], ...],
     ) -> None:
+        sizes = layer_sizes(module, block_types)
         settings = deepspeed_json(
-            config, world.world_size, accumulation_steps, layer_sizes(module), pin_memory=world.device.type != "cpu"
+            config, world.world_size, accumulation_steps, sizes, pin_memory=world.device.type != "cpu"
         )
         deepspeed = import_deepspeed()
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed looks for it there
@@ -53,9 +55,7 @@ class ZeroEngine:
             # Gather and release a block at a time: hooks on each of its 15 modules cost more than a small block itself.
             from deepspeed.utils import set_z3_leaf_modules
 
-            from swinv2_train.models.swin_v2 import SwinBlock
-
-            set_z3_leaf_modules(module, [SwinBlock], raise_if_not_found=False)
+            set_z3_leaf_modules(module, list(block_types), raise_if_not_found=False)
         if has_no_values(module):
             if config.engine.zero_stage == 3:
                 dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32

@@ -1,4 +1,4 @@
-"""Ranges of the gate that only classification has, and a schedule without a warm-up."""
+"""Ranges that only classification has, and a schedule without a warm-up."""
 
 from __future__ import annotations
 

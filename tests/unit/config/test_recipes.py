@@ -26,7 +26,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from swinv2_train.config import ClassifyConfig, Config, SimMIMConfig
-from swinv2_train.config.command_line import compose_argv, conf_dir
+from swinv2_train.config.command_line import compose_argv
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.models import SimMIM
 from swinv2_train.models.counts import count_parameters
 from swinv2_train.models.initial import without_values

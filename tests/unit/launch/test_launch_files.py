@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from swinv2_train.config.command_line import conf_dir
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.load import known_keys
 
 ROOT = Path(__file__).resolve().parents[3]

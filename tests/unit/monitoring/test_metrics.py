@@ -21,6 +21,7 @@ from swinv2_train.monitoring.metrics import (
     peak_memory_gib,
     ranks_where,
 )
+from tests.support.configs import composed
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -99,7 +100,7 @@ def test_confusion_counts_pairs_of_rows_that_count() -> None:
         counter.add(right, predicted, (weight > 0).float())
         for r, p, w in zip(right.tolist(), predicted.tolist(), weight.tolist(), strict=True):
             expected[r, p] += w > 0
-    confusion = counter.read(ALONE)
+    confusion = counter.read()
     dense = np.zeros((5, 5), int)
     dense[confusion.true, confusion.predicted] = confusion.count
     assert (dense == expected).all() and (confusion.count > 0).all()
@@ -112,7 +113,7 @@ def test_confusion_of_many_classes_is_sparse() -> None:
     """21,841 classes squared are 3.8 GB as int64; the largest code must not overflow either."""
     counter = ConfusionCounter(21841)
     counter.add(torch.tensor([21840, 0, 21840]), torch.tensor([21840, 21840, 21840]), torch.ones(3))
-    confusion = counter.read(ALONE)
+    confusion = counter.read()
     pairs = zip(confusion.true.tolist(), confusion.predicted.tolist(), confusion.count.tolist(), strict=True)
     assert list(pairs) == [(0, 21840, 1), (21840, 21840, 2)]
 
@@ -126,7 +127,7 @@ def test_confusion_joins_ranks_of_unequal_and_no_images(run_distributed) -> None
             counter.add(torch.tensor([7]), torch.tensor([7]), torch.zeros(1))
         for number in range(world.rank + 1 if world.rank != 1 else 0):
             counter.add(torch.tensor([number, 9]), torch.tensor([9 - number, 9]), torch.ones(2))
-        return counter.read(world)
+        return counter.read()
 
     for confusion in run_distributed(on_rank, 3):
         pairs = zip(confusion.true.tolist(), confusion.predicted.tolist(), confusion.count.tolist(), strict=True)
@@ -194,6 +195,14 @@ def test_peak_of_known_devices(name: str, precision: str, tflops: float) -> None
 )
 def test_an_unknown_device_or_precision_has_no_peak_rather_than_a_wrong_one(name: str, precision: str) -> None:
     assert peak_flops(name, precision) is None
+
+
+@pytest.mark.parametrize("file", ["a100_40gb", "a100_80gb", "h100", "h200", "rtx4090"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_mfu_and_the_planner_know_one_peak_of_a_card(file: str, precision: str) -> None:
+    """Two numbers for a card would give an MFU that no plan can reach, or the reverse."""
+    hardware = composed(["run_dir=unused", "data.shards=unused", f"hardware={file}"]).hardware
+    assert peak_flops(hardware.name, precision) == getattr(hardware, f"tflops_{precision}") * 1e12
 
 
 def test_mfu_is_useful_arithmetic_over_the_peak_of_all_devices() -> None:

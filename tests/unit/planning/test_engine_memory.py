@@ -10,8 +10,8 @@ import torch
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.deepspeed.buckets import LayerSizes
-from swinv2_train.planning.engine_memory import ModelSizes, engine_memory
+from swinv2_train.engine.build import engine_memory
+from swinv2_train.engine.model_sizes import LayerSizes, ModelSizes
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import LOADER, plan_memory
 from swinv2_train.tasks import build_task
@@ -43,7 +43,9 @@ def step_peak(world: World, overrides: list[str]) -> float:
     steps after the first two, because late frees and early gathers only ever add."""
     config = composed(*overrides)
     task = build_task(config, world.device)
-    engine = build_engine(task.module, build_param_groups(task.module, config.optim), config, world, 1)
+    engine = build_engine(
+        task.module, build_param_groups(task.module, config.optim), config, world, 1, task.block_types
+    )
     batch: dict[str, Any] = {
         "images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([1, 2]), "weight": torch.ones(2)
     }  # fmt: skip
@@ -74,7 +76,7 @@ def model_sizes_of(parameters: int, largest_parameter: int, largest_group: int, 
 
 
 def test_the_bytes_of_giant() -> None:
-    """GiB of one of 16 ranks, worked out by hand from the table in planning/engine_memory.py: N = 3.0e9."""
+    """GiB of one of 16 ranks, worked out by hand from the table in engine/deepspeed/memory.py: N = 3.0e9."""
     sizes = model_sizes_of(3_000_000_000, 50_000_000, 1_500_000_000, LayerSizes(200_000_000, 10_000, 1_000_000))
     expected = {
         "engine=zero1": 2 * 3 + 4 * 3 + 12 * 3 / 16,

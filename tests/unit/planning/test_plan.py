@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from swinv2_train.config import Config
-from swinv2_train.config.command_line import conf_dir
+from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
+from swinv2_train.engine.build import engine_memory
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning import trace as trace_module
-from swinv2_train.planning.engine_memory import engine_memory
 from swinv2_train.planning.hardware import complete
-from swinv2_train.planning.memory import BACKWARD, FORWARD, GIB, model_sizes, plan_memory, scale
+from swinv2_train.planning.memory import BACKWARD, FORWARD, model_sizes, plan_memory, scale
 from swinv2_train.planning.search import candidates
 from swinv2_train.planning.speed import pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import memory_warning, rough_bytes
-from swinv2_train.planning.trace import meta_batch, meta_task, trace_step
+from swinv2_train.planning.trace import meta_task, trace_step
+from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks import build_task
 from tests.support import configs
 from tests.support.live_bytes import allocated_peak
@@ -57,10 +58,10 @@ def composed(*overrides: str) -> Config:
 def allocated(config: Config) -> int:
     """The most that a real forward and backward pass has allocated on the CPU, by torch's own allocator."""
     task = build_task(config, torch.device("cpu"))
-    apply_recompute(task.module, config.model.recompute)
+    apply_recompute(task.module, config.model.recompute, task.block_types)
     batch: dict[str, Any] = {
         name: torch.zeros_like(tensor, device="cpu")
-        for name, tensor in meta_batch(config, config.train.micro_batch_size).items()
+        for name, tensor in task.meta_batch(config.train.micro_batch_size).items()
     }
     batch["weight"] += 1
     if "mask" in batch:
@@ -119,7 +120,7 @@ def test_autograd_holds_the_weights_whose_gradients_are_still_to_be_made() -> No
 def test_zero_3_gathers_ahead_no_more_than_is_still_to_come() -> None:
     """In the backward pass of stage 1, where the activations are, nearly all weights are done with."""
     config = composed(*TINY[:5], "train.micro_batch_size=1", "engine=zero3", "model.recompute=blocks", "hardware=cpu")
-    sizes = model_sizes(meta_task(config).module, config)
+    sizes = model_sizes(meta_task(config), config)
     engine, trace = engine_memory(config.engine, sizes, 2, 1, on_cpu=False), trace_step(config, 0)
     parts = {peak.place: engine.in_backward(trace, peak) for peak in trace.backward_peaks}
     stage_1 = sum(numel for place, numel in trace.gradients if place == "stage 1")
@@ -209,16 +210,16 @@ def test_the_rough_bound_is_above_the_plan() -> None:
         memory, _ = plan_memory(
             config, complete(config.hardware, 2, rates=False), 2 if config.engine.name != "local" else 1
         )
-        assert rough_bytes(config, meta_task(config).module) > memory.peak, overrides
+        assert rough_bytes(config, meta_task(config)) > memory.peak, overrides
 
 
 def test_the_start_warns_where_it_does_not_fit_and_is_silent_where_it_does() -> None:
     world = World(0, 0, 2, 2, torch.device("cpu"))
     large = composed("model=base", "train.micro_batch_size=32", "hardware=cpu", "hardware.memory_gib=4")
-    warning = memory_warning(large, world, meta_task(large).module)
+    warning = memory_warning(large, world, meta_task(large))
     assert warning is not None and "GiB more than" in warning and "\n" not in warning
     small = composed("model=demo", "task.mask_unit_px=8", "hardware=cpu")
-    assert memory_warning(small, world, meta_task(small).module) is None
+    assert memory_warning(small, world, meta_task(small)) is None
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

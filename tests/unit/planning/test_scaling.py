@@ -10,6 +10,7 @@ import pytest
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.engine.deepspeed.buckets import LayerSizes
+from swinv2_train.engine.model_sizes import ModelSizes
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning.communication import (
     GATHER,
@@ -23,7 +24,6 @@ from swinv2_train.planning.communication import (
     seconds,
     sent_by_card,
 )
-from swinv2_train.planning.engine_memory import ModelSizes
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.scaling import COUNTS, scaling_curve

@@ -78,7 +78,7 @@ def check_content(out: Path) -> None:
         for sample in read:
             number = int(sample.key.rsplit("_", 1)[1])
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image))), images[number])
-            assert sample.label == labels[number]
+            assert sample.targets.get("label") == labels[number]
         assert [sample.key for sample in read] != sorted(sample.key for sample in read)  # shuffled
 
 

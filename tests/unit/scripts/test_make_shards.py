@@ -67,7 +67,7 @@ def packed(pattern: str) -> dict[str, tuple[str, int | None, bytes]]:
     reader = TarReader(manifest)
     read = [reader.read(shard, i) for shard, count in enumerate(manifest.counts) for i in range(count)]
     assert len({sample.key for sample in read}) == len(read)
-    return {sample.key: (sample.extension, sample.label, sample.image) for sample in read}
+    return {sample.key: (sample.extension, sample.targets.get("label"), sample.image) for sample in read}
 
 
 def test_class_folders_become_labels_in_sorted_order_and_files_are_copied_byte_for_byte(tmp_path, capsys):

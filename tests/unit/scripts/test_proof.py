@@ -60,8 +60,10 @@ def test_a_share_of_the_labels_holds_as_many_of_each_class_and_grows_by_inclusio
         reader = TarReader(manifest, max_open=1)
         found = [reader.read(shard, index) for shard, count in enumerate(manifest.counts) for index in range(count)]
         for sample in found:
-            assert sample.label == int(sample.key[1:]) % 4 and sample.image == image_bytes(int(sample.key[1:]))
-        return {sample.key: sample.label for sample in found}
+            assert sample.targets.get("label") == int(sample.key[1:]) % 4 and sample.image == image_bytes(
+                int(sample.key[1:])
+            )
+        return {sample.key: sample.targets.get("label") for sample in found}
 
     one, ten, other = keys(1, 0), keys(10, 0), keys(10, 1)
     assert sorted(one.values()) == [0, 1, 2, 3]

@@ -118,11 +118,11 @@ def test_an_image_may_have_several_right_classes():
 def test_images_without_a_needed_label_are_cropped_alike():
     """Where a file names the right classes, the shards' own labels, right or wrong, are of no interest."""
     transform = classify().eval_transform
-    blind = dataclasses.replace(transform, needs_label=False)
+    blind = dataclasses.replace(transform, needs=())
     image, rng = random_images(1)[0], np.random.default_rng(0)
     for label in (None, 99, 3):
-        row = blind(image, label, rng)
-        assert row.keys() == {"images"} and torch.equal(row["images"], transform(image, 3, rng)["images"])
+        row = blind(image, {"label": label}, rng)
+        assert row.keys() == {"images"} and torch.equal(row["images"], transform(image, {"label": 3}, rng)["images"])
 
 
 def test_loss_of_bf16_logits_is_computed_in_float32():
@@ -138,10 +138,10 @@ def test_loss_of_bf16_logits_is_computed_in_float32():
 def test_label_without_a_class_is_an_error_of_the_sample(label, which):
     """cross_entropy would end on an index out of bounds, on a GPU without naming anything."""
     transform = getattr(classify(), which)
-    assert transform.needs_label
+    assert transform.needs == ("label",)
     with pytest.raises(SampleError, match=rf"label {label} is not within 0..9 \(task.num_classes\)"):
-        transform(random_images(1)[0], label, np.random.default_rng(0))
-    assert transform(random_images(1)[0], 9, np.random.default_rng(0))["labels"].item() == 9
+        transform(random_images(1)[0], {"label": label}, np.random.default_rng(0))
+    assert transform(random_images(1)[0], {"label": 9}, np.random.default_rng(0))["labels"].item() == 9
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -184,13 +184,13 @@ def test_training_crops_and_flips_as_configured_and_evaluation_does_neither(buil
     rng = np.random.default_rng(0)
     whole = ("data.crop_scale=[1,1]", "data.crop_ratio=[1,1]", "data.eval_crop_pct=1")
     always, never = build(*whole, "data.hflip=1"), build(*whole, "data.hflip=0")
-    assert torch.equal(always.train_transform(image, 3, rng)["images"], image.flip(-1))
-    assert torch.equal(never.train_transform(image, 3, rng)["images"], image)
+    assert torch.equal(always.train_transform(image, {"label": 3}, rng)["images"], image.flip(-1))
+    assert torch.equal(never.train_transform(image, {"label": 3}, rng)["images"], image)
     cropping = build("data.crop_scale=[0.2,0.3]", "data.hflip=1", "data.eval_crop_pct=1")
-    assert not torch.equal(cropping.train_transform(image, 3, rng)["images"], image.flip(-1))
-    assert torch.equal(cropping.eval_transform(image, 3, rng)["images"], image)
+    assert not torch.equal(cropping.train_transform(image, {"label": 3}, rng)["images"], image.flip(-1))
+    assert torch.equal(cropping.eval_transform(image, {"label": 3}, rng)["images"], image)
     large = random_images(1, (64, 64))[0]
-    central = build("data.eval_crop_pct=0.5").eval_transform(large, 3, rng)["images"]
+    central = build("data.eval_crop_pct=0.5").eval_transform(large, {"label": 3}, rng)["images"]
     assert torch.equal(central, large[:, 16:48, 16:48])
 
 
@@ -198,11 +198,11 @@ def test_training_crops_and_flips_as_configured_and_evaluation_does_neither(buil
 def test_squashed_evaluation_loses_nothing_of_the_image(build):
     """data.eval_crop=squash with eval_crop_pct=1: the official 384 px configurations, TEST.CROP False."""
     wide, rng = random_images(1, (32, 64))[0], np.random.default_rng(0)
-    whole = build("data.eval_crop=squash", "data.eval_crop_pct=1").eval_transform(wide, 3, rng)["images"]
+    whole = build("data.eval_crop=squash", "data.eval_crop_pct=1").eval_transform(wide, {"label": 3}, rng)["images"]
     assert torch.equal(whole, resize(wide, (32, 32), "bicubic"))
-    half = build("data.eval_crop=squash", "data.eval_crop_pct=0.5").eval_transform(wide, 3, rng)["images"]
+    half = build("data.eval_crop=squash", "data.eval_crop_pct=0.5").eval_transform(wide, {"label": 3}, rng)["images"]
     assert torch.equal(half, resize(wide, (64, 64), "bicubic")[:, 16:48, 16:48])
-    centre = build("data.eval_crop_pct=1").eval_transform(wide, 3, rng)["images"]
+    centre = build("data.eval_crop_pct=1").eval_transform(wide, {"label": 3}, rng)["images"]
     assert torch.equal(centre, wide[:, :, 16:48])
 
 
@@ -228,9 +228,9 @@ def test_count_is_what_the_loss_is_the_mean_over(build):
 def test_task_section_decides_what_is_trained():
     """SimMIM has an encoder without a head, the classifier one logit per class."""
     masked, labelled_task = simmim(), classify("task.num_classes=7")
-    assert isinstance(masked, SimMIMTask) and isinstance(masked.module, SimMIM) and masked.has_picture
+    assert isinstance(masked, SimMIMTask) and isinstance(masked.module, SimMIM) and masked.picture is not None
     assert not [name for name, _ in masked.module.named_parameters() if "head" in name]
-    assert isinstance(labelled_task, ClassifyTask) and not labelled_task.has_picture
+    assert isinstance(labelled_task, ClassifyTask) and labelled_task.picture is None
     assert labelled_task.module(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert labelled_task.multiply_adds > masked.multiply_adds > 0
 
@@ -243,9 +243,9 @@ def test_masks_have_the_configured_unit_and_share_and_follow_the_generator():
     """4 of 16 squares of 8 px, 2 x 2 patches each; labels are of no interest."""
     task = simmim("task.mask_unit_px=8", "task.mask_ratio=0.25")
     for transform in (task.train_transform, task.eval_transform):
-        assert not transform.needs_label
+        assert transform.needs == ()
         first, again, other = (
-            transform(random_images(1)[0], None, np.random.default_rng(seed))["mask"] for seed in (1, 1, 2)
+            transform(random_images(1)[0], {}, np.random.default_rng(seed))["mask"] for seed in (1, 1, 2)
         )
         assert first.shape == (8, 8) and first.sum() == 16
         squares = first.view(4, 2, 4, 2).float().mean(dim=(1, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import SampleError
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
+from swinv2_train.monitoring.watchdog import Pulse
 from swinv2_train.runtime import StopRequest
-from swinv2_train.training import loop
+from swinv2_train.training import loop, saver
+from swinv2_train.training.monitor import Monitor
+from swinv2_train.training.position import Position
+from swinv2_train.training.saver import Saver
 from tests.support.harness import run_distributed
 from tests.support.one_rank import ONE
 from tests.support.toy import toy_config
@@ -54,7 +59,6 @@ class Loader(list):
 class Task:
     """The loss and the score of a batch stand in it; a picture remembers the batch that it shows."""
 
-    has_picture = True
     multiply_adds = 1
 
     def __init__(self) -> None:
@@ -130,7 +134,7 @@ def saved(monkeypatch) -> list[tuple[int, dict[str, Any], Any]]:
 
         def finish(self) -> None: ...
 
-    monkeypatch.setattr(loop, "Save", Save)
+    monkeypatch.setattr(saver, "Save", Save)
     return found
 
 
@@ -142,24 +146,27 @@ def make_run(
     for key, value in (settings | train).items():
         setattr(config.train, key, value)
     losses = Loader(batch_of(float(i + 1), f"train{i}", i % 2) for i in range(accumulation * (total - step)))
+    position = Position(step, 16 * step, losses, world.device)
+    log, pulse, engine, task = Log(), Pulse(), Engine(), Task()
     return loop.Run(
-        config=config, world=world, task=Task(), engine=Engine(), train_loader=losses,
-        eval_loader=Loader([batch_of(3.0, "eval0"), batch_of(5.0, "eval1")]) if evaluation else None, log=Log(),
-        accumulation_steps=accumulation, total_steps=total, warmup_steps=0, step=step, images_seen=16 * step,
-        saved_step=step if step else -1,
+        config=config, world=world, task=task, engine=engine, position=position,
+        saver=Saver(config, world, engine, position, log, pulse, step or None),
+        monitor=Monitor(config, world, position, total, task.multiply_adds, log, pulse),
+        eval_loader=Loader([batch_of(3.0, "eval0"), batch_of(5.0, "eval1")]) if evaluation else None, probe=None,
+        accumulation_steps=accumulation, total_steps=total, warmup_steps=0,
     )  # fmt: skip
 
 
 def test_each_step_is_taken_and_logged_with_the_rate_of_the_steps_before_it(saved):
     """Step 0 has warmup_lr, the first step after the warm-up the peak: lr_at of the completed steps."""
-    run = make_run(6, log_every_steps=1)
-    run.warmup_steps, run.config.optim.lr = 2, 1.0
+    run = replace(make_run(6, log_every_steps=1), warmup_steps=2)
+    run.config.optim.lr = 1.0
     run.config.optim.schedule.name, run.config.optim.schedule.warmup_lr = "linear", 0.2
     assert loop.fit(run, StopRequest())
     assert run.engine.rates == pytest.approx([0.2, 0.6, 1.0, 0.75, 0.5, 0.25])
-    assert [run.log.lines[step]["train/lr"] for step in range(1, 7)] == run.engine.rates
-    again = make_run(6, step=4)
-    again.warmup_steps, again.config.optim = 2, run.config.optim
+    assert [run.monitor.log.lines[step]["train/lr"] for step in range(1, 7)] == run.engine.rates
+    again = replace(make_run(6, step=4), warmup_steps=2)
+    again.config.optim = run.config.optim
     loop.fit(again, StopRequest())
     assert again.engine.rates == pytest.approx([0.5, 0.25])
 
@@ -168,20 +175,20 @@ def test_what_happens_every_so_many_steps_also_happens_at_the_last(saved):
     """A run's last state is logged, evaluated, drawn and saved, whatever the periods are."""
     run = make_run(7, log_every_steps=3, eval_every_steps=2, picture_every_steps=5, checkpoint_every_steps=3)
     assert loop.fit(run, StopRequest())
-    assert run.log.steps_with("train/loss") == [1, 3, 6, 7]
-    assert run.log.steps_with("val/loss") == [2, 4, 6, 7]
-    assert run.log.pictures == [5, 7]
-    assert [step for step, _, _ in saved] == [3, 6, 7] == run.log.steps_with("checkpoint/stall_sec")
-    assert run.saved_step == 7 and run.train_loader.closed and run.eval_loader.closed
+    assert run.monitor.log.steps_with("train/loss") == [1, 3, 6, 7]
+    assert run.monitor.log.steps_with("val/loss") == [2, 4, 6, 7]
+    assert run.monitor.log.pictures == [5, 7]
+    assert [step for step, _, _ in saved] == [3, 6, 7] == run.monitor.log.steps_with("checkpoint/stall_sec")
+    assert run.saver.saved_step == 7 and run.position.loader.closed and run.eval_loader.closed
 
 
 def test_null_evaluates_at_the_end_only_and_without_shards_never(saved):
     run = make_run(4, eval_every_steps=None)
     loop.fit(run, StopRequest())
-    assert run.log.steps_with("val/loss") == [4]
+    assert run.monitor.log.steps_with("val/loss") == [4]
     run = make_run(4, evaluation=False, eval_every_steps=1)
     loop.fit(run, StopRequest())
-    assert run.log.steps_with("val/loss") == []
+    assert run.monitor.log.steps_with("val/loss") == []
 
 
 def test_keep_best_saves_at_every_evaluation_with_its_score(saved):
@@ -199,7 +206,10 @@ def test_images_and_position_count_on_from_where_the_run_resumed(saved):
     """images_seen is of all starts together; the checkpoint's data position is the same number."""
     run = make_run(5, step=3, log_every_steps=1)
     loop.fit(run, StopRequest())
-    assert run.images_seen == 80 and [run.log.lines[step]["images_seen"] for step in (4, 5)] == [64, 80]
+    assert run.position.images_seen == 80 and [run.monitor.log.lines[step]["images_seen"] for step in (4, 5)] == [
+        64,
+        80,
+    ]
     assert [(state["images_seen"], state["data"]) for _, state, _ in saved] == [(80, {"position": 80, "bad_images": 1})]
 
 
@@ -207,25 +217,25 @@ def test_logged_loss_is_the_mean_over_the_steps_micro_batches_and_skipped_images
     """Micro-batches of losses 1 and 2, then 3 and 4; one damaged sample in each step, counted since the start."""
     run = make_run(3, accumulation=2, log_every_steps=1)
     loop.fit(run, StopRequest())
-    assert [run.log.lines[step]["train/loss"] for step in (1, 2, 3)] == [1.5, 3.5, 5.5]
-    assert [run.log.lines[step]["data/skipped_images"] for step in (1, 2, 3)] == [1, 2, 3]
+    assert [run.monitor.log.lines[step]["train/loss"] for step in (1, 2, 3)] == [1.5, 3.5, 5.5]
+    assert [run.monitor.log.lines[step]["data/skipped_images"] for step in (1, 2, 3)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("loss_mean", "engine", "logged"), [("local", [2, 4], 3), ("global", [1, 6], 3.5)])
 def test_loss_of_a_step_is_the_mean_of_micro_batches_or_of_what_they_count(loss_mean, engine, logged, saved):
     """Losses 2 and 4 of 3 and 9 images: the engine, which takes the mean over micro-batches, gets them weighted."""
     run = make_run(1, accumulation=2, loss_mean=loss_mean, evaluation=False)
-    run.train_loader = Loader([batch_of(2.0, "a") | {"count": 3.0}, batch_of(4.0, "b") | {"count": 9.0}])
+    run.position.loader = Loader([batch_of(2.0, "a") | {"count": 3.0}, batch_of(4.0, "b") | {"count": 9.0}])
     loop.fit(run, StopRequest())
-    assert run.engine.losses == engine and run.log.lines[1]["train/loss"] == logged
+    assert run.engine.losses == engine and run.monitor.log.lines[1]["train/loss"] == logged
 
 
 def test_global_loss_where_nothing_counts_is_zero(saved):
     """Only stand-ins of damaged samples: losses of 0, and no division by their number."""
     run = make_run(1, accumulation=2, loss_mean="global", evaluation=False)
-    run.train_loader = Loader([batch_of(0.0, name) | {"count": 0.0} for name in "ab"])
+    run.position.loader = Loader([batch_of(0.0, name) | {"count": 0.0} for name in "ab"])
     loop.fit(run, StopRequest())
-    assert run.engine.losses == [0, 0] and run.log.lines[1]["train/loss"] == 0
+    assert run.engine.losses == [0, 0] and run.monitor.log.lines[1]["train/loss"] == 0
 
 
 def test_pictures_show_the_first_images_of_the_evaluation_or_else_of_the_step(saved):
@@ -260,8 +270,8 @@ def test_a_stop_ends_after_the_step_with_one_checkpoint_of_it(checkpoint_every_s
     run = make_run(9, checkpoint_every_steps=checkpoint_every_steps)
     run.engine.before_backward = lambda number: stop_at(stop, number, 2)
     assert loop.fit(run, stop) is False
-    assert [step for step, _, _ in saved] == [2] and run.step == 2 and run.images_seen == 32
-    assert run.train_loader.closed and run.eval_loader.closed
+    assert [step for step, _, _ in saved] == [2] and run.position.step == 2 and run.position.images_seen == 32
+    assert run.position.loader.closed and run.eval_loader.closed
 
 
 def test_a_stop_during_the_optimizers_step_ends_after_the_next_one(saved):
@@ -269,7 +279,7 @@ def test_a_stop_during_the_optimizers_step_ends_after_the_next_one(saved):
     stop = StopRequest()
     run = make_run(9)
     run.engine.before_step = lambda number: stop_at(stop, number, 2)
-    assert loop.fit(run, stop) is False and [step for step, _, _ in saved] == [3] and run.step == 3
+    assert loop.fit(run, stop) is False and [step for step, _, _ in saved] == [3] and run.position.step == 3
 
 
 def test_a_stop_before_the_first_step_of_a_resumed_run_saves_nothing(saved):
@@ -281,7 +291,7 @@ def test_a_time_limit_stops_like_a_signal(saved):
     run, stop = make_run(100), StopRequest(after_sec=0.5)
     run.engine.before_step = lambda number: time.sleep(0.1)
     assert loop.fit(run, stop) is False and stop.requested == "the time limit"
-    assert 1 <= run.step <= 6 and [step for step, _, _ in saved] == [run.step]
+    assert 1 <= run.position.step <= 6 and [step for step, _, _ in saved] == [run.position.step]
 
 
 def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
@@ -289,13 +299,13 @@ def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
 
     def stopped_at(world: World) -> tuple[int, list[int]]:
         steps: list[int] = []
-        loop.save = lambda run, score: steps.append(run.step)  # a fork's own
+        Saver.save = lambda saver, score: steps.append(run.position.step)  # a fork's own
         stop = StopRequest()
         run = make_run(9, world=world)
         if world.rank == 1:
             run.engine.before_backward = lambda number: stop_at(stop, number, 3)
         loop.fit(run, stop)
-        return run.step, steps
+        return run.position.step, steps
 
     assert run_distributed(stopped_at, 2, timeout_sec=30) == [(3, [3]), (3, [3])]
 
@@ -311,16 +321,21 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(saved):
     run.engine.before_step = fail
     with pytest.raises(loop.BadStepError, match=r"step 3 was not taken: .*is nan; .* checkpoint is of step 2"):
         loop.fit(run, StopRequest())
-    assert (run.step, run.images_seen, max(run.log.lines), [step for step, _, _ in saved]) == (2, 32, 2, [2])
+    assert (
+        run.position.step,
+        run.position.images_seen,
+        max(run.monitor.log.lines),
+        [step for step, _, _ in saved],
+    ) == (2, 32, 2, [2])
 
 
 def test_more_damaged_images_than_the_data_allow_end_the_run_when_they_are_counted(saved):
     """Over all ranks, at log lines and checkpoints; the count goes on from the starts before."""
     run = make_run(9, log_every_steps=1, evaluation=False)
-    run.bad_images = 2
+    run.position.bad_images = 2
     with pytest.raises(SampleError, match="4 of 64 images are damaged"):
         loop.fit(run, StopRequest())
-    assert run.log.lines[3]["data/skipped_images"] == 3
+    assert run.monitor.log.lines[3]["data/skipped_images"] == 3
 
 
 def test_damaged_samples_are_listed_with_their_step(saved, tmp_path):
@@ -346,15 +361,15 @@ def test_skipped_steps_count_their_images_and_too_many_in_a_row_end_the_run(bad,
 
     calls: list[int] = []
     run = make_run(8, evaluation=False, on_bad_step="skip", max_bad_steps=2)
-    run.train_loader = Loader(batch_of(1.0, f"train{i}") for i in range(8))
+    run.position.loader = Loader(batch_of(1.0, f"train{i}") for i in range(8))
     run.engine.before_step = fail
     if not taken:
         with pytest.raises(loop.BadStepError, match="step 5 was not taken"):
             loop.fit(run, StopRequest())
         return
     assert loop.fit(run, StopRequest())
-    assert (run.step, run.images_seen, len(run.engine.rates)) == (8, 128, 8 - len(bad))
-    assert run.log.steps_with("train/skipped_steps") == sorted(bad)
+    assert (run.position.step, run.position.images_seen, len(run.engine.rates)) == (8, 128, 8 - len(bad))
+    assert run.monitor.log.steps_with("train/skipped_steps") == sorted(bad)
 
 
 def test_going_back_without_a_checkpoint_ends_the_run(saved):
@@ -379,7 +394,10 @@ def test_damage_in_the_data_ends_the_run_with_its_own_message(where, saved):
         __iter__ = lambda self: damaged()  # noqa: E731
 
     run = make_run(3)
-    setattr(run, where, Damaged())
+    if where == "eval_loader":
+        run = replace(run, eval_loader=Damaged())
+    else:
+        run.position.loader = Damaged()
     with pytest.raises(ConfigError, match="image_7 is damaged"):
         loop.fit(run, StopRequest())
     assert saved == []

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.peers import import_timm
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.weights import Preprocessing, load_weights, read_weights, save_weights, trained_windows
@@ -259,7 +258,6 @@ def test_transformers_prepares_images_as_our_evaluation_does(tmp_path, squash, i
 
 
 def timm_model(num_classes: int = 7, **overrides):
-    import_timm()
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as Theirs
 
     model = Theirs(
@@ -284,7 +282,8 @@ def test_timms_own_state_gives_the_same_outputs(tmp_path, num_classes):
 @pytest.mark.parametrize("num_classes", [7, 0])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_timm_loads_our_export_and_gives_the_same_outputs(tmp_path, num_classes, suffix):
-    timm = import_timm()
+    import timm
+
     model = classifier(num_classes=num_classes, pretrained_window_sizes=(3, 3, 3, 3))
     (path,) = save_weights(model, tmp_path / f"ours{suffix}", "timm")
     theirs = timm.create_model(
@@ -297,7 +296,8 @@ def test_timm_loads_our_export_and_gives_the_same_outputs(tmp_path, num_classes,
 
 def test_timms_own_filter_reads_our_official_export(tmp_path):
     """timm converts official files when it loads them; ours must pass for one."""
-    timm = import_timm()
+    import timm
+
     model = classifier()
     (path,) = save_weights(model, tmp_path / "official.pth", "microsoft")
     theirs = timm.create_model(

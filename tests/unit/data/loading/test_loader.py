@@ -233,10 +233,10 @@ def test_what_a_transform_refuses_is_named_too(tmp_path):
     """A label out of range is known to the task alone, which does not know the sample."""
 
     class Refusing(Transform):
-        def __call__(self, image, label, rng):
-            if label == 2:
+        def __call__(self, image, targets, rng):
+            if targets["label"] == 2:
                 raise SampleError("label 2 is not within 0..1")
-            return super().__call__(image, label, rng)
+            return super().__call__(image, targets, rng)
 
     with pytest.raises(SampleError, match=r"t-00000\d.tar: sample 'k0\d\d': label 2 is not within 0..1; repair it"):
         list(islice(train_loader(make_shards(tmp_path, 20), transform=Refusing()), 5))

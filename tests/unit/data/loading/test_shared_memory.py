@@ -13,6 +13,7 @@ import torch
 
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.shared_memory import BatchMemory
+from swinv2_train.data.sample import Targets
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
 from tests.support.configs import make_config
 from tests.support.images import image_bytes
@@ -25,14 +26,14 @@ ROW = {"image": torch.zeros(3, 5, 5, dtype=torch.uint8), "label": torch.tensor(0
 class Transform:
     """The image and something random, of fixed shapes."""
 
-    needs_label = False
+    needs = ()
 
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return {"image": image[:, :8, :8], "mask": torch.from_numpy(rng.random(6) < 0.5)}
 
 
 class AsItIs(Transform):
-    def __call__(self, image: torch.Tensor, label: int | None, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return {"image": image}
 
 

@@ -38,7 +38,7 @@ def test_the_reader_returns_what_was_written_in_any_order_and_after_pickling(tmp
     reader = pickle.loads(pickle.dumps(TarReader(manifest, max_open=1)))
     for number in (9, 0, 5, 3, 8, 1):
         sample = reader.read(number // 4, number % 4)
-        assert (sample.key, sample.image, sample.extension, sample.label) == written[number]
+        assert (sample.key, sample.image, sample.extension, sample.targets.get("label")) == written[number]
         assert reader.key(number // 4, number % 4) == sample.key
     assert manifest.label_range == (0, 4) and manifest.unlabelled == (0, 0, 0)
 
@@ -60,7 +60,7 @@ def test_shards_of_plain_webdataset_are_read_with_pax_headers_and_several_extens
     reader = TarReader(manifest)
     read = [reader.read(0, number) for number in range(5)]
     assert [s.extension for s in read] == ["jpg", "png", "webp", "jpeg", "png"]
-    assert [s.label for s in read] == [0, 1, 2, 3, None]
+    assert [s.targets.get("label") for s in read] == [0, 1, 2, 3, None]
     assert read[1].key == long_key and read[1].image == image_bytes(1)
     assert manifest.unlabelled == (1,)
 
@@ -206,7 +206,7 @@ def test_samples_without_image_or_with_a_bad_label_are_known_from_the_index(tmp_
     manifest = open_manifest(str(write_plain_tar(tmp_path / "t.tar", members)))
     assert manifest.unlabelled == (1,) and manifest.label_range == (1, 2)
     reader = TarReader(manifest)
-    assert reader.read(0, 0).label is None
+    assert reader.read(0, 0).targets.get("label") is None
     with pytest.raises(SampleError, match="sample 'b': no image"):
         reader.read(0, 1)
     with pytest.raises(SampleError, match="sample 'c': an empty image"):

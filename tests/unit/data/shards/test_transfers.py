@@ -56,7 +56,7 @@ def read_all(manifest: Manifest) -> list[tuple[str, bytes, str, int | None]]:
     places = [(shard, i) for shard, count in enumerate(manifest.counts) for i in range(count)]
     found = [reader.read(*place) for place in places]
     reader.close()
-    return [(sample.key, sample.image, sample.extension, sample.label) for sample in found]
+    return [(sample.key, sample.image, sample.extension, sample.targets.get("label")) for sample in found]
 
 
 def test_shards_of_an_address_are_those_of_the_folder_behind_it(tmp_path, server):

@@ -15,13 +15,14 @@ import pytest
 
 from scripts import make_shards
 from swinv2_train.config import ConfigError
-from swinv2_train.data.loading.loader import EvalLoader, check_classes, check_same_classes
+from swinv2_train.data.loading.loader import EvalLoader, check_same_classes
 from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.data.sources import folder as folder_module
 from swinv2_train.data.sources import virtual_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.folder import open_folder
+from swinv2_train.tasks import task_class
 from swinv2_train.training.build import open_shards
 from tests.support.configs import composed
 from tests.support.images import image_bytes
@@ -98,7 +99,7 @@ def test_which_files_are_images_and_what_their_labels_are(tmp_path):
     source = open_folder(str(folder), progress=said.append)
     reader = pickle.loads(pickle.dumps(source)).open_reader()
     read = [reader.read(0, index) for index in range(source.num_samples)]
-    assert {sample.key: sample.label for sample in read} == {
+    assert {sample.key: sample.targets.get("label") for sample in read} == {
         "Z/w": 0, "a/far": 1, "a/near": 1, "b/deep/z": 2, "b/linked": 2, "b/y": 2, "b-2/x.v1": 3,
     }  # fmt: skip
     assert source.classes == ("Z", "a", "b", "b-2") and said[0].startswith("5 files and hidden folders of")
@@ -242,8 +243,9 @@ def test_classes_are_compared_between_two_sources_and_with_the_model(tmp_path):
     check_same_classes(one, open_source(str(write(tmp_path / "flat", ["1.png"]))), keys)
     with pytest.raises(ConfigError, match=r"data.shards has 3 classes, data.eval_shards 2 \(they differ in: b\)"):
         check_same_classes(one, other, keys)
+    two = composed(["task=classify", "task.num_classes=2", "model=demo", "run_dir=x", "data.shards=x"]).task
     with pytest.raises(ConfigError, match="data.shards has labels from 0 to 2; set task.num_classes=3"):
-        check_classes(one, 2, "data.shards")
+        task_class(two).check_source(two, one, "data.shards", None)
 
 
 def test_the_train_command_opens_folders_and_refuses_other_classes_before_it_trains(tmp_path):

@@ -66,7 +66,10 @@ def test_a_command_gives_what_the_index_would(folder):
     tar = folder / "t-000000.tar"
     subprocess.run(["gzip", "-k", str(tar)], check=True)
     for command in (f"cat {tar}", f"zcat {tar}.gz", f"cat {tar} | cat"):
-        found = [(sample.key, sample.image, sample.extension, sample.label) for sample in read_command(command)]
+        found = [
+            (sample.key, sample.image, sample.extension, sample.targets.get("label"))
+            for sample in read_command(command)
+        ]
         assert found == samples(3), command
 
 
@@ -80,7 +83,9 @@ def test_headers_of_every_kind_pass(tmp_path):
     ]  # fmt: skip
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = write_plain_tar(tmp_path / "t.tar", members, format=form)
-        found = [(each.key, each.image, each.extension, each.label) for each in read_command(f"cat {path}")]
+        found = [
+            (each.key, each.image, each.extension, each.targets.get("label")) for each in read_command(f"cat {path}")
+        ]
         assert found == [
             (f"{'long' * 40}/a", b"1", "jpg", 3),
             ("d/c", b"3", "jpg", None),

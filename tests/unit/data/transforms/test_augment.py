@@ -30,7 +30,6 @@ from swinv2_train.data.transforms import augment
 from swinv2_train.data.transforms.augment import (
     Erasing,
     Mixing,
-    check_augment,
     color_jitter,
     draw_erasing,
     erase,
@@ -38,6 +37,7 @@ from swinv2_train.data.transforms.augment import (
 )
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
+from swinv2_train.tasks.classify import ClassifyTask
 from swinv2_train.tasks.task import Task
 from swinv2_train.train import train
 from tests.support.configs import composed
@@ -200,7 +200,7 @@ def test_policy_of_which_timm_would_pass_over_a_part_is_refused(policy):
 
 def test_policy_that_draws_more_operations_than_it_has_is_refused_before_anything_is_made(tmp_path):
     """timm draws from its weighted sets without replacement, and would fail at the first image."""
-    check_augment(config_of("task.rand_augment=rand-n14-t3aw").task)
+    ClassifyTask.preflight(config_of("task.rand_augment=rand-n14-t3aw").task)
     config = config_of("task.rand_augment=rand-n15-t3aw", f"run_dir={tmp_path / 'run'}", "engine=local")
     with pytest.raises(ConfigError, match=r"\(rand-n15-t3aw\) draws 15 .* its weighted set has 14; use n14 or less"):
         train(config)
@@ -546,11 +546,13 @@ def test_augmentation_changes_no_crop_and_no_flip():
     plain = task_of(*UNMIXED, "task.rand_augment=null", "task.erasing_prob=0")
     full = task_of("task.rand_augment=rand-n0", "task.erasing_prob=1")
     for number in range(20):
-        one, other = (task.train_transform(image, 3, np.random.default_rng(number)) for task in (plain, full))
+        one, other = (
+            task.train_transform(image, {"label": 3}, np.random.default_rng(number)) for task in (plain, full)
+        )
         assert torch.equal(one["images"], other["images"])
         assert one.keys() == {"images", "labels"}
         assert other.keys() == {"images", "labels", "erasing", "mixing_seed"}
-    evaluated = [task.eval_transform(image, 3, np.random.default_rng(0)) for task in (plain, full)]
+    evaluated = [task.eval_transform(image, {"label": 3}, np.random.default_rng(0)) for task in (plain, full)]
     assert all(row.keys() == {"images", "labels"} for row in evaluated)
     assert torch.equal(evaluated[0]["images"], evaluated[1]["images"])
 
@@ -558,11 +560,11 @@ def test_augmentation_changes_no_crop_and_no_flip():
 def test_rand_augment_comes_before_jitter_and_both_after_the_crop():
     """timm's order, where both are asked for."""
     image, rng = picture(0, (50, 60)), np.random.default_rng(4)
-    cropped = task_of(*UNMIXED, "task.rand_augment=null", "task.erasing_prob=0").train_transform(image, 3, rng)[
-        "images"
-    ]
+    cropped = task_of(*UNMIXED, "task.rand_augment=null", "task.erasing_prob=0").train_transform(
+        image, {"label": 3}, rng
+    )["images"]
     expected = color_jitter(rand_augment(cropped, OFFICIAL, MEAN, "bicubic", rng), 0.4, rng)
-    both = task_of("task.color_jitter=0.4").train_transform(image, 3, np.random.default_rng(4))["images"]
+    both = task_of("task.color_jitter=0.4").train_transform(image, {"label": 3}, np.random.default_rng(4))["images"]
     assert torch.equal(both, expected) and not torch.equal(both, cropped)
 
 
@@ -599,8 +601,8 @@ def test_what_needs_no_timm_does_without(monkeypatch):
     with_keys = config_of()
     plain = config_of(*UNMIXED, "task.rand_augment=null", "task.color_jitter=0.4")
     without_timm(monkeypatch)
-    build_task(with_keys, CPU).eval_transform(picture(), 3, np.random.default_rng(0))
-    check_augment(plain.task)
-    build_task(plain, CPU).train_transform(picture(), 3, np.random.default_rng(0))
-    check_augment(config_of("task.mixup_prob=0", "task.rand_augment=null").task)
+    build_task(with_keys, CPU).eval_transform(picture(), {"label": 3}, np.random.default_rng(0))
+    ClassifyTask.preflight(plain.task)
+    build_task(plain, CPU).train_transform(picture(), {"label": 3}, np.random.default_rng(0))
+    ClassifyTask.preflight(config_of("task.mixup_prob=0", "task.rand_augment=null").task)
     assert augment._timm.cache_info().currsize == 0

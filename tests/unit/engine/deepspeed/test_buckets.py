@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swinv2_train.engine.deepspeed.buckets import Buckets, LayerSizes, buckets_of, layer_sizes
+from swinv2_train.engine.deepspeed.buckets import Buckets, buckets_of
+from swinv2_train.engine.model_sizes import LayerSizes, layer_sizes
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import without_values
+from swinv2_train.models.swin_v2 import SwinBlock
 from tests.support.toy import Toy, toy_config
 
 # The last stage's block is 12 C^2 weights and a little more: 12 x 768^2 = 7.08 M in tiny, 201.3 M in giant.
@@ -35,7 +37,7 @@ def test_sizes_of_the_published_models(size):
     """And with a bias table so small, what stays gathered is little beside what is sharded."""
     with without_values():
         model = swin_v2(size)
-    sizes = layer_sizes(model)
+    sizes = layer_sizes(model, (SwinBlock,))
     assert sizes == TABLE[size]
     assert sizes.small < 0.01 * sum(p.numel() for p in model.parameters())
     for name, parameter in model.named_parameters():
@@ -55,10 +57,10 @@ def test_a_layer_outside_of_blocks_may_be_the_largest():
     """A head for very many classes is gathered as one too."""
     with without_values():
         model = swin_v2("tiny", num_classes=21_841)
-    assert layer_sizes(model).largest_block == 768 * 21_841 + 21_841
+    assert layer_sizes(model, (SwinBlock,)).largest_block == 768 * 21_841 + 21_841
     with without_values():
         simmim = SimMIM(swin_v2("tiny", num_classes=0))
-    assert layer_sizes(simmim).largest_block == TABLE["tiny"][0]
+    assert layer_sizes(simmim, (SwinBlock,)).largest_block == TABLE["tiny"][0]
 
 
 def test_explicit_numbers_win_one_by_one():
@@ -68,5 +70,5 @@ def test_explicit_numbers_win_one_by_one():
 
 
 def test_any_module_has_sizes():
-    assert layer_sizes(Toy()) == (16 * 32 + 32, 32, sum(p.numel() for p in Toy().parameters() if p.numel() <= 32))
-    assert layer_sizes(torch.nn.Linear(2, 3, bias=False)) == (6, 0, 0)
+    assert layer_sizes(Toy(), ()) == (16 * 32 + 32, 32, sum(p.numel() for p in Toy().parameters() if p.numel() <= 32))
+    assert layer_sizes(torch.nn.Linear(2, 3, bias=False), ()) == (6, 0, 0)

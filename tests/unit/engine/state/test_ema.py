@@ -14,10 +14,10 @@ from swinv2_train.config import ConfigError, HardwareConfig
 from swinv2_train.config.command_line import compose_source
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine import NonFiniteError
+from swinv2_train.engine.memory import EMA
 from swinv2_train.engine.state.ema import SWAPPED_TOGETHER, WeightAverages
 from swinv2_train.export import parse
 from swinv2_train.monitoring.run_log import read_metrics
-from swinv2_train.planning.engine_memory import EMA
 from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.search import candidates

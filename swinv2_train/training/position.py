@@ -1,0 +1,59 @@
+"""Where a run stands: its step, its images, and the loader that goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swinv2_train.data.loading.loader import TrainLoader
+from swinv2_train.data.loading.pipe_loader import StreamLoader
+from swinv2_train.distributed import all_reduce_sum
+
+
+@dataclass
+class Position:
+    """What a checkpoint keeps of a run besides the engine's state."""
+
+    step: int
+    """Completed optimizer steps."""
+    images_seen: int
+    """Images of all completed steps, over all ranks."""
+    loader: TrainLoader | StreamLoader
+    """This rank's micro-batches from here on."""
+    device: torch.device
+    """Where the ranks' numbers are added up."""
+    bad_images: int = 0
+    """Damaged samples of the run over all ranks and starts, when they were last counted."""
+    _uncounted: int = 0  # those of this rank since then
+
+    def advance(self, num_images: int, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """A step was completed: num_images of all ranks, of which micro_batches were this rank's."""
+        self.step += 1
+        self.images_seen += num_images
+        self._uncounted += sum(batch["num_bad"] for batch in micro_batches)
+
+    def count_bad_images(self) -> None:
+        """Add what all ranks met since the last count.  Collective.
+
+        Raises SampleError on every rank when that is more than data.max_bad_fraction allows.
+        """
+        found = torch.tensor(float(self._uncounted), device=self.device)
+        self.bad_images += int(all_reduce_sum(found))
+        self._uncounted = 0
+        self.loader.check_bad_images(self.bad_images, self.images_seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able, for a checkpoint.  Collective, as the damaged samples are counted first."""
+        self.count_bad_images()
+        data = self.loader.state_dict(self.images_seen, self.bad_images)
+        return {"step": self.step, "images_seen": self.images_seen, "data": data}
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        """Return to what state_dict() gave at an earlier step."""
+        self.step, self.images_seen = state["step"], state["images_seen"]
+        self.loader = self.loader.restarted(self.images_seen)
+        self.loader.check_state(state["data"])
+        self.bad_images, self._uncounted = self.loader.bad_images_before, 0
