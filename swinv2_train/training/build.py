@@ -88,8 +88,8 @@ def build_run(
     if config.model.attention == "fused" and (problem := without_fused(task.module, world)) is not None:
         log.say(f"note: model.attention (fused) is not used: {problem}; the reference serves")
     loader = build_train_loader(
-        sources.training, config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
-        state["images_seen"],
+        sources.training, config.data, task.train_transform, config.seed, batch, micro_batch,
+        world.rank, world.world_size, state["images_seen"],
     )  # fmt: skip
     if newest is not None:
         loader.check_state(state["data"])
