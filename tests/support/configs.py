@@ -43,8 +43,8 @@ def composed(overrides: Sequence[str]) -> Config:
     parse, and keys that there are not, go through compose_overrides, for its message.
     """
     values = [override for override in overrides if override.partition("=")[0] in _keys()]
-    tree = copy.deepcopy(_files(tuple(override for override in overrides if override not in values)))
     try:
+        tree = copy.deepcopy(_files(tuple(override for override in overrides if override not in values)))
         for override in OverridesParser.create().parse_overrides(values):
             OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
     except Exception:  # noqa: BLE001  whatever it is, a user gets another message for it

@@ -205,9 +205,9 @@ def build(settings, shards, monkeypatch):
         monkeypatch.setattr(building, "load_checkpoint", lambda *arguments: state)
         monkeypatch.setattr(building, "ema_note", lambda *_: None)  # there is no checkpoint on disk
         task = build_task(config, torch.device("cpu"))
-        manifests = tuple(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards)
+        sources = building.Sources(*(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards))
         log = SilentLog()
-        return building.build_run(config, world, task, [], manifests, log, newest, None), log
+        return building.build_run(config, world, task, [], sources, log, newest, None), log
 
     return build_run
 
