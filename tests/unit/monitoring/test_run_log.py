@@ -54,6 +54,7 @@ def make_log(run_dir: Path, wandb: str = "disabled", is_main: bool = True, progr
 
 
 def run_script(body: str, run_dir: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run PRELUDE and body in a fork; more: variables of its environment."""
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     return finished(forked_code(PRELUDE + body, str(run_dir), environment=more, **pipes))
 
@@ -233,7 +234,8 @@ log.metrics(1, 64, {"train/loss": 1.0})
 log.close()
 assert "wandb" not in sys.modules
 """
-    done = run_script(body, tmp_path)
+    command = [sys.executable, "-c", PRELUDE + body, str(tmp_path)]  # a new interpreter: this one has imported wandb
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "wandb").exists()
 

@@ -59,7 +59,12 @@ def step_peak(world: World, overrides: list[str]) -> float:
     return min(allocated_peak(step) for _ in range(3)) / 2**20
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+QUICK = ("zero1", "zero3 blocks")  # gathers, buckets and copies; each costs 11 s of CPU
+
+
+@pytest.mark.parametrize(
+    "engine", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
+)
 def test_a_step_takes_what_the_formulas_say(engine: str) -> None:
     """Gradients, buckets, live weights, and copies over a model whose activations are small."""
     config = composed(*ENGINES[engine])

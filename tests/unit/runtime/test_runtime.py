@@ -28,6 +28,7 @@ from swinv2_train.runtime import (
     set_threads,
 )
 from swinv2_train.storage.atomic import replace_text
+from tests.support.processes import forked_code
 
 
 def draw() -> tuple[float, float, float]:
@@ -97,7 +98,7 @@ with StopRequest() as stop:
     print("saved after", stop.requested, flush=True)
 sys.exit(EXIT_STOPPED)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = forked_code(code, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
@@ -115,7 +116,7 @@ lock.acquire()
 print("locked", flush=True)
 time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = forked_code(code, str(tmp_path), stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "locked\n"
     with RunDirLock(tmp_path, wait_sec=0.2) as lock:
         with pytest.raises(BlockingIOError, match="is in use by another run; end that first"):
