@@ -21,7 +21,7 @@ from tests.support.commands import SMALL
 from tests.support.configs import composed
 from tests.support.harness import run_distributed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 HANG_SEC = 4.0
 SLOW_SEC = 0.1
 

@@ -23,7 +23,7 @@ from swinv2_train.data.sources import virtual_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.folder import open_folder
 from swinv2_train.tasks import task_class
-from swinv2_train.training.build import open_shards
+from swinv2_train.training.build import open_sources
 from tests.support.configs import composed
 from tests.support.images import image_bytes
 from tests.support.loaders import CONFIG, Transform, rows, train_loader
@@ -252,9 +252,9 @@ def test_the_train_command_opens_folders_and_refuses_other_classes_before_it_tra
     train, val = write(tmp_path / "train", ["a/1.png", "b/2.png"]), write(tmp_path / "val", ["a/1.png", "x/3.png"])
     task = ("task=classify", "task.num_classes=2", "model=demo", "run_dir=x", f"data.shards={train}")
     alone = ONE
-    training, evaluation = open_shards(composed([*task, f"data.eval_shards={train}"]), alone)
+    training, evaluation = open_sources(composed([*task, f"data.eval_shards={train}"]), alone)
     assert training.num_samples == 2 and evaluation is not None and evaluation.label_range == (0, 1)
     with pytest.raises(ConfigError, match=r"data.eval_shards 2 \(they differ in: b, x\)"):
-        open_shards(composed([*task, f"data.eval_shards={val}"]), alone)
+        open_sources(composed([*task, f"data.eval_shards={val}"]), alone)
     with pytest.raises(ConfigError, match="task.num_classes .1. is too small: data.shards"):
-        open_shards(composed([*task, "task.num_classes=1"]), alone)
+        open_sources(composed([*task, "task.num_classes=1"]), alone)
