@@ -189,7 +189,8 @@ def test_a_task_from_outside_trains_under_zero_3_and_is_planned_and_evaluated(re
     for ranks in (1, 2):
         line = evaluated(capfd, f"run_dir={run_dir}", ranks=ranks)
         assert line["images"] == 7 and {name: line[name] for name in scores} == pytest.approx(scores, rel=1e-5)
-    assert trace_step(config, 0.0).num_parameters == sum(p.numel() for p in _task(config).module.parameters())
+    parameters = sum(parameter.numel() for parameter in _task(config).module.parameters())
+    assert run_distributed(lambda _: trace_step(config, 0.0).num_parameters, 1) == [parameters]
     for run, wrong, message in (
         ("run", "task.levels=2", "holds a run with task.levels=3, but this command has task.levels=2"),
         ("run", "task.levels=1", "task.levels (1) must be at least 2"),
