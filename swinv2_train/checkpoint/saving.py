@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from swinv2_train.checkpoint.finding import COMPLETE, UNFINISHED, complete_checkpoints, remove_unfinished
 from swinv2_train.checkpoint.random_states import random_states
 from swinv2_train.distributed import World, raise_together
+from swinv2_train.storage.atomic import replace_text
 from swinv2_train.storage.durable import Sum, sync_folder, write_durably
 
 _PARTS = "parts"
@@ -166,8 +167,7 @@ class Save:
         for folder in (self._unfinished / "engine", self._unfinished / "rng"):
             sync_folder(folder)
         part = self._unfinished / _PARTS / f"rank_{self._world.rank:04d}.json"
-        write_durably(part.with_suffix(".unfinished"), [json.dumps(sums).encode()])
-        os.replace(part.with_suffix(".unfinished"), part)
+        replace_text(part, json.dumps(sums))
         del self._snapshot  # and its memory
 
     def _commit(self) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from swinv2_train.config import LogConfig
 from swinv2_train.monitoring.console import Console, Progress, open_console
 from swinv2_train.runtime import git_commit
-from swinv2_train.storage.atomic import replace_text
+from swinv2_train.storage.atomic import replace_text, replacing
 
 __all__ = ["Console", "RunLog", "open_console", "read_metrics"]
 
@@ -100,9 +100,8 @@ class RunLog:
         )
         path = self.run_dir / "pictures" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        Image.fromarray(array).save(temporary, format="PNG")
-        temporary.replace(path)
+        with replacing(path) as file:
+            Image.fromarray(array).save(file, format="PNG")
         if self._wandb is not None:
             self._wandb.put({"step": step, f"pictures/{name}": array})
         return path

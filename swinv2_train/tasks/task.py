@@ -59,7 +59,10 @@ class Task(Protocol):
 
     @property
     def encoder(self) -> SwinTransformerV2:
-        """The module itself or its child `encoder`, by whose name parameter groups and weights find its layers."""
+        """The module itself, or its child of this name beside what the task adds, which is named head or decoder.
+
+        By these names parameter groups know the layers, and weights of other tasks are told from the task's own.
+        """
 
     @property
     def block_types(self) -> tuple[type[nn.Module], ...]:

@@ -47,7 +47,11 @@ def export(config: Config, request: Request) -> list[Path]:
     source = read_weights(path, request.weights_format, averaged=request.ema)
     with without_values():
         module = build_task(config, torch.device("cpu")).module
-    assert isinstance(module, SwinTransformerV2 | SimMIM)
+    if not isinstance(module, SwinTransformerV2 | SimMIM):
+        raise ConfigError(
+            f"task.name ({config.task.name}) has a model that no format holds, neither a classifier nor SimMIM; load "
+            "its checkpoint with swinv2_train.weights.read_weights"
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights, _ = match_weights(source, shapes)
     data = config.data

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swinv2_train.config import ConfigError
 from swinv2_train.storage.lazy_tensors import LazyTensor
+from swinv2_train.storage.safetensors_files import DTYPES
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "net", "model_ema", "state_dict_ema")
 """Keys under which training programs keep the weights, the first that is there is read."""
@@ -34,11 +35,6 @@ HUGGINGFACE_FILES = (
     "pytorch_model.bin.index.json",
 )
 """What a Hugging Face directory may hold, in the order in which transformers looks."""
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class WeightFile(NamedTuple):
@@ -128,7 +124,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     with _safetensors_errors(path), safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  the file is no mapping
             part = file.get_slice(name)
-            dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+            dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise ConfigError(f"{path}: {name} is {part.get_dtype()}; save it as float32, float16 or bfloat16")
             entries[name] = LazyTensor(tuple(part.get_shape()), dtype, _bound(read, name))

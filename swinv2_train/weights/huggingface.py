@@ -15,7 +15,7 @@ from typing import Any
 
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2, encoder_of
-from swinv2_train.storage.atomic import replacing
+from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import fill_safetensors
 from swinv2_train.weights.files import HUGGINGFACE_FILES
@@ -95,10 +95,10 @@ def write_huggingface(
     if preprocessing is not None:
         texts["preprocessor_config.json"] = preprocessor_config(preprocessing)
     with contextlib.ExitStack() as stack:  # which ends in reverse: the weights take their name last
-        fill_safetensors(stack.enter_context(replacing(weights)), entries)
+        fill_safetensors(stack.enter_context(replacing_output(weights)), entries)
         for name, content in texts.items():
             text = json.dumps(content, indent=2) + "\n"
-            stack.enter_context(replacing(directory / name)).write(text.encode())
+            stack.enter_context(replacing_output(directory / name)).write(text.encode())
         for outdated in (weights, directory / "preprocessor_config.json"):
             outdated.unlink(missing_ok=True)
     return [weights, *(directory / name for name in texts)]

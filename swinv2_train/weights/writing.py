@@ -1,7 +1,6 @@
 """Writing weight files one tensor at a time, complete or absent.
 
-The safetensors library's own ``save_file`` wants every tensor at once, which for the largest models is more than a
-process has; the format itself (a length, a JSON header, the tensors' bytes) asks for one at a time only.
+torch's own ``save`` wants every tensor at once; those that it gets here are mapped from a file.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swinv2_train.storage.atomic import replacing
+from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.storage.lazy_tensors import LazyTensor
-from swinv2_train.storage.safetensors_files import _layout, fill_safetensors
+from swinv2_train.storage.safetensors_files import PYTORCH, fill_safetensors, safetensors_header
 
 
 def write_torch(path: Path, entries: Mapping[str, LazyTensor]) -> None:
@@ -25,10 +24,10 @@ def write_torch(path: Path, entries: Mapping[str, LazyTensor]) -> None:
 
     The file appears under its name when it is complete and on disk.  Raises ConfigError when path cannot be written.
     """
-    with replacing(path) as unfinished, tempfile.TemporaryFile(dir=path.parent) as staged:
+    with replacing_output(path) as unfinished, tempfile.TemporaryFile(dir=path.parent) as staged:
         fill_safetensors(staged, entries)
         staged.flush()
-        _, offsets = _layout(entries)
+        _, offsets = safetensors_header(entries, PYTORCH)
         mapped = {name: _mapped(staged, offsets[name], entry) for name, entry in entries.items()}
         torch.save({"model": mapped}, unfinished)
 

@@ -20,7 +20,7 @@ from swinv2_train.config.command_line import compose_overrides, guarded
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
-from swinv2_train.models import SwinTransformerV2, multiply_adds
+from swinv2_train.models import SimMIM, SwinTransformerV2, multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.planning.trace import trace_step
@@ -28,6 +28,9 @@ from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
 from swinv2_train.tasks.metrics import Metric, Rows, Sums
 from swinv2_train.tasks.task import Batch, Forward
+from swinv2_train.training.param_groups import build_param_groups
+from swinv2_train.weights import load_weights, save_weights
+from swinv2_train.weights.export import Request, export
 from tests.support.evaluation import evaluate_command, evaluated, make_images, write_images
 from tests.support.harness import run_distributed
 
@@ -70,11 +73,11 @@ class Brightness(nn.Module):
     def __init__(self, encoder: SwinTransformerV2, levels: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.levels = nn.Linear(encoder.num_features, levels)
+        self.head = nn.Linear(encoder.num_features, levels)
 
     def forward(self, images: Tensor, features: bool = False) -> Tensor:
         pooled = self.encoder.pooled_features(images)
-        return pooled if features else self.levels(pooled.to(self.levels.weight.dtype))
+        return pooled if features else self.head(pooled.to(self.head.weight.dtype))
 
 
 def miou(matrix: Tensor) -> dict[str, float]:
@@ -198,8 +201,24 @@ def test_a_task_from_outside_trains_under_zero_3_and_is_planned_and_evaluated(re
         command = lambda _, own=overrides: guarded(lambda: train.train(compose_overrides(own)))  # noqa: E731
         assert run_distributed(command, 1, init=False) == [2]
         assert message in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="task.name .brightness. has a model that no format holds"):
+        export(config, Request("microsoft", tmp_path / "out.pth"))
     code, _, error = evaluate_command(capfd, f"run_dir={run_dir}", "crop_pcts=[1]")
     assert code == 2 and "crop_pcts compares accuracies, which task=brightness has not" in error
+
+
+def test_its_encoder_takes_simmims_weights_and_its_head_starts_fresh(registered, tmp_path):
+    """What a task adds to the encoder is told from it by name: head or decoder."""
+    config = compose_overrides([*OVERRIDES, "data.shards=unused", f"run_dir={tmp_path}"])
+    pretrained, path = SimMIM(_task(config).encoder, 8), tmp_path / "pretrained.safetensors"
+    save_weights(pretrained, path, "microsoft")
+    module = _task(config).module
+    report = load_weights(module, path, head="auto")
+    assert set(report.missing) == {"head.weight", "head.bias"}
+    assert set(report.loaded) == {f"encoder.{name}" for name, _ in module.encoder.named_parameters()}
+    assert torch.equal(module.encoder.norm.weight, pretrained.encoder.norm.weight)
+    groups = build_param_groups(module, config.optim)
+    assert {group["name"] for group in groups} >= {"layer_0_decay", "layer_1_decay", "layer_3_decay"}
 
 
 def _task(config: Config) -> BrightnessTask:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import swinv2_train
+from swinv2_train.config import TASKS
 
 PACKAGE = Path(swinv2_train.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -156,6 +157,17 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
     for module in sorted(graph):
         visit(module, ())
+
+
+def test_a_task_is_known_by_its_type_in_its_own_files_alone() -> None:
+    """So that a new task is its schema class, its line in TASKS, its file in tasks/ and its YAML alone."""
+    tasks = {name for cls in TASKS.values() for name in (cls.__name__, cls.implementation.rpartition(":")[2])}
+    for path in FILES:
+        if room_of(path) == "tasks" or name(path) in ("config/schema.py", "config/__init__.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            words = {getattr(node, field, None) for field in ("id", "attr", "name")}
+            assert not words & tasks, f"{name(path)}:{getattr(node, 'lineno', '?')} knows {words & tasks}"
 
 
 def test_importing_every_module_does_nothing_visible() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_index import build_index
-from swinv2_train.storage.atomic import atomic, sha256_of
+from swinv2_train.storage.atomic import replace_text, replacing, sha256_of
 
 MANIFEST_NAME = "manifest.json"
 INDEX_SUFFIX = ".idx.npy"
@@ -44,7 +44,7 @@ def index_shard(path: str, index_path: Path, name: str | None = None) -> dict[st
     """Write the index of one shard; return its manifest entry.  name: what errors call it, else its path."""
     index = build_index(path, name)
     index_path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(index_path) as temporary, open(temporary, "wb") as file:
+    with replacing(index_path) as file:
         np.save(file, index)
     labels = index["label"][index["label"] >= 0]
     return {
@@ -104,8 +104,7 @@ def merge_entries(folder: Path, entries: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # some network file systems have no locks; a lost entry is made again
             fcntl.flock(lock, fcntl.LOCK_EX)
         merged = {name: entry for name, entry in {**read_entries(folder), **entries}.items() if entry is not None}
-        with atomic(folder / MANIFEST_NAME) as temporary:
-            content = {"version": _MANIFEST_VERSION, "shards": dict(sorted(merged.items()))}
-            Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
+        content = {"version": _MANIFEST_VERSION, "shards": dict(sorted(merged.items()))}
+        replace_text(folder / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
     finally:
         os.close(lock)

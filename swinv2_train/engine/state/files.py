@@ -12,10 +12,10 @@ checkpoint may be anybody's.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -30,16 +30,11 @@ from swinv2_train.distributed import World
 from swinv2_train.engine.state.ema import EMA
 from swinv2_train.engine.state.pieces import Piece
 from swinv2_train.storage.durable import Sum, write_durably
+from swinv2_train.storage.lazy_tensors import LazyTensor
+from swinv2_train.storage.safetensors_files import DTYPE_NAMES, DTYPES, safetensors_chunks
 
 FACTS = "engine.json"
 """The file that says what wrote the state."""
-
-# fmt: off
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}
-# fmt: on
 
 
 class Described(NamedTuple):
@@ -54,7 +49,7 @@ class Described(NamedTuple):
 def describe(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, bool]]) -> dict[str, Described]:
     """From name -> (shape, dtype in the module, trained)."""
     return {
-        name: Described(shape, "F32" if trained else _DTYPES[dtype], trained)
+        name: Described(shape, "F32" if trained else DTYPE_NAMES[dtype], trained)
         for name, (shape, dtype, trained) in tensors.items()
     }
 
@@ -82,24 +77,13 @@ class Snapshot:
         return sums
 
     def _chunks(self) -> Iterator[bytes | memoryview]:
-        """The safetensors format: a length, a JSON header, the tensors' bytes."""
-        position = 0
-        header: dict[str, Any] = {
-            "__metadata__": {"starts": json.dumps(self.starts), "steps": json.dumps(self.steps)},
+        """The content of the rank's safetensors file."""
+        entries = {
+            key: LazyTensor((tensor.numel(),), tensor.dtype, functools.partial(Tensor.cpu, tensor))
+            for key, tensor in self.tensors.items()
         }
-        for key, tensor in self.tensors.items():
-            end = position + tensor.numel() * tensor.element_size()
-            header[key] = {
-                "dtype": _DTYPES[tensor.dtype],
-                "shape": [tensor.numel()],
-                "data_offsets": [position, end],
-            }
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        yield struct.pack("<Q", len(text)) + text
-        for tensor in self.tensors.values():
-            yield tensor.cpu().view(torch.uint8).numpy().data
+        metadata = {"starts": json.dumps(self.starts), "steps": json.dumps(self.steps)}
+        return safetensors_chunks(entries, metadata)
 
 
 class HostMemory:
@@ -345,7 +329,7 @@ def _check_same_model(shards: Shards, described: Mapping[str, Described]) -> Non
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype in which a stored tensor is given to others: float32 for all floating point."""
-    dtype = next(dtype for dtype, text in _DTYPES.items() if text == name)
+    dtype = DTYPES[name]
     return torch.float32 if dtype.is_floating_point else dtype
 
 

@@ -88,7 +88,10 @@ def _kept(path: Path) -> ctypes.CDLL | None:
 
 
 def _keep(built: Path, path: Path) -> None:
-    """Whole or not at all, however many processes and hosts do it at once; a full disk is no reason to stop."""
+    """Whole or not at all, however many processes and hosts do it at once; a full disk is no reason to stop.
+
+    Written here and not by storage/atomic.py, because models import torch alone.
+    """
     with contextlib.suppress(OSError):
         file, part = tempfile.mkstemp(dir=path.parent)
         try:
