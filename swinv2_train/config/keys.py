@@ -33,17 +33,13 @@ class Key(NamedTuple):
 @functools.cache
 def keys_of(section: type) -> tuple[Key, ...]:
     """The fields of one dataclass of the schema, under their own names."""
-    hints = typing.get_type_hints(section, include_extras=True)
-    plain = typing.get_type_hints(section)
-    return tuple(
-        Key(
-            field.name,
-            plain[field.name],
-            tuple(rule for rule in getattr(hints[field.name], "__metadata__", ()) if isinstance(rule, Rule)),
-            section,
-        )
-        for field in dataclasses.fields(section)
-    )
+    hints, keys = typing.get_type_hints(section, include_extras=True), []
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        extras = getattr(hint, "__metadata__", ())  # of Annotated[kind, *rules]
+        kind = hint.__origin__ if extras else hint
+        keys.append(Key(field.name, kind, tuple(rule for rule in extras if isinstance(rule, Rule)), section))
+    return tuple(keys)
 
 
 def all_keys(task: type[TaskConfig] | None = None) -> Iterator[Key]:
