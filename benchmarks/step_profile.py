@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.models import swin_v2
+from swinv2_train.report.plots import new_figure, save_figure, stacked_bars
 from swinv2_train.runtime import tune_allocator
 
 COLOURS = ("#2563c9", "#1b7f79", "#8e44ad", "#d9730d", "#f0a35e", "#67c893", "#e57368", "#999999")
@@ -102,26 +102,17 @@ def main() -> None:
 
 
 def draw(columns: dict[str, dict[str, float]], names: list[str], path: Path) -> None:
-    left, top, width, bar, gap = 120, 16, 620, 34, 14
-    image = Image.new("RGB", (left + width + 250, top + len(names) * (bar + gap) + 40), "white")
-    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    scale = width / max(sum(kinds.values()) for kinds in columns.values())
-    for row, name in enumerate(names):
-        x, y = float(left), top + row * (bar + gap)
-        canvas.text((left - 8, y + bar / 2), name, fill="#333333", font=font, anchor="rm")
-        for kind, colour in zip(columns[name], COLOURS, strict=True):
-            canvas.rectangle((x, y, x + columns[name][kind] * scale, y + bar), fill=colour)
-            x += columns[name][kind] * scale
-        canvas.text(
-            (x + 6, y + bar / 2), f"{sum(columns[name].values()):.0f} ms", fill="#333333", font=font, anchor="lm"
-        )
-    for row, (kind, colour) in enumerate(zip(columns[names[0]], COLOURS, strict=True)):
-        y = top + 18 * row
-        canvas.rectangle((left + width + 80, y, left + width + 92, y + 12), fill=colour)
-        canvas.text((left + width + 98, y + 6), kind, fill="#333333", font=font, anchor="lm")
-    title = "forward and backward pass of SwinV2-T, 256 px, window 8, on a CPU"
-    canvas.text((left, image.height - 24), title, fill="#333333", font=font)
-    image.save(path)
+    figure = new_figure(10, 0.6 * len(names) + 1)
+    axes = figure.subplots()
+    bars = [columns[name] for name in names]
+    for place, total in enumerate(stacked_bars(axes, bars, dict(zip(bars[0], COLOURS, strict=True)), horizontal=True)):
+        axes.annotate(f"{total:.0f} ms", (total, place), (6, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("ms: forward and backward pass of SwinV2-T, 256 px, window 8, on a CPU")
+    figure.legend(loc="outside right upper")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

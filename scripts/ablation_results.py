@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swinv2_train.report.charts import Series, curves_picture, running_mean
+from swinv2_train.report.charts import Series, running_mean
+from swinv2_train.report.plots import draw_curves
 
 BLOCKS = {
     ("res-post-norm", "cosine"): "ours",
@@ -107,7 +108,7 @@ def draw_blocks(results: Sequence[Result], path: Path) -> None:
             curves = list(zip(*(padded(result) for result in found), strict=True))
             losses.append(Series(label, range(len(curves)), running_mean([statistics.mean(step) for step in curves])))
         charts += [(f"lr {lr:g}: amplitude behind block", amplitudes), (f"lr {lr:g}: training loss at step", losses)]
-    save_picture(charts, path)
+    draw_curves(charts, path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def draw_windows(results: Sequence[Result], path: Path) -> None:
             for bias, label in BIASES.items()
         ]  # fmt: skip
         charts.append((title, lines))
-    save_picture(charts, path)
+    draw_curves(charts, path)
 
 
 def worsening(result: Result, key: str, start: str, end: str) -> float:
@@ -223,11 +224,3 @@ def clipping(recipe: dict[str, Any]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def save_picture(charts: Sequence[tuple[str, Sequence[Series]]], path: Path) -> None:
-    from PIL import Image  # here: only a picture needs it
-
-    picture = curves_picture(charts)
-    assert picture is not None, "no result is a number"
-    Image.fromarray(picture).save(path)

@@ -37,7 +37,7 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
-from swinv2_train.report.charts import nice_ticks, tick_text
+from swinv2_train.report.plots import new_figure, save_figure
 from swinv2_train.runtime import environment_record
 
 DATA = Path("data/cifar10")
@@ -258,36 +258,18 @@ def table(found: dict[tuple[str, Any], Cell]) -> Iterator[str]:
 
 def draw(found: dict[tuple[str, Any], Cell], path: Path) -> None:
     """Top-1 over the share of the labels: a dot for each seed, a line through the means, PNG."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    width, height, left, top, base, right = 640, 400, 64, 56, 340, 480
-    image = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    scores = [score for percent in STEPS for arm in ARMS for score in found[arm, percent].top1]
-    low, high = min(scores) - 3, max(scores) + 3
-
-    def y(value: float) -> float:
-        return base - (value - low) / (high - low) * (base - top)
-
-    def x(percent: int) -> float:
-        return left + 40 + list(STEPS).index(percent) * (right - left - 80) / (len(STEPS) - 1)
-
-    pen.text((8, 8), "CIFAR-10 test top-1 in percent, dots: seeds", fill="black", font=ImageFont.load_default(16))
-    for tick in (tick for tick in nice_ticks(low, high, 6) if low <= tick <= high):
-        pen.line((left, y(tick), right, y(tick)), fill=(220, 220, 220))
-        pen.text((left - 8, y(tick)), tick_text(tick), fill=(60, 60, 60), font=font, anchor="rm")
-    for percent, steps in STEPS.items():
-        pen.text((x(percent), base + 8), f"{percent} % labels", fill=(60, 60, 60), font=font, anchor="mt")
-        pen.text((x(percent), base + 26), f"{steps:,} steps", fill=(60, 60, 60), font=font, anchor="mt")
-    for row, (arm, colour) in enumerate(((PRETRAINED, "#2563c9"), (SCRATCH, "#d9730d"))):
-        pen.line([(x(percent), y(found[arm, percent].mean)) for percent in STEPS], fill=colour, width=3)
-        for percent in STEPS:
-            for score in found[arm, percent].top1:
-                px, py = x(percent), y(score)
-                pen.ellipse((px - 4, py - 4, px + 4, py + 4), outline=colour, width=2)
-        pen.rectangle((right + 20, top + 22 * row, right + 32, top + 22 * row + 12), fill=colour)
-        pen.text((right + 40, top + 22 * row + 6), arm, fill=(60, 60, 60), font=font, anchor="lm")
-    image.save(path, format="PNG")
+    figure = new_figure(7.2, 4)
+    axes = figure.subplots()
+    for arm, colour in ((PRETRAINED, "#2563c9"), (SCRATCH, "#d9730d")):
+        axes.plot([found[arm, percent].mean for percent in STEPS], color=colour, linewidth=2, label=arm)
+        for place, percent in enumerate(STEPS):
+            scores = found[arm, percent].top1
+            axes.plot([place] * len(scores), scores, "o", color=colour, fillstyle="none")
+    axes.set_xticks(range(len(STEPS)), [f"{percent} % labels\n{steps:,} steps" for percent, steps in STEPS.items()])
+    axes.set_title("CIFAR-10 test top-1 in percent, dots: seeds")
+    axes.grid(axis="y", color="#dddddd")
+    figure.legend(loc="outside right upper")
+    save_figure(figure, path)
 
 
 def write_results(all_jobs: dict[tuple[str, int, int], Job], found: dict[tuple[str, Any], Cell], path: Path) -> None:

@@ -38,6 +38,7 @@ from swinv2_train.planning.scaling import scaling_curve, scaling_json
 from swinv2_train.planning.search import recommend
 from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
 from swinv2_train.planning.table import host_line, memory_table, plan_json, scaling_lines, speed_lines, verdict
+from swinv2_train.report.plots import plots_problem
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.preflight import preflight
 
@@ -86,7 +87,9 @@ def plan(config: Config, arguments: list[str]) -> None:
 
 
 def check_request(config: Config) -> None:
-    """Raise ConfigError for what cannot be asked for together with --recommend."""
+    """Raise ConfigError for a picture that cannot be drawn, and for what --recommend does not go with."""
+    if config.plan.picture is not None and (problem := plots_problem()):
+        raise ConfigError(f"plan.picture ({config.plan.picture}): {problem}")
     if config.plan.recommend:
         for key in ("scaling", "step_seconds", "picture", "json"):
             value = getattr(config.plan, key)

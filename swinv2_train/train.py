@@ -25,6 +25,7 @@ from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.watchdog import ENDING, Heartbeat, Pulse
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
+from swinv2_train.report.plots import plots_problem
 from swinv2_train.runtime import (
     RunDirLock,
     StopRequest,
@@ -130,6 +131,8 @@ def write_report_of(run_dir: Path, total: int, console: Console) -> None:
     """Write the report; a report that fails must not change how the run ended."""
     try:
         console.say(f"report: {write_report(run_dir, total)}")
+        if problem := plots_problem():
+            console.say(f"note: no pictures/curves.png: {problem}")
     except Exception as error:  # noqa: BLE001  the run's own outcome counts
         traceback.print_exc()
         console.say(f"warning: no report ({type(error).__name__}: {error}); traceback in {console.log_path}")

@@ -7,18 +7,14 @@ pointer (without it the charts only lose the read-out).
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 34
-_COLOURS = ("#2563c9", "#d9730d", "#2e8b57", "#8e44ad")
 _MAX_POINTS = 300  # a chart is about 340 px wide
 
 
@@ -45,7 +41,7 @@ def chart(
     unit: shown after the title, e.g. "images/s".  from_zero: the y axis starts at 0.  x_range: lowest and highest step
     of the axis (None = as far as the points go), so that all charts of a run line up.
     """
-    frame = _frame(series, from_zero, x_range)
+    frame = frame_of(series, from_zero, x_range)
     if frame is None:
         return ""
     px, py, lines = frame.px, frame.py, frame.lines
@@ -110,47 +106,6 @@ def chart(
     )
 
 
-def curves_picture(charts: Sequence[tuple[str, Sequence[Series]]]) -> np.ndarray | None:
-    """The same charts side by side as one picture, uint8 (H, W, 3); None when no series has a finite point."""
-    frames = [(title, _frame(series, False, None)) for title, series in charts]
-    drawn = [(title, frame) for title, frame in frames if frame is not None]
-    if not drawn:
-        return None
-    from PIL import Image, ImageDraw, ImageFont  # here: only a picture needs it
-
-    scale, head = 2, 26  # head: pixels for the title
-    picture = Image.new("RGB", (scale * (_WIDTH * len(drawn) + 12), scale * (_HEIGHT + head)), "white")
-    draw = ImageDraw.Draw(picture)
-    font, title_font = (ImageFont.load_default(scale * size) for size in (11, 13))
-    for index, (title, frame) in enumerate(drawn):
-
-        def at(x: float, y: float, left: int = index * _WIDTH) -> tuple[float, float]:
-            return scale * (left + x), scale * (head + y)
-
-        draw.text(at(_LEFT, -head + 6), title, fill="black", font=title_font)
-        for tick in frame.y_ticks:
-            y = frame.py(tick)
-            draw.line([at(_LEFT, y), at(_WIDTH - _RIGHT, y)], fill="#dddddd", width=scale)
-            draw.text(at(_LEFT - 6, y), tick_text(tick), fill="#555555", font=font, anchor="rm")
-        for tick in frame.x_ticks:
-            draw.text(
-                at(frame.px(tick), _HEIGHT - _BOTTOM + 11), tick_text(tick), fill="#555555", font=font, anchor="mm"
-            )
-        for number, (colour_index, s, points) in enumerate(frame.lines):
-            colour = _COLOURS[colour_index % 4]
-            thin = [(x, min(y, frame.y_high)) for x, y in _thin(points)]
-            for (x0, y0), (x1, y1) in itertools.pairwise(thin):
-                if math.isfinite(y0) and math.isfinite(y1):
-                    draw.line([at(frame.px(x0), frame.py(y0)), at(frame.px(x1), frame.py(y1))], fill=colour, width=3)
-            for x, y in thin if len(points) <= 30 else ():
-                if math.isfinite(y):
-                    cx, cy = at(frame.px(x), frame.py(y))
-                    draw.ellipse([cx - 5, cy - 5, cx + 5, cy + 5], fill=colour)
-            if len(frame.lines) > 1:
-                draw.text(at(_LEFT + 90 * number, _HEIGHT - 10), s.label, fill=colour, font=font, anchor="lm")
-    return np.asarray(picture)
-
-
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers (1, 2, 5 x 10^k apart) from at or below `low` to at or above `high`, about so many."""
     if high <= low:
@@ -204,7 +159,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """What a chart shows and where: the lines with their colours, the ranges of the axes and their ticks."""
 
     lines: list[tuple[int, Series, list[tuple[float, float]]]]
@@ -224,7 +179,7 @@ class _Frame:
         return _HEIGHT - _BOTTOM - (y - self.y_low) / (self.y_high - self.y_low) * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _frame(series: Sequence[Series], from_zero: bool, x_range: tuple[float, float] | None) -> _Frame | None:
+def frame_of(series: Sequence[Series], from_zero: bool, x_range: tuple[float, float] | None) -> Frame | None:
     """The frame around the series that have a finite point; None when none has."""
     lines = []
     for index, s in enumerate(series):
@@ -240,7 +195,7 @@ def _frame(series: Sequence[Series], from_zero: bool, x_range: tuple[float, floa
     if x_low == x_high:
         x_low, x_high = x_low - 0.5, x_high + 0.5
     x_ticks = [x for x in nice_ticks(x_low, x_high, 5) if x_low <= x <= x_high and x == int(x)]
-    return _Frame(lines, x_low, x_high, min(low, y_ticks[0]), max(high, y_ticks[-1]), x_ticks, y_ticks, cut_off)
+    return Frame(lines, x_low, x_high, min(low, y_ticks[0]), max(high, y_ticks[-1]), x_ticks, y_ticks, cut_off)
 
 
 def _y_range(lines: Sequence[Sequence[float]], from_zero: bool) -> tuple[float, float, float | None]:

@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
-from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, curves_picture, value_text
+from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, value_text
+from swinv2_train.report.plots import draw_curves, plots_problem
 from swinv2_train.runtime import read_environment
 from swinv2_train.storage.atomic import replace_text
 
@@ -166,20 +167,17 @@ def write_report(run_dir: Path, total_steps: int | None = None) -> Path:
 
 
 def write_curves(run: RunRecord) -> Path | None:
-    """Loss, accuracy and learning rate as one PNG, RUN_DIR/pictures/curves.png; None when there is nothing to draw."""
+    """Loss, accuracy and learning rate as one PNG, RUN_DIR/pictures/curves.png.
+
+    None when there is nothing to draw, or matplotlib is missing: the page has the same charts.
+    """
+    if plots_problem():
+        return None
     panels = [
         (f"{title} ({unit})" if unit else title, [Series(label, *run.curve(name)) for name, label in names])
         for title, unit, _, _, names in _CHARTS[:3]
     ]
-    picture = curves_picture(panels)
-    if picture is None:
-        return None
-    from PIL import Image
-
-    path = run.run_dir / "pictures" / _CURVES_PNG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
-    return path
+    return draw_curves(panels, run.run_dir / "pictures" / _CURVES_PNG)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
-from swinv2_train.engine.deepspeed.buckets import LayerSizes
-from swinv2_train.engine.model_sizes import ModelSizes
+from swinv2_train.engine.model_sizes import LayerSizes, ModelSizes
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning.communication import (
     GATHER,
@@ -213,6 +213,12 @@ def test_what_cannot_be_divided_is_left_out_with_its_reason() -> None:
 def test_what_cannot_be_planned_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(*parse([*DEMO, *overrides]))
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"plan\.picture \(x\.png\): matplotlib is not installed; .*pip install -e"):
+        plan(*parse([*DEMO, "plan.picture=x.png"]))
 
 
 def test_the_command_prints_draws_and_writes_the_curve(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

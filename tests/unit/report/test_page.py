@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from swinv2_train.config import ConfigError
 from swinv2_train.report import charts
-from swinv2_train.report.charts import Series, chart, curves_picture, nice_ticks, running_mean, tick_text, value_text
+from swinv2_train.report.charts import Series, chart, nice_ticks, running_mean, tick_text, value_text
 from swinv2_train.report.page import find_parent, read_run, write_report
+from swinv2_train.report.plots import draw_curves
 from swinv2_train.runtime import record_environment
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -211,7 +214,19 @@ def test_curves_are_written_as_a_picture_too_and_do_not_enter_the_page(tmp_path:
         page = Page(write_report(run_dir).read_text())
         assert page.images == []
     with Image.open(run_dir / "pictures" / "curves.png") as picture:
-        assert picture.width > picture.height > 300
+        assert picture.width > picture.height >= 300
+
+
+def test_without_matplotlib_the_page_is_written_and_the_picture_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an extra, and the page draws its own charts."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    make_run(tmp_path / "run", val=True)
+    assert "<svg" in write_report(tmp_path / "run").read_text()
+    assert not (tmp_path / "run" / "pictures" / "curves.png").exists()
+    with pytest.raises(ConfigError, match=r"cannot be drawn: matplotlib is not installed.*pip install -e '\.\[plots\]"):
+        draw_curves([("x", [Series("s", [1], [1.0])])], tmp_path / "x.png")
 
 
 # --- charts
@@ -243,7 +258,7 @@ def test_a_missing_value_is_a_gap_and_not_a_zero() -> None:
 def test_nothing_to_draw_is_no_chart() -> None:
     assert chart("x", []) == ""
     assert chart("x", [Series("s", [1, 2], [math.nan, math.nan])]) == ""
-    assert curves_picture([("x", [Series("s", [], [])])]) is None
+    assert draw_curves([("x", [Series("s", [], [])])], Path("unused.png")) is None
 
 
 def test_one_point_and_a_constant_are_drawn() -> None:

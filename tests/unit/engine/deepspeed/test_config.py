@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from swinv2_train.config import ConfigError, EngineConfig
-from swinv2_train.engine.deepspeed.buckets import LayerSizes
 from swinv2_train.engine.deepspeed.config import KNOWN_KEYS, check_engine, deepspeed_json
+from swinv2_train.engine.model_sizes import LayerSizes
 from tests.support.configs import make_config
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "deepspeed_configs.json"
