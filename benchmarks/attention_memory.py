@@ -67,7 +67,7 @@ def _status(name: str) -> float:
 
 
 def resident(*setting: object) -> list[str]:
-    """The same in a process of its own."""
+    """resident_of_this_process() in a process of its own, as text."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--one", *(str(value) for value in setting)]
     mib, seconds = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()

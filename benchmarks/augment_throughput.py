@@ -73,7 +73,7 @@ def steps(size: int) -> dict[str, tuple[str, Callable[[int], object]]]:
         return sample_rng(0, 1, number)
 
     def on_the_device(number: int) -> None:
-        if number % BATCH == 0:  # once for so many images
+        if number % BATCH == 0:  # once for BATCH images
             boxes = [draw_erasing(size, size, 0.25, rng_of(number + other)) for other in range(BATCH)]
             batch = torch.stack([crops[other % PICTURES] for other in range(BATCH)]).float()
             erase(batch, boxes)

@@ -45,7 +45,7 @@ def measure(world: World, size: str, run_dir: Path, saves: int) -> dict[str, lis
     found: dict[str, list[tuple[float, float]]] = {}
     images = torch.randn(1, 3, 256, 256)
     step = 0
-    for _ in range(saves + 1):  # the first ones make the averages and ask for the memory of the copy
+    for _ in range(saves + 1):  # the first ones make AdamW's moments and ask for the memory of the copy
         for way, background in (("blocking", False), ("background", True)):  # by turns: the disk is shared
             step += 1
             barrier()

@@ -147,7 +147,7 @@ def gloo_sent(planned: list[Collective], ranks: int) -> float:
 
 
 def counted(config: Config, world: World) -> Volume:
-    """Of one step of the real engine, after two that make states and record DeepSpeed's traces."""
+    """The volume of one step of the real engine, after two that make states and record DeepSpeed's traces."""
     batch = config.train
     accumulation = accumulation_steps(batch.global_batch_size, batch.micro_batch_size, world.world_size)
     task = build_task(config, world.device)

@@ -79,7 +79,7 @@ def main() -> None:
                 times = [seconds(part, world.device) for part in (forward_backward, optimizer)]
                 if decay is not None:
                     updates.append(1e3 * seconds(engine._ema.update, world.device))
-                if number:  # the first makes AdamW's averages
+                if number:  # the first makes AdamW's moments
                     passes[decay].append(1e3 * times[0])
                     steps[decay].append(1e3 * times[1])
         whole = {decay: [a + b for a, b in zip(passes[decay], steps[decay], strict=True)] for decay in engines}

@@ -81,7 +81,10 @@ def photograph(seed: int) -> bytes:
 
 
 def bare(manifest: Manifest, crop: Crop) -> Iterator[int]:
-    """Read, decode, crop: nothing else, in the order of the tars, without end.  Yields BATCH after so many images."""
+    """Read, decode, crop: nothing else, in the order of the tars, without end.
+
+    Yields BATCH after every BATCH images.
+    """
     reader, rng = TarReader(manifest), np.random.default_rng(0)
     for number in itertools.count():
         shard, index = divmod(number % manifest.num_samples, PER_SHARD)
@@ -91,7 +94,7 @@ def bare(manifest: Manifest, crop: Crop) -> Iterator[int]:
 
 
 def bare_processes(manifest: Manifest, crop: Crop, processes: int) -> Iterator[int]:
-    """The same in several processes at once, each at most two batches ahead of the caller."""
+    """The stream of bare() from several processes at once, each at most two batches ahead of the caller."""
     context = get_context("fork")
     done, ahead = context.SimpleQueue(), context.Semaphore(2 * processes)
 

@@ -30,7 +30,7 @@ Groups = list[tuple[list[Tensor], float]]
 
 
 def groups_of(size: str, flat: bool) -> Groups:
-    """Of SimMIM around a SwinV2 of that size."""
+    """Parameter groups of SimMIM around a SwinV2 of that size."""
     config = compose_overrides(["run_dir=unused", "data.shards=unused"])
     found = []
     for group in build_param_groups(SimMIM(swin_v2(size, num_classes=0)), config.optim):
@@ -79,7 +79,7 @@ def main() -> None:
             for number in range(options.rounds + 1):
                 for kind, (_, optimizer) in built.items():
                     seconds = seconds_of(optimizer)
-                    if number:  # the first makes the averages
+                    if number:  # the first makes AdamW's moments
                         taken[kind].append(1e3 * seconds)
             loop = statistics.median(taken["loop"])
             for kind, times in taken.items():

@@ -29,7 +29,7 @@ from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World, init_distributed, shutdown_distributed
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import apply_recompute
-from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import LOADER, plan_memory
 from swinv2_train.planning.trace import trace_step
 from swinv2_train.tasks import build_task
@@ -108,9 +108,9 @@ def predicted(case: Case) -> dict[str, float]:
         tables, peak = trace.backward.tables, max(trace.forward.total, trace.backward.total)
         return {"rests": (trace.weight_bytes + tables) / MIB, "adds": (peak - tables) / MIB}
     config.hardware.device = device
-    plan, _ = plan_memory(config, complete(config.hardware, case.ranks, rates=False), case.ranks)
-    loader = plan.phases[plan.when].get(LOADER, 0)  # made before the step here
-    return {"rests": plan.rests / MIB, "adds": (plan.peak - plan.rests - loader) / MIB}
+    plan, _ = plan_memory(config, fill_from_machine(config.hardware, case.ranks, rates=False), case.ranks)
+    loader = plan.phases[plan.peak_phase].get(LOADER, 0)  # made before the step here
+    return {"rests": plan.resident / MIB, "adds": (plan.peak - plan.resident - loader) / MIB}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def measure(case: Case) -> None:
     meter.reset()
     base = meter.now()
     run: Any = kind(compose(case), world)
-    run.step()  # makes the optimizer's averages
+    run.step()  # makes the optimizer's moments
     meter.reset()
     rests = meter.now()
     run.step()

@@ -53,7 +53,7 @@ def step(model: nn.Module, images: torch.Tensor) -> None:
 
 
 def milliseconds(model: nn.Module, images: torch.Tensor, steps: int) -> dict[str, float]:
-    """Of a step, by kind; the kinds add up to the time by the clock."""
+    """Milliseconds of a step, by kind; the kinds add up to the time by the clock."""
     for _ in range(3):
         step(model, images)
     walls = []

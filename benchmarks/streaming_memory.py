@@ -102,11 +102,11 @@ def compare(world: World, size: str, precision: str, folder: Path) -> tuple[int,
 
     def export() -> None:
         if world.is_main:
-            save_weights(described, exported, "microsoft", weights=consolidate.read_weights(state_dir))
+            save_weights(described, exported, "microsoft", weights=consolidate.read_state_weights(state_dir))
 
     def export_collected() -> None:
         if world.is_main:
-            save_file(dict(consolidate.read_weights(state_dir)), exported)
+            save_file(dict(consolidate.read_state_weights(state_dir)), exported)
 
     results = {"a file into the engine, streamed": measured(world, load)}
     results["a file into the engine, the whole dictionary on every rank"] = measured(world, load_collected)

@@ -61,7 +61,7 @@ def case_of(text: str, batch_size: int | None, device: str) -> Case:
     size, img_size, window_size = text.split("/")
     usual = CASES.get(text, (1, 1))[device == "cuda"]
     case = Case(size, int(img_size), int(window_size), batch_size or usual)
-    case.without_values()
+    case.meta_model()
     return case
 
 
@@ -84,7 +84,7 @@ def absent(contestant: Contestant, case: Case) -> str | None:
     name = contestant.implementation
     if name in PEERS and importlib.util.find_spec(name) is None:
         return f"{name} is not installed"
-    if name in PEERS and case.without_values().extra_norm_period:
+    if name in PEERS and case.meta_model().extra_norm_period:
         return f"{name} has no place for the extra norms of huge and giant"
     return None
 
@@ -93,7 +93,7 @@ def too_large(case: Case, rows: Sequence[Contestant], device: torch.device) -> s
     """Why a table does not fit into memory: all weights between turns, and one contestant's step."""
     at_rest = sum(case.weights_gib() * row.weights_dtype.itemsize / 4 for row in rows if row.implementation != PRODUCTS)
     at_rest += PROCESS_GIB[device.type] * len(rows)
-    step = 3.5 * case.weights_gib() + case.activations_gib()  # gradients, two averages, autocast's copies
+    step = 3.5 * case.weights_gib() + case.activations_gib()  # gradients, two moments, autocast's copies
     needed = at_rest + step
     free = _free_gib(device)
     return f"needs about {needed:.0f} GiB, {free:.0f} are free (--only, --batch-size)" if needed > free else None
@@ -112,7 +112,7 @@ class Running:
     def __init__(self, setting: Setting, precision: str) -> None:
         self.table = Table(setting.case, precision)
         self.steps_sec: dict[Contestant, list[float]] = {}
-        """Of everyone who is ready: the first step, which compiles, and the second."""
+        """For each contestant that is ready, the seconds of the first step, which compiles, and of the second."""
         self._setting = setting
         self._workers: list[tuple[Entry, Worker]] = []
 

@@ -67,7 +67,7 @@ class Case:
 
 
 class Share:
-    """What one of so many ranks does with gradients and optimizer under ZeRO-3, at the parameters' own device."""
+    """What one of `ranks` ranks does with gradients and optimizer under ZeRO-3, at the parameters' own device."""
 
     def __init__(self, module: nn.Module, ranks: int) -> None:
         self._slices: list[tuple[Tensor, nn.Parameter]] = []  # the weights' own part, its float32 master

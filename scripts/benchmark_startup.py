@@ -33,7 +33,7 @@ def first_step_sec(shards: str, checkout: Path, environment: dict[str, str]) -> 
         started = time.monotonic()
         process = subprocess.Popen(
             command,
-            cwd=checkout,  # the package there goes before an installed one
+            cwd=checkout,  # the package there takes precedence over an installed one
             env=os.environ | environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -31,7 +31,9 @@ WEIGHTS, BATCH = "weights.safetensors", "batch.pt"
 LR = 1e-5
 COMPARED_IMAGES = 2
 BOUNDS = {"fp32": 1e-4, "autocast": 0.1, "bf16": 0.1}
-"""Of the norms of logits and of the images' gradient, beside the official arithmetic in float32."""
+"""Largest relative difference of logits and images' gradient (of their norms) from the official arithmetic in
+float32.
+"""
 
 
 """What our trainer does to its process before the first tensor."""
@@ -220,7 +222,7 @@ class Products(Runner):
 
     def __init__(self, contestant: Contestant, setting: Setting) -> None:
         super().__init__(setting.device)
-        shape = setting.case.without_values()
+        shape = setting.case.meta_model()
         self._products = MatrixProducts(shape, setting.case.batch_size, contestant.weights_dtype, setting.device)
 
     def weights_gib(self) -> float:

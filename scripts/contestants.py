@@ -41,7 +41,7 @@ class Case:
     def name(self) -> str:
         return f"{self.size}/{self.img_size}/{self.window_size}"
 
-    def without_values(self) -> SwinTransformerV2:
+    def meta_model(self) -> SwinTransformerV2:
         """The model on the meta device, which tells the sizes."""
         with torch.device("meta"):
             return self.model()
@@ -52,15 +52,15 @@ class Case:
         return swin_v2(self.size, pretrained_window_sizes=trained, **settings)
 
     def weights_gib(self) -> float:
-        """Of float32 weights."""
-        return 4 * count_parameters(self.without_values()) / 2**30
+        """GiB of float32 weights."""
+        return 4 * count_parameters(self.meta_model()) / 2**30
 
     def activations_gib(self) -> float:
         """Roughly what a training step in float32 keeps for its backward pass without recomputation.
 
         20 numbers a channel and 6 a score for every block, which is a little above what the official code keeps.
         """
-        model = self.without_values()
+        model = self.meta_model()
         numbers = 0
         for i, (grid, depth, heads) in enumerate(zip(model.grids, model.depths, model.num_heads, strict=True)):
             per_token = 20 * model.embed_dim * 2**i + 6 * heads * math.prod(grid.window)
@@ -141,7 +141,7 @@ def _official(case: Case, weights: Path, device: torch.device) -> nn.Module:
 def _timm(case: Case, weights: Path, device: torch.device) -> nn.Module:
     from timm.models.swin_transformer_v2 import SwinTransformerV2 as Timm
 
-    shape = case.without_values()
+    shape = case.meta_model()
     with tempfile.TemporaryDirectory() as folder:
         (path,) = save_weights(shape, Path(folder) / "timm.safetensors", "timm", weights=read_weights(weights))
         model = Timm(
@@ -168,7 +168,7 @@ def _transformers(case: Case, weights: Path, device: torch.device) -> nn.Module:
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        save_weights(case.without_values(), folder, "huggingface", weights=read_weights(weights))
+        save_weights(case.meta_model(), folder, "huggingface", weights=read_weights(weights))
         return _Logits(transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32))
 
 
@@ -178,7 +178,7 @@ def _torchvision(case: Case, weights: Path, device: torch.device) -> nn.Module:
     """
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
-    shape = case.without_values()
+    shape = case.meta_model()
     model = SwinTransformer(
         [shape.patch_size] * 2, shape.embed_dim, list(shape.depths), list(shape.num_heads), [case.window_size] * 2,
         stochastic_depth_prob=DROP_PATH_RATE, num_classes=shape.num_classes, block=SwinTransformerBlockV2,

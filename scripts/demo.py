@@ -29,7 +29,7 @@ from torch.distributed.run import main as torchrun
 from scripts import fetch_cifar10
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import TASKS
-from swinv2_train.config.command_line import compose_overrides, guarded, read_run
+from swinv2_train.config.command_line import compose_overrides, guarded, load_run_config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.load import known_keys
 from swinv2_train.monitoring.console import duration_text
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def precision_for(run_dir: Path) -> str:
     """bf16, or fp32 on a CPU whose bf16 would turn minutes into hours; what a run was begun with, it goes on with."""
     if (run_dir / "config.yaml").exists():
-        return read_run(run_dir).engine.precision
+        return load_run_config(run_dir).engine.precision
     if torch.cuda.device_count() >= PROCESSES:
         return "bf16"
     ratio = matmul_sec(torch.bfloat16) / matmul_sec(torch.float32)

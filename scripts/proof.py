@@ -42,7 +42,7 @@ from swinv2_train.runtime import environment_record
 
 DATA = Path("data/cifar10")
 IMAGES = 50_000
-"""Of the training set."""
+"""Images of the training set."""
 SEEDS = (0, 1, 2)
 STEPS = {1: 200, 10: 600, 100: 1000}
 """Percent of the labels -> supervised steps, the same from scratch and after pre-training."""
@@ -57,7 +57,7 @@ class Job:
     """A command that leaves scores behind."""
 
     name: Path
-    """Of its run directory, or what it has to do with it; NAME.log is what it says."""
+    """Its run directory, or a name that has to do with it; NAME.log is what it says."""
     command: tuple[str, ...]
     """A module of the package, and its arguments."""
     result: Path

@@ -70,7 +70,7 @@ def refresh(path: Path, machine: dict[str, Any], values: dict[str, Any], reason:
 
 
 def last_loss(values: dict[str, Any] | None) -> float | None:
-    """Of the last step."""
+    """The loss of the last step."""
     return None if values is None else values["train/loss"][-1]
 
 

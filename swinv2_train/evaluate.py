@@ -51,7 +51,7 @@ OWN_KEYS = ("checkpoint", "weights", "format", "ema", "out", "crop_pcts")
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluateRequest:
     """What the command line asks for besides the configuration."""
 
     checkpoint: str | None = None
@@ -68,7 +68,7 @@ class Request:
     """Values of data.eval_crop_pct to compare."""
 
 
-def evaluate(config: Config, request: Request) -> dict[str, Any]:
+def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     """Score weights on data.eval_shards and data.eval_splits over all ranks; print the line and write request.out.
 
     Returns what the line holds.  Raises ConfigError for wrong input, before a model is built where that is possible.
@@ -104,13 +104,13 @@ def evaluate(config: Config, request: Request) -> dict[str, Any]:
         if out is not None:
             on_main(world, lambda: write_out(out, config, line, results))
             if task.picture is not None:
-                on_main(world, partial(draw, out, task.picture, forward, loaders[""]))
+                on_main(world, partial(write_picture, out, task.picture, forward, loaders[""]))
     on_main(world, lambda: print(json.dumps(line, allow_nan=False)))
     shutdown_distributed()
     return line
 
 
-def check_request(config: Config, request: Request) -> None:
+def check_request(config: Config, request: EvaluateRequest) -> None:
     """Everything that needs no file and no process group."""
     if config.data.eval_shards is None:
         raise ConfigError("data.eval_shards has no value; set it on the command line: data.eval_shards=PATTERN")
@@ -137,7 +137,7 @@ def make_out(out: str | None) -> Path | None:
     return Path(out)
 
 
-def load(task: Task, config: Config, request: Request, world: World) -> dict[str, Any]:
+def load(task: Task, config: Config, request: EvaluateRequest, world: World) -> dict[str, Any]:
     """Put the weights that are asked for into the task's module, on every rank; returns where they come from."""
     if request.weights is not None:
         origin, path = "weights", Path(request.weights)
@@ -196,7 +196,7 @@ def write_out(out: Path, config: Config, line: dict[str, Any], results: dict[str
             Image.fromarray(confusion_map(scored.confusion)).save(out / f"{stem}.png")
 
 
-def draw(out: Path, picture: Picture, forward: Forward, loader: EvalLoader) -> None:
+def write_picture(out: Path, picture: Picture, forward: Forward, loader: EvalLoader) -> None:
     """The task's picture of rank 0's first images."""
     from PIL import Image
 
@@ -204,7 +204,7 @@ def draw(out: Path, picture: Picture, forward: Forward, loader: EvalLoader) -> N
     loader.close()
 
 
-def parse(arguments: list[str]) -> tuple[Config, Request]:
+def parse(arguments: list[str]) -> tuple[Config, EvaluateRequest]:
     """The configuration and the command's own keys of a command line."""
     config, given = compose_source(arguments, OWN_KEYS)
     own: dict[str, Any] = {**given, "ema": own_flag(given, "ema")}
@@ -213,7 +213,7 @@ def parse(arguments: list[str]) -> tuple[Config, Request]:
             own["crop_pcts"] = tuple(float(value) for value in given["crop_pcts"].strip("[] ").split(","))
         except ValueError:
             raise ConfigError(f"crop_pcts ({given['crop_pcts']}) must be numbers: crop_pcts=[0.875,1.0]") from None
-    return config, Request(**own)
+    return config, EvaluateRequest(**own)
 
 
 def main() -> None:

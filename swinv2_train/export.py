@@ -20,12 +20,12 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import compose_source, own_flag, run_on_weights
 from swinv2_train.training.preflight import preflight
 from swinv2_train.weights import WRITTEN_FORMATS
-from swinv2_train.weights.export import Request, export
+from swinv2_train.weights.export import ExportRequest, export
 
-OWN_KEYS = tuple(field.name for field in dataclasses.fields(Request))
+OWN_KEYS = tuple(field.name for field in dataclasses.fields(ExportRequest))
 
 
-def parse(arguments: list[str]) -> tuple[Config, Request]:
+def parse(arguments: list[str]) -> tuple[Config, ExportRequest]:
     """The configuration and the command's own keys of a command line."""
     named = dict(argument.partition("=")[::2] for argument in arguments)
     formats = "|".join(WRITTEN_FORMATS)
@@ -40,10 +40,10 @@ def parse(arguments: list[str]) -> tuple[Config, Request]:
         raise ConfigError("weights_format is of weights=PATH, which is not given; add it, or leave it out")
     config, given = compose_source(arguments, OWN_KEYS)
     own: dict[str, Any] = {**given, "out": Path(given["out"]), "ema": own_flag(given, "ema")}
-    return config, Request(**own)
+    return config, ExportRequest(**own)
 
 
-def run(config: Config, request: Request) -> None:
+def run(config: Config, request: ExportRequest) -> None:
     """Write what is asked for."""
     preflight(config, training=False)
     export(config, request)

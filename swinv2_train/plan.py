@@ -31,7 +31,7 @@ from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.command_line import compose_overrides, run_on_weights
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
 from swinv2_train.data.sources.base import open_source
-from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.picture import draw_curve, draw_plan
 from swinv2_train.planning.scaling import scaling_curve, scaling_json
@@ -60,7 +60,7 @@ def plan(config: Config, arguments: list[str]) -> None:
     """
     preflight(config, training=True)
     gpus = num_gpus(config)
-    hardware = complete(config.hardware, min(gpus, config.hardware.gpus_per_node or gpus))
+    hardware = fill_from_machine(config.hardware, min(gpus, config.hardware.gpus_per_node or gpus))
     check_request(config)
     title = f"{config.model.name} on {hardware.name}"
     if config.plan.recommend:
@@ -125,7 +125,7 @@ def num_gpus(config: Config) -> int:
     announced = os.environ.get("WORLD_SIZE", "")
     if announced.isdigit():
         return int(announced)
-    return config.hardware.gpus_per_node or complete(config.hardware, 1, rates=False).gpus_per_node or 1
+    return config.hardware.gpus_per_node or fill_from_machine(config.hardware, 1, rates=False).gpus_per_node or 1
 
 
 def steps(config: Config) -> int | None:

@@ -24,7 +24,7 @@ How a run is getting on: step, loss, speed, time left, last checkpoint, what it 
 --json: all of it, and every rank's last sign of life, as one JSON object.
 """
 _MISSED_BEATS = 4
-"""So many signs of life must be missing before a rank counts as silent: a busy disk may swallow some."""
+"""How many signs of life must be missing before a rank counts as silent: a busy disk may swallow some."""
 _WORTH_A_WORD_SEC = 5.0
 
 

@@ -19,10 +19,10 @@ from swinv2_train.distributed import (
 )
 from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.evaluation.probe import build_probe
-from swinv2_train.models.initial import without_values
+from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import ENDING, Heartbeat, Pulse
+from swinv2_train.monitoring.watchdog import ENDING, Heartbeat, RankActivity
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
 from swinv2_train.report.plots import plots_problem
@@ -39,7 +39,7 @@ from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.training.preflight import preflight
-from swinv2_train.weights.export import Request, export
+from swinv2_train.weights.export import ExportRequest, export
 
 
 def train(config: Config) -> int:
@@ -62,29 +62,29 @@ def train(config: Config) -> int:
             on_main(world, lambda: say_complete(run_dir, total))
             shutdown_distributed()
             return EXIT_DONE
-        with without_values():  # each rank makes those of its own share, in the engine
+        with on_meta():  # each rank makes those of its own share, in the engine
             task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
         initial = initial_weights(config, task, world) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
-            pulse = Pulse()
-            heartbeat = Heartbeat(pulse, run_dir, world.rank, world.world_size, config.runtime, console).start()
+            activity = RankActivity()
+            heartbeat = Heartbeat(activity, run_dir, world.rank, world.world_size, config.runtime, console).start()
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                run = build_run(config, world, task, groups, sources, log, newest, initial, pulse, probe)
+                run = build_run(config, world, task, groups, sources, log, newest, initial, activity, probe)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
-                with run.monitor.garbage:
+                with run.monitor.manual_gc:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
                     log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
                 elif world.is_main:
-                    with pulse.doing(ENDING):
+                    with activity.doing(ENDING):
                         log_artifacts(config, log)
             except ConfigError as error:
                 exit_code, reason = EXIT_USER_ERROR, str(error)
@@ -114,7 +114,7 @@ def log_artifacts(config: Config, log: RunLog) -> None:
             newest = find_checkpoint(run_dir)
             out = run_dir / "wandb" / f"weights_{step_of(newest):08d}.safetensors"
             out.parent.mkdir(exist_ok=True)
-            log.artifact("weights", [out] if out.exists() else export(config, Request("microsoft", out)))
+            log.artifact("weights", [out] if out.exists() else export(config, ExportRequest("microsoft", out)))
     except Exception as error:  # noqa: BLE001  the run's own outcome counts
         traceback.print_exc()
         log.say(f"warning: no wandb artifacts ({type(error).__name__}: {error})")

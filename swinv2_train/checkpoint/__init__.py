@@ -18,7 +18,7 @@ from swinv2_train.checkpoint.finding import (
     remove_unfinished,
     verified_checkpoint,
 )
-from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_weights
+from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_checkpoint_weights
 from swinv2_train.checkpoint.saving import Save, SaveError
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "find_checkpoint",
     "load_checkpoint",
     "newest_checkpoint",
-    "read_weights",
+    "read_checkpoint_weights",
     "remove_unfinished",
     "verified_checkpoint",
 ]

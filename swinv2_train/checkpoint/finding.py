@@ -12,7 +12,7 @@ from typing import Any
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, broadcast_object, raise_together
-from swinv2_train.storage.durable import sum_of
+from swinv2_train.storage.durable import checksum_of
 
 COMPLETE = "COMPLETE"
 UNFINISHED = ".unfinished"
@@ -68,7 +68,7 @@ def _content_problem(checkpoint: Path, world: World) -> ConfigError | None:
     try:
         for name, facts in read_marker(checkpoint)["files"].items():
             if facts["rank"] % world.world_size == world.rank:
-                found = sum_of(checkpoint / name)
+                found = checksum_of(checkpoint / name)
                 if found.crc32 != int(facts["crc32"], 16):
                     raise ConfigError(
                         f"{checkpoint / name}: damaged: its content has checksum {found.crc32:08x}, {COMPLETE} says "

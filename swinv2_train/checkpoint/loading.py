@@ -12,7 +12,7 @@ from swinv2_train.checkpoint.finding import read_marker
 from swinv2_train.checkpoint.random_states import restore_random_states
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
-from swinv2_train.engine.state.files import Shards
+from swinv2_train.engine.state.files import StateFiles
 from swinv2_train.runtime import seed_everything
 from swinv2_train.storage.lazy_tensors import LazyTensors
 
@@ -51,7 +51,7 @@ def ema_note(checkpoint: Path, ema_decay: float | None) -> str | None:
 
     Raises ConfigError when the checkpoint cannot be read.
     """
-    saved = Shards(checkpoint / "engine").ema_decay
+    saved = StateFiles(checkpoint / "engine").ema_decay
     if (saved is None) == (ema_decay is None):
         return None
     if saved is None:
@@ -59,11 +59,11 @@ def ema_note(checkpoint: Path, ema_decay: float | None) -> str | None:
     return f"note: the averages of the weights in {checkpoint} are dropped, for optim.ema_decay is null"
 
 
-def read_weights(checkpoint: Path, averaged: bool = False) -> LazyTensors:
+def read_checkpoint_weights(checkpoint: Path, averaged: bool = False) -> LazyTensors:
     """The float32 weights of a checkpoint by official name, read one at a time; saved by any number of ranks.
 
     averaged: their averages (optim.ema_decay); ConfigError where it has none.
     """
-    from swinv2_train.engine.state.consolidate import read_weights as read_engine_weights
+    from swinv2_train.engine.state.consolidate import read_state_weights
 
-    return read_engine_weights(checkpoint / "engine", averaged)
+    return read_state_weights(checkpoint / "engine", averaged)

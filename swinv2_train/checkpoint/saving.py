@@ -17,27 +17,27 @@ from swinv2_train.checkpoint.finding import COMPLETE, UNFINISHED, complete_check
 from swinv2_train.checkpoint.random_states import random_states
 from swinv2_train.distributed import World, raise_together
 from swinv2_train.storage.atomic import replace_text
-from swinv2_train.storage.durable import Sum, sync_folder, write_durably
+from swinv2_train.storage.durable import Checksum, sync_folder, write_durably
 
 _PARTS = "parts"
 _VISIBLE_SEC = 60.0
 """How long a file may take to be seen by another host after it was written."""
 
 
-class Snapshot(Protocol):
+class StateSnapshot(Protocol):
     """One rank's part of an engine's state."""
 
     @property
     def copying(self) -> Future[None] | None:
         """Until it is done, the engine's state may not change; None = until the snapshot is written."""
 
-    def write(self, directory: Path) -> Mapping[str, Sum]: ...
+    def write(self, directory: Path) -> Mapping[str, Checksum]: ...
 
 
 class Saveable(Protocol):
     """The part of an engine that a checkpoint needs."""
 
-    def snapshot(self, copy: bool) -> Snapshot: ...
+    def snapshot(self, copy: bool) -> StateSnapshot: ...
 
 
 class SaveError(RuntimeError):
@@ -157,7 +157,7 @@ class Save:
         self._copying = self._snapshot.copying
 
     def _write_own_part(self) -> None:
-        """This rank's files, and when they are on the disk their sums."""
+        """This rank's files, and when they are on the disk their checksums."""
         sums = {f"engine/{name}": made for name, made in self._snapshot.write(self._unfinished / "engine").items()}
         contents = {f"rng/{name}": text for name, text in self._random_states.items()}
         if self._world.is_main:
@@ -171,7 +171,7 @@ class Save:
         del self._snapshot  # and its memory
 
     def _commit(self) -> None:
-        """Collect every rank's sums in COMPLETE and give the folder its name.  Rank 0 only."""
+        """Collect every rank's checksums in COMPLETE and give the folder its name.  Rank 0 only."""
         files = {}
         for rank in range(self._world.world_size):
             for name, (num_bytes, crc32) in json.loads(self._part_of(rank)).items():
@@ -191,7 +191,7 @@ class Save:
         _retain(self._run_dir, self._keep, self.path)
 
     def _part_of(self, rank: int) -> str:
-        """The sums that a rank has written; waits for them."""
+        """The checksums that a rank has written; waits for them."""
         part = self._unfinished / _PARTS / f"rank_{rank:04d}.json"
         deadline: float | None = None
         while not part.exists():

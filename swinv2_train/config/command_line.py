@@ -152,7 +152,7 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
         return compose_overrides([*unused, *overrides]), own
     if "run_dir" not in given:
         raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
-    return read_run(Path(given["run_dir"]), overrides), own
+    return load_run_config(Path(given["run_dir"]), overrides), own
 
 
 def own_flag(own: dict[str, str], key: str) -> bool:
@@ -169,7 +169,7 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def read_run(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of an earlier run, with overrides on top; keys that are newer than the run have their defaults.
 
     Raises ConfigError when run_dir holds none, or one that load_config refuses.

@@ -1,4 +1,4 @@
 """Data: shards and their index, the global sample order, decoding, crops, masks, and the loaders.
 
-The only room that knows webdataset.  It never touches torch.distributed: callers pass ``rank`` and ``world_size``.
+The only package that knows webdataset.  It never touches torch.distributed: callers pass ``rank`` and ``world_size``.
 """

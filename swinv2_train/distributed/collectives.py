@@ -1,4 +1,4 @@
-"""The process group, from torchrun, from srun or alone, and the few collectives that the rooms above need.
+"""The process group, from torchrun, from srun or alone, and the few collectives that the packages above need.
 
 A single process also gets a real group of one, because DeepSpeed needs one.  Every function below works without a
 group too and then speaks for one process, so that tools and tests can use the same code.
@@ -49,10 +49,10 @@ def barrier() -> None:
 
 def any_rank(flag: bool) -> bool:
     """True on every rank when flag is true on at least one."""
-    return bool(highest(int(flag)))
+    return bool(all_reduce_max(int(flag)))
 
 
-def highest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of all ranks' values, on every rank."""
     if not _active():
         return value
@@ -80,7 +80,7 @@ def all_gather(values: torch.Tensor) -> torch.Tensor:
     return found.to(values.device)
 
 
-def exchange(values: torch.Tensor) -> torch.Tensor:
+def all_to_all(values: torch.Tensor) -> torch.Tensor:
     """Row r goes to rank r, and row r of the result came from it.  values: (ranks, ...), of the same shape on each."""
     if not _active():
         return values
@@ -159,7 +159,7 @@ def _listed(ranks_by_text: dict[str, list[int]]) -> str:
 def on_main(world: World, function: Callable[[], Any]) -> Any:
     """Rank 0's result of a function on every rank; what it raises, every rank raises.
 
-    A file that cannot be read or written is the user's to mend, so an OSError becomes a ConfigError.
+    A file that cannot be read or written is the user's to fix, so an OSError becomes a ConfigError.
     """
     result: Any = None
     problem: str | None = None

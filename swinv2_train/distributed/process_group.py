@@ -67,7 +67,9 @@ def shutdown_distributed() -> None:
 
 
 def _announced_ranks() -> dict[str, int]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun, from srun (2 tasks or more), or alone."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun, from srun (2 tasks or more), or of a single
+    process.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         ranks = slurm.step_ranks()
         given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
@@ -140,11 +142,11 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefixed = PrefixStore(f"attempt_{attempt}", store)
-    _meet(prefixed, rank, world_size, timeout)
+    _rendezvous(prefixed, rank, world_size, timeout)
     return prefixed
 
 
-def _meet(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+def _rendezvous(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
     """ConfigError on every rank that can be reached, unless each of 0 .. world_size - 1 comes once and says the same.
 
     Collectives among ranks of different numbers would wait until the time is up, and not say for whom.
@@ -157,14 +159,14 @@ def _meet(store: Store, rank: int, world_size: int, timeout: datetime.timedelta)
         raise ConfigError(text)
     store.set(f"rank_{rank}", f"{world_size} on {host}")
     if rank == 0:
-        store.set("verdict", _verdict(store, world_size, host, timeout, come))
+        store.set("verdict", _rendezvous_error(store, world_size, host, timeout, come))
     else:
         store.wait(["verdict"], timeout + datetime.timedelta(seconds=10))
     if text := store.get("verdict").decode():
         raise ConfigError(text)
 
 
-def _verdict(store: Store, world_size: int, host: str, timeout: datetime.timedelta, remedy: str) -> str:
+def _rendezvous_error(store: Store, world_size: int, host: str, timeout: datetime.timedelta, remedy: str) -> str:
     """What rank 0 finds wrong with those who came, or nothing."""
     ranks = [f"rank_{rank}" for rank in range(world_size)]
     try:

@@ -1,4 +1,4 @@
-"""Whether all ranks of a run were started alike: the same configuration, packages and code."""
+"""Check that all ranks of a run were started alike, with the same configuration, packages and code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed.collectives import gather_objects
 from swinv2_train.runtime import RECORDED_PACKAGES, version_of
 
-OF_A_HOST = ("data.cache_dir", "engine.nvme_dir")  # folders on local disks, whose names may differ
-MOST_NAMED = 5
+PER_HOST_KEYS = ("data.cache_dir", "engine.nvme_dir")  # folders on local disks, whose names may differ
+MAX_LISTED = 5
 
 
 def check_agreement(config: Config) -> None:
@@ -23,7 +23,7 @@ def check_agreement(config: Config) -> None:
     Ranks of different code or settings would train on, each on its own idea of the run, or wait for each other for
     ever.  One exchange of a few kilobytes; the process group must be up.
     """
-    everyone = gather_objects((socket.gethostname(), facts(config)))
+    everyone = gather_objects((socket.gethostname(), fingerprint(config)))
     first_host, first = everyone[0]
     differences = [
         f"rank {rank} ({host}) has {name} {theirs.get(name)}, rank 0 ({first_host}) has {first.get(name)}"
@@ -32,16 +32,16 @@ def check_agreement(config: Config) -> None:
         if theirs.get(name) != first.get(name)
     ]
     if differences:
-        more = f"; and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""
+        more = f"; and {len(differences) - MAX_LISTED} more" if len(differences) > MAX_LISTED else ""
         raise ConfigError(
-            f"the ranks were not started alike: {'; '.join(differences[:MOST_NAMED])}{more}; "
+            f"the ranks were not started alike: {'; '.join(differences[:MAX_LISTED])}{more}; "
             "start all of them with one command, in copies of one environment"
         )
 
 
-def facts(config: Config) -> dict[str, str]:
+def fingerprint(config: Config) -> dict[str, str]:
     """What must be the same on all ranks, by a name that a message can give."""
-    found = {key: repr(value) for key, value in _flat("", dataclasses.asdict(config)) if key not in OF_A_HOST}
+    found = {key: repr(value) for key, value in _flat("", dataclasses.asdict(config)) if key not in PER_HOST_KEYS}
     found |= {f"the package {name}": version_of(name) or "not at all" for name in RECORDED_PACKAGES}
     return found | {"Python": platform.python_version(), "the code of swinv2_train": _fingerprint()}
 
@@ -55,7 +55,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _fingerprint() -> str:
-    """Of the package's source files."""
+    """A hash of the package's source files."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted((*package.rglob("*.py"), *package.rglob("*.cpp"))):

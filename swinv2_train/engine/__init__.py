@@ -1,6 +1,6 @@
 """One protocol behind which training runs: DeepSpeed's ZeRO stages, or plain torch as the numerical reference.
 
-deepspeed and fairscale are known to this room alone, and imported only when an engine is built.  It knows no
+deepspeed and fairscale are known to this package alone, and imported only when an engine is built.  It knows no
 model and no task.
 """
 

@@ -30,7 +30,7 @@ def avoid_compiler() -> None:
 
 
 def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
-    """torch.optim.AdamW, fused: one pass over weights, averages and gradients (benchmarks/optimizer_cpu_202611.md).
+    """torch.optim.AdamW, fused: one pass over weights, moments and gradients (benchmarks/optimizer_cpu_202611.md).
 
     settings: further ones, such as lr.  Its step does not import torch._dynamo (6.5 s) for a graph break that nobody
     compiles.  The type stays AdamW itself: DeepSpeed compares types exactly.

@@ -15,9 +15,17 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.engine.adamw import adamw
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
-from swinv2_train.engine.materialize import Values, allocate, has_no_values
-from swinv2_train.engine.state.ema import WeightAverages
-from swinv2_train.engine.state.files import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
+from swinv2_train.engine.materialize import Initializer, allocate, is_meta
+from swinv2_train.engine.state.ema import WeightEMA
+from swinv2_train.engine.state.files import (
+    HostMemory,
+    Snapshot,
+    StateFiles,
+    TensorSpec,
+    restore,
+    snapshot,
+    tensor_specs,
+)
 from swinv2_train.engine.state.pieces import Piece, plain_pieces, whole_pieces
 
 
@@ -40,7 +48,7 @@ class LocalEngine:
             raise ConfigError(
                 f"engine.name=local runs on one process, but there are {world.world_size}; set engine.name=deepspeed"
             )
-        if has_no_values(module):
+        if is_meta(module):
             allocate(module)
         self.module = module.to(world.device)
         self.optimizer = adamw(
@@ -50,7 +58,7 @@ class LocalEngine:
             eps=config.optim.eps,
         )
         trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-        self._ema = WeightAverages(trained, config.optim.ema_decay)
+        self._ema = WeightEMA(trained, config.optim.ema_decay)
         self._clip_grad_norm = config.optim.clip_grad_norm
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
@@ -98,7 +106,7 @@ class LocalEngine:
         return outputs
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         self._host_memory.wait()
         self._ema.swap()
         try:
@@ -108,19 +116,21 @@ class LocalEngine:
 
     def snapshot(self, copy: bool) -> Snapshot:
         settings = {"engine": "local", "precision": "fp32", "ema_decay": self._ema.decay}
-        return snapshot(self._pieces(), self._described(), settings, self._world, self._host_memory if copy else None)
+        return snapshot(
+            self._pieces(), self._tensor_specs(), settings, self._world, self._host_memory if copy else None
+        )
 
     def load(self, directory: Path) -> None:
         self._host_memory.wait()
-        restore(Shards(directory), self._pieces(), self._described())
+        restore(StateFiles(directory), self._pieces(), self._tensor_specs())
 
     def _pieces(self) -> list[Piece]:
         return plain_pieces(self.module, self.optimizer, self._ema) + whole_pieces(persistent_buffers(self.module))
 
-    def _described(self) -> dict[str, Described]:
-        return describe({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in self._tensors().items()})
+    def _tensor_specs(self) -> dict[str, TensorSpec]:
+        return tensor_specs({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in self._tensors().items()})
 
-    def initialise(self, values: Values) -> None:
+    def initialise(self, values: Initializer) -> None:
         for piece in plain_pieces(self.module, self.optimizer, self._ema):
             values.fill(piece.tensors["weight"], piece.name, piece.start)
         self._ema.restart()
@@ -152,7 +162,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def to_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same with tensors on the device."""
+    """The inputs with their tensors on the device."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in inputs.items()

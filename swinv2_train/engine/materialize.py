@@ -1,4 +1,4 @@
-"""Memory for a module that was built without values: whole parameters, or this rank's shares of them."""
+"""Memory for a module that was built without values: whole parameters, or this rank's partitions of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Values(Protocol):
+class Initializer(Protocol):
     """Where the initial values of parameters come from (training/initial_values.py)."""
 
     def fill(self, target: Tensor, name: str, start: int) -> None:
@@ -16,7 +16,7 @@ class Values(Protocol):
         ...
 
 
-def has_no_values(module: nn.Module) -> bool:
+def is_meta(module: nn.Module) -> bool:
     """True for a module on the meta device.  Its buffers, of which SwinV2 has none, would have no values at all."""
     without = [parameter.is_meta for parameter in module.parameters()]
     assert all(without) or not any(without), "parts of the module are on the meta device"
@@ -30,7 +30,7 @@ def allocate(module: nn.Module) -> None:
         _allocate(parameter, torch.float32, torch.device("cpu"))
 
 
-def allocate_shards(module: nn.Module, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+def allocate_partitions(module: nn.Module, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     """Give a module without values the ZeRO-3 parameters that deepspeed.initialize(config=settings) expects.
 
     One parameter at a time is whole for a moment, and not written to.  deepspeed.zero.Init would draw its values, in

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from swinv2_train.engine.model_sizes import ModelSizes
 
-WEIGHTS, MASTERS, AVERAGES, GRADIENTS = "weights", "fp32 masters", "AdamW's averages", "gradients"
+WEIGHTS, MASTERS, MOMENTS, GRADIENTS = "weights", "fp32 masters", "AdamW's averages", "gradients"
 EMA = "averaged weights"
 BUCKETS, LIVE, COPIES = "ZeRO buckets", "ZeRO-3 live weights", "gradient copies"
 
@@ -53,7 +53,7 @@ class StepTrace(Protocol):
 class EngineMemory:
     """Bytes by part on one rank."""
 
-    rests: dict[str, int] = field(default_factory=dict)
+    resident: dict[str, int] = field(default_factory=dict)
     """Always there."""
     backward: dict[str, int] = field(default_factory=dict)
     """On top, while the backward pass runs."""
@@ -66,20 +66,20 @@ class EngineMemory:
     disk: dict[str, int] = field(default_factory=dict)
     """In engine.nvme_dir."""
     kept_gradient_bytes: float = 0.0
-    """What a gradient element leaves behind from its making to the step, besides what rests."""
+    """What a gradient element leaves behind from its making to the step, besides what is resident."""
 
     def in_forward(self, trace: StepTrace, peak: PlacePeak) -> dict[str, int]:
-        """On top of what rests, in the forward pass's place of peak."""
+        """On top of what is resident, in the forward pass's place of peak."""
         return {}
 
     def in_backward(self, trace: StepTrace, peak: PlacePeak) -> dict[str, int]:
-        """On top of what rests, in the backward pass's place of peak."""
+        """On top of what is resident, in the backward pass's place of peak."""
         return self.backward
 
     def keep_earlier_gradients(self, parameters: int, accumulation_steps: int) -> None:
         """Count the gradients of a step's earlier micro-batches, which are there all the time."""
         if accumulation_steps > 1 and self.kept_gradient_bytes:
-            self.rests[GRADIENTS] = self.rests.get(GRADIENTS, 0) + int(self.kept_gradient_bytes * parameters)
+            self.resident[GRADIENTS] = self.resident.get(GRADIENTS, 0) + int(self.kept_gradient_bytes * parameters)
             self.kept_gradient_bytes = 0.0
 
 
@@ -89,7 +89,9 @@ def replicated_memory(sizes: ModelSizes, ema: bool) -> EngineMemory:
     N: the parameters.  ema: averages of the weights are kept, 4N more (optim.ema_decay).  AdamW is fused and takes no
     temporaries.
     """
-    memory = EngineMemory(rests={WEIGHTS: 4 * sizes.parameters, AVERAGES: 8 * sizes.parameters}, kept_gradient_bytes=4)
+    memory = EngineMemory(
+        resident={WEIGHTS: 4 * sizes.parameters, MOMENTS: 8 * sizes.parameters}, kept_gradient_bytes=4
+    )
     if ema:
-        memory.rests[EMA] = 4 * sizes.parameters
+        memory.resident[EMA] = 4 * sizes.parameters
     return memory

@@ -12,11 +12,11 @@ class LayerSizes(NamedTuple):
     """What is gathered and released as one, in elements."""
 
     largest_block: int
-    """Of the largest block, or of the largest layer outside of blocks where that is larger."""
+    """The largest block, or the largest layer outside of blocks where that is larger."""
     largest_vector: int
-    """Of the largest parameter with one dimension (besides those of length 1) or in a position-bias MLP."""
+    """The largest parameter with one dimension (besides those of length 1) or in a position-bias MLP."""
     small: int
-    """Of all parameters with at most largest_vector elements together."""
+    """All parameters with at most largest_vector elements, together."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class ModelSizes:
     parameters: int
     largest_parameter: int
     groups: tuple[int, ...]
-    """Of each parameter group of the optimizer (with layer decay there are many)."""
+    """Elements of each parameter group of the optimizer (with layer decay there are many)."""
     layers: LayerSizes
     blocks: tuple[tuple[int, ...], ...]
-    """Of each parameter of each block, in the order of the forward pass."""
+    """Elements of each parameter of each block, in the order of the forward pass."""
     others: tuple[int, ...]
-    """Of each parameter outside of blocks."""
+    """Elements of each parameter outside of blocks."""
 
     @property
     def largest_group(self) -> int:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from swinv2_train.engine.materialize import Values
+from swinv2_train.engine.materialize import Initializer
 from swinv2_train.engine.state.files import Snapshot
 
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
         """
         ...
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Within it the weights are their averages, for evaluate() and full_tensors(); then they are as before, bit for
         bit.  Between steps, and with optim.ema_decay, only.  Takes no second copy of the weights.
         """
@@ -65,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """Restore what any engine's snapshots wrote: masters, averages and step counts unrounded, bit for bit.
+        """Restore what any engine's snapshots wrote: masters, moments and step counts unrounded, bit for bit.
 
         The number of ranks, stage, precision and parameter groups may be others.  Weights' averages begin at the
         weights where none were kept.  Raises ConfigError on every rank for another model's state before anything is
@@ -73,7 +73,7 @@ class Engine(Protocol):
         """
         ...
 
-    def initialise(self, values: Values) -> None:
+    def initialise(self, values: Initializer) -> None:
         """Start from values, before the first step: each rank makes those of its own share, float32 masters unrounded.
 
         So a seed's weights are the same bit for bit in every engine, stage, precision and number of ranks.

@@ -19,7 +19,7 @@ from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sample import LABEL, Targets
 from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.distributed import all_reduce_sum
-from swinv2_train.evaluation.scoring import together
+from swinv2_train.evaluation.scoring import in_lockstep
 
 Features = Callable[[dict[str, Any]], Tensor]
 """From a batch to (B, C)."""
@@ -52,12 +52,12 @@ class Labelled:
         return len(self.labels)
 
 
-def extract(features: Features, loader: EvalLoader, moved: Callable[[], None]) -> Labelled:
+def extract(features: Features, loader: EvalLoader, on_progress: Callable[[], None]) -> Labelled:
     """This rank's share of a loader's images.  What one rank finds wrong with them, every rank raises."""
     room: Tensor | None = None  # for all rows from the start: put together at the end they would be there twice
     filled, position = 0, loader.first_sample
     labels, positions = [], []
-    for batch in together(loader):
+    for batch in in_lockstep(loader):
         rows, counts = features(batch).float().cpu(), batch["weight"] > 0
         if room is None:
             room = torch.empty(len(loader) * len(rows), rows.shape[1])
@@ -67,7 +67,7 @@ def extract(features: Features, loader: EvalLoader, moved: Callable[[], None]) -
         positions.append(numbers[counts])
         room[filled : filled + len(labels[-1])] = rows[counts]
         filled += len(labels[-1])
-        moved()
+        on_progress()
     loader.close()
     assert room is not None, "every rank has a batch, if only of padding"
     return Labelled(room[:filled], torch.cat(labels), torch.cat(positions))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinv2_train.distributed import World, all_gather, all_reduce_sum, exchange, highest
+from swinv2_train.distributed import World, all_gather, all_reduce_max, all_reduce_sum, all_to_all
 from swinv2_train.evaluation.features import Labelled, hits, percent
 
 QUERIES = 1024
@@ -33,7 +33,7 @@ def knn(
     neighbours: int,
     temperature: float,
     world: World,
-    moved: Callable[[], None],
+    on_progress: Callable[[], None],
 ) -> list[float]:
     """Top-1 and top-5 in percent of votes of the nearest training images by cosine similarity; exact.
 
@@ -44,15 +44,15 @@ def knn(
     neighbours = min(neighbours, int(all_reduce_sum(torch.tensor(len(training)))))
     rows = max(1, QUERIES // world.world_size)  # of each rank
     right = torch.zeros(2, dtype=torch.float64)
-    for block in range(highest(math.ceil(len(testing) / rows))):
+    for block in range(all_reduce_max(math.ceil(len(testing) / rows))):
         part = slice(block * rows, (block + 1) * rows)
         labels, own = testing.labels[part], F.normalize(testing.features[part])
         queries = all_gather(F.pad(own, (0, 0, 0, rows - len(own)))).flatten(0, 1)
         nearest = nearest_keys(queries, training, neighbours, world.device)
-        candidates = exchange(nearest.view(world.world_size, rows, neighbours))  # of own queries, by each rank
+        candidates = all_to_all(nearest.view(world.world_size, rows, neighbours))  # of own queries, by each rank
         keys = candidates.transpose(0, 1).flatten(1)[: len(labels)].topk(neighbours).values
         right += hits(votes(keys, num_classes, temperature), labels)
-        moved()
+        on_progress()
     return percent(right, testing)
 
 

@@ -12,16 +12,16 @@ from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.features import Labelled, hits, percent
 
 ELEMENTS = 2**24
-"""Of a block of features or of logits; bounds its memory (64 MiB in float32)."""
+"""Elements of a block of features or of logits; bounds its memory (64 MiB in float32)."""
 
 STRENGTHS = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Factors of half the squared weights, from strong to weak: each fit starts from the one before."""
 ITERATIONS = 100
-"""Of L-BFGS for a strength; the last fit has three times as many."""
+"""Iterations of L-BFGS for a strength; the last fit has three times as many."""
 
 
 def linear(
-    training: Labelled, testing: Labelled, num_classes: int, world: World, moved: Callable[[], None]
+    training: Labelled, testing: Labelled, num_classes: int, world: World, on_progress: Callable[[], None]
 ) -> list[float]:
     """Top-1 and top-5 in percent of multinomial logistic regression on the features, which are standardised in place.
 
@@ -33,13 +33,13 @@ def linear(
     theta = torch.zeros(training.features.shape[1] + 1, num_classes, dtype=torch.float64)
     best: tuple[float, float, Tensor] | None = None
     for strength in STRENGTHS:
-        theta = fit(theta, training, (~held_out).float(), strength, ITERATIONS, world, moved)
+        theta = fit_logistic(theta, training, (~held_out).float(), strength, ITERATIONS, world, on_progress)
         score = float(all_reduce_sum(classified(theta, training, held_out.float(), world.device))[0])
         if best is None or score > best[0]:
             best = (score, strength, theta)
     assert best is not None
     _, strength, theta = best
-    theta = fit(theta, training, torch.ones(len(training)), strength, 3 * ITERATIONS, world, moved)
+    theta = fit_logistic(theta, training, torch.ones(len(training)), strength, 3 * ITERATIONS, world, on_progress)
     return percent(classified(theta, testing, torch.ones(len(testing)), world.device), testing)
 
 
@@ -69,14 +69,14 @@ def standardise_(shares: Iterable[Labelled]) -> None:
         share.features.sub_(mean.float()).div_(scale.float())
 
 
-def fit(
+def fit_logistic(
     start: Tensor,
     samples: Labelled,
     counts: Tensor,
     strength: float,
     iterations: int,
     world: World,
-    moved: Callable[[], None],
+    on_progress: Callable[[], None],
 ) -> Tensor:
     """Weights and, in the last row, biases of the least loss, (C + 1, classes) float64, by full-batch L-BFGS.
 
@@ -94,7 +94,7 @@ def fit(
         return heard[:-1].view_as(start), bool(heard[-1])
 
     def answer(theta: Tensor) -> tuple[Tensor, Tensor]:
-        moved()
+        on_progress()
         return loss_and_gradient(theta, samples, counts, strength, total, world.device)
 
     if not world.is_main:

@@ -79,7 +79,7 @@ class _Images(NamedTuple):
 
 
 def _images(config: Config) -> tuple[_Images, _Images]:
-    """Those that the probes learn from, and those that they are scored on."""
+    """The images that the probes learn from, and those that they are scored on."""
 
     def images(name: str) -> _Images:
         own = getattr(config.probe, name)
@@ -106,14 +106,14 @@ class Probe:
             for source, images in zip(shards, _images(config), strict=True)
         ]  # fmt: skip
 
-    def scores(self, features: Features, moved: Callable[[], None]) -> dict[str, float]:
+    def scores(self, features: Features, on_progress: Callable[[], None]) -> dict[str, float]:
         """probe/knn_top1, probe/knn_top5, probe/linear_top1, probe/linear_top5 in percent, of probe.methods.
 
-        moved: called every now and then.  nan where there are no images to learn from or to score, or features are not
-        finite.  Changes no random state.  Collective; the same on every rank.
+        on_progress: called every now and then.  nan where there are no images to learn from or to score, or features
+        are not finite.  Changes no random state.  Collective; the same on every rank.
         """
         with torch.no_grad():
-            training, testing = (extract(features, loader, moved) for loader in self._loaders)
+            training, testing = (extract(features, loader, on_progress) for loader in self._loaders)
         counts = torch.tensor([len(training), len(testing)])
         finite = all(bool(share.features.sum(dtype=torch.float64).isfinite()) for share in (training, testing))
         usable = bool(all_reduce_sum(counts).all()) and not any_rank(not finite)
@@ -124,9 +124,9 @@ class Probe:
             values = [math.nan] * len(names)
             if usable and method == "knn":
                 neighbours, temperature = self._config.knn_neighbours, self._config.knn_temperature
-                values = knn(training, testing, self._num_classes, neighbours, temperature, self._world, moved)
-            elif usable:
-                values = linear(training, testing, self._num_classes, self._world, moved)  # the last: it changes them
+                values = knn(training, testing, self._num_classes, neighbours, temperature, self._world, on_progress)
+            elif usable:  # the last, because it changes them
+                values = linear(training, testing, self._num_classes, self._world, on_progress)
             found |= dict(zip(names, values, strict=True))
         return found
 

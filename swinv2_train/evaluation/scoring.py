@@ -18,11 +18,11 @@ from swinv2_train.tasks.metrics import Finish, Metric, Rows, Sums
 Batch = dict[str, Any]
 
 
-def together(batches: Iterable[Batch]) -> Iterator[Batch]:
+def in_lockstep(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches, of which every rank has equally many; what one rank finds wrong with its data, all raise."""
     remaining = iter(batches)
     while True:
-        found, problem = fetch(remaining, 1)
+        found, problem = next_batches(remaining, 1)
         if any_rank(problem is not None):
             raise_together(problem)
         if not found:
@@ -30,7 +30,7 @@ def together(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield found[0]
 
 
-def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], ConfigError | None]:
+def next_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], ConfigError | None]:
     """The next batches (fewer at the end), or what is wrong with this rank's data, for all ranks to hear together."""
     try:
         return list(islice(batches, count)), None
@@ -42,10 +42,10 @@ Score = Callable[[Batch], Mapping[str, Metric]]
 """From a batch to what a task measures of it (tasks/metrics.py)."""
 
 
-def evaluate(score: Score, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate_loader(score: Score, batches: Iterable[Batch]) -> dict[str, float]:
     """The scores of one pass of an evaluation loader, over all ranks; every sample counts once."""
     means, sums, rows = Means(), SumsOverRanks(), RowsOfRanks()
-    for batch in together(batches):
+    for batch in in_lockstep(batches):
         metrics, weight = score(batch), batch["weight"]
         means.add({name: each for name, each in metrics.items() if isinstance(each, Tensor)}, weight=weight.sum())
         sums.add({name: each for name, each in metrics.items() if isinstance(each, Sums)}, weight)

@@ -16,10 +16,10 @@ from swinv2_train.config import SPLITS, Config
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
-from swinv2_train.data.sources.label_files import Answers, answered, read_answers
+from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
-from swinv2_train.evaluation.scoring import evaluate
+from swinv2_train.evaluation.scoring import evaluate_loader
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.task import Batch, Forward, Task
@@ -36,7 +36,7 @@ class Split:
     key: str
     """The config key that named its shards."""
     source: Source
-    answers: Answers | None
+    label_overrides: LabelOverrides | None
     """Right classes from a file; None = the shards' own."""
 
 
@@ -84,30 +84,30 @@ def open_splits(config: Config) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     for name, (key, pattern, labels) in named.items():
         source = open_source(str(pattern), key, cache=shard_cache(config.data))
-        answers = None
+        label_overrides = None
         if labels is None:
             beside = ("data.eval_shards", splits[""].source) if name else None
             task_class(config.task).check_source(config.task, source, key, beside)
         else:
-            answers = _answers(config, labels, source, key, f"{SPLITS}{name}.labels")
-        splits[name] = Split(key, source, answers)
+            label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels")
+        splits[name] = Split(key, source, label_overrides)
     return splits
 
 
-def _answers(config: Config, labels: str, source: Source, key: str, labels_key: str) -> Answers:
+def _label_overrides(config: Config, labels: str, source: Source, key: str, labels_key: str) -> LabelOverrides:
     """The right classes that a file has for the images of a source; labels_key named the file."""
     classes = config.task.label_classes
     assert classes is not None, f"{labels_key} for a task without classes"
-    answers, unused = read_answers(labels, source, classes, labels_key)
+    label_overrides, unused = read_label_overrides(labels, source, classes, labels_key)
     if unused:
         print(f"note: {unused} entries of {labels} belong to no sample of {key}", file=sys.stderr)
-    return answers
+    return label_overrides
 
 
 def build_loader(config: Config, task: Task, split: Split, world: World, crop_pct: float | None = None) -> EvalLoader:
     """This rank's part of a split, at data.eval_crop_pct or another crop; ConfigError for images without labels."""
     data = dataclasses.replace(config.data, eval_crop_pct=crop_pct or config.data.eval_crop_pct)
-    needs = task.eval_transform.needs if split.answers is None else ()
+    needs = task.eval_transform.needs if split.label_overrides is None else ()
     transform = dataclasses.replace(task.eval_transform, data=data, needs=needs)
     micro_batch = config.train.micro_batch_size
     return EvalLoader(split.source, config.data, transform, micro_batch, world.rank, world.world_size, split.key)
@@ -116,7 +116,9 @@ def build_loader(config: Config, task: Task, split: Split, world: World, crop_pc
 def score(task: Task, forward: Forward, split: Split, loader: EvalLoader) -> Scored:
     """The scores of a split over all ranks."""
     counter, predictions = None, task.predictions
-    if predictions is not None and (split.answers is None or max(map(len, split.answers.values())) == 1):
+    if predictions is not None and (
+        split.label_overrides is None or max(map(len, split.label_overrides.values())) == 1
+    ):
         counter = ConfusionCounter(predictions.num_classes)
     images = torch.zeros((), dtype=torch.float64)
 
@@ -129,8 +131,10 @@ def score(task: Task, forward: Forward, split: Split, loader: EvalLoader) -> Sco
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
         return scores
 
-    batches = loader if split.answers is None else (answered(batch, split.answers) for batch in loader)
-    scores = evaluate(score_batch, batches)
+    batches = (
+        loader if split.label_overrides is None else (with_labels(batch, split.label_overrides) for batch in loader)
+    )
+    scores = evaluate_loader(score_batch, batches)
     loader.close()
     return Scored(int(all_reduce_sum(images)), scores, None if counter is None else counter.read())
 

@@ -1,4 +1,4 @@
-"""SwinV2 and its heads.  This room knows torch and nothing else, so every model works in a notebook."""
+"""SwinV2 and its heads.  This package knows torch and nothing else, so every model works in a notebook."""
 
 from swinv2_train.models.counts import count_parameters, multiply_adds
 from swinv2_train.models.simmim import SimMIM, encoder_of

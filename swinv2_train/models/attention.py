@@ -34,8 +34,8 @@ class WindowAttention(nn.Module):
     pretrained_window_size: (rows, cols) of the window at which the bias was trained; it normalises the offsets,
     whatever window a forward pass uses.
     fused: attend by fused kernels (models/kernels/) where one is available; on the meta device one always is.
-    chunks: where they are not, None attends in all windows at once, otherwise so many at a time, computed again in the
-    backward pass.
+    chunks: where they are not, None attends in all windows at once, otherwise it tells how many at a time, computed
+    again in the backward pass.
     """
 
     def __init__(

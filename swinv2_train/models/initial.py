@@ -1,7 +1,7 @@
 """The values that parameters start from, as rules by name: a parameter can be given its values without its module.
 
 The rules are those of the constructors.  So a model too large for one process is built without values, and each process
-makes those of its own share (:mod:`swinv2_train.tasks.initial`).
+makes those of its own share (:mod:`swinv2_train.training.initial_values`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Rule = Constant | Normal | Uniform
 
 
 @contextlib.contextmanager
-def without_values() -> Iterator[None]:
+def on_meta() -> Iterator[None]:
     """Models that are built in this context have their parameters on the meta device: shapes that take no memory."""
     with torch.device("meta"), _Undrawn():
         yield

@@ -23,7 +23,7 @@ from swinv2_train.models.windows import WindowGrid, region_mask, window_regions,
 
 
 class Chunks(NamedTuple):
-    """How many windows a chunk holds: so many windows of the whole batch, or as many as mib MiB allow.
+    """How many windows a chunk holds: that many windows of the whole batch, or as many as mib MiB allow.
 
     Counted are a chunk's tensors of N x N: the attention weights and their gradient (n, h, N, N) in float32 (float64
     in a float64 model), a third such tensor in the dtype of the weights where that is narrower, and the mask (n, N, N).
@@ -155,7 +155,7 @@ class _Chunk(NamedTuple):
         return windows.masked_fill_((self.places == len(rows)).unsqueeze(-1), 0)
 
     def write(self, buffer: Tensor, windows: Tensor) -> None:
-        """The inverse; a window's padding goes to the buffer's spare row."""
+        """The inverse of read(); a window's padding goes to the buffer's spare row."""
         buffer[self.places] = windows
 
 

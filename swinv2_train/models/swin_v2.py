@@ -163,8 +163,9 @@ class SwinTransformerV2(nn.Module):
     pair; it normalises the bias's coordinates (section 3.3).  0 = the window really used at this img_size and
     window_size.  The attribute holds what that came to, one pair per stage, and stays what it is when images or
     windows of other sizes come: so the model keeps the meaning of its weights.
-    extra_norm_period: a LayerNorm on the main branch after every so many blocks of a stage, 0 = none (section 3.6).
-    fused_attention: attend by Triton kernels on CUDA, which hold no N x N scores; elsewhere the next rule applies.
+    extra_norm_period: blocks from one extra LayerNorm on a stage's main branch to the next, 0 = none (section 3.6).
+    fused_attention: attend by fused kernels (models/kernels/), which hold no N x N scores; where there is none, the
+    next rule applies.
     sequential_stages: stages, counted from 1, whose attention takes its windows a chunk at a time and computes each
     again in the backward pass (section 3.5: the first two): attention_chunk_windows windows of the whole batch, None =
     as many as attention_chunk_mib MiB allow; see :class:`Chunks`.

@@ -22,7 +22,7 @@ label = record_function
 _ROWS = 30
 
 
-class Trace:
+class StepProfiler:
     """Traces the steps that runtime.profile_steps names; on rank 0, or on all with runtime.profile_all_ranks.
 
     A step's part of the trace goes on until the next step begins, so what is evaluated or saved after it is in it.

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch._C._distributed_c10d import Work
 
-LAGS = 1.25
-"""A rank whose own time is so many times the median of all ranks is waited for."""
-PATIENCE = 3
-"""So often in a row it must be so before it is worth a word: one step measures the noise of the host, too."""
+STRAGGLER_RATIO = 1.25
+"""A rank whose own time is more than this many times the median of all ranks is a straggler."""
+STREAK_LENGTH = 3
+"""Consecutive steps before it is reported: one step measures the noise of the host, too."""
 
 
-class OwnTime:
+class ComputeTimer:
     """What a rank spends in a piece of work apart from waiting in collectives.
 
     A wait is what its stream (on CUDA) or its thread (on a CPU) spends in Work.wait, through which torch's and
@@ -51,7 +51,7 @@ class OwnTime:
             Work.wait = plain  # type: ignore[method-assign]
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         """What happens inside does not count."""
         with self._span(self._waits):
             yield
@@ -89,14 +89,14 @@ class Slowest(NamedTuple):
     rank: int
     own_sec: float
     median_sec: float
-    """Of all ranks."""
+    """The median of all ranks."""
     data_wait_sec: float
-    """What of own_sec it waited for data."""
+    """The part of own_sec in which it waited for data."""
 
     @property
     def lags(self) -> bool:
         """True when the others wait for it."""
-        return self.own_sec > LAGS * self.median_sec
+        return self.own_sec > STRAGGLER_RATIO * self.median_sec
 
     def __str__(self) -> str:
         return (
@@ -106,14 +106,16 @@ class Slowest(NamedTuple):
 
 
 def slowest(own_sec: Sequence[float], data_wait_sec: Sequence[float]) -> Slowest:
-    """Of all ranks, by seconds a step without (own_sec) and only of (data_wait_sec) waiting for data."""
+    """The slowest rank, by the ranks' seconds a step without waiting for data (own_sec) and waiting for data
+    (data_wait_sec).
+    """
     totals = [own + wait for own, wait in zip(own_sec, data_wait_sec, strict=True)]
     rank = max(range(len(totals)), key=totals.__getitem__)
     low = statistics.median_low(totals)  # of two ranks the faster, or no rank of two could ever stand out
     return Slowest(rank, totals[rank], low, data_wait_sec[rank])
 
 
-class Lag:
+class StragglerStreak:
     """Says when the same rank has been waited for again and again."""
 
     def __init__(self) -> None:
@@ -121,8 +123,8 @@ class Lag:
         self._times = 0
 
     def add(self, found: Slowest) -> bool:
-        """True once in a row of PATIENCE or more in which this rank lags."""
+        """True once in a streak of STREAK_LENGTH steps or more in which the same rank lags."""
         rank = found.rank if found.lags else None
         self._times = self._times + 1 if rank == self._rank else 1
         self._rank = rank
-        return rank is not None and self._times == PATIENCE
+        return rank is not None and self._times == STREAK_LENGTH

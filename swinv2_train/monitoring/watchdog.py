@@ -47,14 +47,14 @@ class HangError(RuntimeError):
     """No rank has moved for too long."""
 
 
-class Pulse:
+class RankActivity:
     """What this rank does at the moment.  The main thread changes it and other threads read it; it writes nothing."""
 
     def __init__(self) -> None:
-        self.activity = STARTING
+        self.current = STARTING
         self.since = time.time()
-        """When that began, in seconds since 1970."""
-        self.moves = 0
+        """When the current activity began, in seconds since 1970."""
+        self.progress_count = 0
         """Changes of activity, micro-batches and steps: on a rank that is ahead of another there are more."""
         self.step = 0
         """Completed optimizer steps of the run."""
@@ -69,35 +69,37 @@ class Pulse:
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
         """Inside, the rank does this; afterwards what it did before."""
-        before = self.activity
-        self.turn_to(activity)
+        before = self.current
+        self.enter(activity)
         try:
             yield
         finally:
-            self.turn_to(before)
+            self.enter(before)
 
-    def turn_to(self, activity: str) -> None:
-        """The rank does something else from now on."""
-        self.activity, self.since = activity, time.time()
-        self.move()
+    def enter(self, activity: str) -> None:
+        """From now on the rank does this."""
+        self.current, self.since = activity, time.time()
+        self.mark_progress()
 
-    def move(self) -> None:
+    def mark_progress(self) -> None:
         """Something got done: the run does not hang."""
-        self.moves += 1
+        self.progress_count += 1
 
     def step_done(self, step: int) -> None:
         """The optimizer has taken step number `step`."""
         self.step, self.took_steps = step, True
         self._marks.append((time.monotonic(), step))
-        self.turn_to(TRAINING)
+        self.enter(TRAINING)
 
-    def tell(self, **figures: Any) -> None:
-        """New figures of the run for status.json; what is not named stays."""
+    def publish(self, **figures: Any) -> None:
+        """Publish new figures of the run in status.json; what is not named stays."""
         self.figures = self.figures | figures
         self.changed.set()
 
     def seconds_left(self, total_steps: int) -> float | None:
-        """At the pace of the last 200 steps with everything between them; None before a second step."""
+        """Seconds to the end of the run, at the pace of the last 200 steps with everything between them; None before
+        a second step.
+        """
         if len(self._marks) < 2:
             return None
         (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
@@ -116,14 +118,14 @@ class Heartbeat:
 
     def __init__(
         self,
-        pulse: Pulse,
+        activity: RankActivity,
         run_dir: Path,
         rank: int,
         world_size: int,
         config: RuntimeConfig,
         console: Console,
     ) -> None:
-        self.pulse, self.run_dir, self.rank, self.world_size = pulse, run_dir, rank, world_size
+        self.activity, self.run_dir, self.rank, self.world_size = activity, run_dir, rank, world_size
         self.hang_timeout_sec, self.console = config.hang_timeout_sec, console
         self._patience_sec = max(config.hang_timeout_sec or 0, config.process_group_timeout_sec)
         self.every_sec = min(_HEARTBEAT_SEC, (config.hang_timeout_sec or math.inf) / 4)
@@ -152,7 +154,7 @@ class Heartbeat:
         if self._closed.is_set():
             return
         self._closed.set()
-        self.pulse.changed.set()
+        self.activity.changed.set()
         faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:
             thread.join(_REPORT_SEC)
@@ -160,9 +162,9 @@ class Heartbeat:
 
     def _beat(self) -> None:
         """The thread that writes."""
-        news = self.pulse.changed if self.rank == 0 else self._closed  # the status has the figures
+        news = self.activity.changed if self.rank == 0 else self._closed  # the status has the figures
         while True:
-            self.pulse.changed.clear()
+            self.activity.changed.clear()
             if self._closed.is_set():
                 return
             self._write("running", None)
@@ -171,11 +173,11 @@ class Heartbeat:
 
     def _write(self, state: str, reason: str | None) -> None:
         """This rank's sign of life and, on rank 0, the run's status.  A disk that fails is no reason to stop."""
-        pulse = self.pulse
+        activity = self.activity
         mine = {
             "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "state": state, "reason": reason,
-            "doing": pulse.activity, "doing_since": pulse.since, "step": pulse.step, "moves": pulse.moves,
-            "place": self._place, "updated_at": time.time(),
+            "doing": activity.current, "doing_since": activity.since, "step": activity.step,
+            "moves": activity.progress_count, "place": self._place, "updated_at": time.time(),
         }  # fmt: skip
         try:
             rank_file(self.run_dir, self.rank).write_text(json.dumps(mine) + "\n")
@@ -188,7 +190,7 @@ class Heartbeat:
         common = {name: value for name, value in mine.items() if name not in ("rank", "moves", "place")}
         figures = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value  # NaN is no JSON
-            for name, value in self.pulse.figures.items()
+            for name, value in self.activity.figures.items()
         }
         status = {
             **common, **figures, "world_size": self.world_size, "started_at": self._started_at,
@@ -206,17 +208,17 @@ class Heartbeat:
         which needs no lock, writes the stacks to the rank's log and ends the process with exit code 1.
         """
         assert self.hang_timeout_sec is not None
-        awake_at, moves, idle_sec = time.monotonic(), -1, 0.0
+        awake_at, progress, idle_sec = time.monotonic(), -1, 0.0
         while not self._closed.wait(self.every_sec):
             faulthandler.dump_traceback_later(3 * self.hang_timeout_sec, exit=True, file=2)
             now = time.monotonic()
             idle_sec += min(now - awake_at, self.every_sec)  # more, and the whole process was stopped meanwhile
             awake_at = now
-            if self.pulse.moves != moves or self._in_debugger():
-                moves, idle_sec = self.pulse.moves, 0.0
+            if self.activity.progress_count != progress or self._in_debugger():
+                progress, idle_sec = self.activity.progress_count, 0.0
             if idle_sec > self._limit_sec():
                 self._closed.set()  # the last word is the report's
-                self.pulse.changed.set()
+                self.activity.changed.set()
                 what = f"rank {self.rank}: nothing has moved for {idle_sec:.0f} s; writing stacks"
                 os.write(2, f"{what} to {self.run_dir}\n".encode())  # first, should that disk hang
                 reporter = threading.Thread(target=self._report, args=(idle_sec,), name="hang report", daemon=True)
@@ -227,9 +229,9 @@ class Heartbeat:
 
     def _limit_sec(self) -> float:
         assert self.hang_timeout_sec is not None
-        if self.pulse.activity in (STARTING, ENDING):
+        if self.activity.current in (STARTING, ENDING):
             return math.inf
-        quick = self.pulse.took_steps and self.pulse.activity in STEP
+        quick = self.activity.took_steps and self.activity.current in STEP
         return self.hang_timeout_sec if quick else self._patience_sec
 
     def _in_debugger(self) -> bool:
@@ -245,14 +247,15 @@ class Heartbeat:
     def _report(self, quiet_sec: float) -> None:
         """Write where this rank hangs; then, with what the other ranks wrote, which of them the run waits for."""
         try:
-            self._place = place_of(list(self._main_frames()))
+            self._place = thread_location(list(self._main_frames()))
             self._dump_stacks(quiet_sec)
             self._write("running", None)
             time.sleep(self.every_sec)  # the others find out at about the same time
             everyone = read_ranks(self.run_dir)
             text = (
-                f"nothing has moved for {quiet_sec:.0f} s (runtime.hang_timeout_sec) after step {self.pulse.step}: "
-                f"{blame(everyone, self.world_size, time.time(), quiet_sec / 2)}; stacks in {self.run_dir / 'stacks'}"
+                f"nothing has moved for {quiet_sec:.0f} s (runtime.hang_timeout_sec) after step {self.activity.step}: "
+                f"{diagnose_hang(everyone, self.world_size, time.time(), quiet_sec / 2)}; "
+                f"stacks in {self.run_dir / 'stacks'}"
             )
             silent = silent_ranks(everyone, self.world_size, time.time(), quiet_sec / 2)
             speaker = min((rank for rank in range(self.world_size) if rank not in silent), default=self.rank)
@@ -272,7 +275,8 @@ class Heartbeat:
         with open(path, "a") as file:
             print(
                 f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank} pid {os.getpid()} on "
-                f"{socket.gethostname()}: {self.pulse.activity}, step {self.pulse.step}, no move for {quiet_sec:.0f} s",
+                f"{socket.gethostname()}: {self.activity.current}, step {self.activity.step}, "
+                f"no move for {quiet_sec:.0f} s",
                 file=file,
                 flush=True,
             )
@@ -291,7 +295,7 @@ def rank_file(run_dir: Path, rank: int) -> Path:
 
 
 def rank_files(run_dir: Path) -> list[Path]:
-    """Those of all ranks, in order."""
+    """The files of all ranks' last signs of life, in order."""
     return sorted((run_dir / HEALTH).glob("rank_*.json"))
 
 
@@ -314,10 +318,10 @@ def silent_ranks(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now
     return [rank for rank in range(world_size) if now - heard.get(rank, 0.0) > after_sec]
 
 
-def blame(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now: float, silent_sec: float) -> str:
+def diagnose_hang(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now: float, silent_sec: float) -> str:
     """Which ranks a run that hangs waits for, in words.
 
-    Those of which nothing is heard; else those that have done the least; else those that are elsewhere than most; else
+    Ranks of which nothing is heard; else ranks that have done the least; else ranks that are elsewhere than most; else
     where all are, one for each place.
     """
     silent = silent_ranks(everyone, world_size, now, silent_sec)
@@ -355,7 +359,7 @@ def _silence(rank: int, sign: Mapping[str, Any] | None, now: float) -> str:
     )
 
 
-def place_of(frames: Sequence[FrameType]) -> str | None:
+def thread_location(frames: Sequence[FrameType]) -> str | None:
     """Where a thread is, in words: its innermost frame, and the innermost one of our own.  frames: innermost first."""
 
     def text(frame: FrameType) -> str:

@@ -32,7 +32,7 @@ from swinv2_train.config import EngineConfig, HardwareConfig
 from swinv2_train.engine.deepspeed.buckets import buckets_of
 from swinv2_train.engine.deepspeed.memory import EXCHANGED_TOGETHER
 from swinv2_train.engine.model_sizes import ModelSizes
-from swinv2_train.planning.hardware import known
+from swinv2_train.planning.hardware import required
 
 GATHER, SCATTER, SUM = "all-gather", "reduce-scatter", "all-reduce"
 INTRA, INTER = "intra-node", "inter-node"
@@ -46,7 +46,7 @@ class Collective:
     kind: str
     what: str
     nbytes: int
-    """Of all calls: what every rank has after a gather, and what every rank brings to a sum or a scatter."""
+    """Bytes of all calls: what every rank has after a gather, and what every rank brings to a sum or a scatter."""
     calls: int
     beside: float
     """Share of the passes that it can go on beside; 0 = it comes after them."""
@@ -59,7 +59,7 @@ class Collective:
 def collectives(
     config: EngineConfig, sizes: ModelSizes, ranks: int, accumulation: int, backward: float
 ) -> list[Collective]:
-    """Of one step.  backward: the backward pass's share of the time of both."""
+    """The collectives of one step.  backward: the backward pass's share of the time of both."""
     if ranks == 1 or config.name == "local":
         return []
     stage, n, w = config.zero_stage, sizes.parameters, 2 if config.precision == "bf16" else 4
@@ -103,37 +103,37 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward
 
 
 def num_nodes(hardware: HardwareConfig, ranks: int) -> int:
-    return -(-ranks // int(known(hardware.gpus_per_node)))
+    return -(-ranks // int(required(hardware.gpus_per_node)))
 
 
 def ring(hardware: HardwareConfig, ranks: int) -> tuple[str, float]:
     """The slower part of the fabric, INTRA or INTER, and bytes/s that one rank sends and receives over it."""
-    inside = known(hardware.intra_node_gb_per_sec) * 1e9
+    inside = required(hardware.intra_node_gb_per_sec) * 1e9
     if num_nodes(hardware, ranks) == 1:
         return INTRA, inside
-    between = known(hardware.inter_node_gb_per_sec) * 1e9 * min(ranks, int(known(hardware.gpus_per_node)))
+    between = required(hardware.inter_node_gb_per_sec) * 1e9 * min(ranks, int(required(hardware.gpus_per_node)))
     return (INTER, between) if between < inside else (INTRA, inside)
 
 
 def message_sec(kind: str, hardware: HardwareConfig, ranks: int) -> float:
     """What one message takes however small it is: its start, and a hop after the other."""
     nodes = num_nodes(hardware, ranks)
-    inside, between = known(hardware.intra_node_latency_us), known(hardware.inter_node_latency_us)
+    inside, between = required(hardware.intra_node_latency_us), required(hardware.inter_node_latency_us)
     around = (ranks - nodes) * inside + (nodes - 1) * between
     if kind == SUM:
-        tree = (min(ranks, int(known(hardware.gpus_per_node))) - 1) * inside + math.ceil(math.log2(nodes)) * between
+        tree = (min(ranks, int(required(hardware.gpus_per_node))) - 1) * inside + math.ceil(math.log2(nodes)) * between
         around = 2 * min(around, tree)
-    return (known(hardware.op_overhead_us) + around) * 1e-6
+    return (required(hardware.op_overhead_us) + around) * 1e-6
 
 
 def seconds(each: Collective, hardware: HardwareConfig, ranks: int) -> tuple[float, float]:
-    """(for its bytes, for its messages)."""
+    """Seconds that a collective takes (for its bytes, for its messages)."""
     return each.sent(ranks) / ring(hardware, ranks)[1], each.calls * message_sec(each.kind, hardware, ranks)
 
 
 def sent_by_card(sent: float, hardware: HardwareConfig, ranks: int) -> float:
     """What of a rank's bytes one network card sends to another node."""
-    return sent / min(ranks, int(known(hardware.gpus_per_node))) if num_nodes(hardware, ranks) > 1 else 0.0
+    return sent / min(ranks, int(required(hardware.gpus_per_node))) if num_nodes(hardware, ranks) > 1 else 0.0
 
 
 def total_sent(all_of_them: Iterable[Collective], ranks: int) -> float:

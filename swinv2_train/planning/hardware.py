@@ -31,8 +31,8 @@ _USUAL: dict[str, dict[str, float]] = {
 """What cannot be found out in an instant: assumptions on the cautious side."""
 
 
-def complete(hardware: HardwareConfig, local_world_size: int, rates: bool = True) -> HardwareConfig:
-    """The same without null values: those of this machine.
+def fill_from_machine(hardware: HardwareConfig, local_world_size: int, rates: bool = True) -> HardwareConfig:
+    """The hardware section with its null values filled in from this machine.
 
     local_world_size: ranks of this host, among which a CPU's memory is shared out.  rates: also measure what a CPU
     computes and copies (0.2 s); without it those stay null.
@@ -57,7 +57,7 @@ def complete(hardware: HardwareConfig, local_world_size: int, rates: bool = True
     return merged
 
 
-def known(value: float | None) -> float:
+def required(value: float | None) -> float:
     assert value is not None, "hardware is completed before it is planned with"
     return value
 

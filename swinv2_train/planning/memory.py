@@ -12,7 +12,7 @@ from swinv2_train.engine.build import engine_memory
 from swinv2_train.engine.memory import GRADIENTS, EngineMemory
 from swinv2_train.engine.model_sizes import ModelSizes, layer_sizes
 from swinv2_train.models import count_parameters
-from swinv2_train.planning.hardware import known
+from swinv2_train.planning.hardware import required
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks.task import Task
@@ -31,7 +31,7 @@ class MemoryPlan:
     host: dict[str, int]
     """In CPU memory; on a CPU the phases hold these too."""
     disk: dict[str, int]
-    rests: int
+    resident: int
     """On the device between two steps."""
     available: int
     """What the device has for all this."""
@@ -40,13 +40,13 @@ class MemoryPlan:
     sizes: ModelSizes
 
     @property
-    def when(self) -> str:
+    def peak_phase(self) -> str:
         """The phase with the highest peak."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def peak(self) -> int:
-        return sum(self.phases[self.when].values())
+        return sum(self.phases[self.peak_phase].values())
 
     @property
     def free(self) -> int:
@@ -87,10 +87,10 @@ def plan_memory(config: Config, hardware: HardwareConfig, world_size: int) -> tu
     ema = config.optim.ema_decay is not None
     engine = engine_memory(config.engine, sizes, world_size, accumulation, on_cpu, ema)
     trace = trace_step(config, engine.kept_gradient_bytes, on_cpu)
-    return combine(config, hardware, engine, sizes, trace, world_size), trace
+    return memory_by_phase(config, hardware, engine, sizes, trace, world_size), trace
 
 
-def combine(
+def memory_by_phase(
     config: Config, hardware: HardwareConfig, engine: EngineMemory, sizes: ModelSizes, trace: Trace, world_size: int
 ) -> MemoryPlan:
     """Engine, activations and loader, phase by phase."""
@@ -98,13 +98,13 @@ def combine(
     kept = {GRADIENTS: int(engine.kept_gradient_bytes * sizes.parameters), TABLES: trace.backward.tables}
     phases = {
         FORWARD: _highest(
-            _sum(engine.rests, engine.in_forward(trace, peak), _activations(peak)) for peak in trace.forward_peaks
+            _sum(engine.resident, engine.in_forward(trace, peak), _activations(peak)) for peak in trace.forward_peaks
         ),
         BACKWARD: _highest(
-            _sum(engine.rests, engine.in_backward(trace, peak), _activations(peak)) for peak in trace.backward_peaks
+            _sum(engine.resident, engine.in_backward(trace, peak), _activations(peak)) for peak in trace.backward_peaks
         ),
-        EXCHANGE: _sum(engine.rests, engine.exchange, kept),
-        STEP: _sum(engine.rests, engine.step, kept),
+        EXCHANGE: _sum(engine.resident, engine.exchange, kept),
+        STEP: _sum(engine.resident, engine.step, kept),
     }
     host = _sum(engine.host, {SAVED_INPUTS: trace.host_bytes, LOADER: loader_bytes(config, accumulation)})
     if hardware.device == "cpu":
@@ -113,8 +113,8 @@ def combine(
         phases=phases,
         host=host,
         disk=engine.disk,
-        rests=sum(engine.rests.values()) + trace.backward.tables,
-        available=int((known(hardware.memory_gib) - known(hardware.reserved_gib)) * GIB),
+        resident=sum(engine.resident.values()) + trace.backward.tables,
+        available=int((required(hardware.memory_gib) - required(hardware.reserved_gib)) * GIB),
         margin=config.plan.margin,
         sizes=sizes,
     )

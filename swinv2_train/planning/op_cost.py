@@ -28,7 +28,7 @@ class Operation:
 
 
 def cost_of(func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Operation:
-    """Of one call of an operation; inputs and outputs: the tensors among its arguments and results."""
+    """The cost of one call of an operation; inputs and outputs: the tensors among its arguments and results."""
     flops, nbytes = 0, _moved(func, inputs, outputs)
     if func in _PRODUCTS:
         flops = 2 * outputs[0].numel() * args[_PRODUCTS[func]].shape[-1]

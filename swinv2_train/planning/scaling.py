@@ -8,7 +8,7 @@ from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.planning.communication import INTER, INTRA, num_nodes, sent_by_card, total_sent
-from swinv2_train.planning.memory import MemoryPlan, combine, model_sizes
+from swinv2_train.planning.memory import MemoryPlan, memory_by_phase, model_sizes
 from swinv2_train.planning.speed import SpeedPlan, measured_pass, pass_seconds, plan_speed, planned_mfu
 from swinv2_train.planning.trace import Trace, meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
@@ -121,7 +121,7 @@ class Traces:
         return self._known[key]
 
     def point(self, images: int, gpus: int) -> Point:
-        """A step of so many images on so many ranks."""
+        """A step of `images` images on `gpus` ranks."""
         config, hardware, sizes, size = self.config, self.hardware, self.sizes, self.config.train.micro_batch_size
         micro = _micro_batch_size(images // gpus, size, config.task.mixes)
         accumulation = images // (micro * gpus)
@@ -140,7 +140,7 @@ class Traces:
             accumulation_steps=accumulation,
             mfu=planned_mfu(chosen, hardware, trace.model_flops_per_image, speed, gpus),
             speed=speed,
-            memory=combine(chosen, hardware, engine, sizes, trace, gpus),
+            memory=memory_by_phase(chosen, hardware, engine, sizes, trace, gpus),
             alone_sec=alone.total * images / gpus / size,
             sent_by_card=sent_by_card(total_sent(speed.collectives, gpus), hardware, gpus),
         )
@@ -178,7 +178,7 @@ def scaling_json(curve: Curve) -> dict[str, object]:
 
 
 def _undivided(images: int, gpus: int, pairs: bool) -> str | None:
-    """What is wrong with so many images for so many ranks, and the remedy.  pairs: for mixup."""
+    """What is wrong with `images` images for `gpus` ranks, and the remedy.  pairs: for mixup."""
     if images < gpus:
         return (
             f"train.global_batch_size ({images}) is less than one image for each of {gpus} GPUs; set it to {gpus} or "
@@ -196,6 +196,6 @@ def _undivided(images: int, gpus: int, pairs: bool) -> str | None:
 
 
 def _micro_batch_size(share: int, most: int, pairs: bool) -> int:
-    """The largest micro-batch of at most so many images that divides a rank's share of a step; even for pairs."""
+    """The largest micro-batch of at most `most` images that divides a rank's share of a step; even for pairs."""
     sizes = range(min(share, most), 0, -1)
     return next(size for size in sizes if share % size == 0 and not (pairs and size % 2))

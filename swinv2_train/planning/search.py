@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.engine.build import engine_memory
-from swinv2_train.planning.memory import MemoryPlan, combine, model_sizes, plan_memory, scale
+from swinv2_train.planning.memory import MemoryPlan, memory_by_phase, model_sizes, plan_memory, scale
 from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
-from swinv2_train.planning.start_warning import missing
+from swinv2_train.planning.start_warning import describe_shortfall
 from swinv2_train.planning.table import memory_table, verdict
 from swinv2_train.planning.trace import meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
@@ -60,7 +60,7 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
     nearest = min(found, key=lambda each: each.memory.peak)
     return (
         f"nothing fits on {num_gpus} x {hardware.name}; nearest is {' '.join(_overrides(nearest.setting, config))}:\n"
-        f"{missing(nearest.memory)}\n{memory_table(nearest.memory)}\n{_remedy(nearest, config)}"
+        f"{describe_shortfall(nearest.memory)}\n{memory_table(nearest.memory)}\n{_remedy(nearest, config)}"
     )
 
 
@@ -80,7 +80,7 @@ def candidates(config: Config, hardware: HardwareConfig, num_gpus: int) -> Itera
                 accumulation = config.train.global_batch_size // (size * num_gpus)
                 engine = engine_memory(chosen.engine, sizes, num_gpus, accumulation, on_cpu, ema)
                 scaled = scale(trace, size, int(engine.kept_gradient_bytes * sizes.parameters))
-                memory = combine(chosen, hardware, engine, sizes, scaled, num_gpus)
+                memory = memory_by_phase(chosen, hardware, engine, sizes, scaled, num_gpus)
                 speed = plan_speed(chosen, hardware, sizes, passes.times(size), num_gpus)
                 yield Candidate(setting, memory, speed)
 
@@ -150,7 +150,7 @@ def _recommended(best: Candidate, config: Config, hardware: HardwareConfig, num_
 
 
 def _remedy(nearest: Candidate, config: Config) -> str:
-    parts = nearest.memory.phases[nearest.memory.when]
+    parts = nearest.memory.phases[nearest.memory.peak_phase]
     held = sum(n for name, n in parts.items() if not name.startswith(("activations", "workspace"))) / GIB
     rest = nearest.memory.peak / GIB - held
     if held > rest:

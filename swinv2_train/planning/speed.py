@@ -10,14 +10,14 @@ from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.engine.model_sizes import ModelSizes
 from swinv2_train.monitoring.metrics import mfu
 from swinv2_train.planning.communication import Collective, collectives, ring, seconds
-from swinv2_train.planning.hardware import known
+from swinv2_train.planning.hardware import required
 from swinv2_train.planning.op_cost import Operation
 from swinv2_train.planning.trace import Trace
 
 ADAMW_BYTES = 30
-"""Traffic of an AdamW step per parameter: master and two averages read and written, gradient read, weight written."""
+"""Traffic of an AdamW step per parameter: master and two moments read and written, gradient read, weight written."""
 EMA_BYTES = 12
-"""Of averaging the weights (optim.ema_decay): average read and written, master read."""
+"""Traffic of averaging the weights (optim.ema_decay) per parameter: average read and written, master read."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class SpeedPlan:
     exposed: float
     """Communication that the step waits for: its bytes."""
     latency: float
-    """The same: its messages, however small they are."""
+    """Communication that the step waits for: its messages, however small they are."""
     optimizer: float
     images: int
-    """Of the global batch."""
+    """Images of the global batch."""
     flops_per_image: int
     """As computed, recomputation included; a multiply-add is two."""
     link: str
@@ -78,7 +78,9 @@ class PassSeconds:
         return max(self.products + self.traffic, self.host)
 
     def times(self, images: int) -> PassSeconds:
-        """The same with so many times the images: each operation takes so many times as long, and is started once."""
+        """The passes with `images` times as many images: each operation takes as many times as long, and is started
+        once.
+        """
         return replace(
             self,
             products=self.products * images,
@@ -92,7 +94,7 @@ def pass_seconds(hardware: HardwareConfig, trace: Trace) -> PassSeconds:
     """Each operation takes the longer of its arithmetic and its memory traffic.  hardware: without null values."""
     products, traffic = _device_seconds(hardware, trace.operations)
     forward = sum(_device_seconds(hardware, trace.operations[: trace.forward_operations]))
-    host = len(trace.operations) * known(hardware.op_overhead_us) * 1e-6
+    host = len(trace.operations) * required(hardware.op_overhead_us) * 1e-6
     backward = 1 - forward / (products + traffic)
     return PassSeconds(products, traffic, host, backward, trace.flops, trace.host_bytes)
 
@@ -155,7 +157,7 @@ def planned_mfu(
     config: Config, hardware: HardwareConfig, model_flops_per_image: int, speed: SpeedPlan, ranks: int
 ) -> float | None:
     """Model FLOP utilisation of the hardware's peak in the engine's precision, 0..1."""
-    peak = known(hardware.tflops_bf16 if config.engine.precision == "bf16" else hardware.tflops_fp32) * 1e12
+    peak = required(hardware.tflops_bf16 if config.engine.precision == "bf16" else hardware.tflops_fp32) * 1e12
     return mfu(model_flops_per_image, speed.images_per_sec, peak, ranks)
 
 
@@ -165,14 +167,14 @@ def optimizer_seconds(config: Config, hardware: HardwareConfig, num_parameters: 
     moved = ADAMW_BYTES + (EMA_BYTES if config.optim.ema_decay is not None else 0)
     taken = moved * num_parameters / shard / _traffic_rate(hardware)
     if config.engine.offload_optimizer != "none":  # gradients out and weights in
-        taken += 6 * num_parameters / shard / (known(hardware.host_gb_per_sec) * 1e9)
+        taken += 6 * num_parameters / shard / (required(hardware.host_gb_per_sec) * 1e9)
     return taken
 
 
 def _device_seconds(hardware: HardwareConfig, operations: Iterable[Operation]) -> tuple[float, float]:
     """Seconds bound by arithmetic, and seconds bound by memory."""
-    efficiency = known(hardware.matmul_efficiency) * 1e12
-    rates = {"bf16": known(hardware.tflops_bf16) * efficiency, "fp32": known(hardware.tflops_fp32) * efficiency}
+    efficiency = required(hardware.matmul_efficiency) * 1e12
+    rates = {"bf16": required(hardware.tflops_bf16) * efficiency, "fp32": required(hardware.tflops_fp32) * efficiency}
     bandwidth = _traffic_rate(hardware)
     products = traffic = 0.0
     for operation in operations:
@@ -191,7 +193,7 @@ def _communication(
     room = accumulation * passes.total
     parts = [(seconds(each, hardware, ranks), each.beside) for each in sent]
     if hardware.device == "cuda":  # block inputs go to CPU memory and come back
-        moved = 2 * passes.moved_to_host * accumulation / (known(hardware.host_gb_per_sec) * 1e9)
+        moved = 2 * passes.moved_to_host * accumulation / (required(hardware.host_gb_per_sec) * 1e9)
         parts.append(((moved, 0.0), 1.0))
     hidden = exposed = latency = 0.0
     for (for_bytes, for_messages), share in sorted(parts, key=lambda part: part[1]):
@@ -203,4 +205,4 @@ def _communication(
 
 
 def _traffic_rate(hardware: HardwareConfig) -> float:
-    return known(hardware.memory_gb_per_sec) * known(hardware.memory_efficiency) * 1e9
+    return required(hardware.memory_gb_per_sec) * required(hardware.memory_efficiency) * 1e9

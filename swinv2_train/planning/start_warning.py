@@ -6,7 +6,7 @@ import math
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import MemoryPlan, plan_memory
 from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks.task import Task
@@ -22,7 +22,7 @@ def memory_warning(config: Config, world: World, task: Task) -> str | None:
     task: what is trained, with or without values.  Small runs are not traced: where a generous bound is half of the
     memory at hand, this costs nothing.
     """
-    hardware = complete(config.hardware, world.local_world_size, rates=False)
+    hardware = fill_from_machine(config.hardware, world.local_world_size, rates=False)
     assert hardware.memory_gib is not None and hardware.reserved_gib is not None, "complete"
     if rough_bytes(config, task) < 0.5 * (hardware.memory_gib - hardware.reserved_gib) * GIB:
         return None
@@ -30,7 +30,7 @@ def memory_warning(config: Config, world: World, task: Task) -> str | None:
         plan, _ = plan_memory(config, hardware, world.world_size)
     except ConfigError:
         return None  # the run itself says what is wrong
-    return None if plan.fits else missing(plan)
+    return None if plan.fits else describe_shortfall(plan)
 
 
 def rough_bytes(config: Config, task: Task) -> int:
@@ -43,12 +43,12 @@ def rough_bytes(config: Config, task: Task) -> int:
     return config.train.micro_batch_size * total + 40 * parameters
 
 
-def missing(plan: MemoryPlan) -> str:
+def describe_shortfall(plan: MemoryPlan) -> str:
     """What does not fit: how much, when, and the largest part."""
-    parts = plan.phases[plan.when]
+    parts = plan.phases[plan.peak_phase]
     largest = max(parts, key=lambda part: parts[part])
     return (
-        f"{plan.peak / GIB:.3g} GiB are needed in the {plan.when}, {-plan.free / GIB:.3g} GiB more than the "
+        f"{plan.peak / GIB:.3g} GiB are needed in the {plan.peak_phase}, {-plan.free / GIB:.3g} GiB more than the "
         f"{plan.available * (1 - plan.margin) / GIB:.3g} GiB that may be used; the largest part is {largest} "
         f"({parts[largest] / GIB:.3g} GiB)"
     )

@@ -9,14 +9,14 @@ from swinv2_train.planning.communication import sent_by_card, total_sent
 from swinv2_train.planning.memory import MemoryPlan
 from swinv2_train.planning.scaling import Curve
 from swinv2_train.planning.speed import SpeedPlan, planned_mfu
-from swinv2_train.planning.start_warning import missing
+from swinv2_train.planning.start_warning import describe_shortfall
 from swinv2_train.report.charts import value_text
 from swinv2_train.runtime.environment import GIB
 
 STATE_BYTES = {"fp32": 12, "bf16": 6}
-"""A checkpoint's bytes per parameter: master and AdamW's two averages."""
+"""A checkpoint's bytes per parameter: master and AdamW's two moments."""
 EMA_BYTES = 4
-"""Of the weight's own average (optim.ema_decay)."""
+"""A checkpoint's bytes per parameter for the weight's own average (optim.ema_decay)."""
 
 
 def memory_table(plan: MemoryPlan) -> str:
@@ -38,10 +38,10 @@ def verdict(plan: MemoryPlan, hardware: HardwareConfig, num_gpus: int) -> str:
     """One line: fits or not, by how much."""
     where = f"{num_gpus} x {hardware.name}"
     if not plan.fits:
-        return f"does not fit on {where}: {missing(plan)}"
+        return f"does not fit on {where}: {describe_shortfall(plan)}"
     share = 1 - plan.peak / plan.available
     return (
-        f"fits on {where}: peak {plan.peak / GIB:.2f} GiB in the {plan.when} of {plan.available / GIB:.1f} GiB, "
+        f"fits on {where}: peak {plan.peak / GIB:.2f} GiB in the {plan.peak_phase} of {plan.available / GIB:.1f} GiB, "
         f"{100 * share:.0f} % free (margin asked for: {100 * plan.margin:.0f} %)"
     )
 

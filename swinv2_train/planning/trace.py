@@ -21,7 +21,7 @@ from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
-from swinv2_train.models.initial import without_values
+from swinv2_train.models.initial import on_meta
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.planning.meta_cache import Results, signature
 from swinv2_train.planning.op_cost import Operation, cost_of
@@ -29,7 +29,7 @@ from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 
 ALLOCATION_UNIT = 512
-"""CUDA's caching allocator rounds every request up to a multiple of so many bytes (c10/cuda/CUDACachingAllocator)."""
+"""CUDA's caching allocator rounds every request up to a multiple of this many bytes (c10/cuda/CUDACachingAllocator)."""
 CPU_ALLOCATION_UNIT = 64
 """Bytes to which torch aligns an allocation in CPU memory (c10/core/alignment.h)."""
 META = torch.device("meta")
@@ -101,7 +101,7 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
 
     on_cpu: it stands for one on the CPU, where inputs that "@cpu" moves to CPU memory stay where they are.
     """
-    with without_values():
+    with on_meta():
         task = build_task(config, META)
     if config.engine.precision == "bf16":
         task.module.bfloat16()
@@ -249,7 +249,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.where[:] = [(part, OTHER)]
 
     def keep_gradient(self, numel: int, nbytes: int) -> None:
-        """A parameter's gradient is complete, and so much of it stays."""
+        """A parameter's gradient is complete, and `nbytes` of it stay."""
         self.gradients.append((self.where[-1][0], numel))
         self._gradients += nbytes
         self._live += nbytes

@@ -107,7 +107,7 @@ def chart(
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers (1, 2, 5 x 10^k apart) from at or below `low` to at or above `high`, about so many."""
+    """Round numbers (1, 2, 5 x 10^k apart) from at or below `low` to at or above `high`, about `about` of them."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / about

@@ -95,7 +95,7 @@ class RunRecord:
         return next(((s, v) for s, v in zip(reversed(steps), reversed(values), strict=True) if math.isfinite(v)), None)
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def read_run_record(run_dir: Path) -> RunRecord:
     """Read a run directory as far as it goes; what is missing stays empty."""
     config_path = run_dir / "config.yaml"
     config: Any = OmegaConf.to_container(OmegaConf.load(config_path)) if config_path.exists() else {}
@@ -138,9 +138,9 @@ def write_report(run_dir: Path, total_steps: int | None = None) -> Path:
 
     total_steps: planned optimizer steps; None = train.max_steps of config.yaml (a run by epochs then shows no target).
     """
-    run = read_run(run_dir)
+    run = read_run_record(run_dir)
     parent_dir = find_parent(run)
-    parent = read_run(parent_dir) if parent_dir is not None else None
+    parent = read_run_record(parent_dir) if parent_dir is not None else None
     name = run_dir.resolve().name
     sections = [
         _header(run, total_steps),
@@ -237,7 +237,7 @@ def _tiles(run: RunRecord) -> str:
 
 
 def _charts(run: RunRecord, only: int | None = None) -> str:
-    """The charts of a run; `only`: the first so many in sight, the others folded away."""
+    """The charts of a run; `only`: how many are in sight, the others folded away."""
     charts, named = [], set(_NO_CHART)
     x_range = (0, run.metrics[-1]["step"]) if len(run.metrics) > 1 else None
     for title, unit, from_zero, smooth, names in _CHARTS:

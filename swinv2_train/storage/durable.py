@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Sum(NamedTuple):
+class Checksum(NamedTuple):
     """What a file's content is known by."""
 
     num_bytes: int
     crc32: int
 
 
-def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> Sum:
-    """Write the chunks one after the other and flush them to the disk.  The sum is that of the chunks in memory."""
+def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> Checksum:
+    """Write the chunks one after the other and flush them to the disk.  The checksum is of the chunks in memory."""
     num_bytes = crc32 = 0
     with path.open("wb") as file:
         for chunk in chunks:
@@ -29,18 +29,18 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> Sum:
             crc32 = zlib.crc32(chunk, crc32)
         file.flush()
         os.fsync(file.fileno())
-    return Sum(num_bytes, crc32)
+    return Checksum(num_bytes, crc32)
 
 
-def sum_of(path: Path) -> Sum:
-    """The sum of what the file holds now."""
+def checksum_of(path: Path) -> Checksum:
+    """The checksum of what the file holds now."""
     num_bytes = crc32 = 0
     block = memoryview(bytearray(2**22))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
             num_bytes += size
             crc32 = zlib.crc32(block[:size], crc32)
-    return Sum(num_bytes, crc32)
+    return Checksum(num_bytes, crc32)
 
 
 def sync_folder(path: Path) -> None:

@@ -36,7 +36,7 @@ class ImageTransform:
 
 
 def meta_images(size: int, img_size: tuple[int, int]) -> dict[str, Tensor]:
-    """What every batch holds of so many images, without contents, on the meta device."""
+    """What every batch holds of `size` images, without contents, on the meta device."""
     return {
         "images": torch.empty(size, 3, *img_size, dtype=torch.uint8, device="meta"),
         "weight": torch.empty(size, device="meta"),

@@ -76,7 +76,7 @@ class Task(Protocol):
 
     @property
     def multiply_adds(self) -> int:
-        """Of one image's forward pass."""
+        """Multiply-adds of one image's forward pass."""
 
     @property
     def predictions(self) -> Predictions | None: ...
@@ -85,7 +85,7 @@ class Task(Protocol):
     def picture(self) -> Picture | None: ...
 
     def meta_batch(self, size: int) -> dict[str, Tensor]:
-        """A training batch of so many images without contents, on the meta device."""
+        """A training batch of `size` images without contents, on the meta device."""
 
     def notes(self, source: Source | Stream) -> Iterable[str]:
         """What a user should know of the training images at the start."""
@@ -100,7 +100,7 @@ class Task(Protocol):
         """
 
     def scores(self, forward: Forward, batch: Batch) -> Mapping[str, Metric]:
-        """Of an evaluation batch, by metric name (val/loss, ...); the same names in every batch."""
+        """Metrics of an evaluation batch, by name (val/loss, ...); the same names in every batch."""
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         """The encoder's mean-pooled, normed last map of a batch's whole images, (B, 8C) with four stages, float32."""

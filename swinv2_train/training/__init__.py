@@ -1,1 +1,4 @@
-"""From a configuration to a trained model: building a run, and the loop.  Knows every room but the commands."""
+"""From a configuration to a trained model: building a run, and the loop.
+
+Knows every package but planning and the commands.
+"""

@@ -12,7 +12,7 @@ from torch import nn
 
 from swinv2_train.checkpoint import ema_note, load_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError, is_pipe
-from swinv2_train.config.command_line import read_run
+from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps
 from swinv2_train.data.loading.pipe_loader import build_train_loader
@@ -26,7 +26,7 @@ from swinv2_train.evaluation.probe import Probe
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import Pulse
+from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.runtime import record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
@@ -59,7 +59,7 @@ def build_run(
     log: RunLog,
     newest: Path | None,
     initial: Initial | None,
-    pulse: Pulse | None = None,
+    activity: RankActivity | None = None,
     probe: Probe | None = None,
 ) -> Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
@@ -103,7 +103,7 @@ def build_run(
     log.resume_at(state["step"])
     total = total_steps(config.train, sources.training.num_samples)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
-    pulse = pulse or Pulse()
+    activity = activity or RankActivity()
     position = Position(state["step"], state["images_seen"], loader, world.device, loader.bad_images_before)
     saved_step = None if newest is None else position.step
     return Run(
@@ -112,8 +112,8 @@ def build_run(
         task=task,
         engine=engine,
         position=position,
-        saver=Saver(config, world, engine, position, log, pulse, saved_step),
-        monitor=Monitor(config, world, position, total, task.multiply_adds, log, pulse),
+        saver=Saver(config, world, engine, position, log, activity, saved_step),
+        monitor=Monitor(config, world, position, total, task.multiply_adds, log, activity),
         eval_loader=evaluation,
         probe=probe,
         accumulation_steps=accumulation,
@@ -141,7 +141,7 @@ def checked_newest(run_dir: Path, config: Config) -> Path | None:
     newest = newest_checkpoint(run_dir)
     if newest is None:
         return None
-    saved = read_run(run_dir)
+    saved = load_run_config(run_dir)
     ours, theirs = (_identity(each) for each in (config, saved))
     for key, value in ours.items():
         if theirs.get(key) != value:

@@ -10,7 +10,7 @@ import gc
 from typing import Self
 
 
-class Garbage:
+class ManualGC:
     """A context in which nothing is collected but by after_step.
 
     every_steps: how often; None leaves Python's collector as it is.  What exists at its beginning (modules, the model,
@@ -30,7 +30,7 @@ class Garbage:
         return self
 
     def after_step(self, step: int) -> None:
-        """Collect, if step number `step` is one of those."""
+        """Collect, if step number `step` is a multiple of every_steps."""
         if self.every_steps is not None and step % self.every_steps == 0:
             gc.collect()
 

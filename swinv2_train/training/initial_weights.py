@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.config.command_line import read_run
+from swinv2_train.config.command_line import load_run_config
 from swinv2_train.distributed import World, on_main
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.models.initial import without_values
+from swinv2_train.models.initial import on_meta
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.task import Task
@@ -58,8 +58,8 @@ def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:
     theirs = trained_windows(source)
     runs = [folder for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
     if runs:
-        with without_values():
-            theirs = build_model(read_run(runs[0]).model, num_classes=0).pretrained_window_sizes
+        with on_meta():
+            theirs = build_model(load_run_config(runs[0]).model, num_classes=0).pretrained_window_sizes
     if theirs is None or theirs == encoder.pretrained_window_sizes:
         return []
     value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for rows, cols in theirs)

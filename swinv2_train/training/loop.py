@@ -14,7 +14,7 @@ from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.evaluation.probe import Probe
-from swinv2_train.evaluation.scoring import Batch, evaluate, together
+from swinv2_train.evaluation.scoring import Batch, evaluate_loader, in_lockstep
 from swinv2_train.monitoring.metrics import BadSteps, LossWatch, Means, ranks_where
 from swinv2_train.monitoring.profiling import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, label
 from swinv2_train.runtime import StopRequest
@@ -22,7 +22,7 @@ from swinv2_train.tasks.task import Task
 from swinv2_train.training.lr_schedule import lr_at
 from swinv2_train.training.monitor import Monitor, Outcome, is_due
 from swinv2_train.training.position import Position
-from swinv2_train.training.prefetch import STOP, Feed
+from swinv2_train.training.prefetch import STOP, StepPrefetcher
 from swinv2_train.training.saver import Saver
 
 
@@ -55,10 +55,10 @@ def fit(run: Run, stop: StopRequest) -> bool:
     train, optim, position, saver, monitor = run.config.train, run.config.optim, run.position, run.saver, run.monitor
     watch, bad_steps = LossWatch(train.loss_spike_factor), BadSteps()
     monitor.start(saver.saved_step)
-    feed = open_feed(run, stop)
+    prefetcher = open_prefetcher(run, stop)
     while position.step < run.total_steps:
         monitor.step_begins()
-        ready = feed.take()
+        ready = prefetcher.take()
         if ready.state == STOP:
             saver.save_if_new()
             break
@@ -67,11 +67,11 @@ def fit(run: Run, stop: StopRequest) -> bool:
         try:
             with monitor.own_time():
                 shares = loss_shares(run, ready.micro_batches)
-                outcome = take_step(run, ready.copies, shares, lr, watch, feed)
+                outcome = take_step(run, ready.copies, shares, lr, watch, prefetcher)
         except BadStepError as bad:
             get_over(run, bad, bad_steps)
             if train.on_bad_step == "rollback":
-                feed = open_feed(run, stop)
+                prefetcher = open_prefetcher(run, stop)
                 continue
         position.advance(train.global_batch_size, ready.micro_batches)
         monitor.step_done(ready.micro_batches, outcome, bad_steps.skipped)
@@ -80,13 +80,13 @@ def fit(run: Run, stop: StopRequest) -> bool:
         with monitor.between_steps():
             last = position.step == run.total_steps
             if is_due(position.step, train.picture_every_steps) or last:
-                draw(run, ready.micro_batches[-1])
+                save_picture(run, ready.micro_batches[-1])
             scores = measure(run, last)
             score = scores.get(train.keep_best) if train.keep_best else None
             if is_due(position.step, train.checkpoint_every_steps) or last or score is not None:
                 saver.save(score)
-                feed.look_again()  # evaluation and save take their time, and now nothing would be left to save
-        monitor.garbage.after_step(position.step)
+                prefetcher.recheck_stop()  # evaluation and save take their time, and now nothing would be left to save
+        monitor.manual_gc.after_step(position.step)
     saver.finish()
     monitor.close()
     close_loaders(run)
@@ -97,20 +97,20 @@ class BadStepError(RuntimeError):
     """A step's loss or gradient is not finite, or its loss jumped.  On every rank; the weights are as they were."""
 
 
-def open_feed(run: Run, stop: StopRequest) -> Feed:
+def open_prefetcher(run: Run, stop: StopRequest) -> StepPrefetcher:
     """The steps from the run's position on."""
-    return Feed(
-        iter(run.position.loader), run.accumulation_steps, run.world.device, stop, run.monitor.pulse,
+    return StepPrefetcher(
+        iter(run.position.loader), run.accumulation_steps, run.world.device, stop, run.monitor.activity,
         run.monitor.waiting_for_data,
     )  # fmt: skip
 
 
 def take_step(
-    run: Run, copies: Iterable[Batch], shares: list[float], lr: float, watch: LossWatch, feed: Feed
+    run: Run, copies: Iterable[Batch], shares: list[float], lr: float, watch: LossWatch, prefetcher: StepPrefetcher
 ) -> Outcome:
     """Forward, backward and the optimizer's step.
 
-    copies: micro-batches on the device; shares: what each counts.  The feed prepares the next step meanwhile.
+    copies: micro-batches on the device; shares: what each counts.  The prefetcher prepares the next step meanwhile.
     The device is waited for once, for the gradient norm (engine/deepspeed/grad_norm.py).
     Raises BadStepError on every rank, and nothing has moved.
     """
@@ -127,9 +127,9 @@ def take_step(
                 loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
         with label(BACKWARD):
             run.engine.backward(loss * share)
-        run.monitor.pulse.move()
+        run.monitor.activity.mark_progress()
     if run.position.step + 1 < run.total_steps:
-        feed.prepare()
+        prefetcher.prepare()
     run.saver.wait_for_copy()
     try:
         with label(OPTIMIZER):
@@ -153,7 +153,7 @@ def get_over(run: Run, bad: BadStepError, bad_steps: BadSteps) -> None:
         raise bad
     run.monitor.log.say(f"warning: {bad}; train.on_bad_step={policy}")
     if policy == "rollback":
-        with run.monitor.pulse.doing("going back"):
+        with run.monitor.activity.doing("going back"):
             run.saver.roll_back(bad)
         run.monitor.open_records()
 
@@ -172,27 +172,27 @@ def loss_shares(run: Run, micro_batches: list[Batch]) -> list[float]:
     return (counts / mean).tolist() if mean > 0 else even  # where nothing counts every loss is 0 anyway
 
 
-def draw(run: Run, batch: Batch) -> None:
+def save_picture(run: Run, batch: Batch) -> None:
     """Write the task's picture of a few images: the evaluation's first ones, so that pictures compare over time."""
     picture = run.task.picture
     if picture is None:
         return
-    with run.monitor.pulse.doing("drawing"):
+    with run.monitor.activity.doing("drawing"):
         if run.eval_loader is not None:
-            batch = next(together(run.eval_loader))
+            batch = next(in_lockstep(run.eval_loader))
         run.monitor.log.picture(run.config.task.name, run.position.step, picture(run.engine.evaluate, batch))
 
 
 def measure(run: Run, last: bool) -> dict[str, float]:
     """The scores that are due at this step, logged: those of the evaluation images, and of the frozen encoder."""
-    step, pulse, scores = run.position.step, run.monitor.pulse, {}
+    step, activity, scores = run.position.step, run.monitor.activity, {}
     if run.eval_loader is not None and (is_due(step, run.config.train.eval_every_steps) or last):
-        with pulse.doing("evaluating"), label(EVALUATION):
+        with activity.doing("evaluating"), label(EVALUATION):
             scores = scores_of(run, run.eval_loader)
         run.monitor.log_scores(scores)
     if run.probe is not None and (is_due(step, run.config.probe.every_steps) or last):
-        with pulse.doing("probing"), label(EVALUATION):
-            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), pulse.move)
+        with activity.doing("probing"), label(EVALUATION):
+            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), activity.mark_progress)
         run.monitor.log_scores(probed)
         scores = scores | probed
     return scores
@@ -201,10 +201,10 @@ def measure(run: Run, last: bool) -> dict[str, float]:
 def scores_of(run: Run, loader: EvalLoader) -> dict[str, float]:
     """The scores of the weights and, with optim.ema_decay, those of their averages."""
     score = partial(run.task.scores, run.engine.evaluate)
-    scores = evaluate(score, run.monitor.marking_progress(loader))
+    scores = evaluate_loader(score, run.monitor.marking_progress(loader))
     if run.config.optim.ema_decay is not None:
-        with run.engine.averaged():
-            averaged = evaluate(score, run.monitor.marking_progress(loader))
+        with run.engine.ema_weights():
+            averaged = evaluate_loader(score, run.monitor.marking_progress(loader))
         scores |= {averaged_score(name): value for name, value in averaged.items()}
     return scores
 

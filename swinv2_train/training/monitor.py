@@ -17,12 +17,12 @@ from swinv2_train.monitoring.metrics import (
     mfu,
     peak_memory_gib,
 )
-from swinv2_train.monitoring.profiling import DATA, Trace, label
+from swinv2_train.monitoring.profiling import DATA, StepProfiler, label
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.step_records import Records, StepRecord
-from swinv2_train.monitoring.stragglers import Lag, OwnTime, slowest
-from swinv2_train.monitoring.watchdog import DATA_WAIT, FIRST_STEP, Pulse
-from swinv2_train.training.garbage_collection import Garbage
+from swinv2_train.monitoring.stragglers import ComputeTimer, StragglerStreak, slowest
+from swinv2_train.monitoring.watchdog import DATA_WAIT, FIRST_STEP, RankActivity
+from swinv2_train.training.garbage_collection import ManualGC
 from swinv2_train.training.position import Position
 
 
@@ -50,17 +50,19 @@ class Monitor:
         total_steps: int,
         multiply_adds: int,
         log: RunLog,
-        pulse: Pulse,
+        activity: RankActivity,
     ) -> None:
         """multiply_adds: of one image's forward pass."""
-        self.log, self.pulse = log, pulse
-        self.garbage = Garbage(config.runtime.gc_every_steps)
+        self.log, self.activity = log, activity
+        self.manual_gc = ManualGC(config.runtime.gc_every_steps)
         self._config, self._world, self._position = config, world, position
         self._total_steps, self._multiply_adds = total_steps, multiply_adds
         self._speed = Throughput(config.train.global_batch_size)
-        self._own_time = OwnTime(world.device)
-        self._lag = Lag()
-        self._trace = Trace(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None
+        self._compute_timer = ComputeTimer(world.device)
+        self._streak = StragglerStreak()
+        self._profiler = (
+            StepProfiler(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None
+        )
         self._records = Records(None, None)
 
     # What happens around the steps
@@ -68,11 +70,11 @@ class Monitor:
     def start(self, saved_step: int | None) -> None:
         """The first step of this start comes next; it may compile.  saved_step: of the newest checkpoint."""
         self.open_records()
-        self.pulse.step = self._position.step
-        self.pulse.tell(
+        self.activity.step = self._position.step
+        self.activity.publish(
             total_steps=self._total_steps, images_seen=self._position.images_seen, checkpoint_step=saved_step
         )
-        self.pulse.turn_to(FIRST_STEP)
+        self.activity.enter(FIRST_STEP)
 
     def open_records(self) -> None:
         """Records that data.record_keys and data.on_bad_sample ask for, without steps that are run again."""
@@ -86,19 +88,24 @@ class Monitor:
 
     def step_begins(self) -> None:
         """Start or stop the profiler; that is no part of any step's time."""
-        if self._trace is not None:
+        if self._profiler is not None:
             with self._speed.paused():
-                self._say_trace(self._trace.next_step(self._position.step + 1))
+                self._say_trace(self._profiler.next_step(self._position.step + 1))
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """The time inside is spent waiting for the loader."""
-        with self.pulse.doing(DATA_WAIT), self._speed.waiting_for_data(), self._own_time.apart(), label(DATA):
+        with (
+            self.activity.doing(DATA_WAIT),
+            self._speed.waiting_for_data(),
+            self._compute_timer.excluded(),
+            label(DATA),
+        ):
             yield
 
     def own_time(self) -> AbstractContextManager[None]:
         """Inside is the work of the next step; each rank's own part of it is measured where the step is logged."""
-        return self._own_time.measured(is_due(self._position.step + 1, self._config.train.log_every_steps))
+        return self._compute_timer.measured(is_due(self._position.step + 1, self._config.train.log_every_steps))
 
     def between_steps(self) -> AbstractContextManager[None]:
         """The time inside is no part of any step."""
@@ -106,8 +113,8 @@ class Monitor:
 
     def close(self) -> None:
         """The run has come to its end, or stops."""
-        if self._trace is not None:
-            self._say_trace(self._trace.close())
+        if self._profiler is not None:
+            self._say_trace(self._profiler.close())
         self._records.close()
 
     def _say_trace(self, written: Path | None) -> None:
@@ -122,14 +129,14 @@ class Monitor:
         outcome: None for a step that was skipped; skipped: how many were, so far.
         """
         self._speed.step_done()
-        self.pulse.step_done(self._position.step)
+        self.activity.step_done(self._position.step)
         self._records.write(self._position.step, micro_batches)
         step = self._position.step
         if outcome is None:
             self.log_metrics({"train/skipped_steps": skipped})
         elif is_due(step, self._config.train.log_every_steps) or step in (1, self._total_steps):
             values = outcome.losses.read() | {"train/lr": outcome.lr, "train/grad_norm": outcome.grad_norm}
-            self._log_step(values, self._speed.read(), self._own_time.read())
+            self._log_step(values, self._speed.read(), self._compute_timer.read())
         else:
             self.log.progress(step, self._total_steps)
 
@@ -146,7 +153,7 @@ class Monitor:
     def marking_progress(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The batches; each is a sign that the run does not hang."""
         for batch in batches:
-            self.pulse.move()
+            self.activity.mark_progress()
             yield batch
 
     def _log_step(self, values: dict[str, float], speed: dict[str, float], own_sec: float) -> None:
@@ -167,18 +174,18 @@ class Monitor:
         utilisation = mfu(3 * 2 * self._multiply_adds, images_per_sec, peak, self._world.world_size)
         self.log_metrics(values | {"perf/mfu": utilisation})
         self.log.progress(self._position.step, self._total_steps, values["train/loss"], images_per_sec)
-        self.pulse.tell(
+        self.activity.publish(
             images_seen=self._position.images_seen,
             loss=values["train/loss"],
             images_per_sec=images_per_sec,
-            seconds_left=self.pulse.seconds_left(self._total_steps),
+            seconds_left=self.activity.seconds_left(self._total_steps),
         )
 
     def _name_slowest(self, own_sec: list[float], data_wait_sec: list[float]) -> dict[str, float]:
         """The rank that the others wait for: in metrics and status, and on the console if it stays the same."""
         found = slowest(own_sec, data_wait_sec)
-        self.pulse.tell(slowest_rank=found._asdict())
-        if self._lag.add(found):
+        self.activity.publish(slowest_rank=found._asdict())
+        if self._streak.add(found):
             self.log.say(f"step {self._position.step}: {found}")
         return {"perf/own_step_sec": found.own_sec, "perf/slowest_rank": found.rank}
 

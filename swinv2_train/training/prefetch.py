@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import highest, raise_together
-from swinv2_train.evaluation.scoring import Batch, fetch
-from swinv2_train.monitoring.watchdog import RANK_WAIT, Pulse
+from swinv2_train.distributed import all_reduce_max, raise_together
+from swinv2_train.evaluation.scoring import Batch, next_batches
+from swinv2_train.monitoring.watchdog import RANK_WAIT, RankActivity
 from swinv2_train.runtime import StopRequest
 
 GO, STOP, FAILED = 0, 1, 2
 
 
-class Upcoming(NamedTuple):
+class PreparedStep(NamedTuple):
     """A step that all ranks are to take, or why they are not."""
 
     state: int
@@ -25,12 +25,12 @@ class Upcoming(NamedTuple):
     micro_batches: list[Batch]
     """As the loader made them, in CPU memory."""
     copies: Iterator[Batch]
-    """The same with their tensors on the device, each to be asked for when the one before is computed."""
+    """The micro-batches with their tensors on the device, each to be asked for when the one before is computed."""
     problem: ConfigError | None
     """What is wrong with this rank's data."""
 
 
-class Feed:
+class StepPrefetcher:
     """Fetches the micro-batches of one step after the other, and asks all ranks whether to take it.
 
     prepare() belongs between a step's last backward pass and its optimizer, where the host waits for the device in
@@ -44,25 +44,25 @@ class Feed:
         accumulation_steps: int,
         device: torch.device,
         stop: StopRequest,
-        pulse: Pulse,
+        activity: RankActivity,
         waiting: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """waiting: a context for the time in which the loader is waited for."""
         self._batches, self._accumulation_steps = batches, accumulation_steps
-        self._device, self._stop, self._pulse, self._waiting = device, stop, pulse, waiting
+        self._device, self._stop, self._activity, self._waiting = device, stop, activity, waiting
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._ready: Upcoming | None = None
+        self._ready: PreparedStep | None = None
 
     def prepare(self) -> None:
         """Make the next step ready.  Collective."""
         with self._waiting():
-            micro_batches, problem = fetch(self._batches, self._accumulation_steps)
+            micro_batches, problem = next_batches(self._batches, self._accumulation_steps)
         copies = iter(micro_batches) if self._stream is None else Copies(micro_batches, self._device, self._stream)
-        with self._pulse.doing(RANK_WAIT):
-            state = highest(FAILED if problem else STOP if self._stop.requested else GO)
-        self._ready = Upcoming(state, micro_batches, copies, problem)
+        with self._activity.doing(RANK_WAIT):
+            state = all_reduce_max(FAILED if problem else STOP if self._stop.requested else GO)
+        self._ready = PreparedStep(state, micro_batches, copies, problem)
 
-    def take(self) -> Upcoming:
+    def take(self) -> PreparedStep:
         """The step that is ready; where none is, it is made so.  Every rank must have prepared equally often.
 
         Raises on every rank what is wrong with the data of any.
@@ -75,9 +75,13 @@ class Feed:
             raise_together(ready.problem)
         return ready
 
-    def look_again(self) -> None:
+    def recheck_stop(self) -> None:
         """Let a stop that came after the next step was made ready come before it.  Collective."""
-        if self._ready is not None and self._ready.state == GO and highest(int(self._stop.requested is not None)):
+        if (
+            self._ready is not None
+            and self._ready.state == GO
+            and all_reduce_max(int(self._stop.requested is not None))
+        ):
             self._ready = self._ready._replace(state=STOP)
 
 

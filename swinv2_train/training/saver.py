@@ -11,7 +11,7 @@ from swinv2_train.distributed import World, any_rank
 from swinv2_train.engine import Engine
 from swinv2_train.monitoring.profiling import CHECKPOINT, label
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import Pulse
+from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.training.position import Position
 
 
@@ -25,14 +25,14 @@ class Saver:
         engine: Engine,
         position: Position,
         log: RunLog,
-        pulse: Pulse,
+        activity: RankActivity,
         saved_step: int | None,
     ) -> None:
         """saved_step: of the checkpoint that the run resumes from; None = there is none."""
         self.saved_step = saved_step
         """Step of the newest complete checkpoint."""
         self._config, self._world, self._engine, self._position = config, world, engine, position
-        self._log, self._pulse = log, pulse
+        self._log, self._activity = log, activity
         self._under_way: Save | None = None  # written in the background
         self._stall_sec: float | None = None  # how long the last save held training up so far; None once logged
 
@@ -43,7 +43,7 @@ class Saver:
         self.finish()
         started = time.perf_counter()
         run_dir, background = Path(self._config.run_dir), train.background_save
-        with self._pulse.doing("saving"), label(CHECKPOINT):
+        with self._activity.doing("saving"), label(CHECKPOINT):
             self._under_way = Save(run_dir, self._engine, state, self._world, train.keep_checkpoints, best, background)
         if not background:
             self.finish()
@@ -63,7 +63,7 @@ class Saver:
             return
         started = time.perf_counter()
         if self._under_way is not None:
-            with self._pulse.doing("saving"):
+            with self._activity.doing("saving"):
                 self._under_way.wait_for_copy()
         stall_sec, self._stall_sec = self._stall_sec + time.perf_counter() - started, None
         self._log.metrics(self._position.step, self._position.images_seen, {"checkpoint/stall_sec": stall_sec})
@@ -78,10 +78,10 @@ class Saver:
         self.wait_for_copy()
         if self._under_way is not None:
             saving, self._under_way = self._under_way, None
-            with self._pulse.doing("saving"), label(CHECKPOINT):
+            with self._activity.doing("saving"), label(CHECKPOINT):
                 saving.finish()
             self.saved_step = saving.step
-            self._pulse.tell(checkpoint_step=self.saved_step)
+            self._activity.publish(checkpoint_step=self.saved_step)
 
     def roll_back(self, problem: Exception) -> None:
         """Put engine and position back to the newest checkpoint; raises the problem where there is none."""

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from swinv2_train.checkpoint import COMPLETE, find_checkpoint
-from swinv2_train.checkpoint import read_weights as read_checkpoint
+from swinv2_train.checkpoint import COMPLETE, find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
@@ -61,7 +60,7 @@ def read_weights(path: str | Path, format: str | None = None, *, averaged: bool 
         if format is not None:
             raise ConfigError(f"{path} is a run directory of our own, not a file of format={format}; leave format out")
         checkpoint = find_checkpoint(path)
-        entries = read_checkpoint(checkpoint, averaged).entries
+        entries = read_checkpoint_weights(checkpoint, averaged).entries
         return ConvertedWeights(entries, str(checkpoint), "run", {name: (name,) for name in entries}, ())
     if averaged:
         raise ConfigError(f"{path} is no run or checkpoint of our own, whose averages ema=true takes; leave it out")

@@ -10,7 +10,7 @@ import torch
 
 from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.models import SimMIM, SwinTransformerV2
-from swinv2_train.models.initial import without_values
+from swinv2_train.models.initial import on_meta
 from swinv2_train.tasks import build_task
 from swinv2_train.weights import read_weights, save_weights
 from swinv2_train.weights.huggingface import Preprocessing
@@ -18,7 +18,7 @@ from swinv2_train.weights.matching import match_weights
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What the command line asks for besides the configuration."""
 
     format: str
@@ -35,7 +35,7 @@ class Request:
     """The averages of a run's weights in place of these."""
 
 
-def export(config: Config, request: Request) -> list[Path]:
+def export(config: Config, request: ExportRequest) -> list[Path]:
     """Write the weights that are asked for; returns the files.
 
     Raises ConfigError, with nothing written, when the weights are not the configured model's, when the format cannot
@@ -45,7 +45,7 @@ def export(config: Config, request: Request) -> list[Path]:
         raise ConfigError(f"out ({request.out}) exists; name a new file or directory, or remove it")
     path = request.weights or request.checkpoint or config.run_dir
     source = read_weights(path, request.weights_format, averaged=request.ema)
-    with without_values():
+    with on_meta():
         module = build_task(config, torch.device("cpu")).module
     if not isinstance(module, SwinTransformerV2 | SimMIM):
         raise ConfigError(

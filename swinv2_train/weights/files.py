@@ -156,7 +156,9 @@ class _Inert:
 
 
 class _InertMapping:
-    """The same for dictionaries: what is built is an OrderedDict, the one mapping that torch lets a file fill."""
+    """Stands for a dictionary of that kind: what is built is an OrderedDict, the one mapping that torch lets a file
+    fill.
+    """
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
         return OrderedDict()

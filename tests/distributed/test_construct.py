@@ -11,10 +11,10 @@ import torch
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
-from swinv2_train.engine.materialize import allocate_shards
+from swinv2_train.engine.materialize import allocate_partitions
 from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.models.initial import without_values
+from swinv2_train.models.initial import on_meta
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.param_groups import build_param_groups
@@ -48,7 +48,7 @@ def build_small(size="demo", **other):
 
 def build(world, config, seed):
     config.optim.no_decay = NO_DECAY
-    with without_values():
+    with on_meta():
         module = build_small()
     engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     if seed is not None:
@@ -114,7 +114,7 @@ def test_a_resume_needs_no_values(other, tmp_path):
 
 def test_a_model_with_values_on_some_parameters_only_is_an_error():
     """It would train on memory that nobody wrote to."""
-    with without_values():
+    with on_meta():
         module = build_small()
     module.encoder.norm = torch.nn.LayerNorm(32)
     config = toy_config("local")
@@ -131,7 +131,7 @@ WIDE = {
     "pretrained_window_sizes": (0, 0, 0, 0), "extra_norm_period": 0,
 }  # fmt: skip
 SHARE = 1.3  # bytes per parameter, 2 (bf16) / 2 ranks; measured worst 1.06.  Built plainly it is 4.05
-REST = 0.3  # beside what stays (8.1: share, masters, gradients, averages); measured worst 0.02
+REST = 0.3  # beside what stays (8.1: share, masters, gradients, moments); measured worst 0.02
 MAPPED = 6  # while a resume reads the rank's own file, 12 bytes / 2 ranks, its pages count; measured 5.98
 
 
@@ -152,7 +152,7 @@ def build_wide():
 
 
 def build_wide_without_values():
-    with without_values():
+    with on_meta():
         return build_wide()
 
 
@@ -170,7 +170,7 @@ def test_no_rank_ever_holds_the_model_whole(tmp_path):
         def shards():
             module = build_wide_without_values()
             settings = deepspeed_json(config, world.world_size, 1, layer_sizes(module, (SwinBlock,)))
-            allocate_shards(module, settings, torch.bfloat16, world.device)
+            allocate_partitions(module, settings, torch.bfloat16, world.device)
             return module
 
         def engine(start):

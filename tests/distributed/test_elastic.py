@@ -17,7 +17,7 @@ from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import ConfigError
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.engine import build_engine
-from swinv2_train.engine.state.files import Shards
+from swinv2_train.engine.state.files import StateFiles
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.train import train as train_run
 from swinv2_train.training import loop
@@ -27,7 +27,7 @@ from tests.support.harness import run_distributed
 from tests.support.images import encoded
 from tests.support.toy import build_toy, full_state, save_state, toy_config, train
 
-LOSS_ATOL = 3e-6  # measured worst 7.2e-7 over 8 steps of the toy; without the averages 6e-2, with step 0 2e-1
+LOSS_ATOL = 3e-6  # measured worst 7.2e-7 over 8 steps of the toy; without the moments 6e-2, with step 0 2e-1
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 300}}
 
 CHAIN = [
@@ -58,22 +58,22 @@ def build(world, case, seed=0):
 
 
 def contents(directory: Path) -> dict[str, tuple[torch.Tensor, ...] | float]:
-    """Every bit of a state: weights, averages and step counts by name."""
-    shards = Shards(directory)
+    """Every bit of a state: weights, moments and step counts by name."""
+    saved = StateFiles(directory)
     found = {}
-    for name, (shape, _, trained) in shards.described.items():
-        found[name] = shards.read(name)
+    for name, (shape, _, trained) in saved.specs.items():
+        found[name] = saved.read(name)
         for kind in ("exp_avg", "exp_avg_sq") if trained else ():
             found[f"{kind} of {name}"] = torch.full((found[name].numel(),), torch.nan)
-            shards.fill(found[f"{kind} of {name}"], kind, name, 0)
+            saved.fill(found[f"{kind} of {name}"], kind, name, 0)
         if trained:
-            found[f"step of {name}"] = torch.tensor(shards.step(name))
+            found[f"step of {name}"] = torch.tensor(saved.step(name))
         assert found[name].shape == shape
     return found
 
 
 def test_no_bit_changes_on_the_way_through_engines_stages_precisions_and_world_sizes(tmp_path):
-    """Masters, both averages and step counts; each engine is built from another seed and says what it holds itself."""
+    """Masters, both moments and step counts; each engine is built from another seed and says what it holds itself."""
 
     def start(world):
         engine = build(world, CHAIN[0])
@@ -82,7 +82,7 @@ def test_no_bit_changes_on_the_way_through_engines_stages_precisions_and_world_s
 
     def pass_on(world, number, case):
         engine = build(world, case, seed=number)
-        if number % 2:  # a fresh one has no averages yet, a used one has others
+        if number % 2:  # a fresh one has no moments yet, a used one has others
             train(engine, world, 1, size=12)
         engine.load(tmp_path / str(number - 1))
         save_state(engine, tmp_path / str(number))
@@ -178,7 +178,7 @@ LEGS = [
     (3, "train.micro_batch_size=4", "data.num_workers=0", "engine.zero_stage=0"),
 ]
 """Ranks and what else changes at every start."""
-RUN_ATOL = 1e-6  # measured worst 1.3e-7 over 30 steps, five engines and 6 seeds of kills; without the averages 5e-3
+RUN_ATOL = 1e-6  # measured worst 1.3e-7 over 30 steps, five engines and 6 seeds of kills; without the moments 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,9 @@ def shards(tmp_path_factory) -> str:
 
 
 def start(size: int, overrides: tuple[str, ...], kill: tuple[int, float] | None = None) -> list[int | None]:
-    """The train command on so many ranks; the kernel ends all of them so many seconds after a step has begun."""
+    """The train command on `size` ranks; kill: the step, and the seconds after its beginning, at which the kernel
+    ends all of them.
+    """
     config = composed(list(overrides))
 
     def command(world):
@@ -214,7 +216,7 @@ def start(size: int, overrides: tuple[str, ...], kill: tuple[int, float] | None 
 
 
 def keys_of(run_dir: Path, size: int) -> dict[int, list[str]]:
-    """The images of each step that all of so many ranks have written down, sorted."""
+    """The images of each step that all `size` ranks have written down, sorted."""
     ranks = [
         {record["step"]: record["keys"] for record in map(json.loads, whole_lines(path))}
         for path in (run_dir / "sample_keys" / f"rank_{rank:05d}.jsonl" for rank in range(size))

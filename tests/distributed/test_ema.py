@@ -11,10 +11,10 @@ import torch
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import compose_source
 from swinv2_train.engine import NonFiniteError
-from swinv2_train.engine.state.consolidate import read_weights
+from swinv2_train.engine.state.consolidate import read_state_weights
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.weights import read_weights as read_file
-from swinv2_train.weights.export import Request, export
+from swinv2_train.weights.export import ExportRequest, export
 from tests.distributed.test_elastic import SMALL, SUB_GROUPS, shards, start, step_of  # noqa: F401  a fixture
 from tests.support.evaluation import evaluated
 from tests.support.harness import run_distributed
@@ -41,7 +41,7 @@ def averaging(config, decay=DECAY):
 
 def averages(engine):
     """The averages whole, on rank 0."""
-    with engine.averaged():
+    with engine.ema_weights():
         return full_state(engine)
 
 
@@ -72,7 +72,7 @@ def test_averages_are_those_of_the_masters_and_training_is_the_same_with_and_wit
             for name, value in (full_state(engine) or {}).items():
                 expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
         before = full_state(engine), engine.evaluate(**batch)["logits"]
-        with engine.averaged():
+        with engine.ema_weights():
             found, logits = full_state(engine), engine.evaluate(**batch)["logits"]
         after = full_state(engine), engine.evaluate(**batch)["logits"]
         history += train(engine, world, 3, first=8)
@@ -109,7 +109,7 @@ def test_weights_are_back_after_an_error_too(stage):
         engine = build(averaging(toy_config(stage=stage, micro=8, persistence=100)), world)
         train(engine, world, 3)
         before = engine.evaluate(**batch)["logits"]
-        with pytest.raises(ValueError, match="unread image"), engine.averaged():
+        with pytest.raises(ValueError, match="unread image"), engine.ema_weights():
             inside = engine.evaluate(**batch)["logits"]
             raise ValueError("unread image")
         return before, inside, engine.evaluate(**batch)["logits"]
@@ -158,7 +158,7 @@ def test_averages_go_on_at_other_ranks_stages_and_engines(tmp_path):
         before, after = run_distributed(lambda world, n=number, c=case: leg(world, n, c, 4), case[3])[0]
         assert kept is None or all(torch.equal(before[name], value) for name, value in kept.items())
         kept = after
-        stored = read_weights(tmp_path / str(number), averaged=True)
+        stored = read_state_weights(tmp_path / str(number), averaged=True)
         assert all(torch.equal(stored[name], value) for name, value in kept.items())
     expected = run_distributed(undisturbed, 1)[0]
     worst = max(float((kept[name] - value).abs().max()) for name, value in expected.items())
@@ -166,7 +166,7 @@ def test_averages_go_on_at_other_ranks_stages_and_engines(tmp_path):
     for case in DETOUR:
         before, _ = run_distributed(lambda world, c=case: leg(world, len(CHAIN), c, 0), case[3])[0]
         assert all(torch.equal(before[name], value) for name, value in kept.items()), case
-        stored = read_weights(tmp_path / "detour", averaged=True)
+        stored = read_state_weights(tmp_path / "detour", averaged=True)
         assert all(torch.equal(stored[name], value) for name, value in kept.items()), case
 
 
@@ -189,7 +189,7 @@ def test_averages_begin_at_the_weights_where_a_state_has_none_and_can_be_dropped
     def third(world):
         engine = build(toy_config(micro=8), world)
         engine.load(with_averages)
-        with pytest.raises(AssertionError, match=r"optim\.ema_decay is null"), engine.averaged():
+        with pytest.raises(AssertionError, match=r"optim\.ema_decay is null"), engine.ema_weights():
             pass
         save_state(engine, tmp_path / "dropped")
 
@@ -201,7 +201,7 @@ def test_averages_begin_at_the_weights_where_a_state_has_none_and_can_be_dropped
         assert json.loads((folder / "engine.json").read_text())["ema_decay"] == decay
         if decay is None:
             with pytest.raises(ConfigError, match=r"holds no averages of the weights, as optim\.ema_decay was null"):
-                read_weights(folder, averaged=True)
+                read_state_weights(folder, averaged=True)
 
 
 def test_averages_take_a_ranks_share_of_four_bytes_a_parameter():
@@ -247,7 +247,7 @@ def test_killed_run_keeps_its_averages_and_the_commands_take_them(shards, tmp_pa
     assert abs(scores["val/loss"] / scores["val_ema/loss"] - 1) > 10 * SCORE_RTOL
 
     out = tmp_path / "averages.safetensors"
-    export(compose_source([f"run_dir={run_dir}"], ())[0], Request("microsoft", out, ema=True))
+    export(compose_source([f"run_dir={run_dir}"], ())[0], ExportRequest("microsoft", out, ema=True))
     assert json.loads(capfd.readouterr().out)["ema"] is True
     exported = read_file(out)
     assert exported.keys() and all(torch.equal(tensor, found[name]) for name, tensor in exported.items())

@@ -15,7 +15,7 @@ import torch
 
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
-from swinv2_train.models.initial import initial_rule, without_values
+from swinv2_train.models.initial import initial_rule, on_meta
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.configs import composed
@@ -84,24 +84,24 @@ def take_steps(world, name):
             engine.backward(loss)
             engine.step(config.optim.lr)
         optimizer = engine._ds.optimizer
-        averages = sum(state["exp_avg"].numel() for state in optimizer.optimizer.state.values())
-        return shapes, rules.pieces, averages, len(groups), optimizer.dtype
+        moments = sum(state["exp_avg"].numel() for state in optimizer.optimizer.state.values())
+        return shapes, rules.pieces, moments, len(groups), optimizer.dtype
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_giant_takes_its_steps_on_16_ranks(name):
-    """Each rank holds a sixteenth of masters and averages, every parameter has a rule for its initial values, and the
+    """Each rank holds a sixteenth of masters and moments, every parameter has a rule for its initial values, and the
     trainer's model without values has the same names and shapes."""
-    ((shapes, pieces, averages, num_groups, dtype),) = run_distributed(take_steps, 1, name, timeout_sec=600, init=False)
+    ((shapes, pieces, moments, num_groups, dtype),) = run_distributed(take_steps, 1, name, timeout_sec=600, init=False)
     config = composed([f"experiment={name}", "data.shards=x"])
     assert config.model.recompute == "blocks" and config.model.sequential_stages == [1, 2]
-    with without_values():
+    with on_meta():
         module = build_task(config, torch.device("cpu")).module
     assert shapes == {key: tuple(p.shape) for key, p in module.named_parameters()}
     numels = {key: p.numel() for key, p in module.named_parameters()}
     assert sum(numels.values()) == PARAMETERS[name]
     assert pieces == {key: (0, -(-numel // RANKS), torch.float32) for key, numel in numels.items()}
-    assert averages == sum(-(-numel // RANKS) for numel in numels.values())
+    assert moments == sum(-(-numel // RANKS) for numel in numels.values())
     assert dtype == torch.bfloat16
     assert num_groups == len(build_param_groups(module, config.optim)) >= 2

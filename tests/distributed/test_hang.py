@@ -92,7 +92,7 @@ def test_a_slow_rank_and_then_a_stopped_one_are_named_and_the_run_ends(shards, t
     assert "rank 0 (pid" not in status["reason"]
     assert (status["step"], status["total_steps"], status["checkpoint_step"]) == (6, 100, None)
     stacks = (tmp_path / "stacks" / "rank_00000.txt").read_text()
-    assert "take_step" in stacks or "highest" in stacks
+    assert "take_step" in stacks or "all_reduce_max" in stacks
     assert not (tmp_path / "stacks" / "rank_00001.txt").exists()  # it cannot
 
 
@@ -101,7 +101,7 @@ def test_a_rank_whose_data_never_come_is_named_and_all_ranks_end_by_themselves(s
     def around(world: World) -> None:
         if world.rank == 0:
             return
-        fetch = prefetch.fetch
+        fetch = prefetch.next_batches
 
         def waiting(batches: Any, count: int) -> Any:
             if next(counter) == 3:
@@ -109,11 +109,11 @@ def test_a_rank_whose_data_never_come_is_named_and_all_ranks_end_by_themselves(s
             return fetch(batches, count)
 
         counter = iter(range(99))
-        prefetch.fetch = waiting
+        prefetch.next_batches = waiting
 
     run(tmp_path, shards, around)
     reason = status_of(tmp_path)["reason"]
     assert "rank 1 (pid" in reason and "is behind: waiting for data for" in reason, reason
     assert "rank 0 (pid" not in reason
-    for rank, place in enumerate(("highest", "waiting")):
+    for rank, place in enumerate(("all_reduce_max", "waiting")):
         assert place in (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()

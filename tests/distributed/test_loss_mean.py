@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swinv2_train import train
-from swinv2_train.checkpoint import find_checkpoint, read_weights
+from swinv2_train.checkpoint import find_checkpoint, read_checkpoint_weights
 from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.data.shards.tar_reader import write_shards
@@ -61,7 +61,7 @@ def test_global_mean_on_two_ranks_is_one_process_over_the_whole_batch(experiment
 
         assert run_distributed(command, ranks, init=False, timeout_sec=100) == [EXIT_DONE] * ranks
         lines = read_metrics(Path(config.run_dir))
-        weights = read_weights(find_checkpoint(Path(config.run_dir)))
+        weights = read_checkpoint_weights(find_checkpoint(Path(config.run_dir)))
         return lines[-1]["train/loss"], {name: tensor.detach() for name, tensor in weights.items()}
 
     halves = ("engine=zero1", "engine.precision=fp32", "train.micro_batch_size=4")

@@ -30,7 +30,7 @@ from swinv2_train.tasks.metrics import Metric, Rows, Sums
 from swinv2_train.tasks.task import Batch, Forward
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.weights import load_weights, save_weights
-from swinv2_train.weights.export import Request, export
+from swinv2_train.weights.export import ExportRequest, export
 from tests.support.evaluation import evaluate_command, evaluated, make_images, write_images
 from tests.support.harness import run_distributed
 
@@ -203,7 +203,7 @@ def test_a_task_from_outside_trains_under_zero_3_and_is_planned_and_evaluated(re
         assert run_distributed(command, 1, init=False) == [2]
         assert message in capfd.readouterr().err
     with pytest.raises(ConfigError, match="task.name .brightness. has a model that no format holds"):
-        export(config, Request("microsoft", tmp_path / "out.pth"))
+        export(config, ExportRequest("microsoft", tmp_path / "out.pth"))
     code, _, error = evaluate_command(capfd, f"run_dir={run_dir}", "crop_pcts=[1]")
     assert code == 2 and "crop_pcts compares accuracies, which task=brightness has not" in error
 

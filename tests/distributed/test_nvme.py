@@ -9,7 +9,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.models.initial import without_values
+from swinv2_train.models.initial import on_meta
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.param_groups import build_param_groups
@@ -38,7 +38,7 @@ def build_large(world, config, seed):
     """Matrices of 1 MiB and more on each of 2 ranks, which is what DeepSpeed takes to the disk."""
     config.optim.no_decay = ["1d", ".bias", "cpb_mlp", "logit_scale", "mask_token"]
     settings = {"img_size": 32, "window_size": 4, "embed_dim": 256, "depths": (1, 2), "num_heads": (8, 16)}
-    with without_values():
+    with on_meta():
         module = SimMIM(swin_v2("demo", num_classes=0, pretrained_window_sizes=(0, 0), **settings), 8)
     engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     if seed is not None:

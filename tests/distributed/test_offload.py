@@ -119,7 +119,7 @@ def test_loss_of_bf16_states_stays_near_that_of_fp32_states(stage):
 
 
 def test_averages_that_bf16_cannot_decay_are_refused():
-    """0.999 x 1.0 is 1.0 in bf16: the second average would only ever grow."""
+    """0.999 x 1.0 is 1.0 in bf16: the second moment would only ever grow."""
     assert torch.tensor(1.0, dtype=torch.bfloat16).mul(0.999) == 1.0
     common = ["model=demo", "data=cifar10", "task.mask_unit_px=4", "run_dir=x", "engine=zero2"]
     with pytest.raises(ConfigError, match=r"optim\.betas \(\[0\.9, 0\.999\]\) with engine\.optimizer_states \(bf16\)"):

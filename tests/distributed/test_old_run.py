@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from swinv2_train import train
-from swinv2_train.checkpoint import read_weights
+from swinv2_train.checkpoint import read_checkpoint_weights
 from swinv2_train.config import EXIT_DONE
-from swinv2_train.config.command_line import read_run
+from swinv2_train.config.command_line import load_run_config
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.harness import run_distributed
 
@@ -27,7 +27,7 @@ def test_a_run_of_the_first_version_resumes(ranks, tmp_path):
     """Losses, scores and those of the averages are what that version went on to."""
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     run_dir = tmp_path / "run"
-    config = read_run(run_dir)
+    config = load_run_config(run_dir)
     config.run_dir = str(run_dir)
     config.data.shards = config.data.eval_shards = f"{tmp_path}/images/train-*.tar"
     before = read_metrics(OLD / "run")
@@ -43,5 +43,5 @@ def test_a_run_of_the_first_version_resumes(ranks, tmp_path):
 
 def test_weights_and_averages_of_the_first_version_are_read():
     checkpoint = OLD / "run" / "checkpoints" / "step_00000002"
-    weights, averages = read_weights(checkpoint), read_weights(checkpoint, averaged=True)
+    weights, averages = read_checkpoint_weights(checkpoint), read_checkpoint_weights(checkpoint, averaged=True)
     assert weights.entries.keys() >= averages.entries.keys() and "head.weight" in averages.entries

@@ -16,7 +16,7 @@ from swinv2_train.engine import build_engine
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.engine.model_sizes import layer_sizes
-from swinv2_train.engine.state.consolidate import read_weights
+from swinv2_train.engine.state.consolidate import read_state_weights
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
@@ -75,7 +75,7 @@ def test_tensors_go_in_and_come_out_of_engine_and_checkpoint_unchanged(
     torch.testing.assert_close(logits, model.eval()(**part(batches(1, 12)[0], 0, 1, 0, 1))["logits"], rtol=0, atol=1e-5)
     assert all(torch.equal(logits, other[2]) for other in others)
 
-    found = read_weights(tmp_path)
+    found = read_state_weights(tmp_path)
     assert found.keys() == trained.keys()
     assert not torch.equal(trained["head.weight"], after["head.weight"])
     for name, value in trained.items():
@@ -88,7 +88,7 @@ def test_local_engine_streams_too(tmp_path):
     wanted = build_toy(seed=7).state_dict()
     engine.load_full(LazyTensors({name: lazy(value) for name, value in wanted.items()}))
     save_state(engine, tmp_path)
-    found = read_weights(tmp_path)
+    found = read_state_weights(tmp_path)
     assert all(torch.equal(found[name], wanted.get(name, torch.ones(1))) for name in [*wanted, "gain"])
     state = full_state(engine)
     assert found.keys() == state.keys()
@@ -225,7 +225,7 @@ def test_missing_or_damaged_file_of_any_rank_is_named(rank, stage, damage, copy)
     else:
         os.truncate(path, 0 if damage == "empty" else path.stat().st_size // 2)
     with pytest.raises(ConfigError, match=rf"{path}: (missing|cannot be read \(.+\)); choose another checkpoint"):
-        read_weights(directory)
+        read_state_weights(directory)
 
 
 def test_piece_that_no_file_holds_is_missed(saved, copy):
@@ -233,12 +233,12 @@ def test_piece_that_no_file_holds_is_missed(saved, copy):
     directory = copy(3)
     (directory / "rank_0001.safetensors").write_bytes((saved[0] / "rank_0001.safetensors").read_bytes())
     with pytest.raises(ConfigError, match=r"128 of 256 elements of patch_embed\.weight \(weight\) are in no file"):
-        dict(read_weights(directory))
+        dict(read_state_weights(directory))
 
 
 def test_folder_that_is_no_engine_state_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no engine state here \(engine\.json is missing\)"):
-        read_weights(tmp_path)
+        read_state_weights(tmp_path)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_deepspeeds_own_files_is_refused_by_its_age(copy):
     directory = copy(3)
     (directory / "engine.json").write_text('{"engine": "deepspeed", "world_size": 2, "zero_stage": 3}')
     with pytest.raises(ConfigError, match=r"written by a version before .*task\.init_from"):
-        read_weights(directory)
+        read_state_weights(directory)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_no_rank_holds_more_than_a_few_parameters_while_weights_come_and_go(tmp_
         load()  # what is made once is made now
         peaks = [peak_bytes(load), peak_bytes(export)]
         save_state(engine, tmp_path)
-        weights = read_weights(tmp_path)
+        weights = read_state_weights(tmp_path)
         before = memory_bytes("RssAnon")
         return [*peaks, max(memory_bytes("RssAnon") - before for value in weights.values() if value.numel())]
 

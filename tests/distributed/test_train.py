@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
+from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint_weights
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.commands import SMALL, finish, finish_ranks, keys_per_step, losses, ranks_of, start, wait_for_step
@@ -102,7 +102,7 @@ def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterr
     )  # fmt: skip
     assert code == 0, output
     assert f"weights from {uninterrupted}/checkpoints/step_00000012: 60 weights loaded" in output
-    pretrained, finetuned = (read_weights(find_checkpoint(run)) for run in (uninterrupted, run_dir))
+    pretrained, finetuned = (read_checkpoint_weights(find_checkpoint(run)) for run in (uninterrupted, run_dir))
     assert set(finetuned) - {"head.weight", "head.bias"} == {
         name.removeprefix("encoder.") for name in pretrained if name.startswith("encoder.") and "mask_token" not in name
     }

@@ -124,7 +124,7 @@ def test_selective_recomputation_gives_the_right_gradients_under_zero_3():
 
     plain, selective, in_place = run_distributed(run, 2)[0]
     assert selective == pytest.approx(plain, rel=1e-6)
-    assert in_place != pytest.approx(plain, rel=1e-2), "DeepSpeed has mended it: the precaution can go"
+    assert in_place != pytest.approx(plain, rel=1e-2), "DeepSpeed has fixed it: the precaution can go"
 
 
 def test_missing_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path):
@@ -189,4 +189,4 @@ def test_round_robin_gradients_are_refused_because_masters_are_mixed_up():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         return all(torch.equal(safe_get_full_fp32_param(p), p) for p in engine.module.parameters())
 
-    assert not run_distributed(run, 2)[0], "DeepSpeed has mended it: the precaution can go"
+    assert not run_distributed(run, 2)[0], "DeepSpeed has fixed it: the precaution can go"

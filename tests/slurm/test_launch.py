@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.config.command_line import read_run
+from swinv2_train.config.command_line import load_run_config
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.slurm.cluster import NODES, ROOT, Cluster, wait_until
 from tests.support.commands import SMALL, keys_per_step, losses
@@ -155,7 +155,7 @@ def test_an_array_is_a_sweep(cluster, shards, tmp_path):
     for index in (1, 2):
         cluster.wait(f"{job}_{index}", "COMPLETED")
         assert starts_of(tmp_path / str(index)) == [4]
-    configs = [read_run(tmp_path / str(index)) for index in (1, 2)]
+    configs = [load_run_config(tmp_path / str(index)) for index in (1, 2)]
     assert [config.optim.lr for config in configs] == [0.001, 0.002]
     assert [config.optim.betas for config in configs] == [[0.8, 0.9], [0.7, 0.9]]
 

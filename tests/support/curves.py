@@ -154,7 +154,7 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_I
 
 
 def compiler_version() -> str | None:
-    """Of what compiles the fused kernel; None where there is no such kernel."""
+    """The version of the compiler of the fused kernel; None where there is no such kernel."""
     if cpu_attention.problem() is not None:
         return None
     found = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]

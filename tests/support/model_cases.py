@@ -78,7 +78,10 @@ def reference_of(model: SwinTransformerV2, settings: dict, state: dict, images, 
 
 
 def gradients_of(maps: list[torch.Tensor], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a random weighting of all maps, by name; the same weighting for every caller.  A map's own mean is 1."""
+    """Gradients of a random weighting of all maps, by name; the same weighting for every caller.
+
+    A map's own mean is 1.
+    """
     generator = torch.Generator().manual_seed(1)
     probes = [torch.randn(m.shape, generator=generator, dtype=torch.float64).to(m.dtype) for m in maps]
     total = sum((m * p).sum() for m, p in zip(maps, probes, strict=True))

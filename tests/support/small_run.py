@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from swinv2_train import train
-from swinv2_train.checkpoint import find_checkpoint, read_weights
+from swinv2_train.checkpoint import find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import Config
 from swinv2_train.config.command_line import guarded
 from swinv2_train.distributed import World
@@ -34,4 +34,4 @@ def run_alone(config: Config, around: Any = None) -> Any:
 
 
 def weights_of(config: Config) -> dict[str, torch.Tensor]:
-    return read_weights(find_checkpoint(Path(config.run_dir)))
+    return read_checkpoint_weights(find_checkpoint(Path(config.run_dir)))

@@ -1,4 +1,4 @@
-"""The rooms of docs/architecture.md: imports go down the floors, and a third-party package stays in its room."""
+"""The layers of docs/architecture.md: imports go downward, and a third-party package stays in one package of ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from swinv2_train.config import TASKS
 PACKAGE = Path(swinv2_train.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOORS = {
+LAYERS = {
     "config": 0, "models": 0,
     "storage": 1,
     "runtime": 2,
@@ -32,7 +32,7 @@ FLOORS = {
     "planning": 10,
     "train": 11, "evaluate": 11, "plan": 11, "export": 11, "status": 11,
 }  # fmt: skip
-"""Rooms import those below them alone; the commands stand on top, and nobody imports them."""
+"""A package imports packages of lower layers alone; the commands are the top layer, and nobody imports them."""
 COMMANDS = {"train", "evaluate", "plan", "export", "status"}
 CONFINED = {
     "deepspeed": {"engine"},
@@ -47,7 +47,7 @@ CONFINED = {
 KERNELS = {"models/kernels/triton_attention.py"}  # Triton's language; the file can be imported without it
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     """models/swin_v2.py -> models; train.py -> train; __init__.py -> ''"""
     return "" if path == PACKAGE / "__init__.py" else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -68,19 +68,19 @@ def name(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-def test_a_loose_file_is_a_command_and_every_room_stands_on_a_floor() -> None:
-    """A new room needs a line in FLOORS, or nothing would check it."""
-    assert {room_of(path) for path in FILES} - {""} == FLOORS.keys()
+def test_a_loose_file_is_a_command_and_every_package_has_a_layer() -> None:
+    """A new package needs a line in LAYERS, or nothing would check it."""
+    assert {package_of(path) for path in FILES} - {""} == LAYERS.keys()
     assert {path.stem for path in PACKAGE.glob("*.py")} == COMMANDS | {"__init__"}
 
 
-def test_every_room_says_what_it_is_for() -> None:
+def test_every_package_says_what_it_is_for() -> None:
     for path in FILES:
         if path.name == "__init__.py":
             assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split()) >= 5, name(path)
 
 
-def test_setup_cfg_packs_every_room() -> None:
+def test_setup_cfg_packs_every_package() -> None:
     """Its list is written by hand, because conf/ lies beside the package."""
     setup = configparser.ConfigParser()
     setup.read(PACKAGE.parent / "setup.cfg")
@@ -90,24 +90,24 @@ def test_setup_cfg_packs_every_room() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_go_downward(path: Path) -> None:
-    """Rooms on one floor do not know each other, and no command is imported."""
-    room = room_of(path)
+    """Packages of one layer do not know each other, and no command is imported."""
+    package = package_of(path)
     for module, line in imports_of(path):
         parts = module.split(".")
-        if parts[0] == "swinv2_train" and len(parts) > 1 and parts[1] in FLOORS and parts[1] != room:
-            assert FLOORS[parts[1]] < FLOORS[room], (
-                f"{name(path)}:{line} (floor {FLOORS[room]}) imports {module} of floor {FLOORS[parts[1]]}"
+        if parts[0] == "swinv2_train" and len(parts) > 1 and parts[1] in LAYERS and parts[1] != package:
+            assert LAYERS[parts[1]] < LAYERS[package], (
+                f"{name(path)}:{line} (layer {LAYERS[package]}) imports {module} of layer {LAYERS[parts[1]]}"
             )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_third_party_packages_stay_in_their_rooms(path: Path) -> None:
+def test_third_party_packages_stay_where_they_belong(path: Path) -> None:
     for module, line in imports_of(path):
         top = module.split(".")[0]
-        assert room_of(path) in CONFINED.get(top, {room_of(path)}), f"{name(path)}:{line} imports {top}"
+        assert package_of(path) in CONFINED.get(top, {package_of(path)}), f"{name(path)}:{line} imports {top}"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "models"], ids=name)
+@pytest.mark.parametrize("path", [path for path in FILES if package_of(path) == "models"], ids=name)
 def test_models_import_torch_alone(path: Path) -> None:
     """So that a model works in a notebook."""
     allowed = {"torch", "swinv2_train", "__future__"} | set(sys.stdlib_module_names)
@@ -120,7 +120,7 @@ def test_models_import_torch_alone(path: Path) -> None:
 def test_engines_know_no_model() -> None:
     """They are handed a module and the classes of its blocks, so that an engine trains any model."""
     for path in FILES:
-        if room_of(path) == "engine":
+        if package_of(path) == "engine":
             known = [f"{m} (line {line})" for m, line in imports_of(path) if m.startswith("swinv2_train.models")]
             assert not known, f"{name(path)} imports {', '.join(known)}"
 
@@ -128,7 +128,7 @@ def test_engines_know_no_model() -> None:
 def test_data_does_not_know_torch_distributed() -> None:
     """The order of images is a function of plain numbers."""
     for path in FILES:
-        if room_of(path) == "data":
+        if package_of(path) == "data":
             assert not [
                 m for m, _ in imports_of(path) if m.startswith(("torch.distributed", "swinv2_train.distributed"))
             ]
@@ -139,7 +139,7 @@ def module_of(path: Path) -> str:
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    """Imports inside of functions count: a circle that is hidden there is one all the same."""
+    """Imports inside functions count: a circle that is hidden there is still a circle."""
     modules = {module_of(path) for path in FILES}
     graph: dict[str, set[str]] = {}
     for path in FILES:
@@ -163,7 +163,7 @@ def test_a_task_is_known_by_its_type_in_its_own_files_alone() -> None:
     """So that a new task is its schema class, its line in TASKS, its file in tasks/ and its YAML alone."""
     tasks = {name for cls in TASKS.values() for name in (cls.__name__, cls.implementation.rpartition(":")[2])}
     for path in FILES:
-        if room_of(path) == "tasks" or name(path) in ("config/schema.py", "config/__init__.py"):
+        if package_of(path) == "tasks" or name(path) in ("config/schema.py", "config/__init__.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             words = {getattr(node, field, None) for field in ("id", "attr", "name")}
@@ -208,4 +208,4 @@ def test_the_drawing_shows_these_layers() -> None:
         for layer in drawing.iterfind(".//{*}g[@data-layer]")
         for text in layer.iterfind("{*}text[@class='package']")
     }
-    assert drawn == FLOORS
+    assert drawn == LAYERS

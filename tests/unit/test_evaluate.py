@@ -195,7 +195,7 @@ def test_a_folder_split_with_other_classes_is_refused(tmp_path):
     assert len(open_splits(composed([*arguments, f"+data.eval_splits.same.shards={tmp_path}/val"]))) == 2
     labels = answers_file(tmp_path, {"0/1": [0], "1/1": [1]})  # say what the images are, whatever the folders do
     files = (f"+data.eval_splits.v2.shards={tmp_path}/v2", f"+data.eval_splits.v2.labels={labels}")
-    assert open_splits(composed([*arguments, *files]))["v2"].answers == {"0/1": (0,), "1/1": (1,)}
+    assert open_splits(composed([*arguments, *files]))["v2"].label_overrides == {"0/1": (0,), "1/1": (1,)}
 
 
 def test_labels_by_key_serve_shards_without_any(base, files, tmp_path, capfd):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from swinv2_train import export
-from swinv2_train.checkpoint import find_checkpoint, read_weights
+from swinv2_train.checkpoint import find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.weights import load_weights
@@ -39,10 +39,10 @@ def run_dir(settings, tmp_path) -> Path:
 def test_a_runs_masters_arrive_bit_for_bit(format, suffix, run_dir, tmp_path):
     """What is exported is what was trained, in every format that we read back."""
     out = tmp_path / ("exported" if format == "huggingface" else f"exported.{suffix}")
-    request = export.Request(format, out)
+    request = export.ExportRequest(format, out)
     files = export.export(export.compose_source([f"run_dir={run_dir}"], ())[0], request)
     assert all(path.is_file() for path in files)
-    trained, exported = read_weights(find_checkpoint(run_dir)), read_file(out)
+    trained, exported = read_checkpoint_weights(find_checkpoint(run_dir)), read_file(out)
     assert exported.format == format and set(exported) == set(trained)
     for name, tensor in trained.items():
         assert torch.equal(exported[name], tensor), name
@@ -64,7 +64,7 @@ def test_a_run_exported_to_huggingface_gives_transformers_our_logits_and_our_pix
 
     config = export.compose_source([f"run_dir={run_dir}"], ())[0]
     out = tmp_path / "hf"
-    export.export(config, export.Request("huggingface", out))
+    export.export(config, export.ExportRequest("huggingface", out))
     theirs = AutoModelForImageClassification.from_pretrained(out).eval()
     processor = AutoImageProcessor.from_pretrained(out, use_fast=False)
     ours = make_model()
@@ -83,13 +83,13 @@ def test_a_pretraining_run_keeps_its_decoder_in_huggingface_and_is_refused_by_ti
 
     config = settings("train.max_steps=1", task="simmim")
     assert run_alone(config) == EXIT_DONE
-    export.export(config, export.Request("huggingface", tmp_path / "hf"))
+    export.export(config, export.ExportRequest("huggingface", tmp_path / "hf"))
     theirs = Swinv2ForMaskedImageModeling.from_pretrained(tmp_path / "hf")
-    trained = read_weights(find_checkpoint(tmp_path / "run"))
+    trained = read_checkpoint_weights(find_checkpoint(tmp_path / "run"))
     assert torch.equal(theirs.decoder[0].weight, trained["decoder.0.weight"])
     assert torch.equal(theirs.swinv2.embeddings.mask_token, trained["encoder.mask_token"])
     with pytest.raises(ConfigError, match="format=timm cannot hold a SimMIM model"):
-        export.export(config, export.Request("timm", tmp_path / "x.safetensors"))
+        export.export(config, export.ExportRequest("timm", tmp_path / "x.safetensors"))
     assert not (tmp_path / "x.safetensors").exists()
 
 

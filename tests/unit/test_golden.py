@@ -16,7 +16,7 @@ MACHINE = {"torch": "1"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of the runs, so that a curve finds the one it starts from."""
+    """The folder of the runs, so that a curve finds the one it starts from."""
     return tmp_path_factory.mktemp("curves")
 
 

@@ -18,7 +18,9 @@ from swinv2_train.status import read_status, status_text
 from tests.support.small_run import run_alone
 from tests.unit.monitoring.test_watchdog import start, wait_for
 
-FIGURES = "pulse.step_done(40); pulse.tell(total_steps=100, loss=2.5, images_per_sec=812.3, seconds_left=75.0)\n"
+FIGURES = (
+    "activity.step_done(40); activity.publish(total_steps=100, loss=2.5, images_per_sec=812.3, seconds_left=75.0)\n"
+)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +41,7 @@ def test_of_a_run_that_waits_for_data_and_is_then_killed(tmp_path):
     """What it does, for how long; and without it, what it did last.  Nothing can write the status of a killed run."""
     body = (
         FIGURES
-        + "pulse.turn_to('waiting for data'); pulse.tell(checkpoint_step=30, norm=float('nan')); time.sleep(600)"
+        + "activity.enter('waiting for data'); activity.publish(checkpoint_step=30, norm=float('nan')); time.sleep(600)"
     )
     process = start(tmp_path, body, timeout_sec=100)
     wait_for(tmp_path / STATUS, process)

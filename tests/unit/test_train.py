@@ -74,7 +74,7 @@ def test_best_checkpoint_by_the_configured_score_stays(settings, tmp_path):
 
     def scores_rise() -> None:
         values = iter([0.3, 0.1, 0.2, 0.4])
-        loop.evaluate = lambda *arguments: {"val/loss": next(values)}
+        loop.evaluate_loader = lambda *arguments: {"val/loss": next(values)}
 
     assert run_alone(config, scores_rise) == EXIT_DONE
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -294,7 +294,7 @@ def test_a_resume_may_change_memory_policy_length_and_rate(settings, tmp_path, m
     ],
 )
 def test_what_the_first_rank_finds_or_raises_reaches_every_rank(error, kinds):
-    """A rank that goes on alone waits for ever; what cannot be read or written is the user's to mend."""
+    """A rank that goes on alone waits for ever; what cannot be read or written is the user's to fix."""
 
     def ask(world: World) -> str:
         def answer() -> str:

@@ -17,9 +17,9 @@ class BatchRequest:
 
     locations: list[Location | None]
     """None for a row that only fills the batch up."""
-    near: int
-    """A shard that this rank reads anyway: stand-ins come from it."""
-    soon: list[int] | None
+    fallback_shard: int
+    """A shard that this rank reads anyway: replacements of damaged samples come from it."""
+    upcoming_shards: list[int] | None
     """The shards to have at hand, the most urgent first; None when all are on this machine."""
 
 
@@ -40,13 +40,13 @@ class TrainBatches:
         position = self.start
         while True:
             mine = rank_batch(self.order, position, self.global_batch_size, self.rank, self.world_size)
-            soon = None if self.ahead is None else self._soon(position, self.ahead)
+            upcoming_shards = None if self.ahead is None else self._upcoming_shards(position, self.ahead)
             for first in range(0, len(mine), self.micro_batch_size):
                 locations: list[Location | None] = list(mine[first : first + self.micro_batch_size])
-                yield BatchRequest(locations, mine[first][1], soon)
+                yield BatchRequest(locations, mine[first][1], upcoming_shards)
             position += self.global_batch_size
 
-    def _soon(self, position: int, ahead: int) -> list[int]:
+    def _upcoming_shards(self, position: int, ahead: int) -> list[int]:
         now, later = rank_shards(self.order, position, self.global_batch_size, self.rank, self.world_size, ahead)
         return now + later
 
@@ -76,6 +76,8 @@ class EvalBatches:
                 shard = shard_of(sample)
                 within = int(sample - (ends[shard] - self.counts[shard]))
                 locations.append((0, shard, within) if sample < last else None)
-            near, final = shard_of(start), shard_of(max(first, last - 1))
-            soon = None if self.ahead is None else list(range(near, min(near + self.ahead, final) + 1))
-            yield BatchRequest(locations, near, soon)
+            fallback_shard, final = shard_of(start), shard_of(max(first, last - 1))
+            upcoming_shards = (
+                None if self.ahead is None else list(range(fallback_shard, min(fallback_shard + self.ahead, final) + 1))
+            )
+            yield BatchRequest(locations, fallback_shard, upcoming_shards)

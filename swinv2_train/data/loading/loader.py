@@ -150,7 +150,7 @@ class TrainLoader:
                 )
 
     def restarted(self, start_images: int) -> TrainLoader:
-        """The same stream from another image on; this loader is closed."""
+        """This stream restarted at another image; this loader is closed."""
         self.close()
         return TrainLoader(
             self.manifest, self.config, self._fetch.transform, self.seed, self.global_batch_size,
@@ -317,8 +317,8 @@ class _Fetcher(Fetch):
         return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
 
     def batch(self, request: BatchRequest) -> Batch:
-        if request.soon is not None:
-            self.reader.fetch_ahead(request.soon)
+        if request.upcoming_shards is not None:
+            self.reader.fetch_ahead(request.upcoming_shards)
         rows: list[Row | None] = []
         keys: list[str] = []
         problems: list[dict[str, str]] = []
@@ -338,7 +338,7 @@ class _Fetcher(Fetch):
                 problems.append({"shard": error.shard, "key": error.key, "cause": error.cause})
                 rows.append(None)
             keys.append(self.reader.key(location[1], location[2]))
-        stand_in = next((row for row in rows if row is not None), None) or self._readable(request.near)
+        stand_in = next((row for row in rows if row is not None), None) or self._readable(request.fallback_shard)
         filled = [stand_in if row is None else row for row in rows]
         batch = self.stacked(filled, [float(row is not None) for row in rows])
         batch["keys"] = keys
@@ -364,12 +364,14 @@ class _Fetcher(Fetch):
         except SampleError as error:  # the transform does not know which sample it got
             raise SampleError(error.cause, sample.shard, sample.key) from error
 
-    def _readable(self, near: int) -> Row:
-        """A row for batches that hold nothing readable: of the shard `near`, or of the next one that has any."""
+    def _readable(self, fallback_shard: int) -> Row:
+        """A row for batches that hold nothing readable: from the shard `fallback_shard`, or from the next one that
+        has any.
+        """
         if self._filler is not None:
             return self._filler
         counts = self.source.counts
-        for shard in (*range(near, len(counts)), *range(near)):
+        for shard in (*range(fallback_shard, len(counts)), *range(fallback_shard)):
             for index in range(counts[shard]):
                 try:
                     self._filler = self._row((0, shard, index), self._rng((0, shard, index)))
@@ -378,4 +380,4 @@ class _Fetcher(Fetch):
                     if self.on_bad_sample != "replace":
                         raise
                     _log.debug("not usable as a stand-in: %s", error)
-        raise ShardError(f"{self.source.name(near)} and its like hold no readable sample; name other shards")
+        raise ShardError(f"{self.source.name(fallback_shard)} and its like hold no readable sample; name other shards")

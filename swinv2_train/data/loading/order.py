@@ -59,7 +59,8 @@ class GlobalOrder:
     def lane_blocks(self, position: int) -> Iterator[tuple[int, list[int]]]:
         """The blocks of the lane at `position`, from the one in which it stands there on, without end.
 
-        Of each the samples of this lane from `position` until it begins (0 for the first), and its shards.
+        Yields for each block the number of this lane's samples between `position` and the block (0 for the first), and
+        its shards.
         """
         epoch, within = divmod(position, self.num_samples)
         element, number = divmod(within, self.lanes)

@@ -1,7 +1,7 @@
 """Shards that a command prints (``pipe:COMMAND``): read once, front to back, by webdataset's own tar reader.
 
 Nothing is indexed, so nothing can be planned: each rank repeats its own commands for ever and shuffles in a buffer, and
-a resume starts anew.  webdataset passes over some damage without a word (index.py), so every byte goes through the
+a resume starts anew.  webdataset passes over some damage without a word (tar_index.py), so every byte goes through the
 index's own checks first, and a command must end well.
 """
 
@@ -27,7 +27,7 @@ from swinv2_train.data.transforms.decode import DecodeError, decode_image
 
 _STREAM = 3  # spawn key of a stream's random numbers; order.py uses 0 and 1, loader.py 2
 _COUNTED_AT_LEAST = 10_000
-"""data.max_bad_fraction is of so many images at least: a share of the first few says nothing."""
+"""data.max_bad_fraction is taken of at least this many images: a share of the first few says nothing."""
 
 
 def build_train_loader(
@@ -41,7 +41,7 @@ def build_train_loader(
     world_size: int,
     start_images: int,
 ) -> TrainLoader | StreamLoader:
-    """The loader that these shards can have; arguments as of TrainLoader."""
+    """The loader that these shards allow; arguments as TrainLoader's."""
     settings = (config, transform, seed, global_batch_size, micro_batch_size, rank, world_size, start_images)
     return StreamLoader(shards, *settings) if isinstance(shards, Stream) else TrainLoader(shards, *settings)
 
@@ -100,7 +100,7 @@ class StreamLoader:
         check_bad_fraction(self._max_bad_fraction, counted, bad_images, images_seen)
 
     def state_dict(self, images_seen: int, bad_images: int) -> dict[str, Any]:
-        """What a checkpoint keeps; arguments as of TrainLoader.state_dict."""
+        """What a checkpoint keeps; arguments as TrainLoader.state_dict's."""
         return {"images_seen": images_seen, "bad_images": bad_images, "manifest": None}
 
     def check_state(self, state: Mapping[str, Any]) -> None:

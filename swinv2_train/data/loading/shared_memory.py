@@ -25,7 +25,7 @@ _memories: weakref.WeakValueDictionary[int, BatchMemory] = weakref.WeakValueDict
 
 
 class BatchMemory:
-    """Room for `slots` batches of `rows` rows like `row`, shared with the processes that are forked after this.
+    """Memory for `slots` batches of `rows` rows like `row`, shared with the processes that are forked after this.
 
     The training process hands slots out (take) and a worker fills them (tensors, placed).  A slot is free again when
     nobody has any of its batch's tensors any more.  Pages that were never written take no memory.
@@ -81,7 +81,7 @@ def _arrived(memory: int, slot: int, rest: Batch) -> Batch:
 
 
 def fits(tensors: Mapping[str, Tensor], row: Mapping[str, Tensor], rows: int) -> bool:
-    """Whether so many rows like `row` make tensors of just these names, shapes and dtypes."""
+    """Whether `rows` rows like `row` make tensors of exactly these names, shapes and dtypes."""
     return tensors.keys() == row.keys() and all(
         tensors[name].shape == (rows, *tensor.shape) and tensors[name].dtype == tensor.dtype
         for name, tensor in row.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 from swinv2_train.config import PIPE, is_pipe
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.manifest import MANIFEST_NAME, read_entries
-from swinv2_train.data.shards.transfers import is_remote, list_matching, shown
+from swinv2_train.data.shards.transfers import is_remote, list_matching, redacted
 
 
 def expand_pattern(pattern: str, key: str = "data.shards", complete: bool = True) -> list[str]:
@@ -32,7 +32,7 @@ def expand_pattern(pattern: str, key: str = "data.shards", complete: bool = True
             paths += _remote(candidate, key) if is_remote(candidate) else _local(candidate, key, complete)
     doubled = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if doubled:
-        raise ShardError(f"{key} names {shown(doubled[0])} twice; every shard may appear once")
+        raise ShardError(f"{key} names {redacted(doubled[0])} twice; every shard may appear once")
     return paths
 
 
@@ -102,7 +102,7 @@ def _remote(candidate: str, key: str) -> list[str]:
     found = list_matching(candidate)
     if not found:
         raise ShardError(
-            f"{key} '{shown(candidate)}' matches nothing; not every server lists its files: name them by braces, "
+            f"{key} '{redacted(candidate)}' matches nothing; not every server lists its files: name them by braces, "
             "{000000..000011}"
         )
     return found

@@ -10,14 +10,14 @@ from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.shard_cache import TRANSFERS, RemoteShard, ShardCache
 
 _AGAIN_SEC = 0.5
-"""So soon a shard is tried again that another process was fetching, or that found no room."""
+"""Delay before a shard is tried again that another process was fetching, or for which there was no space."""
 
 
-class FetchAhead:
-    """Brings shards into the cache before they are needed, each once while it is wanted.
+class ShardPrefetcher:
+    """Fetches shards into the cache before they are needed, each once while it is requested.
 
     It holds none of them: one that must go again, because the cache is small, is fetched when it is read.  The threads
-    belong to the process that calls `want`; they are daemons, so nothing waits for them at exit.
+    belong to the process that calls `request`; they are daemons, so nothing waits for them at exit.
     """
 
     def __init__(self, cache: ShardCache) -> None:
@@ -30,7 +30,7 @@ class FetchAhead:
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def want(self, shards: list[RemoteShard]) -> None:
+    def request(self, shards: list[RemoteShard]) -> None:
         """Shards that will be read, the most urgent first."""
         with self._changed:
             if self._wanted == shards:
@@ -43,7 +43,7 @@ class FetchAhead:
             self._changed.notify_all()
 
     def check(self, shard: RemoteShard) -> None:
-        """Raises the ShardError with which the shard could not be had, so that nobody tries it all over again."""
+        """Raise the ShardError with which fetching the shard failed, so that nobody tries it all over again."""
         with self._changed:
             if shard in self._failed:
                 raise self._failed[shard]
@@ -63,7 +63,7 @@ class FetchAhead:
                         return
                     self._changed.wait(_AGAIN_SEC)
                     continue
-            self._bring(shard)
+            self._fetch(shard)
 
     def _next(self) -> RemoteShard | None:
         now = time.monotonic()
@@ -73,7 +73,7 @@ class FetchAhead:
                 return shard
         return None
 
-    def _bring(self, shard: RemoteShard) -> None:
+    def _fetch(self, shard: RemoteShard) -> None:
         try:
             found = self._cache.open(shard, wait=False)
         except ShardError as error:
@@ -83,6 +83,6 @@ class FetchAhead:
         if found is not None:
             os.close(found[0])
             return
-        with self._changed:  # another process is at it, or there is no room yet
+        with self._changed:  # another process is fetching it, or there is no space yet
             self._begun.discard(shard)
             self._not_before[shard] = time.monotonic() + _AGAIN_SEC

@@ -41,13 +41,13 @@ from swinv2_train.data.shards.manifest import (
 )
 from swinv2_train.data.shards.transfers import (
     MismatchError,
-    Patience,
+    RetryPolicy,
     base_name,
-    beside,
-    fetch,
+    download,
     folder_of,
-    insist,
-    shown,
+    redacted,
+    retry,
+    sibling_url,
     sizes,
 )
 from swinv2_train.storage.atomic import sha256_of
@@ -67,8 +67,8 @@ class RemoteShard(NamedTuple):
 def shard_cache(config: DataConfig) -> ShardCache:
     """The cache that the data section describes."""
     folder = Path(config.cache_dir).expanduser() if config.cache_dir is not None else user_cache() / "shards"
-    patience = Patience(config.fetch_stall_sec, config.fetch_give_up_sec)
-    return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), patience)
+    retry_policy = RetryPolicy(config.fetch_stall_sec, config.fetch_give_up_sec)
+    return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), retry_policy)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ShardCache:
 
     folder: str
     max_bytes: int
-    patience: Patience
+    retry_policy: RetryPolicy
 
     def entries(
         self, urls: Sequence[str], wildcards: Sequence[str] = (), progress: Callable[[str], None] | None = None
@@ -91,37 +91,41 @@ class ShardCache:
         for folder in dict.fromkeys(map(folder_of, urls)):
             group = [url for url in urls if folder_of(url) == folder]
             theirs = self._their_entries(group[0])
-            with self._usable():
+            with self._cache_errors():
                 known = {**read_entries(self._place(group[0])), **theirs}
-            lost = {name for wildcard in wildcards for name in _meant(wildcard, folder, theirs or known)}
+            lost = {name for wildcard in wildcards for name in _expected_names(wildcard, folder, theirs or known)}
             lost.difference_update(map(base_name, group))
             if lost:
-                where = shown(folder) + MANIFEST_NAME if theirs else self._place(group[0]) / MANIFEST_NAME
+                where = redacted(folder) + MANIFEST_NAME if theirs else self._place(group[0]) / MANIFEST_NAME
                 raise ShardError(
-                    f"{shown(folder)}{min(lost)} is missing, {where} lists it ({len(lost)} such shards); put it there "
-                    "again, or delete its entry to go on without it"
+                    f"{redacted(folder)}{min(lost)} is missing, {where} lists it ({len(lost)} such shards); put it "
+                    "there again, or delete its entry to go on without it"
                 )
-            for url, size in zip(group, sizes(group, self.patience), strict=True):
+            for url, size in zip(group, sizes(group, self.retry_policy), strict=True):
                 entry = known.get(base_name(url))
                 if entry is None:
                     continue
                 if size is not None and size != entry["bytes"]:
                     where = (
-                        shown(folder) + MANIFEST_NAME if base_name(url) in theirs else self._place(url) / MANIFEST_NAME
+                        redacted(folder) + MANIFEST_NAME
+                        if base_name(url) in theirs
+                        else self._place(url) / MANIFEST_NAME
                     )
                     raise ShardError(
-                        f"{shown(url)}: {size} bytes, manifest says {entry['bytes']}; put the shard there again, or "
+                        f"{redacted(url)}: {size} bytes, manifest says {entry['bytes']}; put the shard there again, or "
                         f"delete {where} and index it anew"
                     )
                 found[url] = entry
             unknown = [url for url in group if url not in found]
             if unknown and progress is not None:
-                progress(f"{shown(folder)}: {len(unknown)} shards have no manifest; each is fetched once to be indexed")
+                progress(
+                    f"{redacted(folder)}: {len(unknown)} shards have no manifest; each is fetched once to be indexed"
+                )
             for url, entry in zip(unknown, self._index_all(unknown), strict=True):
                 found[url] = entry
                 merge_entries(self._place(url), {base_name(url): entry})
                 if progress is not None:
-                    progress(f"indexed {shown(url)}: {entry['samples']} samples")
+                    progress(f"indexed {redacted(url)}: {entry['samples']} samples")
         return found
 
     def open(self, shard: RemoteShard, wait: bool = True) -> tuple[int, str] | None:
@@ -133,33 +137,33 @@ class ShardCache:
         started = time.monotonic()
         while True:
             path = self._path(shard.url, shard.sha256)
-            with self._usable():
-                fd = _hold(path)
+            with self._cache_errors():
+                fd = _open_locked(path)
             if fd is not None:
                 return fd, str(path) + INDEX_SUFFIX
-            if self._bring(shard.url, shard.size, shard.sha256, wait, started) is None:
+            if self._fetch(shard.url, shard.size, shard.sha256, wait, started) is None:
                 return None
 
     def _their_entries(self, url: str) -> dict[str, Any]:
         """What the manifest beside the shard says; nothing where there is none."""
-        address = beside(url, MANIFEST_NAME)
+        address = sibling_url(url, MANIFEST_NAME)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / MANIFEST_NAME
 
             def attempt() -> bool:
                 try:
-                    fetch(address, str(path), self.patience)
+                    download(address, str(path), self.retry_policy)
                 except (FileNotFoundError, PermissionError):  # S3 forbids what is not there to who may not list
                     return False
                 return True
 
-            if not insist(shown(address), attempt, self.patience):
+            if not retry(redacted(address), attempt, self.retry_policy):
                 return {}
-            return parse_entries(path.read_text(encoding="utf-8"), shown(address))
+            return parse_entries(path.read_text(encoding="utf-8"), redacted(address))
 
     def _index_all(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
         def bring(url: str) -> dict[str, Any]:
-            entry = self._bring(url, 0, None, True, time.monotonic())
+            entry = self._fetch(url, 0, None, True, time.monotonic())
             assert entry is not None
             return entry
 
@@ -175,7 +179,7 @@ class ShardCache:
     def _path(self, url: str, sha256: str) -> Path:
         return self._place(url) / f"{base_name(url)}.{sha256[:16]}.shard"
 
-    def _bring(self, url: str, size: int, sha256: str | None, wait: bool, started: float) -> dict[str, Any] | None:
+    def _fetch(self, url: str, size: int, sha256: str | None, wait: bool, started: float) -> dict[str, Any] | None:
         """Fetch one shard of `size` bytes (0: not known), unless it is there; its manifest entry ({} if it was there).
 
         None where it would have to wait and may not.
@@ -189,19 +193,19 @@ class ShardCache:
                 return {}
             for left in glob.glob(f"{glob.escape(str(place / base_name(url)))}.*.part*"):
                 Path(left).unlink(missing_ok=True)  # of a process that was killed, or its lock would not be free
-            while not self._reserve(lock, size, shown(url)):
+            while not self._reserve(lock, size, redacted(url)):
                 if not wait:
                     return None
-                if time.monotonic() - started > self.patience.give_up_sec:
+                if time.monotonic() - started > self.retry_policy.give_up_sec:
                     raise ShardError(
-                        f"{shown(url)}: no room for its {size / 2**30:.3g} GiB: all of data.cache_gib "
+                        f"{redacted(url)}: no room for its {size / 2**30:.3g} GiB: all of data.cache_gib "
                         f"({self.max_bytes / 2**30:.3g}) is in use; raise it, or lower data.lanes, data.window_shards "
                         "or data.fetch_ahead_shards"
                     )
                 time.sleep(0.2)
             try:
                 waited = time.monotonic() - started
-                return insist(shown(url), lambda: self._attempt(url, size, sha256, lock), self.patience, waited)
+                return retry(redacted(url), lambda: self._attempt(url, size, sha256, lock), self.retry_policy, waited)
             finally:
                 os.ftruncate(lock, 0)
         finally:
@@ -209,7 +213,7 @@ class ShardCache:
 
     def _lock(self, path: Path, wait: bool) -> int | None:
         """A descriptor that alone holds the lock file; None when another one does and wait is false."""
-        with self._usable():
+        with self._cache_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -220,7 +224,7 @@ class ShardCache:
         return None
 
     @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
+    def _cache_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -232,16 +236,16 @@ class ShardCache:
         part = self._place(url) / f"{base_name(url)}.{os.getpid()}-{time.monotonic_ns()}.part"
         index = Path(f"{part}{INDEX_SUFFIX}")
         try:
-            fetch(url, str(part), self.patience)
+            download(url, str(part), self.retry_policy)
             if size and (came := part.stat().st_size) != size:
                 raise MismatchError(f"{came} bytes came, the manifest says {size}")
             if sha256 is not None and sha256_of(str(part)) != sha256:
                 raise MismatchError("the bytes that came have another checksum than the manifest says")
-            entry = index_shard(str(part), index, shown(url))
+            entry = index_shard(str(part), index, redacted(url))
             with open(part, "rb") as file:
                 os.fsync(file.fileno())  # a machine that fails must not leave the name without the bytes
             path = self._path(url, entry["sha256"])
-            with self._room():  # the file takes the place of its reservation
+            with self._space_lock():  # the file takes the place of its reservation
                 os.replace(index, str(path) + INDEX_SUFFIX)
                 os.replace(part, path)
                 os.ftruncate(lock, 0)
@@ -255,8 +259,8 @@ class ShardCache:
             index.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        """Alone while the room is counted and given away."""
+    def _space_lock(self) -> Iterator[None]:
+        """Inside, this process alone counts and reserves the cache's space."""
         with open(Path(self.folder) / "room.lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -268,7 +272,7 @@ class ShardCache:
                 f"data.cache_gib ({self.max_bytes / 2**30:.3g}) is less than one shard: {name} has "
                 f"{size / 2**30:.3g} GiB; raise it"
             )
-        with self._room():
+        with self._space_lock():
             os.ftruncate(lock, 0)
             used, shards = 0, []
             for path in Path(self.folder).glob("*/*"):
@@ -290,14 +294,14 @@ class ShardCache:
             return True
 
 
-def _meant(wildcard: str, folder: str, names: Iterable[str]) -> list[str]:
+def _expected_names(wildcard: str, folder: str, names: Iterable[str]) -> list[str]:
     """The names that a wildcard address would match in a folder."""
     theirs, ours = (address.partition("://")[2] for address in (folder_of(wildcard), folder))  # s3a:// lists as s3://
     deep = "**" in theirs or theirs.count("/") == ours.count("/")  # fnmatch's * goes over slashes
     return fnmatch.filter(names, base_name(wildcard)) if deep and fnmatch.fnmatchcase(ours, theirs) else []
 
 
-def _hold(path: Path) -> int | None:
+def _open_locked(path: Path) -> int | None:
     """A descriptor with a shared lock, which keeps the file from being evicted; None when it is not there."""
     try:
         fd = os.open(path, os.O_RDONLY)

@@ -1,8 +1,8 @@
 """Shards: the manifest of a set of them, reading one sample by position, and writing.
 
 A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie its index
-(index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by scripts/make_shards.py or on first
-use.  Shards at an address are read through a cache on this machine (cache.py).
+(tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by scripts/make_shards.py or on
+first use.  Shards at an address are read through a cache on this machine (shard_cache.py).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from swinv2_train.data.shards.manifest import (
     read_entries,
 )
 from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
-from swinv2_train.data.shards.prefetch import FetchAhead
+from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
 from swinv2_train.data.shards.tar_index import is_sample_member
-from swinv2_train.data.shards.transfers import base_name, is_remote, shown
+from swinv2_train.data.shards.transfers import base_name, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
 __all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "shard_files"]
@@ -70,7 +70,7 @@ class Manifest:
 
     def name(self, shard: int) -> str:
         """What messages call the shard: its path, or its address without anything secret."""
-        return shown(self.paths[shard])
+        return redacted(self.paths[shard])
 
     def remote(self, shard: int) -> RemoteShard | None:
         """What the cache must know of a shard at an address; None for a local one."""
@@ -103,7 +103,9 @@ def open_manifest(
     found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress)
     if remote:
         if cache is None:
-            raise ShardError(f"{key} '{shown(remote[0])}' is not a local path; copy the shards to a disk and name that")
+            raise ShardError(
+                f"{key} '{redacted(remote[0])}' is not a local path; copy the shards to a disk and name that"
+            )
         found |= cache.entries(remote, remote_wildcards(pattern), progress)
     entries = [found[path] for path in paths]
     if not any(entry["samples"] for entry in entries):
@@ -189,7 +191,7 @@ def _local_paths(pattern: str, complete: bool) -> list[str]:
     paths = expand_pattern(pattern, "SOURCE", complete)
     for path in paths:
         if is_remote(path):
-            raise ShardError(f"SOURCE '{shown(path)}' is not a local path; run this where the shards lie")
+            raise ShardError(f"SOURCE '{redacted(path)}' is not a local path; run this where the shards lie")
     return paths
 
 
@@ -208,7 +210,7 @@ class TarReader:
         self.manifest = manifest
         self.max_open = max_open
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
-        self._ahead: FetchAhead | None = None
+        self._ahead: ShardPrefetcher | None = None
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Say which shards will be read next, the most urgent first, so that they come in the background.
@@ -218,9 +220,9 @@ class TarReader:
         cache = self.manifest.cache
         if cache is not None:
             if self._ahead is None:
-                self._ahead = FetchAhead(cache)
+                self._ahead = ShardPrefetcher(cache)
             wanted = (self.manifest.remote(shard) for shard in shards)
-            self._ahead.want([shard for shard in wanted if shard is not None])
+            self._ahead.request([shard for shard in wanted if shard is not None])
             for shard in self._open.keys() - set(shards):
                 os.close(self._open.pop(shard)[0])
 

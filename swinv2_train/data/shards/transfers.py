@@ -1,7 +1,7 @@
 """Files at addresses that fsspec knows (https://, s3://, ...): listed, measured and fetched whole, in spite of faults.
 
-Every fault of the network or the server is tried again, with growing pauses, until a time limit; what a repetition
-cannot mend (not there, not allowed) is an error at once.  Clients are opened in the process that uses them: fsspec's
+Every fault of the network or the server is tried again, with growing pauses, until a time limit; what retrying
+cannot fix (not there, not allowed) is an error at once.  Clients are opened in the process that uses them: fsspec's
 event loop does not survive a fork, and its instance cache starts empty in a child.
 """
 
@@ -22,7 +22,7 @@ from swinv2_train.data.sample import ShardError
 Result = TypeVar("Result")
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 0.5, 60.0
 _MISMATCHES = 3
-"""So often wrong bytes are taken for a bad transfer; after that the file itself is wrong."""
+"""How often wrong bytes are taken for a bad transfer; after that the file itself is wrong."""
 
 
 class MismatchError(Exception):
@@ -30,13 +30,13 @@ class MismatchError(Exception):
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a transfer may take."""
+class RetryPolicy:
+    """How long a transfer may take, and how long it is retried."""
 
     stall_sec: float
-    """A transfer that brings no byte for so long is cut off and tried again."""
+    """A transfer that brings no byte for this long is cut off and tried again."""
     give_up_sec: float
-    """After so long, over all attempts, the error is final."""
+    """After this long, over all attempts, the error is final."""
 
 
 def is_remote(path: str) -> bool:
@@ -44,8 +44,8 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def shown(url: str) -> str:
-    """An address as it may stand in a log: without user, password and query, which may be a signature."""
+def redacted(url: str) -> str:
+    """An address as it may appear in a log: without user, password and query, which may be a signature."""
     return re.sub(r"(?<=://)[^/@]*@", "", url).split("?")[0] if is_remote(url) else url
 
 
@@ -60,7 +60,7 @@ def folder_of(url: str) -> str:
     return path[: len(path) - len(base_name(url))]
 
 
-def beside(url: str, name: str) -> str:
+def sibling_url(url: str, name: str) -> str:
     """The address of another file of the same folder."""
     query = url.split("?", 1)
     return folder_of(url) + name + (f"?{query[1]}" if len(query) > 1 else "")
@@ -74,20 +74,20 @@ def list_matching(url: str) -> list[str]:
     except FileNotFoundError:
         return []
     except Exception as error:  # noqa: BLE001  every client has its own errors
-        raise ShardError(f"{shown(url)}: cannot be listed: {_text(error)}; check the address") from error
+        raise ShardError(f"{redacted(url)}: cannot be listed: {_text(error)}; check the address") from error
 
 
-def sizes(urls: Sequence[str], patience: Patience) -> list[int | None]:
+def sizes(urls: Sequence[str], retry_policy: RetryPolicy) -> list[int | None]:
     """Bytes of each file, None where the server does not say.  Raises ShardError naming the first that is missing."""
     found: list[int | None] = []
     for first in range(0, len(urls), 256):  # a server that fails in between is not asked for everything again
         part = list(urls[first : first + 256])
-        found += insist(shown(part[0]), lambda part=part: _sizes(part, patience), patience)  # type: ignore[misc]
+        found += retry(redacted(part[0]), lambda part=part: _sizes(part, retry_policy), retry_policy)  # type: ignore[misc]
     return found
 
 
-def _sizes(urls: list[str], patience: Patience) -> list[int | None]:
-    fs, _ = _filesystem(urls[0], patience.stall_sec)
+def _sizes(urls: list[str], retry_policy: RetryPolicy) -> list[int | None]:
+    fs, _ = _filesystem(urls[0], retry_policy.stall_sec)
     paths = [fs._strip_protocol(url) for url in urls]
     if not fs.async_impl:
         return [fs.info(path)["size"] for path in paths]
@@ -97,25 +97,25 @@ def _sizes(urls: list[str], patience: Patience) -> list[int | None]:
 
         async def one(path: str) -> Any:
             async with gate:
-                return await asyncio.wait_for(fs._info(path), patience.stall_sec)
+                return await asyncio.wait_for(fs._info(path), retry_policy.stall_sec)
 
         return await asyncio.gather(*(one(path) for path in paths), return_exceptions=True)
 
     answers = _wait(fs, ask(), lambda: False)
     for url, answer in zip(urls, answers, strict=True):
         if isinstance(answer, FileNotFoundError):
-            raise ShardError(f"{shown(url)} does not exist; name the shards that are there, or put it there again")
+            raise ShardError(f"{redacted(url)} does not exist; name the shards that are there, or put it there again")
         if isinstance(answer, BaseException):
             raise answer
     return [answer["size"] for answer in answers]
 
 
-def fetch(url: str, destination: str, patience: Patience) -> None:
+def download(url: str, destination: str, retry_policy: RetryPolicy) -> None:
     """One attempt to copy the whole file at `url` to the local path `destination`.
 
-    Raises what the client raises, TimeoutError when no byte comes for patience.stall_sec.
+    Raises what the client raises, TimeoutError when no byte comes for retry_policy.stall_sec.
     """
-    fs, path = _filesystem(url, patience.stall_sec)
+    fs, path = _filesystem(url, retry_policy.stall_sec)
     if not fs.async_impl:
         fs.get_file(path, destination)
         return
@@ -128,14 +128,16 @@ def fetch(url: str, destination: str, patience: Patience) -> None:
             moved[0] = time.monotonic()
 
     _wait(
-        fs, fs._get_file(path, destination, callback=Watch()), lambda: time.monotonic() - moved[0] > patience.stall_sec
+        fs,
+        fs._get_file(path, destination, callback=Watch()),
+        lambda: time.monotonic() - moved[0] > retry_policy.stall_sec,
     )
 
 
-def insist(what: str, attempt: Callable[[], Result], patience: Patience, waited_sec: float = 0.0) -> Result:
-    """The result of `attempt`, repeated with growing, randomly shortened pauses until patience.give_up_sec is over.
+def retry(what: str, attempt: Callable[[], Result], retry_policy: RetryPolicy, waited_sec: float = 0.0) -> Result:
+    """The result of `attempt`, repeated with growing, randomly shortened pauses until retry_policy.give_up_sec is over.
 
-    what: the shown address, for the error.  waited_sec: counts as already spent.  Raises ShardError.
+    what: the redacted address, for the error.  waited_sec: counts as already spent.  Raises ShardError.
     """
     started = time.monotonic() - waited_sec
     jitter = random.Random()  # its own: the global generator belongs to the training
@@ -150,7 +152,7 @@ def insist(what: str, attempt: Callable[[], Result], patience: Patience, waited_
             mismatches += isinstance(error, MismatchError)
             spent = time.monotonic() - started
             pause = min(_FIRST_PAUSE_SEC * 2 ** (attempts - 1), _LONGEST_PAUSE_SEC) * jitter.uniform(0.5, 1.0)
-            if _final(error) or mismatches >= _MISMATCHES or spent + pause > patience.give_up_sec:
+            if _final(error) or mismatches >= _MISMATCHES or spent + pause > retry_policy.give_up_sec:
                 raise ShardError(
                     f"{what}: cannot be fetched, {attempts} attempt{'s' * (attempts > 1)} in {spent:.0f} s, the last "
                     f"ended with: {_text(error)}; {_remedy(error)}"
@@ -159,7 +161,7 @@ def insist(what: str, attempt: Callable[[], Result], patience: Patience, waited_
 
 
 def _final(error: Exception) -> bool:
-    """Whether another attempt is in vain."""
+    """Whether retrying cannot help."""
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
     return refused or isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError))

@@ -74,7 +74,7 @@ class Source(Protocol):
         """What messages call the shard."""
 
     def open_reader(self, max_open: int = 64) -> Reader:
-        """A reader that keeps at most so many files open."""
+        """A reader that keeps at most max_open files open."""
 
 
 def open_source(
@@ -85,7 +85,7 @@ def open_source(
 ) -> Source:
     """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
 
-    Arguments as of shards.open_manifest.  Raises ShardError.
+    Arguments as tar_reader.open_manifest's.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
     if not os.path.isdir(directory):

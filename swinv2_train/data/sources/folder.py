@@ -19,10 +19,10 @@ import numpy as np
 
 from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
-from swinv2_train.data.sources.virtual_shards import Unpacked, UnpackedReader, packing_order, place_of
+from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 
 _THREADS = 16
-"""That many folders are listed at a time: on a network file system every file's size is a question to the server."""
+"""How many folders are listed at a time: on a network file system every file's size is a question to the server."""
 _SAY_SEC = 10.0
 
 
@@ -33,13 +33,13 @@ class Listing:
     names: list[str]
     """Paths from the folder on, sorted."""
     sizes: list[int]
-    """Bytes of each."""
+    """Bytes of each image."""
     left_out: int
     """Files that are no images, and hidden files and folders."""
 
 
 @dataclass(frozen=True, eq=False)
-class Folder(Unpacked):
+class Folder(VirtualShards):
     """The images of a folder, kept compactly: the 1.28 million of ImageNet are 64 MiB.  Picklable."""
 
     names: bytes
@@ -85,7 +85,7 @@ def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], N
 
 
 def is_image(name: str) -> bool:
-    """By its extension; what is hidden, or what macOS adds to an archive, is none.  name: with / between folders."""
+    """By extension; what is hidden, or macOS adds to an archive, is no image.  name: with / between folders."""
     hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
     return not hidden and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
 
@@ -239,7 +239,7 @@ def _key_of(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class FolderReader(UnpackedReader):
+class FolderReader(VirtualShardsReader):
     """Any image of a folder by (shard, index).  Picklable; has no position."""
 
     def __init__(self, folder: Folder) -> None:
@@ -248,7 +248,7 @@ class FolderReader(UnpackedReader):
 
     def read(self, shard: int, index: int) -> Sample:
         """The file's bytes.  Raises SampleError where it is gone, cannot be read or has another size than listed."""
-        place = place_of(shard, index)
+        place = packed_index(shard, index)
         name, size, label = self.folder.image_name(place), int(self.folder.sizes[place]), int(self.folder.labels[place])
         text = name.decode("utf-8", "surrogateescape")
         key, _, extension = text.rpartition(".")
@@ -268,4 +268,4 @@ class FolderReader(UnpackedReader):
 
     def key(self, shard: int, index: int) -> str:
         """The path from the folder on, without the extension."""
-        return _key_of(self.folder.image_name(place_of(shard, index)).decode("utf-8", "surrogateescape"))
+        return _key_of(self.folder.image_name(packed_index(shard, index)).decode("utf-8", "surrogateescape"))

@@ -20,7 +20,7 @@ import numpy as np
 from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
-from swinv2_train.data.sources.virtual_shards import Unpacked, UnpackedReader, packing_order, place_of
+from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
@@ -29,13 +29,13 @@ _AGAIN = "copy or save it again"
 
 
 @dataclass(frozen=True, eq=False)
-class SavedDataset(Unpacked):
+class SavedDataset(VirtualShards):
     """The rows of a saved data set.  Picklable."""
 
     files: tuple[str, ...]
     """Names of the Arrow files in the directory."""
     file_rows: tuple[int, ...]
-    """Rows of each."""
+    """Rows of each file."""
     image_column: str
     rows: np.ndarray
     """int64 (images,): the number of the row at each place of the packing order."""
@@ -189,7 +189,7 @@ def _labels(table: Any, label: str | None) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class SavedDatasetReader(UnpackedReader):
+class SavedDatasetReader(VirtualShardsReader):
     """Any image of a saved data set by (shard, index).  Picklable; maps the files when it first reads."""
 
     def __init__(self, dataset: SavedDataset) -> None:
@@ -199,7 +199,7 @@ class SavedDatasetReader(UnpackedReader):
 
     def read(self, shard: int, index: int) -> Sample:
         """The row's bytes.  Raises SampleError where there are none, ShardError where a file has changed."""
-        path, place = self.dataset.path, place_of(shard, index)
+        path, place = self.dataset.path, packed_index(shard, index)
         key = self.key(shard, index)
         starts, chunks = self._mapped()
         chunk = bisect_right(starts, int(self.dataset.rows[place])) - 1
@@ -214,7 +214,7 @@ class SavedDatasetReader(UnpackedReader):
 
     def key(self, shard: int, index: int) -> str:
         """The number of the row."""
-        return str(self.dataset.rows[place_of(shard, index)])
+        return str(self.dataset.rows[packed_index(shard, index)])
 
     def close(self) -> None:
         """Let the mapped files go; the next read maps them again."""
@@ -238,7 +238,7 @@ class SavedDatasetReader(UnpackedReader):
 
 
 def _read_file(file: str | None, path: str, key: str) -> bytes:
-    """For a row that has no image in it, but a path."""
+    """The error for a row that has no image in it, but a path."""
     if file is None:
         raise SampleError("no image", path, key)
     if "://" in file:

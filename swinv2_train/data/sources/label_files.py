@@ -12,7 +12,7 @@ import torch
 from swinv2_train.config import ConfigError
 from swinv2_train.data.sources.base import Source
 
-Answers = Mapping[str, tuple[int, ...]]
+LabelOverrides = Mapping[str, tuple[int, ...]]
 """Sample key -> its right classes; an image with none does not count."""
 
 _IMAGENET_VAL = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})")
@@ -22,7 +22,7 @@ _FORMS = (
 )
 
 
-def read_answers(path: str, source: Source, num_classes: int, key: str) -> tuple[Answers, int]:
+def read_label_overrides(path: str, source: Source, num_classes: int, key: str) -> tuple[LabelOverrides, int]:
     """The right classes of every sample of the shards, and how many entries of the file belong to none of them.
 
     path: JSON, a list of lists of classes, whose entry n - 1 belongs to the sample key ILSVRC2012_val_0000000n (with or
@@ -31,12 +31,12 @@ def read_answers(path: str, source: Source, num_classes: int, key: str) -> tuple
     samples of the same key, or when no image has a class.
     """
     entries = _read_entries(path, key)
-    answers: dict[str, tuple[int, ...]] = {}
+    overrides: dict[str, tuple[int, ...]] = {}
     reader = source.open_reader()
     for shard, count in enumerate(source.counts):
         for index in range(count):
             sample = reader.key(shard, index)
-            if sample in answers:
+            if sample in overrides:
                 raise ConfigError(f"{key} ({path}): two samples of the shards have the key '{sample}'; rename one")
             name = _entry_name(sample, path, key) if isinstance(entries, list) else sample
             classes = _entry(entries, name)
@@ -45,16 +45,16 @@ def read_answers(path: str, source: Source, num_classes: int, key: str) -> tuple
                     f"{key} ({path}) has no entry for the sample '{sample}' (the file has {len(entries)}, the shards "
                     f"{source.num_samples}); name the file that belongs to these shards"
                 )
-            answers[sample] = _checked(classes, sample, num_classes, path, key)
+            overrides[sample] = _checked(classes, sample, num_classes, path, key)
     reader.close()
-    if not any(answers.values()):
+    if not any(overrides.values()):
         raise ConfigError(f"{key} ({path}): no image has a right class; name the file that belongs to these shards")
-    return answers, len(entries) - len(answers)
+    return overrides, len(entries) - len(overrides)
 
 
-def answered(batch: dict[str, Any], answers: Answers) -> dict[str, Any]:
+def with_labels(batch: dict[str, Any], overrides: LabelOverrides) -> dict[str, Any]:
     """The batch with "labels" int64 (B, L), filled up with -1, and weight 0 for images without a right class."""
-    rows = [answers.get(key, ()) for key in batch["keys"]]  # a padding row has the key ""
+    rows = [overrides.get(key, ()) for key in batch["keys"]]  # a padding row has the key ""
     labels = torch.full((len(rows), max(1, *map(len, rows))), -1)
     for row, classes in enumerate(rows):
         classes = classes or (0,)  # what does not count still needs a finite loss

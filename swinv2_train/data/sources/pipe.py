@@ -20,7 +20,7 @@ NOT_ELASTIC = (
 )
 
 
-_SHIELD = "trap '' INT TERM USR1 USR2\n"
+_IGNORE_SIGNALS = "trap '' INT TERM USR1 USR2\n"
 """Ctrl-C and the scheduler's signals are answered by the training process; a command cut off by one would be damage."""
 
 
@@ -49,24 +49,24 @@ def read_command(command: str) -> Iterator[Sample]:
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    printed = _Printed(command)
+    output = _CommandOutput(command)
     last: dict[str, Any] | None = None
     try:
         try:
-            for raw in group_by_keys(tar_file_expander([{"url": printed.name, "stream": printed}])):
+            for raw in group_by_keys(tar_file_expander([{"url": output.name, "stream": output}])):
                 if last is not None:
-                    yield _sample(last, printed.name)
+                    yield _sample(last, output.name)
                 last = raw
         except Exception as error:
-            printed.check()  # knows better what is wrong
-            raise ShardError(f"{printed.name}: {error.args[0] if error.args else type(error).__name__}") from error
-        printed.check()
+            output.check()  # knows better what is wrong
+            raise ShardError(f"{output.name}: {error.args[0] if error.args else type(error).__name__}") from error
+        output.check()
         if last is not None:
-            yield _sample(last, printed.name)
+            yield _sample(last, output.name)
         else:
-            warnings.warn(f"{printed.name}: the shard holds no samples", stacklevel=2)
+            warnings.warn(f"{output.name}: the shard holds no samples", stacklevel=2)
     finally:
-        printed.close()
+        output.close()
 
 
 def _sample(raw: dict[str, Any], name: str) -> Sample:
@@ -75,13 +75,13 @@ def _sample(raw: dict[str, Any], name: str) -> Sample:
     return Sample(raw["__key__"], raw.get(extension, b""), extension, read_targets(raw), name)
 
 
-class _Printed:
+class _CommandOutput:
     """What a command prints.  tar_members walks it and is the one to read; webdataset is given what that has passed."""
 
     def __init__(self, command: str) -> None:
         self.name = f"pipe:{command}"
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _SHIELD + command],
+            ["/bin/sh", "-c", _IGNORE_SIGNALS + command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             bufsize=1 << 18,

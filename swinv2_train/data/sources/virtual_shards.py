@@ -26,8 +26,8 @@ def packing_order(count: int, seed: int = PACKING_SEED) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Unpacked:
-    """What is known of such images before the first one is read; arrays are in packing order.  Picklable."""
+class VirtualShards:
+    """What is known of unpacked images before the first one is read; arrays are in packing order.  Picklable."""
 
     path: str
     """The directory."""
@@ -40,7 +40,7 @@ class Unpacked:
 
     @property
     def cache(self) -> None:
-        """They lie on this machine's disks."""
+        """None: the images lie on this machine's disks."""
         return
 
     @property
@@ -70,20 +70,20 @@ class Unpacked:
         return self.path
 
 
-class UnpackedReader:
-    """What readers of such images have in common."""
+class VirtualShardsReader:
+    """What readers of unpacked images have in common."""
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Nothing is far away."""
+        """Does nothing, as nothing is far away."""
 
     def place(self, shard: int, index: int) -> str:
         """An image is the whole of its bytes, so there is nothing to add."""
         return ""
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Does nothing, as nothing is kept open."""
 
 
-def place_of(shard: int, index: int) -> int:
-    """The place in packing order."""
+def packed_index(shard: int, index: int) -> int:
+    """The place of a sample in packing order."""
     return shard * SAMPLES_PER_SHARD + index

@@ -29,7 +29,7 @@ KNOWN_KEYS = frozenset([
 # fmt: on
 """Top-level keys that DeepSpeed 0.19.8 reads.  It ignores any other without a word, so we must not."""
 
-_CLOSED = {
+RESERVED_KEYS = {
     "optimizer": "the optimizer is built from the optim section; set optim.*",
     "scheduler": "the learning rate comes from optim.schedule; set optim.schedule.*",
     "fp16": "set engine.precision=bf16 or fp32",
@@ -43,14 +43,14 @@ _CLOSED = {
 
 
 NVME_BUFFERS = 16
-"""Of weights that come from disk: twice the 4 matrices of a block, and as much again for what is read ahead."""
+"""Buffers for weights on disk: twice the 4 matrices of a block, and as much again for what is read ahead."""
 
-_NEEDS: dict[str, tuple[int, ...]] = {
+OFFLOAD_STAGES: dict[str, tuple[int, ...]] = {
     "none": (),
     "cpu": (1, 2, 3),
     "nvme": (3,),
 }
-"""The ZeRO stages that can keep the optimizer's state there."""
+"""For each place to which the optimizer's state can be offloaded, the ZeRO stages that can do so."""
 
 
 def check_engine(config: EngineConfig) -> None:
@@ -88,7 +88,7 @@ def check_engine(config: EngineConfig) -> None:
 
 
 def _check_offload(config: EngineConfig) -> None:
-    stages = _NEEDS[config.offload_optimizer]
+    stages = OFFLOAD_STAGES[config.offload_optimizer]
     if stages and config.zero_stage not in stages:
         raise ConfigError(
             f"engine.offload_optimizer ({config.offload_optimizer}) needs engine.zero_stage "
@@ -180,7 +180,7 @@ def _generated(engine: EngineConfig, buckets: Buckets) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": None,
         "gradient_accumulation_steps": None,
         "gradient_clipping": None,
-        "steps_per_print": 10**9,  # the log room speaks
+        "steps_per_print": 10**9,  # we log ourselves
         # One reference optimizer for all stages: torch's AdamW, also where DeepSpeed would like its own.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": engine.precision == "bf16"},
@@ -222,8 +222,8 @@ def _merged(generated: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
     merged = copy.deepcopy(generated)
     for key, value in overrides.items():
         where = f"engine.deepspeed_overrides.{key}"
-        if key in _CLOSED:
-            raise ConfigError(f"{where}: {_CLOSED[key]} instead")
+        if key in RESERVED_KEYS:
+            raise ConfigError(f"{where}: {RESERVED_KEYS[key]} instead")
         if key not in KNOWN_KEYS:
             hint = did_you_mean(key, KNOWN_KEYS, otherwise="see DeepSpeed's configuration reference")
             raise ConfigError(f"{where} is no key that DeepSpeed reads (it would ignore it silently); {hint}")

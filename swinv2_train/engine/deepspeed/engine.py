@@ -25,10 +25,18 @@ from swinv2_train.engine.deepspeed.grad_norm import norm_read_once, skip_overflo
 from swinv2_train.engine.deepspeed.pieces import swapped_pieces, zero_1_2_pieces, zero_3_pieces
 from swinv2_train.engine.deepspeed.startup import import_deepspeed, quick_initialize
 from swinv2_train.engine.local import persistent_buffers, sum_of_squares, to_device
-from swinv2_train.engine.materialize import Values, allocate, allocate_shards, has_no_values
+from swinv2_train.engine.materialize import Initializer, allocate, allocate_partitions, is_meta
 from swinv2_train.engine.model_sizes import layer_sizes
-from swinv2_train.engine.state.ema import WeightAverages
-from swinv2_train.engine.state.files import Described, HostMemory, Shards, Snapshot, describe, restore, snapshot
+from swinv2_train.engine.state.ema import WeightEMA
+from swinv2_train.engine.state.files import (
+    HostMemory,
+    Snapshot,
+    StateFiles,
+    TensorSpec,
+    restore,
+    snapshot,
+    tensor_specs,
+)
 from swinv2_train.engine.state.pieces import Piece, in_memory, plain_pieces, whole_pieces
 
 
@@ -56,10 +64,10 @@ class ZeroEngine:
             from deepspeed.utils import set_z3_leaf_modules
 
             set_z3_leaf_modules(module, list(block_types), raise_if_not_found=False)
-        if has_no_values(module):
+        if is_meta(module):
             if config.engine.zero_stage == 3:
                 dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-                allocate_shards(module, settings, dtype, world.device)
+                allocate_partitions(module, settings, dtype, world.device)
             else:
                 allocate(module)
         with quick_initialize():
@@ -79,9 +87,9 @@ class ZeroEngine:
         self._world = world
         self._accumulation_steps = accumulation_steps
         self._num_backward = 0
-        self._stale = False  # True while the weights are still the averages, after an error in averaged()
+        self._stale = False  # True while the weights are still the averages, after an error in ema_weights()
         self._host_memory = HostMemory()
-        self._ema = WeightAverages(self._masters(), config.optim.ema_decay)
+        self._ema = WeightEMA(self._masters(), config.optim.ema_decay)
         self._settings = {
             "engine": "deepspeed",
             "zero_stage": self._stage,
@@ -144,7 +152,7 @@ class ZeroEngine:
         return outputs
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         assert self._num_backward == 0, "between steps only"
         self._host_memory.wait()
         self._ds.empty_partition_cache()  # under ZeRO-3, what is gathered now would hide the averages
@@ -161,7 +169,7 @@ class ZeroEngine:
         self._renew_weights()
 
     def _renew_stale_weights(self) -> None:
-        """What averaged() leaves to do where it failed.  Collective then."""
+        """What ema_weights() leaves to do where it failed.  Collective then."""
         if self._stale:
             self._stale = False
             self._ds.empty_partition_cache()
@@ -215,7 +223,7 @@ class ZeroEngine:
     def snapshot(self, copy: bool) -> Snapshot:
         memory = self._host_memory if copy else None
         pieces = map(in_memory, self._pieces()) if self._on_disk else self._pieces()
-        return snapshot(pieces, self._described(), self._settings, self._world, memory)
+        return snapshot(pieces, self._tensor_specs(), self._settings, self._world, memory)
 
     def load(self, directory: Path) -> None:
         assert self._num_backward == 0, "load between steps only"
@@ -223,13 +231,13 @@ class ZeroEngine:
         self._ds.empty_partition_cache()  # under ZeRO-3, what is gathered now would hide what is loaded
         error: ConfigError | None = None
         try:
-            restore(Shards(directory, self._world.rank), self._pieces(), self._described())
+            restore(StateFiles(directory, self._world.rank), self._pieces(), self._tensor_specs())
         except ConfigError as caught:
             error = caught
         raise_together(error)
         self._renew_weights()
 
-    def initialise(self, values: Values) -> None:
+    def initialise(self, values: Initializer) -> None:
         assert self._ds.global_steps == 0 == self._num_backward, "before the first step only"
         for piece in self._parameter_pieces():
             values.fill(piece.tensors["weight"], piece.name, piece.start)
@@ -252,10 +260,10 @@ class ZeroEngine:
         else:
             yield from plain_pieces(self.module, optimizer, self._ema)
 
-    def _described(self) -> dict[str, Described]:
+    def _tensor_specs(self) -> dict[str, TensorSpec]:
         tensors = {name: (_shape(p), p.dtype, p.requires_grad) for name, p in self.module.named_parameters()}
         buffers = {name: (tuple(b.shape), b.dtype, False) for name, b in persistent_buffers(self.module).items()}
-        return describe(tensors | buffers)
+        return tensor_specs(tensors | buffers)
 
     def _renew_weights(self) -> None:
         """Make the weights that the model computes with from the masters, as a step does."""

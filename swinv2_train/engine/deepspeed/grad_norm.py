@@ -16,7 +16,7 @@ import torch
 
 
 class NormRead:
-    """What DeepSpeed's question, whether a norm is invalid, gets for an answer; each tensor is read once."""
+    """Replaces DeepSpeed's check for an invalid norm; each tensor is read once."""
 
     def __init__(self) -> None:
         self.value = math.nan

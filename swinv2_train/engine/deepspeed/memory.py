@@ -4,12 +4,12 @@ N parameters of the model, W ranks, S the largest parameter group's share of a r
 fp32).  The formulas are read from DeepSpeed 0.19.8 and torch's AdamW, and were checked allocation by allocation
 (benchmarks/planner_memory_cpu_202611.md):
 
-| | rests | while gradients are made | when they are exchanged | in the step |
+| | resident | while gradients are made | when they are exchanged | in the step |
 |---|---|---|---|---|
-| ZeRO-0 fp32 | 4N weights, 8N averages | 4N gradients, one by one | 4N flat copy (W > 1) | |
-| ZeRO-1 bf16 | 2N weights, 4N gradients, 4N/W masters, 8N/W averages | 2N gradients, one by one | 6N copies | |
-| ZeRO-1 fp32, ZeRO-2 | wN weights, 4N/W masters, 8N/W averages | 4N or 4N/W gradients, 2 or 3 buckets | | |
-| ZeRO-3 | wN/W weights, 4N/W masters, 8N/W averages, 4N/W gradients, a bucket, small parameters | live weights, copies of a bucket, by place (Gathering) | | 4S |
+| ZeRO-0 fp32 | 4N weights, 8N moments | 4N gradients, one by one | 4N flat copy (W > 1) | |
+| ZeRO-1 bf16 | 2N weights, 4N gradients, 4N/W masters, 8N/W moments | 2N gradients, one by one | 6N copies | |
+| ZeRO-1 fp32, ZeRO-2 | wN weights, 4N/W masters, 8N/W moments | 4N or 4N/W gradients, 2 or 3 buckets | | |
+| ZeRO-3 | wN/W weights, 4N/W masters, 8N/W moments, 4N/W gradients, a bucket, small parameters | live weights, copies of a bucket, by place (Gathering) | | 4S |
 
 Live under ZeRO-3 are the block in use and the next one, and from the forward to the backward pass every weight of which
 autograd saved a view: a linear layer saves the transposed weight, which keeps what was gathered although DeepSpeed
@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from swinv2_train.config import EngineConfig
 from swinv2_train.engine.deepspeed.buckets import buckets_of
 from swinv2_train.engine.memory import (
-    AVERAGES,
     BUCKETS,
     COPIES,
     EMA,
     GRADIENTS,
     LIVE,
     MASTERS,
+    MOMENTS,
     WEIGHTS,
     EngineMemory,
     PlacePeak,
@@ -127,7 +127,7 @@ def zero_memory(
     else:
         memory = _zero_1_2(config, sizes, world_size)
     if ema and config.zero_stage > 0:
-        memory.rests[EMA] = 4 * share
+        memory.resident[EMA] = 4 * share
     if on_cpu and config.zero_stage in (1, 2) and world_size > 1:  # gloo gathers into a copy
         memory.step[COPIES] = _weight_bytes(config) * sizes.largest_group
     memory.keep_earlier_gradients(sizes.parameters, accumulation_steps)
@@ -155,13 +155,13 @@ def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> Engin
     share = -(-n // world_size)
     if config.zero_stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
         return EngineMemory(
-            rests={WEIGHTS: 2 * n, GRADIENTS: 4 * n, MASTERS: 4 * share, AVERAGES: 8 * share},
+            resident={WEIGHTS: 2 * n, GRADIENTS: 4 * n, MASTERS: 4 * share, MOMENTS: 8 * share},
             exchange={COPIES: 6 * min(n, EXCHANGED_TOGETHER) if world_size > 1 else 0},
             kept_gradient_bytes=2,
         )
     buckets = buckets_of(config, sizes.layers)
     return EngineMemory(
-        rests={WEIGHTS: w * n, MASTERS: state * share, AVERAGES: 2 * state * share},
+        resident={WEIGHTS: w * n, MASTERS: state * share, MOMENTS: 2 * state * share},
         backward={
             BUCKETS: w * buckets.reduce_bucket_size * (2 if config.overlap_comm else 1),
             COPIES: w * buckets.reduce_bucket_size + (4 * sizes.largest_parameter if w == 2 else 0),
@@ -175,10 +175,10 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bo
     share, group = -(-sizes.parameters // world_size), -(-sizes.largest_group // world_size)
     buckets, largest_block = buckets_of(config, sizes.layers), sizes.layers.largest_block
     return Zero3Memory(
-        rests={
+        resident={
             WEIGHTS: w * (share + sizes.layers.small),
             MASTERS: state * share,
-            AVERAGES: 2 * state * share,
+            MOMENTS: 2 * state * share,
             GRADIENTS: 4 * share,
             BUCKETS: w * buckets.reduce_bucket_size,
         },
@@ -199,12 +199,12 @@ def _offload(memory: EngineMemory, config: EngineConfig, share: int) -> None:
     moved = {"cpu": memory.host, "nvme": memory.disk}
     if config.offload_optimizer != "none":
         target = moved[config.offload_optimizer]
-        for part in (MASTERS, AVERAGES, EMA):
-            if part in memory.rests:
-                target[part] = memory.rests.pop(part)
-        memory.host[GRADIENTS] = memory.rests.pop(GRADIENTS, 0) + 4 * share + memory.step.pop(GRADIENTS, 0)
+        for part in (MASTERS, MOMENTS, EMA):
+            if part in memory.resident:
+                target[part] = memory.resident.pop(part)
+        memory.host[GRADIENTS] = memory.resident.pop(GRADIENTS, 0) + 4 * share + memory.step.pop(GRADIENTS, 0)
         memory.kept_gradient_bytes = 0.0
     if config.offload_param != "none":
         weights = _weight_bytes(config) * share
-        memory.rests[WEIGHTS] -= weights
+        memory.resident[WEIGHTS] -= weights
         moved[config.offload_param][WEIGHTS] = weights

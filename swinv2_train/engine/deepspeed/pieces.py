@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from swinv2_train.engine.state.ema import WeightAverages
+from swinv2_train.engine.state.ema import WeightEMA
 from swinv2_train.engine.state.pieces import Piece, _state, whole_pieces
 
 
-def zero_1_2_pieces(module: nn.Module, optimizer: Any, ema: WeightAverages) -> Iterator[Piece]:
+def zero_1_2_pieces(module: nn.Module, optimizer: Any, ema: WeightEMA) -> Iterator[Piece]:
     """The parameters under ZeRO 1 and 2; optimizer: DeepSpeed's."""
     inner = optimizer.optimizer
     for name, parameter in module.named_parameters():
@@ -28,15 +28,13 @@ def zero_1_2_pieces(module: nn.Module, optimizer: Any, ema: WeightAverages) -> I
         yield _flat_piece(name, first, flat, address.start, address.numel, inner, group, ema)
 
 
-def zero_3_pieces(module: nn.Module, optimizer: Any, rank: int, ema: WeightAverages) -> Iterator[Piece]:
+def zero_3_pieces(module: nn.Module, optimizer: Any, rank: int, ema: WeightEMA) -> Iterator[Piece]:
     """The parameters under ZeRO-3; optimizer: DeepSpeed's."""
     for name, parameter in module.named_parameters():
         yield from _zero_3_piece(name, parameter, optimizer, rank, ema)
 
 
-def _zero_3_piece(
-    name: str, parameter: nn.Parameter, optimizer: Any, rank: int, ema: WeightAverages
-) -> Iterator[Piece]:
+def _zero_3_piece(name: str, parameter: nn.Parameter, optimizer: Any, rank: int, ema: WeightEMA) -> Iterator[Piece]:
     """A parameter's piece, if this rank has more of it than padding."""
     shard, numel = vars(parameter)["ds_tensor"], vars(parameter)["ds_numel"]
     first = rank * shard.ds_numel
@@ -53,8 +51,8 @@ def _zero_3_piece(
     yield _flat_piece(name, first, flat, start, held, inner, group, ema)
 
 
-def swapped_pieces(module: nn.Module, optimizer: Any, rank: int, ema: WeightAverages) -> Iterator[Piece]:
-    """The parameters under ZeRO-3 whose masters and AdamW's averages are on disk: read, and written back with the
+def swapped_pieces(module: nn.Module, optimizer: Any, rank: int, ema: WeightEMA) -> Iterator[Piece]:
+    """The parameters under ZeRO-3 whose masters and AdamW's moments are on disk: read, and written back with the
     weights that are made of them, one flat tensor at a time.  A piece may be used until the next one is asked for."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for name, parameter in module.named_parameters():
@@ -79,12 +77,12 @@ def _flat_piece(
     numel: int,
     optimizer: Any,
     group: dict[str, Any],
-    ema: WeightAverages,
+    ema: WeightEMA,
 ) -> Piece:
     """Elements first .. first + numel of a parameter, which lie in a flat master from start on."""
     state = _state(optimizer, flat, group)
     tensors = {"weight": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-    tensors |= ema.beside(flat)
+    tensors |= ema.state_for(flat)
     assert all(start + numel <= tensor.numel() for tensor in tensors.values()), f"{name} is not in memory"
     return Piece(
         name, first, {key: tensor[start : start + numel] for key, tensor in tensors.items()}, state["step"], False

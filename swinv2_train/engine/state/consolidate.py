@@ -6,27 +6,27 @@ import functools
 from pathlib import Path
 
 from swinv2_train.config import ConfigError
-from swinv2_train.engine.state.files import Shards, dtype_of
+from swinv2_train.engine.state.files import StateFiles, dtype_of
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 
 
-def read_weights(directory: Path, averaged: bool = False) -> LazyTensors:
+def read_state_weights(directory: Path, averaged: bool = False) -> LazyTensors:
     """Masters, parameters that are not trained and persistent buffers by official name, from an engine's snapshots.
 
     averaged: the masters' averages in their place; ConfigError where none were kept.  Each access reads one tensor into
     memory of its own; floating point becomes float32.  Raises ConfigError that names a file which is missing or cut.
     Checksums are not compared: they belong to files, and only parts of them are read.
     """
-    shards = Shards(directory)
-    if averaged and shards.ema_decay is None:
+    saved = StateFiles(directory)
+    if averaged and saved.ema_decay is None:
         raise ConfigError(
             f"{directory.parent}: holds no averages of the weights, as optim.ema_decay was null; leave ema=true out, "
             "or name a checkpoint that was saved with it"
         )
-    shards.check_files()
+    saved.check_files()
     return LazyTensors(
         {
-            name: LazyTensor(tensor.shape, dtype_of(tensor.dtype), functools.partial(shards.read, name, averaged))
-            for name, tensor in shards.described.items()
+            name: LazyTensor(tensor.shape, dtype_of(tensor.dtype), functools.partial(saved.read, name, averaged))
+            for name, tensor in saved.specs.items()
         }
     )

@@ -12,14 +12,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-EMA = "ema"
+EMA_KIND = "ema"
 """The kind of a piece's tensor (engine/state/pieces.py) that is an average."""
 
 SWAPPED_TOGETHER = 2**22
 """Elements; all the memory that a swap takes besides."""
 
 
-class WeightAverages:
+class WeightEMA:
     """One average beside each master, of its shape and on its device; none at all where decay is None.
 
     masters: float32 tensors that an engine's steps change in place, each a rank's share or whole.
@@ -34,10 +34,10 @@ class WeightAverages:
         self._swapped = False
         self.restart()
 
-    def beside(self, master: Tensor) -> dict[str, Tensor]:
+    def state_for(self, master: Tensor) -> dict[str, Tensor]:
         """The average of a master under its kind, or nothing."""
         assert not self._swapped, "the averages are in use as weights"
-        return {EMA: self._of[master]} if self._of else {}
+        return {EMA_KIND: self._of[master]} if self._of else {}
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -27,17 +27,17 @@ from torch import Tensor
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.state.ema import EMA
+from swinv2_train.engine.state.ema import EMA_KIND
 from swinv2_train.engine.state.pieces import Piece
-from swinv2_train.storage.durable import Sum, write_durably
+from swinv2_train.storage.durable import Checksum, write_durably
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import DTYPE_NAMES, DTYPES, safetensors_chunks
 
-FACTS = "engine.json"
+METADATA_FILE = "engine.json"
 """The file that says what wrote the state."""
 
 
-class Described(NamedTuple):
+class TensorSpec(NamedTuple):
     """A whole tensor of an engine's state."""
 
     shape: tuple[int, ...]
@@ -46,10 +46,10 @@ class Described(NamedTuple):
     trained: bool
 
 
-def describe(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, bool]]) -> dict[str, Described]:
+def tensor_specs(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, bool]]) -> dict[str, TensorSpec]:
     """From name -> (shape, dtype in the module, trained)."""
     return {
-        name: Described(shape, "F32" if trained else DTYPE_NAMES[dtype], trained)
+        name: TensorSpec(shape, "F32" if trained else DTYPE_NAMES[dtype], trained)
         for name, (shape, dtype, trained) in tensors.items()
     }
 
@@ -59,21 +59,23 @@ class Snapshot:
     """One rank's part of a state, ready to be written without another rank's or the engine's help."""
 
     rank: int
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     starts: dict[str, int]
     steps: dict[str, float]
     tensors: dict[str, Tensor]
     copying: Future[None] | None
     """What still fills the tensors; None = they are views."""
 
-    def write(self, directory: Path) -> dict[str, Sum]:
-        """Write the rank's files into directory, which exists, and flush them; returns their sums by file name."""
+    def write(self, directory: Path) -> dict[str, Checksum]:
+        """Write the rank's files into directory, which exists, and flush them; returns their checksums by file name."""
         if self.copying is not None:
             self.copying.result()
         name = _file_name(self.rank)
         sums = {name: write_durably(directory / name, self._chunks())}
         if self.rank == 0:
-            sums[FACTS] = write_durably(directory / FACTS, [(json.dumps(self.facts, indent=1) + "\n").encode()])
+            sums[METADATA_FILE] = write_durably(
+                directory / METADATA_FILE, [(json.dumps(self.metadata, indent=1) + "\n").encode()]
+            )
         return sums
 
     def _chunks(self) -> Iterator[bytes | memoryview]:
@@ -100,7 +102,7 @@ class HostMemory:
             wait([self._copying])  # an error is told by whoever writes the copies
 
     def copies_of(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Future[None]]:
-        """The same tensors in this memory, where they stay until the next call, and the copying that is under way."""
+        """Copies of the tensors in this memory, where they stay until the next call, and the copying under way."""
         self.wait()
         runs = _adjacent(tensors)
         starts = [0, *itertools.accumulate(-(-run.numel() // 16) * 16 for run, _ in runs)]  # any dtype may begin there
@@ -152,7 +154,7 @@ def _adjacent(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, int
 
 
 def _bytes_at(first: Tensor, length: int) -> Tensor:
-    """So many bytes of a tensor's storage from where the tensor begins, as uint8 (length,)."""
+    """A view of `length` bytes of a tensor's storage from where the tensor begins, as uint8 (length,)."""
     offset = first.storage_offset() * first.element_size()
     empty = torch.empty(0, dtype=torch.uint8, device=first.device)
     return empty.set_(first.untyped_storage(), offset, (length,))  # type: ignore[call-overload]
@@ -160,7 +162,7 @@ def _bytes_at(first: Tensor, length: int) -> Tensor:
 
 def snapshot(
     pieces: Iterable[Piece],
-    described: Mapping[str, Described],
+    specs: Mapping[str, TensorSpec],
     settings: dict[str, Any],
     world: World,
     memory: HostMemory | None,
@@ -175,7 +177,7 @@ def snapshot(
     tensors, copying = (tensors, None) if memory is None else memory.copies_of(tensors)
     return Snapshot(
         rank=world.rank,
-        facts={**settings, "world_size": world.world_size, "tensors": described},
+        metadata={**settings, "world_size": world.world_size, "tensors": specs},
         starts={piece.name: piece.start for piece in own},
         steps={piece.name: float(piece.step) for piece in own if piece.step is not None},
         tensors=tensors,
@@ -183,7 +185,7 @@ def snapshot(
     )
 
 
-class Shards:
+class StateFiles:
     """A state on disk.  Files are opened when something in them is asked for, and mapped into memory, not read.
 
     first: the rank whose file is looked into first; it holds all that the same rank of an equal engine asks for.
@@ -191,27 +193,29 @@ class Shards:
     """
 
     def __init__(self, directory: Path, first: int = 0) -> None:
-        path = directory / FACTS
+        path = directory / METADATA_FILE
         try:
-            facts = json.loads(path.read_text())
+            metadata = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ConfigError(f"{directory}: no engine state here ({FACTS} is missing); is the path right?") from None
+            raise ConfigError(
+                f"{directory}: no engine state here ({METADATA_FILE} is missing); is the path right?"
+            ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
-        if "tensors" not in facts:
+        if "tensors" not in metadata:
             raise ConfigError(
                 f"{directory}: written by a version before checkpoints could change their number of ranks; export its "
                 "weights with that version and start from them (task.init_from)"
             )
         self.directory = directory
         try:
-            self.described = {
-                name: Described(tuple(shape), dtype, trained)
-                for name, (shape, dtype, trained) in facts["tensors"].items()
+            self.specs = {
+                name: TensorSpec(tuple(shape), dtype, trained)
+                for name, (shape, dtype, trained) in metadata["tensors"].items()
             }
-            size = int(facts["world_size"])
-            self.ema_decay: float | None = facts.get("ema_decay")
-            """Of the weights' averages that are in it; None = none are."""
+            size = int(metadata["world_size"])
+            self.ema_decay: float | None = metadata.get("ema_decay")
+            """Decay of the weights' averages that are in it; None = none are."""
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
         self._order = sorted(range(size), key=lambda rank: rank != first)
@@ -227,9 +231,9 @@ class Shards:
 
         averaged: its average, where it was trained.
         """
-        shape, dtype, trained = self.described[name]
+        shape, dtype, trained = self.specs[name]
         flat = torch.empty(math.prod(shape), dtype=dtype_of(dtype))
-        self.fill(flat, EMA if averaged and trained else "weight", name, 0)
+        self.fill(flat, EMA_KIND if averaged and trained else "weight", name, 0)
         return flat.view(shape)
 
     def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
@@ -284,33 +288,33 @@ class Shards:
         return ConfigError(f"{self.directory / _file_name(rank)}: cannot be read ({reason}); choose another checkpoint")
 
 
-def restore(shards: Shards, pieces: Iterable[Piece], described: Mapping[str, Described]) -> None:
+def restore(saved: StateFiles, pieces: Iterable[Piece], specs: Mapping[str, TensorSpec]) -> None:
     """Fill an engine's pieces from a state of any engine and number of ranks, unrounded.  Reads no more than they are.
 
     Averages of the weights begin at the weights where the state has none.  Raises ConfigError before anything is
     changed when the state is another model's; after that for a damaged file.
     """
-    _check_same_model(shards, described)
+    _check_same_model(saved, specs)
     steps: dict[int, float] = {}
     with torch.no_grad():
         for piece in pieces:
             for kind, tensor in piece.tensors.items():
-                missing = kind == EMA and shards.ema_decay is None
-                shards.fill(tensor, "weight" if missing else kind, piece.name, piece.start)
+                missing = kind == EMA_KIND and saved.ema_decay is None
+                saved.fill(tensor, "weight" if missing else kind, piece.name, piece.start)
             if piece.step is not None:
-                step = shards.step(piece.name)
+                step = saved.step(piece.name)
                 if steps.setdefault(id(piece.step), step) != step:
                     raise ConfigError(
-                        f"{shards.directory}: {piece.name} has made {step:g} steps and others of its group "
+                        f"{saved.directory}: {piece.name} has made {step:g} steps and others of its group "
                         f"{steps[id(piece.step)]:g}, which this engine cannot keep; resume with the one that saved it"
                     )
                 piece.step.fill_(step)
 
 
-def _check_same_model(shards: Shards, described: Mapping[str, Described]) -> None:
+def _check_same_model(saved: StateFiles, specs: Mapping[str, TensorSpec]) -> None:
     problems = []
-    for name in sorted(described.keys() | shards.described.keys()):
-        ours, theirs = described.get(name), shards.described.get(name)
+    for name in sorted(specs.keys() | saved.specs.keys()):
+        ours, theirs = specs.get(name), saved.specs.get(name)
         if theirs is None:
             problems.append(f"{name} is not in it")
         elif ours is None:
@@ -322,7 +326,7 @@ def _check_same_model(shards: Shards, described: Mapping[str, Described]) -> Non
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConfigError(
-            f"{shards.directory}: the state is another model's: {'; '.join(problems[:5])}{more}; "
+            f"{saved.directory}: the state is another model's: {'; '.join(problems[:5])}{more}; "
             "resume with the model that saved it"
         )
 

@@ -1,6 +1,6 @@
 """What a rank holds of each tensor in an engine's state, as views into its memory, whatever the engine or ZeRO stage.
 
-| engine | where a trained parameter's float32 master, AdamW's averages and the weight's own average lie |
+| engine | where a trained parameter's float32 master, AdamW's moments and the weight's own average lie |
 |---|---|
 | local, stage 0 | whole, on every rank |
 | stage 1, 2 | each parameter group is one flat tensor, cut into as many equal parts as there are ranks, without regard to where a parameter ends |
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from swinv2_train.engine.state.ema import WeightAverages
+from swinv2_train.engine.state.ema import WeightEMA
 
 
 class Piece(NamedTuple):
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
     name: str
     start: int
-    """Of the first element."""
+    """Index of the first element."""
     tensors: dict[str, Tensor]
     """Views of one dimension and one length: "weight"; "exp_avg", "exp_avg_sq" and, with optim.ema_decay, "ema" of what
     is trained."""
@@ -40,7 +40,7 @@ def whole_pieces(tensors: Mapping[str, Tensor]) -> list[Piece]:
     return [Piece(name, 0, {"weight": tensor.detach().view(-1)}, None, True) for name, tensor in tensors.items()]
 
 
-def plain_pieces(module: nn.Module, optimizer: torch.optim.Optimizer, ema: WeightAverages) -> list[Piece]:
+def plain_pieces(module: nn.Module, optimizer: torch.optim.Optimizer, ema: WeightEMA) -> list[Piece]:
     """The parameters where nothing is sharded."""
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     pieces = []
@@ -49,8 +49,8 @@ def plain_pieces(module: nn.Module, optimizer: torch.optim.Optimizer, ema: Weigh
             pieces += whole_pieces({name: parameter})
             continue
         state = _state(optimizer, parameter, group_of[id(parameter)])
-        averages = {key: state[key] for key in ("exp_avg", "exp_avg_sq")} | ema.beside(parameter)
-        flat = {kind: tensor.view(-1) for kind, tensor in averages.items()}
+        kept = {key: state[key] for key in ("exp_avg", "exp_avg_sq")} | ema.state_for(parameter)
+        flat = {kind: tensor.view(-1) for kind, tensor in kept.items()}
         pieces.append(Piece(name, 0, {"weight": parameter.detach().view(-1), **flat}, state["step"], True))
     return pieces
 

@@ -1,4 +1,4 @@
-"""Windowed cosine attention on a CPU: fused_cpu.cpp, compiled on first use by the machine's C++ compiler.
+"""Windowed cosine attention on a CPU: cpu_attention.cpp, compiled on first use by the machine's C++ compiler.
 
 Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
 """
@@ -103,7 +103,7 @@ def _keep(built: Path, path: Path) -> None:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """Of all that a compiled kernel follows from, the processor too: homes are shared between machines."""
+    """A hash of all that a compiled kernel follows from, the processor too: homes are shared between machines."""
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]

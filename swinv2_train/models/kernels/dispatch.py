@@ -1,5 +1,5 @@
 """Windowed cosine attention in one pass over the unpartitioned map, forward and backward: Triton kernels on CUDA, and
-one written in C++ on a CPU (fused_cpu.py).
+one written in C++ on a CPU (cpu_attention.py).
 
 Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
 """

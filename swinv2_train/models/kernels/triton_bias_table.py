@@ -1,6 +1,6 @@
 """Triton kernels of the position bias table's gradient: sums of the scores' gradient by offset, without atomics.
 
-See fused_kernels for the legend.
+See triton_attention for the legend.
 """
 
 from __future__ import annotations

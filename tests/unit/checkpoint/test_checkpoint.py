@@ -190,7 +190,7 @@ def test_damaged_checkpoint_of_a_later_step_never_costs_the_last_good_one(tmp_pa
 
 
 def test_checkpoint_just_written_stays_whatever_else_there_is(tmp_path):
-    """Those of later steps were written by a start that nobody goes on from; they may be damaged."""
+    """Checkpoints of later steps were written by a start that nobody goes on from; they may be damaged."""
     save(tmp_path, 7)
     save(tmp_path, 8)
     assert save(tmp_path, 2, keep=2).exists()

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from swinv2_train.config import Config, ConfigError, EvalSplitConfig
-from swinv2_train.config.command_line import compose_argv, compose_source, read_run
+from swinv2_train.config.command_line import compose_argv, compose_source, load_run_config
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.keys import all_keys, known_keys
 from swinv2_train.config.load import config_yaml, load_config
@@ -172,11 +172,11 @@ def test_saved_configuration_is_loaded_and_checked_again(tmp_path, compose):
     """config.yaml in the run directory is what evaluation and a resume read."""
     config = compose("experiment=cifar10_finetune", "+engine.deepspeed_overrides.comms_logger.enabled=true")
     (tmp_path / "config.yaml").write_text(config_yaml(config))
-    assert read_run(tmp_path) == config
+    assert load_run_config(tmp_path) == config
     text = (tmp_path / "config.yaml").read_text().replace("label_smoothing", "label_smoothin")
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="unknown key task.label_smoothin: did you mean task.label_smoothing"):
-        read_run(tmp_path)
+        load_run_config(tmp_path)
 
 
 def test_run_command_line_takes_overrides_on_the_runs_own_configuration(tmp_path, compose):
@@ -200,10 +200,10 @@ def test_a_run_from_before_a_key_was_invented_has_its_default(tmp_path, compose)
         assert f" {key}: " in text
         text = "".join(line for line in text.splitlines(keepends=True) if not line.strip().startswith(f"{key}:"))
     (tmp_path / "config.yaml").write_text(text)
-    assert read_run(tmp_path) == config
-    assert read_run(tmp_path, ["data.eval_crop=squash"]).data.eval_crop == "squash"
+    assert load_run_config(tmp_path) == config
+    assert load_run_config(tmp_path, ["data.eval_crop=squash"]).data.eval_crop == "squash"
     with pytest.raises(ConfigError, match="unknown key data.eval_crops"):
-        read_run(tmp_path, ["data.eval_crops=squash"])
+        load_run_config(tmp_path, ["data.eval_crops=squash"])
 
 
 def test_splits_are_the_users_own_names_and_come_back_from_a_run(tmp_path, compose):
@@ -215,7 +215,7 @@ def test_splits_are_the_users_own_names_and_come_back_from_a_run(tmp_path, compo
     v2, real = EvalSplitConfig("v2.tar", None), EvalSplitConfig("val.tar", "real.json")
     assert config.data.eval_splits == {"v2": v2, "real": real}
     (tmp_path / "config.yaml").write_text(config_yaml(config))
-    assert read_run(tmp_path) == config
+    assert load_run_config(tmp_path) == config
     config, _ = compose_source([f"run_dir={tmp_path}", "data.eval_splits.v2.shards=other.tar"], ())
     assert config.data.eval_splits == {"v2": EvalSplitConfig("other.tar", None), "real": real}
 
@@ -230,7 +230,7 @@ def test_broken_yaml_is_one_message(tmp_path, monkeypatch, compose):
     assert "\n" not in str(caught.value)
     (tmp_path / "config.yaml").write_text("optim: [1, 2\n")
     with pytest.raises(ConfigError, match=r"config.yaml"):
-        read_run(tmp_path)
+        load_run_config(tmp_path)
 
 
 def test_known_keys_holds_the_contract():

@@ -18,4 +18,4 @@ def test_every_engine_file_names_an_engine_whose_memory_is_known(file: str) -> N
     engine = composed(["run_dir=unused", "data.shards=unused", f"engine={file}"]).engine
     sizes = ModelSizes(1000, 100, (600, 400), LayerSizes(500, 10, 20), blocks=((500,),), others=(500,))
     assert engine.name in ENGINES
-    assert sum(engine_memory(engine, sizes, 1, 1, on_cpu=False).rests.values()) > 0
+    assert sum(engine_memory(engine, sizes, 1, 1, on_cpu=False).resident.values()) > 0

@@ -22,7 +22,14 @@ from swinv2_train.evaluation import knn as neighbours_module
 from swinv2_train.evaluation import linear_probe
 from swinv2_train.evaluation.features import Labelled, hits
 from swinv2_train.evaluation.knn import knn
-from swinv2_train.evaluation.linear_probe import classified, fit, in_tenth, linear, loss_and_gradient, standardise_
+from swinv2_train.evaluation.linear_probe import (
+    classified,
+    fit_logistic,
+    in_tenth,
+    linear,
+    loss_and_gradient,
+    standardise_,
+)
 from swinv2_train.evaluation.probe import check_probe, open_probe
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.monitoring.run_log import read_metrics
@@ -111,7 +118,7 @@ def test_hits_of_equal_scores_go_to_the_lower_class():
 
 
 def newton(features: Tensor, labels: Tensor, counts: Tensor, strength: float) -> np.ndarray:
-    """The same minimum by Newton's method on the whole Hessian, float64: (C + 1, classes)."""
+    """The minimum by Newton's method on the whole Hessian, float64: (C + 1, classes)."""
     x = np.concatenate([features.double().numpy(), np.ones((len(features), 1))], axis=1)
     wanted = np.eye(CLASSES)[labels.numpy()]
     counted = counts.double().numpy() / float(counts.sum())
@@ -141,7 +148,7 @@ def test_the_fit_is_the_minimum_that_newtons_method_finds(strength):
     """Samples that do not count are as if they were not there."""
     samples = blobs(400, 3)
     counts = (torch.arange(400) % 5 > 0).float()
-    found = fit(torch.zeros(13, CLASSES, dtype=torch.float64), samples, counts, strength, 300, ONE, nothing)
+    found = fit_logistic(torch.zeros(13, CLASSES, dtype=torch.float64), samples, counts, strength, 300, ONE, nothing)
     expected = torch.from_numpy(newton(samples.features, samples.labels, counts, strength))
     least, _ = loss_and_gradient(expected, samples, counts, strength, 320, ONE.device)
     loss, _ = loss_and_gradient(found, samples, counts, strength, 320, ONE.device)
@@ -217,7 +224,9 @@ def test_standardised_features_have_mean_0_and_variance_1_over_those_to_learn_fr
 
 
 def test_features_are_the_pooled_normed_last_map():
-    """The same of an encoder, of a classifier and inside SimMIM; 8C channels with four stages; float32 of bf16."""
+    """Features are the same of an encoder, of a classifier and inside SimMIM; 8C channels with four stages; float32
+    of bf16.
+    """
     sizes: dict[str, Any] = {
         "img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 2,
         "patch_size": 2, "drop_path_rate": 0.0,

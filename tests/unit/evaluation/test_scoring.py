@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.distributed import World
-from swinv2_train.evaluation.scoring import evaluate, gather_rows
+from swinv2_train.evaluation.scoring import evaluate_loader, gather_rows
 from swinv2_train.tasks.metrics import Metric, Rows, Sums
 
 CLASSES, IMAGES, PIXELS, BATCH = 5, 23, 40, 3
@@ -92,14 +92,14 @@ def expected() -> dict[str, float]:
 
 def test_each_kind_of_metric_is_what_plain_loops_say() -> None:
     """Images of weight 0 count in none of them."""
-    assert evaluate(score, batches(0, 1)) == pytest.approx(expected(), rel=1e-6)
+    assert evaluate_loader(score, batches(0, 1)) == pytest.approx(expected(), rel=1e-6)
 
 
 def test_sums_and_rows_are_the_same_on_any_number_of_ranks_bit_for_bit(run_distributed) -> None:
     """Means are too, up to the order of their additions; every rank knows all of them."""
-    alone = evaluate(score, batches(0, 1))
+    alone = evaluate_loader(score, batches(0, 1))
     for ranks in (1, 2, 3):
-        found = run_distributed(lambda world: evaluate(score, batches(world.rank, world.world_size)), ranks)
+        found = run_distributed(lambda world: evaluate_loader(score, batches(world.rank, world.world_size)), ranks)
         assert found == [found[0]] * ranks
         assert found[0].pop("val/loss") == pytest.approx(alone["val/loss"], rel=1e-12)
         assert found[0] == {name: value for name, value in alone.items() if name != "val/loss"}
@@ -119,4 +119,4 @@ def test_ranks_gather_rows_of_unequal_and_no_length(run_distributed) -> None:
 def test_sums_must_be_whole_numbers() -> None:
     """Sums of floats depend on their order, and so on the number of ranks."""
     with pytest.raises(AssertionError, match="area is torch.float32; whole numbers add up exactly"):
-        evaluate(lambda batch: {"area": Sums(torch.ones(3, 2), miou)}, batches(0, 1))
+        evaluate_loader(lambda batch: {"area": Sums(torch.ones(3, 2), miou)}, batches(0, 1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.models.initial import Constant, Normal, Uniform, initial_rule, without_values
+from swinv2_train.models.initial import Constant, Normal, Uniform, initial_rule, on_meta
 from swinv2_train.training.initial_values import BLOCK, InitialValues
 
 SMALL = {
@@ -82,7 +82,10 @@ def test_a_part_equals_the_same_part_of_the_whole(start, length):
 
 
 def test_values_of_a_seed_stay_what_they_are():
-    """Of this numpy (constraints.txt).  A change breaks `the same seed, the same run`; it needs a line in CHANGELOG."""
+    """The values are those of this numpy (constraints.txt).
+
+    A change breaks `the same seed, the same run`; it needs a line in CHANGELOG.
+    """
     values = InitialValues(simmim(), 0)
     expected = {
         "encoder.layers.0.blocks.0.mlp.fc1.weight": [0.04802151, -0.02056879, -0.03768503],
@@ -106,9 +109,9 @@ def test_a_model_without_values_draws_nothing_and_imports_no_compiler():
     program = (
         "import sys, torch\n"
         "from swinv2_train.models import SimMIM, swin_v2\n"
-        "from swinv2_train.models.initial import without_values\n"
+        "from swinv2_train.models.initial import on_meta\n"
         "state = torch.get_rng_state()\n"
-        "with without_values():\n"
+        "with on_meta():\n"
         "    model = SimMIM(swin_v2('giant', num_classes=0))\n"
         "assert all(parameter.is_meta for parameter in model.parameters())\n"
         "assert torch.equal(state, torch.get_rng_state())\n"
@@ -116,7 +119,7 @@ def test_a_model_without_values_draws_nothing_and_imports_no_compiler():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    with without_values():
+    with on_meta():
         model = simmim()
     assert {name: p.shape for name, p in model.named_parameters()} == {
         name: p.shape for name, p in simmim().named_parameters()

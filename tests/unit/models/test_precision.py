@@ -34,7 +34,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def dtypes(self, *names: str, width: int | None = None) -> set[torch.dtype]:
-        """Of these operations' inputs, or of those with a matrix that is so many columns wide or rows high."""
+        """Dtypes of these operations' inputs, or of those with a matrix that is `width` columns wide or rows high."""
         return {
             dtype
             for name, dtypes, shapes in self.seen

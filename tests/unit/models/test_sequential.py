@@ -197,7 +197,7 @@ def test_a_model_without_bytes_can_be_traced(where):
 def peak_of(
     windows: int, chunk: int | None, dtype: torch.dtype = torch.float32, device: str = "meta", side: int = 8
 ) -> int:
-    """Most live bytes of one attention, forward and backward, in so many windows of side x side, shifted, 4 heads."""
+    """Most live bytes of one attention, forward and backward, in `windows` windows of side x side, shifted, 4 heads."""
     grid = window_grid((2 * side, windows // 2 * side), (side, side), True)
     inputs = [t.detach().to(device).requires_grad_() for t in inputs_of(grid, 1, 4, 4, dtype)]
     with LiveBytes() as live:

@@ -7,16 +7,16 @@ import time
 import torch
 from torch._C._distributed_c10d import Work
 
-from swinv2_train.monitoring.stragglers import PATIENCE, Lag, OwnTime, slowest
+from swinv2_train.monitoring.stragglers import STREAK_LENGTH, ComputeTimer, StragglerStreak, slowest
 
 TIMER_SEC = 0.02  # measured worst 0.004 on two busy cores
 
 
 def test_own_time_counts_what_is_asked_for_and_leaves_torch_as_it_was():
-    own, plain = OwnTime(torch.device("cpu")), Work.wait
+    own, plain = ComputeTimer(torch.device("cpu")), Work.wait
     with own.measured():
         time.sleep(0.1)
-        with own.apart():
+        with own.excluded():
             time.sleep(0.2)
         assert Work.wait is not plain
     assert Work.wait is plain and 0.1 <= own.read() < 0.1 + TIMER_SEC
@@ -36,7 +36,7 @@ def test_the_slowest_rank_is_that_of_computation_and_data_together():
 def test_a_rank_is_worth_a_word_when_it_lags_again_and_again():
     """Once per row; another rank, or none, begins a new one."""
     slow, other, even = (slowest(times, [0.0] * 3) for times in ([2.0, 1, 1], [1, 2.0, 1], [1.0, 1, 1]))
-    lag = Lag()
-    assert [lag.add(each) for each in (slow, slow, other, slow, slow, slow, slow)] == [False] * 5 + [True, False]
-    assert [lag.add(each) for each in (even, *[slow] * PATIENCE)] == [False] * PATIENCE + [True]
-    assert [Lag().add(even) for _ in range(5)] == [False] * 5
+    streak = StragglerStreak()
+    assert [streak.add(each) for each in (slow, slow, other, slow, slow, slow, slow)] == [False] * 5 + [True, False]
+    assert [streak.add(each) for each in (even, *[slow] * STREAK_LENGTH)] == [False] * STREAK_LENGTH + [True]
+    assert [StragglerStreak().add(even) for _ in range(5)] == [False] * 5

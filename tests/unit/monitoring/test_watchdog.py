@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.monitoring.watchdog import STATUS, Pulse, blame, read_ranks, silent_ranks
+from swinv2_train.monitoring.watchdog import STATUS, RankActivity, diagnose_hang, read_ranks, silent_ranks
 from tests.support.configs import composed
 from tests.support.processes import forked_code
 
@@ -21,11 +21,11 @@ import ctypes, os, sys, time
 from pathlib import Path
 from tests.support.configs import make_config
 from swinv2_train.monitoring.console import open_console
-from swinv2_train.monitoring.watchdog import FIRST_STEP, TRAINING, Heartbeat, Pulse
+from swinv2_train.monitoring.watchdog import FIRST_STEP, TRAINING, Heartbeat, RankActivity
 run_dir, timeout = Path(sys.argv[1]), float(sys.argv[2])
 config = make_config(runtime={"hang_timeout_sec": timeout, "process_group_timeout_sec": 3 * timeout}).runtime
-console, pulse = open_console(run_dir, 0), Pulse()
-heartbeat = Heartbeat(pulse, run_dir, 0, 1, config, console).start()
+console, activity = open_console(run_dir, 0), RankActivity()
+heartbeat = Heartbeat(activity, run_dir, 0, 1, config, console).start()
 """
 
 
@@ -49,7 +49,7 @@ def test_a_main_thread_that_hangs_ends_with_its_stacks_and_exit_code_1(tmp_path)
     """In a call into C that gives Python's lock away, as a collective does."""
     body = """
 def a_place_to_find(): ctypes.CDLL(None).sleep(600)
-pulse.step_done(7)
+activity.step_done(7)
 a_place_to_find()
 """
     process = start(tmp_path, body)
@@ -67,7 +67,7 @@ def test_a_call_that_never_gives_pythons_lock_back_ends_too(tmp_path):
     """No Python thread runs any more; the stacks are in the log."""
     body = """
 def a_place_to_find(): ctypes.PyDLL(None).sleep(600)  # PyDLL: keeps the lock
-pulse.step_done(7)
+activity.step_done(7)
 time.sleep(0.5)
 a_place_to_find()
 """
@@ -82,14 +82,14 @@ def test_what_may_take_long_is_not_taken_for_a_hang(tmp_path):
     """A start has no limit; a first step and a checkpoint have that of the process group; and each move counts."""
     body = """
 time.sleep(2)  # starting
-pulse.turn_to(FIRST_STEP)
+activity.enter(FIRST_STEP)
 time.sleep(0.9)
-pulse.step_done(1)
-with pulse.doing("saving"):
+activity.step_done(1)
+with activity.doing("saving"):
     time.sleep(0.9)
 for _ in range(8):
     time.sleep(0.1)
-    pulse.move()
+    activity.mark_progress()
 heartbeat.close(0)
 console.say("done")
 """
@@ -103,10 +103,10 @@ console.say("done")
 def test_time_in_which_the_process_was_stopped_or_debugged_does_not_count(tmp_path):
     """Ctrl-Z and fg; a scheduler that suspends; a person at a breakpoint."""
     body = """
-pulse.step_done(1)
+activity.step_done(1)
 (run_dir / "stop me").touch()
 os.read(0, 1)
-pulse.move()
+activity.mark_progress()
 (run_dir / "went on").touch()
 breakpoint()
 heartbeat.close(0)
@@ -133,7 +133,7 @@ def test_a_disk_that_takes_no_signs_of_life_does_not_end_the_run(tmp_path):
 import shutil
 shutil.rmtree(run_dir / "health"); (run_dir / "health").write_text("in the way")
 (run_dir / "status.json").unlink(missing_ok=True); (run_dir / "status.json").mkdir()
-pulse.tell(loss=1.0)
+activity.publish(loss=1.0)
 time.sleep(0.5)
 heartbeat.close(0)
 """
@@ -180,7 +180,7 @@ def sign(rank: int, moves: int = 9, place: str = "gloo.py:1 wait", age_sec: floa
 def test_the_rank_that_is_waited_for_is_named(signs, expected):
     """Silent ones before those that have done less, before those that are elsewhere; else where all are."""
     world_size = max(each["rank"] for each in signs) + 1
-    assert blame({each["rank"]: each for each in signs}, world_size, now=1000.0, silent_sec=50.0) == expected
+    assert diagnose_hang({each["rank"]: each for each in signs}, world_size, now=1000.0, silent_sec=50.0) == expected
 
 
 def test_silence_is_counted_from_the_last_sign():
@@ -191,21 +191,21 @@ def test_silence_is_counted_from_the_last_sign():
 def test_pulse_knows_what_is_done_and_how_long_the_rest_takes(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pulse = Pulse()
-    assert pulse.seconds_left(100) is None
+    activity = RankActivity()
+    assert activity.seconds_left(100) is None
     for step in range(1, 4):
         now[0] += 2.0
-        pulse.step_done(step)
-    assert pulse.seconds_left(10) == 14.0 and pulse.step == 3
-    moves = pulse.moves
-    with pulse.doing("evaluating"):
-        assert pulse.activity == "evaluating"
-        with pytest.raises(ZeroDivisionError), pulse.doing("saving"):
+        activity.step_done(step)
+    assert activity.seconds_left(10) == 14.0 and activity.step == 3
+    progress = activity.progress_count
+    with activity.doing("evaluating"):
+        assert activity.current == "evaluating"
+        with pytest.raises(ZeroDivisionError), activity.doing("saving"):
             _ = 1 / 0
-        assert pulse.activity == "evaluating"
-    assert pulse.activity == "training" and pulse.moves > moves
-    pulse.step_done(1)  # back to a checkpoint
-    assert pulse.seconds_left(10) is None
+        assert activity.current == "evaluating"
+    assert activity.current == "training" and activity.progress_count > progress
+    activity.step_done(1)  # back to a checkpoint
+    assert activity.seconds_left(10) is None
 
 
 def test_a_torn_sign_of_life_is_left_out(tmp_path):

@@ -12,7 +12,7 @@ from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.engine.model_sizes import LayerSizes, ModelSizes
-from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import LOADER, plan_memory
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
@@ -68,8 +68,8 @@ QUICK = ("zero1", "zero3 blocks")  # gathers, buckets and copies; each costs 11 
 def test_a_step_takes_what_the_formulas_say(engine: str) -> None:
     """Gradients, buckets, live weights, and copies over a model whose activations are small."""
     config = composed(*ENGINES[engine])
-    plan, _ = plan_memory(config, complete(config.hardware, 2, rates=False), 2)
-    predicted = (plan.peak - plan.rests - plan.phases[plan.when].get(LOADER, 0)) / 2**20
+    plan, _ = plan_memory(config, fill_from_machine(config.hardware, 2, rates=False), 2)
+    predicted = (plan.peak - plan.resident - plan.phases[plan.peak_phase].get(LOADER, 0)) / 2**20
     measured = max(run_distributed(step_peak, 2, ENGINES[engine]))
     # Measured worst 0.1 % (zero0, zero1), 9 % (zero2).  Under ZeRO-3 the same step takes 16.8 to 19.0 MiB from run to
     # run, as gathers come early or late: 17 %.
@@ -90,7 +90,7 @@ def test_the_bytes_of_giant() -> None:
     }
     for engine, gigabytes in expected.items():
         memory = engine_memory(composed(engine).engine, sizes, 16, 1, on_cpu=False)
-        assert sum(memory.rests.values()) / 1e9 == pytest.approx(gigabytes, rel=1e-3), engine
+        assert sum(memory.resident.values()) / 1e9 == pytest.approx(gigabytes, rel=1e-3), engine
 
 
 def test_what_is_offloaded_counts_on_the_host() -> None:
@@ -99,8 +99,8 @@ def test_what_is_offloaded_counts_on_the_host() -> None:
         engine_memory(composed("engine=zero3", f"engine.offload_optimizer={place}").engine, sizes, 2, 1, False)
         for place in ("none", "cpu")
     )
-    moved = sum(here.rests.values()) - sum(there.rests.values())
-    assert moved == 8 * 1_000_000  # masters, averages and gradients: 16 bytes over 2 ranks
+    moved = sum(here.resident.values()) - sum(there.resident.values())
+    assert moved == 8 * 1_000_000  # masters, moments and gradients: 16 bytes over 2 ranks
     assert sum(there.host.values()) >= moved  # the gradients are there in two copies
 
 
@@ -108,4 +108,4 @@ def test_gradients_of_earlier_micro_batches_rest() -> None:
     sizes = model_sizes_of(1_000_000, 50_000, 500_000, LayerSizes(100_000, 1000, 5000))
     one, four = (engine_memory(composed("engine=zero0").engine, sizes, 2, n, False) for n in (1, 4))
     assert (one.kept_gradient_bytes, four.kept_gradient_bytes) == (4, 0)
-    assert sum(four.rests.values()) - sum(one.rests.values()) == 4_000_000
+    assert sum(four.resident.values()) - sum(one.resident.values()) == 4_000_000

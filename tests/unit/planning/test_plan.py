@@ -16,7 +16,7 @@ from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning import trace as trace_module
-from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import BACKWARD, FORWARD, model_sizes, plan_memory, scale
 from swinv2_train.planning.search import candidates
 from swinv2_train.planning.speed import pass_seconds, plan_speed
@@ -184,7 +184,7 @@ def test_every_hardware_file_composes_and_plans(path: Path) -> None:
     if path.stem == "common":
         return
     config = composed(*SMALL, f"hardware={path.stem}", "train.micro_batch_size=1", "train.global_batch_size=1")
-    hardware = complete(config.hardware, 1)
+    hardware = fill_from_machine(config.hardware, 1)
     memory, trace = plan_memory(config, hardware, 1)
     speed = plan_speed(config, hardware, memory.sizes, pass_seconds(hardware, trace), 1)
     assert memory.fits and 0 < speed.step_sec < 60, (memory.peak, speed)
@@ -208,7 +208,7 @@ def test_the_rough_bound_is_above_the_plan() -> None:
     ):
         config = composed(*overrides, "hardware=cpu", "train.global_batch_size=128")
         memory, _ = plan_memory(
-            config, complete(config.hardware, 2, rates=False), 2 if config.engine.name != "local" else 1
+            config, fill_from_machine(config.hardware, 2, rates=False), 2 if config.engine.name != "local" else 1
         )
         assert rough_bytes(config, meta_task(config)) > memory.peak, overrides
 
@@ -262,7 +262,7 @@ def test_the_recommended_command_composes_and_fits(capsys: pytest.CaptureFixture
     times = []
     for overrides in (arguments, ASKED):
         config = composed(*[each for each in overrides if not each.startswith("hardware")], "hardware=rtx4090")
-        hardware = complete(config.hardware, 4)
+        hardware = fill_from_machine(config.hardware, 4)
         memory, trace = plan_memory(config, hardware, 4)
         assert memory.fits
         times.append(plan_speed(config, hardware, memory.sizes, pass_seconds(hardware, trace), 4).step_sec)
@@ -272,7 +272,7 @@ def test_the_recommended_command_composes_and_fits(capsys: pytest.CaptureFixture
 @pytest.mark.slow
 def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     config = composed(*ASKED)
-    hardware = complete(config.hardware, 4)
+    hardware = fill_from_machine(config.hardware, 4)
     found = [each for each in candidates(config, hardware, 4) if each.setting.micro_batch_size == 16]
     peaks = {(each.setting.recompute, each.setting.zero_stage): each.memory.peak for each in found}
     assert peaks["blocks", 3] < peaks["attention", 3] < peaks["none", 3]
@@ -289,16 +289,16 @@ def test_no_odd_micro_batch_is_recommended_where_images_are_mixed_in_pairs() -> 
     """The recommended command would be refused."""
     for mixing, smallest in (("task.mixup_alpha=0.8", 2), ("task.mixup_alpha=0", 1)):
         config = composed(*ASKED, "train.micro_batch_size=2", mixing)
-        tried = islice(candidates(config, complete(config.hardware, 4), 4), 5)  # of one trace
+        tried = islice(candidates(config, fill_from_machine(config.hardware, 4), 4), 5)  # of one trace
         assert min(each.setting.micro_batch_size for each in tried) == smallest
 
 
 def test_phases_hold_what_belongs_to_them() -> None:
     """Forward has no gradients yet, the backward pass makes them, and the engine's parts are in every one."""
     config = composed(*TINY, "train.global_batch_size=1", "hardware=a100_40gb")
-    memory, _ = plan_memory(config, complete(config.hardware, 1), 1)
+    memory, _ = plan_memory(config, fill_from_machine(config.hardware, 1), 1)
     n = memory.sizes.parameters
-    assert memory.rests == 12 * n + memory.phases["step"].pop("tables")
+    assert memory.resident == 12 * n + memory.phases["step"].pop("tables")
     assert "gradients" not in memory.phases[FORWARD]
     assert 0 < memory.phases[BACKWARD]["gradients"] < 4 * n
     assert memory.phases["step"] == {"weights": 4 * n, "AdamW's averages": 8 * n, "gradients": 4 * n}

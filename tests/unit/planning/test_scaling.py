@@ -24,7 +24,7 @@ from swinv2_train.planning.communication import (
     seconds,
     sent_by_card,
 )
-from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.scaling import COUNTS, scaling_curve
 from swinv2_train.planning.speed import measured_pass, optimizer_seconds, pass_seconds, plan_speed
@@ -103,7 +103,7 @@ def test_only_what_overlaps_is_hidden() -> None:
     together = []
     for overlap in ("true", "false"):
         config = composed(*DEMO, f"engine.overlap_comm={overlap}")
-        hardware = complete(config.hardware, 8)
+        hardware = fill_from_machine(config.hardware, 8)
         memory, trace = plan_memory(config, hardware, 16)
         speed = plan_speed(config, hardware, memory.sizes, pass_seconds(hardware, trace), 16)
         whole = sum(sum(seconds(each, hardware, 16)) for each in speed.collectives)
@@ -115,7 +115,7 @@ def test_only_what_overlaps_is_hidden() -> None:
 
 def test_a_measured_step_takes_the_place_of_the_estimate() -> None:
     config = composed(*DEMO, "plan.step_seconds=0.5")
-    hardware = complete(config.hardware, 8)
+    hardware = fill_from_machine(config.hardware, 8)
     memory, trace = plan_memory(config, hardware, 8)
     estimated = pass_seconds(hardware, trace)
     passes = measured_pass(config, hardware, memory.sizes.parameters, estimated, estimated)
@@ -136,7 +136,7 @@ def test_a_measured_step_takes_the_place_of_the_estimate() -> None:
 
 def curve_of(kind: str, *overrides: str, base: int = 8):  # type: ignore[no-untyped-def]
     config = composed(*DEMO, f"plan.scaling={kind}", *overrides)
-    return scaling_curve(config, complete(config.hardware, 8), base)
+    return scaling_curve(config, fill_from_machine(config.hardware, 8), base)
 
 
 def test_strong_scaling_keeps_the_batch_and_weak_scaling_a_ranks_share() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from swinv2_train.config import ConfigError
 from swinv2_train.report import charts
 from swinv2_train.report.charts import Series, chart, nice_ticks, running_mean, tick_text, value_text
-from swinv2_train.report.page import find_parent, read_run, write_report
+from swinv2_train.report.page import find_parent, read_run_record, write_report
 from swinv2_train.report.plots import draw_curves
 from swinv2_train.runtime import record_environment
 
@@ -178,7 +178,7 @@ def test_a_fine_tuning_run_shows_the_run_it_came_from(tmp_path: Path, kind: str)
     make_run(parent)
     add_picture(parent, 100)
     make_run(child, init_from=str(named))
-    found = find_parent(read_run(child))
+    found = find_parent(read_run_record(child))
     assert found is not None and found.resolve() == parent.resolve()
     page = Page(write_report(child).read_text())
     assert "Before: pretrain" in page.text and "started from the weights of pretrain" in page.text
@@ -189,7 +189,7 @@ def test_a_fine_tuning_run_shows_the_run_it_came_from(tmp_path: Path, kind: str)
 def test_without_a_run_to_come_from_there_is_no_such_section(tmp_path: Path, init_from: str) -> None:
     run_dir = tmp_path / "run"
     make_run(run_dir, init_from=init_from)
-    assert find_parent(read_run(run_dir)) is None
+    assert find_parent(read_run_record(run_dir)) is None
     assert "Before:" not in Page(write_report(run_dir).read_text()).text
 
 

@@ -259,7 +259,7 @@ def test_score_counts_every_image():
 
 
 def a_result(question: str = "blocks", final: float | None = 1.0, **changes) -> dict:
-    """Of a run of ten steps, as the script keeps it."""
+    """The result of a run of ten steps, as the script keeps it."""
     run = {"question": question, "norm": "res-post-norm", "attention": "cosine", "bias": "log", "lr": 1e-3, "seed": 0,
            "recipe": asdict(RECIPE) | {"steps": 10}} | changes  # fmt: skip
     return {"run": run, "losses": [2.0] * 8 + [final] * 2 if final is not None else [2.0, None],

@@ -67,7 +67,7 @@ def test_the_limit_has_all_matrix_products_of_a_step(case):
     official = OfficialArithmetic(case.model())
     with FlopCounterMode(display=False) as expected:
         official(torch.randn(case.batch_size, 3, case.img_size, case.img_size)).sum().backward()
-    products = MatrixProducts(case.without_values(), case.batch_size, torch.float32, torch.device("cpu"))
+    products = MatrixProducts(case.meta_model(), case.batch_size, torch.float32, torch.device("cpu"))
     with FlopCounterMode(display=False) as found:
         products.forward()
         products.backward()
@@ -110,7 +110,7 @@ def test_ours_is_compared_with_the_faster_of_autocast_and_bf16_weights():
 
 @pytest.mark.slow  # the peers' giant is built to see what they make of it
 def test_a_model_is_refused_where_it_does_not_fit_or_cannot_be_expressed():
-    """Of giant, before anything is allocated."""
+    """Giant is refused before anything is allocated."""
     giant, device = Case("giant", 192, 12, 1), torch.device("cpu")
     rows = [Contestant(name, "fp32") for name in ("ours", "official")]
     assert too_large(SHIFTED, rows, device) is None

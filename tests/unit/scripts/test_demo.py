@@ -18,8 +18,8 @@ def test_overrides_of_one_task_go_to_its_run_alone():
     assert demo.overrides_of(overrides, "classify") == [overrides[0], overrides[2], overrides[3]]
 
 
-def test_a_mistyped_key_reaches_the_gate():
-    """It is dropped by neither phase, so the gate can name it."""
+def test_a_mistyped_key_reaches_validation():
+    """It is dropped by neither phase, so validation can name it."""
     assert demo.overrides_of(["task.mask_ration=0.5"], "classify") == ["task.mask_ration=0.5"]
 
 

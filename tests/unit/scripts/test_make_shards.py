@@ -47,7 +47,7 @@ def folder(path: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.mark.parametrize("name", ["__background__", "two\nlines"])
 def test_a_name_that_webdataset_passes_over_is_refused_instead_of_lost(tmp_path, capsys, name):
-    """It reads as so many images fewer, and so would the index."""
+    """webdataset would read fewer images, and so would the index."""
     source = folder(tmp_path / "images", {**FILES, f"{name}/a.jpg": image(5)})
     assert make_shards.main([str(source), str(tmp_path / "out" / "t")]) == 2
     assert f"pass over the key {f'{name}/a'!r}" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import SampleError
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
-from swinv2_train.monitoring.watchdog import Pulse
+from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop, saver
 from swinv2_train.training.monitor import Monitor
@@ -147,11 +147,11 @@ def make_run(
         setattr(config.train, key, value)
     losses = Loader(batch_of(float(i + 1), f"train{i}", i % 2) for i in range(accumulation * (total - step)))
     position = Position(step, 16 * step, losses, world.device)
-    log, pulse, engine, task = Log(), Pulse(), Engine(), Task()
+    log, activity, engine, task = Log(), RankActivity(), Engine(), Task()
     return loop.Run(
         config=config, world=world, task=task, engine=engine, position=position,
-        saver=Saver(config, world, engine, position, log, pulse, step or None),
-        monitor=Monitor(config, world, position, total, task.multiply_adds, log, pulse),
+        saver=Saver(config, world, engine, position, log, activity, step or None),
+        monitor=Monitor(config, world, position, total, task.multiply_adds, log, activity),
         eval_loader=Loader([batch_of(3.0, "eval0"), batch_of(5.0, "eval1")]) if evaluation else None, probe=None,
         accumulation_steps=accumulation, total_steps=total, warmup_steps=0,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def test_evaluation_batches_count_by_their_images():
     """The last batch may hold one image or none; a mean over batches would count it like a full one."""
     full, one, none = batch_of(1.0, "a"), batch_of(9.0, "b"), batch_of(float("nan"), "")
     one["weight"], none["weight"] = torch.tensor([1.0, 0, 0, 0]), torch.zeros(4)
-    assert loop.evaluate(partial(Task().scores, None), [full, one, none]) == {"val/loss": (4 * 1 + 9) / 5}
+    assert loop.evaluate_loader(partial(Task().scores, None), [full, one, none]) == {"val/loss": (4 * 1 + 9) / 5}
 
 
 def stop_at(stop: StopRequest, number: int, step: int) -> None:

@@ -19,11 +19,11 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine.adamw import adamw
-from swinv2_train.monitoring.watchdog import Pulse
+from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop
-from swinv2_train.training.garbage_collection import Garbage
-from swinv2_train.training.prefetch import GO, STOP, Feed
+from swinv2_train.training.garbage_collection import ManualGC
+from swinv2_train.training.prefetch import GO, STOP, StepPrefetcher
 from tests.support.configs import composed
 from tests.support.harness import run_distributed
 from tests.support.small_run import SMALL
@@ -53,7 +53,7 @@ class HostReads(TorchDispatchMode):
 
 
 def host_reads(config: Any) -> dict[int, Counter[str]]:
-    """Of a whole run on one process."""
+    """HostReads by step of a whole run on one process."""
 
     def command(world: Any) -> tuple[int, dict[int, Counter[str]]]:
         found: dict[int, Counter[str]] = {}
@@ -98,25 +98,25 @@ def test_a_step_without_a_log_line_waits_for_the_device_at_one_place(engine, tas
     assert found[5]["elsewhere"] > 0, "step 4 is logged after it is counted, so a read can be seen at all"
 
 
-def feed_of(batches: list[Any], stop: StopRequest, waits: list[str]) -> Feed:
+def prefetcher_of(batches: list[Any], stop: StopRequest, waits: list[str]) -> StepPrefetcher:
     class Waiting:
         def __enter__(self) -> None:
             waits.append("wait")
 
         def __exit__(self, *exc_info: object) -> None: ...
 
-    return Feed(iter(batches), 2, torch.device("cpu"), stop, Pulse(), Waiting)
+    return StepPrefetcher(iter(batches), 2, torch.device("cpu"), stop, RankActivity(), Waiting)
 
 
 def test_the_feed_gives_every_step_its_micro_batches_in_order():
     """Prepared ahead or not, nothing is lost, doubled or mixed."""
     waits: list[str] = []
-    feed = feed_of([{"number": number} for number in range(8)], StopRequest(), waits)
+    prefetcher = prefetcher_of([{"number": number} for number in range(8)], StopRequest(), waits)
     steps = []
     for step in range(4):
-        upcoming = feed.take()
+        upcoming = prefetcher.take()
         if step in (0, 1):  # before the optimizer
-            feed.prepare()
+            prefetcher.prepare()
             assert len(waits) == step + 2
         assert upcoming.state == GO
         assert [batch["number"] for batch in upcoming.copies] == [batch["number"] for batch in upcoming.micro_batches]
@@ -125,19 +125,19 @@ def test_the_feed_gives_every_step_its_micro_batches_in_order():
 
 
 def test_what_is_wrong_with_the_next_steps_data_comes_with_that_step():
-    """The step before it is taken all the same; a stop is agreed on when the step is made ready."""
+    """The step before it is still taken; a stop is agreed on when the step is made ready."""
 
     def batches():
         yield from ({"number": number} for number in range(3))
         raise ConfigError("torn")
 
     stop = StopRequest(after_sec=math.inf)
-    feed = feed_of(batches(), stop, [])
-    assert feed.take().state == GO
-    feed.prepare()
+    prefetcher = prefetcher_of(batches(), stop, [])
+    assert prefetcher.take().state == GO
+    prefetcher.prepare()
     with pytest.raises(ConfigError, match="^torn$"):
-        feed.take()
-    assert feed_of([{}], StopRequest(after_sec=0), []).take().state == STOP
+        prefetcher.take()
+    assert prefetcher_of([{}], StopRequest(after_sec=0), []).take().state == STOP
 
 
 def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(shards, tmp_path):
@@ -150,16 +150,16 @@ def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(sh
 
     def command(world: Any) -> tuple[int, list[int], list[int], bool]:
         collected, alive = [], []
-        step_done = Pulse.step_done
+        step_done = RankActivity.step_done
 
-        def count(self: Pulse, step: int) -> None:
+        def count(self: RankActivity, step: int) -> None:
             step_done(self, step)
             now.append(step)
             if step in (10, 50):
                 alive.append(len(gc.get_objects()))
 
         now: list[int] = [0]
-        Pulse.step_done = count
+        RankActivity.step_done = count
         fit = loop.fit
 
         def watched(run: loop.Run, stop: StopRequest) -> bool:
@@ -180,8 +180,8 @@ def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(sh
 def test_garbage_is_left_to_python_without_a_period():
     """null: nothing is switched off, nothing is collected."""
     enabled, frozen = gc.isenabled(), gc.get_freeze_count()
-    with Garbage(None) as garbage:
-        garbage.after_step(1)
+    with ManualGC(None) as manual_gc:
+        manual_gc.after_step(1)
         assert (gc.isenabled(), gc.get_freeze_count()) == (enabled, frozen)
     assert gc.isenabled() == enabled
 

@@ -211,14 +211,14 @@ def test_queries_keys_and_values_that_only_add_up_are_refused(tmp_path):
 def test_a_run_of_our_own_reads_by_its_directory_or_its_checkpoint(tmp_path, kind):
     """Its newest complete checkpoint, through the engine that wrote it."""
     from swinv2_train.checkpoint import COMPLETE
-    from swinv2_train.engine.state.files import describe, snapshot
+    from swinv2_train.engine.state.files import snapshot, tensor_specs
     from swinv2_train.engine.state.pieces import whole_pieces
 
     model = classifier() if kind == "classifier" else simmim()
     state = state_of(model)
     step = tmp_path / "checkpoints" / "step_00000007"
     (step / "engine").mkdir(parents=True)
-    described = describe({name: (tuple(tensor.shape), tensor.dtype, False) for name, tensor in state.items()})
+    described = tensor_specs({name: (tuple(tensor.shape), tensor.dtype, False) for name, tensor in state.items()})
     world = ONE
     sums = snapshot(whole_pieces(state), described, {"engine": "local"}, world, None).write(step / "engine")
     files = {f"engine/{name}": {"bytes": sum.num_bytes, "crc32": "", "rank": 0} for name, sum in sums.items()}

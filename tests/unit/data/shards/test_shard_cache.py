@@ -20,10 +20,10 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.prefetch import FetchAhead
+from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
-from swinv2_train.data.shards.transfers import Patience
+from swinv2_train.data.shards.transfers import RetryPolicy
 from tests.support import loaders
 from tests.support.configs import make_config
 from tests.support.images import image_bytes
@@ -31,7 +31,7 @@ from tests.support.loaders import PixelsAndDraw
 from tests.support.processes import forked_code
 from tests.support.shard_server import ShardServer, serve
 
-PATIENT = Patience(stall_sec=5.0, give_up_sec=20.0)
+PATIENT = RetryPolicy(stall_sec=5.0, give_up_sec=20.0)
 CONFIG = make_config(
     data={"lanes": 2, "window_shards": 2, "num_workers": 0, "fetch_ahead_shards": 2, "cache_gib": 1.0}
 ).data
@@ -49,7 +49,7 @@ def server(tmp_path) -> Iterator[ShardServer]:
         yield running
 
 
-def remote(server: ShardServer, folder: Path, max_bytes: int = 2**30, patience: Patience = PATIENT) -> Manifest:
+def remote(server: ShardServer, folder: Path, max_bytes: int = 2**30, patience: RetryPolicy = PATIENT) -> Manifest:
     pattern = f"{server.url}/t-{{000000..000011}}.tar"
     return open_manifest(pattern, cache=ShardCache(str(folder), max_bytes, patience))
 
@@ -126,7 +126,7 @@ def test_no_room_is_an_error_that_names_the_keys_to_change(tmp_path, server):
     small = remote(server, tmp_path / "small", 20_000)
     with pytest.raises(ShardError, match=r"data.cache_gib .* is less than one shard: .*t-000000.tar"):
         TarReader(small).read(0, 0)
-    manifest = remote(server, tmp_path / "cache", 2 * 40_000, Patience(1.0, 0.5))
+    manifest = remote(server, tmp_path / "cache", 2 * 40_000, RetryPolicy(1.0, 0.5))
     reader = TarReader(manifest)
     with pytest.raises(ShardError, match=r"t-000002.tar: no room .* all of data.cache_gib .* is in use; raise it, or"):
         for shard in range(3):
@@ -139,7 +139,7 @@ def test_no_room_is_an_error_that_names_the_keys_to_change(tmp_path, server):
 def test_the_cache_is_the_data_sections(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache = shard_cache(replace(CONFIG, cache_gib=0.5, fetch_stall_sec=7.0, fetch_give_up_sec=8.0))
-    assert cache == ShardCache(f"{tmp_path}/swinv2_train/shards", 2**29, Patience(7.0, 8.0))
+    assert cache == ShardCache(f"{tmp_path}/swinv2_train/shards", 2**29, RetryPolicy(7.0, 8.0))
     assert shard_cache(replace(CONFIG, cache_dir="rel")).folder == f"{os.getcwd()}/rel"
 
 
@@ -185,10 +185,10 @@ def _read_one_by_one(arguments: tuple[Manifest, int]) -> list[bytes]:
 _READ_ONE = """
 import sys
 from swinv2_train.data.shards.shard_cache import ShardCache
-from swinv2_train.data.shards.transfers import Patience
+from swinv2_train.data.shards.transfers import RetryPolicy
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 url, folder, then = sys.argv[1:]
-manifest = open_manifest(url + "/t-{000000..000011}.tar", cache=ShardCache(folder, 100_000, Patience(30.0, 60.0)))
+manifest = open_manifest(url + "/t-{000000..000011}.tar", cache=ShardCache(folder, 100_000, RetryPolicy(30.0, 60.0)))
 reader = TarReader(manifest)
 if then == "ahead":
     reader.fetch_ahead([0, 1])
@@ -324,7 +324,7 @@ def test_shards_come_before_they_are_needed(tmp_path, server):
 
 def test_a_shard_that_cannot_be_had_ends_the_run_once_its_turn_comes(tmp_path, server):
     """And not only after the reader has tried for the whole time limit again, as the thread ahead of it did."""
-    manifest = remote(server, tmp_path / "cache", patience=Patience(0.5, 1.0))
+    manifest = remote(server, tmp_path / "cache", patience=RetryPolicy(0.5, 1.0))
     order = GlobalOrder(manifest.counts, 5, 2, 2)
     _, later = rank_shards(order, 0, 8, 0, 1, 2)
     server.faults[f"t-{later[0]:06d}.tar"] = ["always 500"]
@@ -388,11 +388,11 @@ def test_the_shards_of_a_rank_are_those_it_reads_soonest_first():
 def test_fetching_ahead_brings_each_shard_once_and_makes_room_for_the_next_ones(tmp_path, server):
     manifest = remote(server, tmp_path / "cache", 4 * 32_000)
     shards = [manifest.remote(number) for number in range(12)]
-    ahead = FetchAhead(manifest.cache)
+    ahead = ShardPrefetcher(manifest.cache)
     for first in (0, 3, 6):
-        ahead.want(shards[first : first + 3])
+        ahead.request(shards[first : first + 3])
         _wait_for(lambda first=first: set(cached(tmp_path / "cache")) >= set(range(first, first + 3)))
-    ahead.want(shards)  # more than there is room for: no shard is fetched over and over
+    ahead.request(shards)  # more than there is room for: no shard is fetched over and over
     _wait_for(lambda: sum(fetched(server).values()) >= 15)
     time.sleep(1.2)
     assert sum(fetched(server).values()) <= 9 + 12

@@ -14,13 +14,13 @@ import pytest
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
-from swinv2_train.data.shards.transfers import Patience, base_name, beside, folder_of, insist, shown
+from swinv2_train.data.shards.transfers import RetryPolicy, base_name, folder_of, redacted, retry, sibling_url
 from tests.support.images import image_bytes
 from tests.support.shard_files import samples, write_plain_tar
 from tests.support.shard_server import serve
 
-PATIENT = Patience(stall_sec=0.4, give_up_sec=20.0)
-HASTY = Patience(stall_sec=0.4, give_up_sec=1.0)
+PATIENT = RetryPolicy(stall_sec=0.4, give_up_sec=20.0)
+HASTY = RetryPolicy(stall_sec=0.4, give_up_sec=1.0)
 SHARDS = "t-{000000..000003}.tar"
 
 
@@ -34,7 +34,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """The same as s3://bucket/a/t-*.tar."""
+    """The shards as s3://bucket/a/t-*.tar."""
     from s3fs import S3FileSystem
 
     S3FileSystem.clear_instance_cache()  # it knows the last test's server
@@ -47,7 +47,7 @@ def bucket(tmp_path, monkeypatch):
         yield running
 
 
-def cache_in(folder: Path, patience: Patience = PATIENT, max_bytes: int = 10**9) -> ShardCache:
+def cache_in(folder: Path, patience: RetryPolicy = PATIENT, max_bytes: int = 10**9) -> ShardCache:
     return ShardCache(str(folder), max_bytes, patience)
 
 
@@ -73,7 +73,7 @@ def test_shards_of_an_address_are_those_of_the_folder_behind_it(tmp_path, server
 def test_a_fault_that_passes_is_survived(tmp_path, server, fault):
     server.faults["t-000002.tar"] = [fault]
     server.faults["manifest.json"] = [] if fault == "wrong" else [fault]  # its own checksum is nowhere
-    cache = cache_in(tmp_path / "cache", Patience(stall_sec=1.0, give_up_sec=20.0))
+    cache = cache_in(tmp_path / "cache", RetryPolicy(stall_sec=1.0, give_up_sec=20.0))
     assert read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache)) == samples(10)
     assert server.gets["t-000002.tar"] == (1 if fault == "slow start" else 2)
     assert not server.faults["t-000002.tar"] and not server.faults["manifest.json"]
@@ -91,7 +91,7 @@ def test_a_fault_that_passes_is_survived(tmp_path, server, fault):
     ],
 )
 def test_a_fault_that_stays_is_one_error_with_address_attempts_and_cause(tmp_path, server, fault, patience, message):
-    """What no repetition can mend is not repeated; the rest ends after data.fetch_give_up_sec."""
+    """What retrying cannot fix is not retried; the rest ends after data.fetch_give_up_sec."""
     server.faults["t-000002.tar"] = [fault]
     started = time.monotonic()
     manifest = open_manifest(f"{server.url}/{SHARDS}?signature=secret", cache=cache_in(tmp_path / "cache", patience))
@@ -215,7 +215,7 @@ def test_s3_errors_are_told_alike(tmp_path, bucket, fault, message):
 def test_an_address_that_nobody_can_read_is_one_error(tmp_path):
     for pattern, message in (("nosuch://x/t.tar", "nosuch"), ("http://127.0.0.1:9/t.tar", "cannot be fetched")):
         with pytest.raises(ShardError, match=message):
-            open_manifest(pattern, cache=cache_in(tmp_path / "cache", Patience(0.4, 0.5)))
+            open_manifest(pattern, cache=cache_in(tmp_path / "cache", RetryPolicy(0.4, 0.5)))
     with pytest.raises(ShardError, match="data.shards alone may be a pipe"):
         open_manifest("pipe:cat t.tar", cache=cache_in(tmp_path / "cache"))
 
@@ -232,7 +232,7 @@ def test_pauses_grow_and_the_global_generator_is_left_alone(monkeypatch):
     monkeypatch.setattr(time, "sleep", sleep)
     before = random.getstate()
     with pytest.raises(ShardError, match="x: cannot be fetched, .* in [56]\\d\\d s, .*OSError: no"):
-        insist("x", lambda: (_ for _ in ()).throw(OSError("no")), Patience(1.0, 600.0))
+        retry("x", lambda: (_ for _ in ()).throw(OSError("no")), RetryPolicy(1.0, 600.0))
     assert random.getstate() == before
     longest = [min(0.5 * 2**attempt, 60.0) for attempt in range(len(pauses))]
     assert all(limit / 2 <= pause <= limit for pause, limit in zip(pauses, longest, strict=True)) and len(pauses) > 10
@@ -241,9 +241,9 @@ def test_pauses_grow_and_the_global_generator_is_left_alone(monkeypatch):
 
 def test_addresses_are_shown_without_secrets():
     url = "https://me:pass@host/a/t.tar?X-Amz-Signature=abc"
-    assert shown(url) == "https://host/a/t.tar" and shown("/data/what?.tar") == "/data/what?.tar"
+    assert redacted(url) == "https://host/a/t.tar" and redacted("/data/what?.tar") == "/data/what?.tar"
     assert base_name(url) == "t.tar" and folder_of(url) == "https://me:pass@host/a/"
-    assert beside(url, "manifest.json") == "https://me:pass@host/a/manifest.json?X-Amz-Signature=abc"
+    assert sibling_url(url, "manifest.json") == "https://me:pass@host/a/manifest.json?X-Amz-Signature=abc"
 
 
 def test_the_index_beside_a_manifest_is_of_the_same_version(tmp_path, server):

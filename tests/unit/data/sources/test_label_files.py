@@ -11,7 +11,7 @@ import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.data.shards.tar_reader import Manifest, open_manifest
-from swinv2_train.data.sources.label_files import answered, read_answers
+from swinv2_train.data.sources.label_files import read_label_overrides, with_labels
 from tests.support.evaluation import make_images, write_images
 
 IMAGENET = "val/ILSVRC2012_val_{:08d}"
@@ -36,15 +36,15 @@ def write(folder: Path, content: Any) -> str:
 def test_a_list_is_in_the_order_of_imagenets_validation_images(shards, tmp_path):
     """Entry n - 1 belongs to ILSVRC2012_val_0000000n, in whatever folder or shard; the rest belongs to none."""
     path = write(tmp_path, [[3], [], [1, 2], [0], [4], [9], [9]])
-    answers, unused = read_answers(path, shards(IMAGENET), 5, "labels")
+    overrides, unused = read_label_overrides(path, shards(IMAGENET), 5, "labels")
     keys = [IMAGENET.format(number) for number in range(1, 6)]
-    assert answers == dict(zip(keys, [(3,), (), (1, 2), (0,), (4,)], strict=True)) and unused == 2
+    assert overrides == dict(zip(keys, [(3,), (), (1, 2), (0,), (4,)], strict=True)) and unused == 2
 
 
 def test_an_object_is_by_sample_key(shards, tmp_path):
     path = write(tmp_path, {"005": [0], "001": [3], "002": [], "003": [1, 2], "004": [2], "other": [99]})
-    answers, unused = read_answers(path, shards(), 5, "labels")
-    assert answers == {"001": (3,), "002": (), "003": (1, 2), "004": (2,), "005": (0,)} and unused == 1
+    overrides, unused = read_label_overrides(path, shards(), 5, "labels")
+    assert overrides == {"001": (3,), "002": (), "003": (1, 2), "004": (2,), "005": (0,)} and unused == 1
 
 
 WRONG = {
@@ -68,26 +68,26 @@ def test_a_file_that_does_not_belong_to_the_shards_is_refused(case, shards, tmp_
     content, message = WRONG[case]
     path = str(tmp_path / "gone.json") if content is None else write(tmp_path, content)
     with pytest.raises(ConfigError, match=message) as caught:
-        read_answers(path, shards(IMAGENET), 5, "labels")
+        read_label_overrides(path, shards(IMAGENET), 5, "labels")
     assert "\n" not in str(caught.value)
 
 
 def test_a_list_needs_imagenets_names(shards, tmp_path):
     """Any other order would be a guess."""
     with pytest.raises(ConfigError, match="sample key '001' does not end in ILSVRC2012_val_ and 8 digits; write the"):
-        read_answers(write(tmp_path, [[1]] * 5), shards(), 5, "labels")
+        read_label_overrides(write(tmp_path, [[1]] * 5), shards(), 5, "labels")
 
 
 def test_two_samples_of_one_key_are_refused(tmp_path):
     """Keys are unique within a shard only; one entry cannot be meant for both."""
     patterns = [write_images(tmp_path, name, make_images(1, seed=0), [None]) for name in ("a", "b")]
     with pytest.raises(ConfigError, match="two samples of the shards have the key '001'"):
-        read_answers(write(tmp_path, {"001": [1]}), open_manifest("::".join(patterns)), 5, "labels")
+        read_label_overrides(write(tmp_path, {"001": [1]}), open_manifest("::".join(patterns)), 5, "labels")
 
 
 def test_a_batch_takes_its_labels_and_leaves_out_what_has_none():
     """Padding rows have the key "" and weight 0 already; damaged samples keep their 0."""
     batch = {"keys": ["a", "b", "c", ""], "weight": torch.tensor([1.0, 1.0, 0.0, 0.0]), "labels": torch.zeros(4)}
-    found = answered(batch, {"a": (4, 2), "b": (), "c": (1,)})
+    found = with_labels(batch, {"a": (4, 2), "b": (), "c": (1,)})
     assert found["labels"].tolist() == [[4, 2], [0, -1], [1, -1], [0, -1]]
     assert found["weight"].tolist() == [1, 0, 0, 0] and batch["weight"].tolist() == [1, 1, 0, 0]

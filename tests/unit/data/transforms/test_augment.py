@@ -99,7 +99,7 @@ def bound(one: int, other: int = 20_001) -> float:
 
 @pytest.fixture
 def operations(monkeypatch) -> Callable[..., list[tuple[str, tuple[Any, ...]]]]:
-    """operations(images): the names and arguments of all that the official policy does to so many images."""
+    """operations(images): the names and arguments of all that the official policy does to that many images."""
 
     def record(count: int) -> list[tuple[str, tuple[Any, ...]]]:
         policy, found = augment._policy(OFFICIAL, (8, 8), MEAN, "bicubic"), []
@@ -328,7 +328,7 @@ def test_noise_fills_the_box_alone_and_belongs_to_the_sample():
 
 
 def mixed(count: int, mixing: Mixing, size: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """Of so many batches: (share of the own image, whether by cutmix), where the first image is 1 and its partner 0."""
+    """Of `count` batches: (share of the own image, whether by cutmix), where the first image is 1 and its partner 0."""
     shares, pasted = [], []
     for seed in range(count):
         images = torch.zeros(2, 1, size, size)

@@ -8,7 +8,7 @@ import torch
 from swinv2_train.engine.deepspeed.buckets import Buckets, buckets_of
 from swinv2_train.engine.model_sizes import LayerSizes, layer_sizes
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.models.initial import without_values
+from swinv2_train.models.initial import on_meta
 from swinv2_train.models.swin_v2 import SwinBlock
 from tests.support.toy import Toy, toy_config
 
@@ -35,7 +35,7 @@ def derived(**given):
 @pytest.mark.parametrize("size", TABLE)
 def test_sizes_of_the_published_models(size):
     """And with a bias table so small, what stays gathered is little beside what is sharded."""
-    with without_values():
+    with on_meta():
         model = swin_v2(size)
     sizes = layer_sizes(model, (SwinBlock,))
     assert sizes == TABLE[size]
@@ -55,10 +55,10 @@ def test_sizes_of_the_published_models(size):
 
 def test_a_layer_outside_of_blocks_may_be_the_largest():
     """A head for very many classes is gathered as one too."""
-    with without_values():
+    with on_meta():
         model = swin_v2("tiny", num_classes=21_841)
     assert layer_sizes(model, (SwinBlock,)).largest_block == 768 * 21_841 + 21_841
-    with without_values():
+    with on_meta():
         simmim = SimMIM(swin_v2("tiny", num_classes=0))
     assert layer_sizes(simmim, (SwinBlock,)).largest_block == TABLE["tiny"][0]
 

@@ -8,21 +8,20 @@ import json
 import pytest
 import torch
 
-from swinv2_train.checkpoint import ema_note, find_checkpoint
-from swinv2_train.checkpoint import read_weights as read_checkpoint
+from swinv2_train.checkpoint import ema_note, find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import ConfigError, HardwareConfig
 from swinv2_train.config.command_line import compose_source
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine import NonFiniteError
 from swinv2_train.engine.memory import EMA
-from swinv2_train.engine.state.ema import SWAPPED_TOGETHER, WeightAverages
+from swinv2_train.engine.state.ema import SWAPPED_TOGETHER, WeightEMA
 from swinv2_train.export import parse
 from swinv2_train.monitoring.run_log import read_metrics
-from swinv2_train.planning.hardware import complete
+from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.search import candidates
 from swinv2_train.weights import read_weights
-from swinv2_train.weights.export import Request, export
+from swinv2_train.weights.export import ExportRequest, export
 from tests.support.configs import composed
 from tests.support.evaluation import evaluated
 from tests.support.one_rank import ONE
@@ -52,7 +51,7 @@ def test_averages_follow_the_formula_over_steps_of_changing_rates(decay):
         train(engine, ONE, 1, first=step)
         for name, value in full_state(engine).items():
             expected[name] = decay * expected[name] + (1 - decay) * value.double()
-    with engine.averaged():
+    with engine.ema_weights():
         found = full_state(engine)
     assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < ATOL
 
@@ -61,18 +60,18 @@ def test_averages_serve_as_weights_for_a_while_and_training_never_knows():
     """Also when what is done with them fails; a step with them in place is a mistake of the program."""
     engine, plain = toy_engine(0.9), toy_engine(None)
     assert train(engine, ONE, 4) == train(plain, ONE, 4)
-    with engine.averaged():
+    with engine.ema_weights():
         averages, logits = full_state(engine), engine.evaluate(**BATCH)["logits"]
     model = build_toy()
     model.load_state_dict(averages)
     assert torch.equal(logits, model.eval()(**BATCH)["logits"])
-    with pytest.raises(ValueError, match="unread image"), engine.averaged():
+    with pytest.raises(ValueError, match="unread image"), engine.ema_weights():
         raise ValueError("unread image")
-    with pytest.raises(AssertionError, match="in use as weights"), engine.averaged():
+    with pytest.raises(AssertionError, match="in use as weights"), engine.ema_weights():
         engine.snapshot(copy=False)
     assert train(engine, ONE, 4, first=4) == train(plain, ONE, 4, first=4)
     assert all(torch.equal(full_state(engine)[name], value) for name, value in full_state(plain).items())
-    with pytest.raises(AssertionError, match=r"optim\.ema_decay is null"), plain.averaged():
+    with pytest.raises(AssertionError, match=r"optim\.ema_decay is null"), plain.ema_weights():
         pass
     assert not [name for name in plain.snapshot(copy=False).tensors if name.startswith("ema/")]
 
@@ -81,7 +80,7 @@ def test_swap_is_exact_beyond_what_is_swapped_together():
     """Not a number, minus zero and all other bits; tensors of more elements than one portion."""
     numbers = torch.arange(SWAPPED_TOGETHER + 3, dtype=torch.int32).mul_(2654435).view(torch.float32)
     master = numbers.clone()
-    averages = WeightAverages([master], 0.9)
+    averages = WeightEMA([master], 0.9)
     master.copy_(numbers.flip(0))
     averages.swap()
     assert torch.equal(master.view(torch.int32), numbers.view(torch.int32))
@@ -94,7 +93,7 @@ def test_loaded_and_drawn_weights_are_where_averages_begin():
     train(engine, ONE, 2)
     wanted = build_toy(seed=5).state_dict()
     engine.load_full(wanted)
-    with engine.averaged():
+    with engine.ema_weights():
         assert all(torch.equal(value, wanted[name]) for name, value in full_state(engine).items())
 
 
@@ -148,7 +147,7 @@ def test_plan_counts_four_bytes_a_parameter_sharded_as_the_masters(engine, share
 
 
 def _complete(hardware: HardwareConfig, ranks: int) -> HardwareConfig:
-    return complete(hardware, ranks, rates=True)
+    return fill_from_machine(hardware, ranks, rates=True)
 
 
 def test_recommendation_counts_them_too():
@@ -179,7 +178,7 @@ def test_run_scores_both_keeps_the_best_average_and_the_commands_take_it(setting
 
     out = tmp_path / "averages.safetensors"
     export(*parse([f"run_dir={run_dir}", "format=microsoft", f"out={out}", "ema=true"]))
-    averages, weights = (read_checkpoint(find_checkpoint(run_dir), averaged) for averaged in (True, False))
+    averages, weights = (read_checkpoint_weights(find_checkpoint(run_dir), averaged) for averaged in (True, False))
     exported = read_weights(out)
     assert set(exported) == set(averages)
     assert all(torch.equal(exported[name], tensor) for name, tensor in averages.items())
@@ -194,7 +193,7 @@ def test_run_without_averages_says_so_when_they_are_asked_for(settings, tmp_path
     config = compose_source([f"run_dir={run_dir}"], ())[0]
     refused = r"step_00000001: holds no averages of the weights, as optim\.ema_decay was null; leave ema=true out"
     with pytest.raises(ConfigError, match=refused):
-        export(config, Request("microsoft", tmp_path / "out.safetensors", ema=True))
+        export(config, ExportRequest("microsoft", tmp_path / "out.safetensors", ema=True))
     with pytest.raises(ConfigError, match=r"ema \(maybe\) must be true or false"):
         parse([f"run_dir={run_dir}", "format=microsoft", "out=o.pth", "ema=maybe"])
     with pytest.raises(ConfigError, match=r"o\.pth is no run or checkpoint of our own, whose averages ema=true takes"):
