@@ -4,6 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest
 QUICK := -m "not slow" -n auto --dist worksteal
+SLOW := -m "slow and not serial" -n 2 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -27,8 +28,8 @@ $(STAMP): setup.cfg constraints.txt
 demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides
 	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
-test: setup  ## the whole test suite: the quick part in parallel, then the slow tests one by one
-	quick=0; $(PYTEST) $(QUICK) || quick=$$?; $(PYTEST) -m slow && exit $$quick
+test: setup  ## the whole test suite: the quick part, the slow tests two at a time, and what must be alone
+	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) -m serial && exit $$code
 
 test-fast: setup  ## the quick part of the tests
 	$(PYTEST) $(QUICK)

@@ -34,7 +34,7 @@ from swinv2_train.runtime import (
 )
 from swinv2_train.tasks import build_task
 from swinv2_train.training import loop
-from swinv2_train.training.build import build_run, checked_newest, make_run_dir, open_shards, write_run_files
+from swinv2_train.training.build import build_run, checked_newest, make_run_dir, open_sources, write_run_files
 from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.param_groups import build_param_groups
@@ -55,9 +55,9 @@ def train(config: Config) -> int:
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
-        shards = open_shards(config, world)
-        probe = build_probe(config, world, shards)
-        total = total_steps(config.train, shards[0].num_samples)
+        sources = open_sources(config, world)
+        probe = build_probe(config, world, sources)
+        total = total_steps(config.train, sources.training.num_samples)
         if newest is not None and step_of(newest) >= total:
             on_main(world, lambda: say_complete(run_dir, total))
             shutdown_distributed()
@@ -76,7 +76,7 @@ def train(config: Config) -> int:
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                run = build_run(config, world, task, groups, shards, log, newest, initial, pulse, probe)
+                run = build_run(config, world, task, groups, sources, log, newest, initial, pulse, probe)
                 on_main(world, lambda: write_run_files(run_dir, config, world))
                 with run.monitor.garbage:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED

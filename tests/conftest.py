@@ -35,3 +35,18 @@ def run_distributed():
     from tests.support import harness
 
     return harness.run_distributed
+
+
+@pytest.fixture
+def settings(shards, tmp_path):
+    """settings(*overrides): a small classifier's configuration in tmp_path/run, on the test's shards."""
+
+    from tests.support.configs import composed
+    from tests.support.small_run import SMALL
+
+    def compose(*overrides: str, task: str = "finetune"):
+        init = ("task.init_from=null", "task.num_classes=4") if task == "finetune" else ()
+        run = (f"experiment=cifar10_{task}", f"run_dir={tmp_path / 'run'}")
+        return composed([*run, *SMALL, *shards, *init, *overrides])
+
+    return compose

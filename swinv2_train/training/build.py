@@ -6,7 +6,7 @@ import dataclasses
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -55,7 +55,7 @@ def build_run(
     world: World,
     task: Task,
     param_groups: list[dict[str, Any]],
-    shards: tuple[Source | Stream, Source | None],
+    sources: Sources,
     log: RunLog,
     newest: Path | None,
     initial: Initial | None,
@@ -81,25 +81,27 @@ def build_run(
         if initial is not None:
             engine.load_full(initial.weights)
             log.say(initial.report)
-    if isinstance(shards[0], Stream):
+    if isinstance(sources.training, Stream):
         log.say(NOT_ELASTIC)
     if warning := recompute_warning(config.model.recompute):
         log.say(f"warning: {warning}")
     if config.model.attention == "fused" and (problem := without_fused(task.module, world)) is not None:
         log.say(f"note: model.attention (fused) is not used: {problem}; the reference serves")
     loader = build_train_loader(
-        shards[0], config.data, task.train_transform, config.seed, batch, micro_batch, world.rank, world.world_size,
-        state["images_seen"],
+        sources.training, config.data, task.train_transform, config.seed, batch, micro_batch,
+        world.rank, world.world_size, state["images_seen"],
     )  # fmt: skip
     if newest is not None:
         loader.check_state(state["data"])
     evaluation = None
-    if shards[1] is not None:
-        evaluation = EvalLoader(shards[1], config.data, task.eval_transform, micro_batch, world.rank, world.world_size)
-    for note in task.notes(shards[0]):
+    if sources.evaluation is not None:
+        evaluation = EvalLoader(
+            sources.evaluation, config.data, task.eval_transform, micro_batch, world.rank, world.world_size
+        )
+    for note in task.notes(sources.training):
         log.say(f"note: {note}")
     log.resume_at(state["step"])
-    total = total_steps(config.train, shards[0].num_samples)
+    total = total_steps(config.train, sources.training.num_samples)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     pulse = pulse or Pulse()
     position = Position(state["step"], state["images_seen"], loader, world.device, loader.bad_images_before)
@@ -116,7 +118,7 @@ def build_run(
         probe=probe,
         accumulation_steps=accumulation,
         total_steps=total,
-        warmup_steps=warmup_steps(config.optim.schedule, config.train, shards[0].num_samples),
+        warmup_steps=warmup_steps(config.optim.schedule, config.train, sources.training.num_samples),
     )
 
 
@@ -172,7 +174,14 @@ def write_run_files(run_dir: Path, config: Config, world: World) -> None:
     record_environment(run_dir, world.world_size)
 
 
-def open_shards(config: Config, world: World) -> tuple[Source | Stream, Source | None]:
+class Sources(NamedTuple):
+    """Where images come from."""
+
+    training: Source | Stream
+    evaluation: Source | None
+
+
+def open_sources(config: Config, world: World) -> Sources:
     """Where training and evaluation images come from; rank 0 lists and indexes what was not yet.  A pipe has no index.
 
     Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's.
@@ -183,11 +192,11 @@ def open_shards(config: Config, world: World) -> tuple[Source | Stream, Source |
         task_class(config.task).check_source(config.task, source, key, beside)
         return source
 
-    def open_both() -> tuple[Source | Stream, Source | None]:
+    def open_both() -> Sources:
         keys, pattern, eval_pattern = ("data.shards", "data.eval_shards"), config.data.shards, config.data.eval_shards
         training = open_stream(pattern) if is_pipe(pattern) else open_one(keys[0], pattern)
         beside = None if isinstance(training, Stream) else (keys[0], training)
-        return training, None if eval_pattern is None else open_one(keys[1], eval_pattern, beside)
+        return Sources(training, None if eval_pattern is None else open_one(keys[1], eval_pattern, beside))
 
-    training, evaluation = on_main(world, open_both)
-    return training, evaluation
+    opened: Sources = on_main(world, open_both)
+    return opened

@@ -17,7 +17,8 @@ from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks.simmim import SimMIMTask
 from tests.support.harness import run_distributed
-from tests.unit.test_train import settings, shards, weights_of  # noqa: F401  fixtures
+from tests.support.shard_files import noise_shards
+from tests.support.small_run import weights_of
 
 ENGINES = {
     "local": ("engine=local",),
@@ -32,6 +33,12 @@ STEPS = (
     "model.drop_path_rate=0.3",
     "optim.schedule.warmup_epochs=0",
 )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[str, str]:
+    """16 training images and 6 of evaluation, of 4 classes."""
+    return noise_shards(tmp_path_factory.mktemp("shards"))
 
 
 def run_with_fault(config: Config, ranks: int, factor: float, first: int, last: int) -> list[int]:
@@ -54,7 +61,7 @@ def run_with_fault(config: Config, ranks: int, factor: float, first: int, last: 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_going_back_once_gives_the_run_that_had_no_fault(engine, settings, tmp_path, capfd):  # noqa: F811
+def test_going_back_once_gives_the_run_that_had_no_fault(engine, settings, tmp_path, capfd):
     """A fault of the hardware costs the steps since the last checkpoint and leaves no trace, bit for bit."""
     ranks = 1 if engine == "local" else 2
     one_pass = "train.micro_batch_size=8" if ranks == 1 else "train.micro_batch_size=4"  # a forward pass a step
@@ -73,7 +80,7 @@ def test_going_back_once_gives_the_run_that_had_no_fault(engine, settings, tmp_p
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_skipped_step_moves_nothing_and_the_next_ones_go_on(engine, settings, tmp_path):  # noqa: F811
+def test_a_skipped_step_moves_nothing_and_the_next_ones_go_on(engine, settings, tmp_path):
     """With the fault in the last of the steps the weights are those of the step before; after it training goes on."""
     ranks = 1 if engine == "local" else 2
     one_pass = "train.micro_batch_size=8" if ranks == 1 else "train.micro_batch_size=4"
@@ -90,7 +97,7 @@ def test_a_skipped_step_moves_nothing_and_the_next_ones_go_on(engine, settings, 
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
-def test_a_fault_that_stays_ends_the_run_on_every_rank(policy, settings, tmp_path, capfd):  # noqa: F811
+def test_a_fault_that_stays_ends_the_run_on_every_rank(policy, settings, tmp_path, capfd):
     """Whatever the policy is, the last good checkpoint is there and the ranks that failed are named."""
     config = settings(
         *STEPS, *ENGINES["zero 3, bf16"], f"train.on_bad_step={policy}", "train.max_bad_steps=1",
@@ -105,7 +112,7 @@ def test_a_fault_that_stays_ends_the_run_on_every_rank(policy, settings, tmp_pat
         ), said
 
 
-def test_a_loss_that_jumps_is_a_bad_step_only_where_it_is_asked_for(settings, tmp_path):  # noqa: F811
+def test_a_loss_that_jumps_is_a_bad_step_only_where_it_is_asked_for(settings, tmp_path):
     """A hundredfold loss on one rank after enough others to compare with; finite, so that nothing else would notice."""
     for factor, skipped in (("null", []), ("5", [25])):
         run_dir = tmp_path / f"run{factor}"

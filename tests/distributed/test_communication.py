@@ -25,6 +25,7 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.serial  # it reads the counters of the loopback device, which is everybody's
 @pytest.mark.parametrize("ranks", CASES)
 def test_a_step_sends_what_the_planner_says(ranks: int) -> None:
     """The scaling curves stand on these bytes: all stages, accumulation, recomputation, both reuse distances."""

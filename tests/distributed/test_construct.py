@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
@@ -20,9 +19,9 @@ from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 from tests.support.toy import full_state, save_state, toy_config
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 NO_DECAY = ["1d", ".bias", "cpb_mlp", "logit_scale", "mask_token"]
 NORM_RTOL = 1e-6  # measured worst 2.1e-8: with offload DeepSpeed adds up the norm in another order
 SUB_GROUPS = {"zero_optimization": {"sub_group_size": 300}}

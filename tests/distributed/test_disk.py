@@ -11,8 +11,7 @@ import pytest
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
-from tests.distributed.test_preemption import alone, command
-from tests.distributed.test_train import finish, losses, shards, start, wait_for_step  # noqa: F401
+from tests.support.commands import alone, command, finish, losses, start, wait_for_step
 
 pytestmark = pytest.mark.slow
 ENDLESS = ("train.max_steps=100000", "train.log_every_steps=2")
@@ -35,7 +34,7 @@ def mount(tmp_path) -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def goes_on(run_dir: Path, shards: tuple[str, ...], checkpoint: Path | None) -> None:  # noqa: F811
+def goes_on(run_dir: Path, shards: tuple[str, ...], checkpoint: Path | None) -> None:
     """The same command resumes from the checkpoint and saves again."""
     assert checkpoint is not None
     steps = int(checkpoint.name.removeprefix("step_")) + 4
@@ -46,7 +45,7 @@ def goes_on(run_dir: Path, shards: tuple[str, ...], checkpoint: Path | None) -> 
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_stops_the_save_and_nothing_is_lost(background, mount, shards, tmp_path):  # noqa: F811
+def test_a_full_disk_stops_the_save_and_nothing_is_lost(background, mount, shards, tmp_path):
     """Room for the metrics but not for another checkpoint of 0.6 MB: what was half written makes room again."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -68,7 +67,7 @@ def test_a_full_disk_stops_the_save_and_nothing_is_lost(background, mount, shard
     goes_on(run_dir, shards, checkpoint)
 
 
-def test_a_disk_that_turns_read_only_stops_the_save(mount, shards, tmp_path):  # noqa: F811
+def test_a_disk_that_turns_read_only_stops_the_save(mount, shards, tmp_path):
     """As file systems do after an error of the disk.  A start there is refused; when it is writable, it goes on."""
     run_dir = tmp_path / "run"
     process = alone(run_dir, *shards, *ENDLESS)
@@ -85,7 +84,7 @@ def test_a_disk_that_turns_read_only_stops_the_save(mount, shards, tmp_path):  #
     goes_on(run_dir, shards, checkpoint)
 
 
-def test_a_directory_that_vanishes_stops_the_run_on_all_ranks(shards, tmp_path):  # noqa: F811
+def test_a_directory_that_vanishes_stops_the_run_on_all_ranks(shards, tmp_path):
     """Removed while it runs: no rank makes a new one with half a run in it, and none hangs."""
     run_dir = tmp_path / "run"
     process = start(*command(run_dir, *ENDLESS), *shards)

@@ -4,7 +4,6 @@ planned."""
 from __future__ import annotations
 
 import functools
-import io
 import json
 import random
 import signal
@@ -13,11 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.state.files import Shards
@@ -25,7 +22,9 @@ from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.train import train as train_run
 from swinv2_train.training import loop
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
+from tests.support.images import encoded
 from tests.support.toy import build_toy, full_state, save_state, toy_config, train
 
 LOSS_ATOL = 3e-6  # measured worst 7.2e-7 over 8 steps of the toy; without the averages 6e-2, with step 0 2e-1
@@ -189,16 +188,14 @@ def shards(tmp_path_factory) -> str:
     rng = np.random.default_rng(0)
     rows = []
     for i in range(100):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
-        rows.append((f"k{i:03d}", buffer.getvalue(), "png", 0))
+        rows.append((f"k{i:03d}", encoded(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), "png", 0))
     write_shards(rows, str(folder / "train"), 20)
     return f"data.shards={folder}/train-*.tar"
 
 
 def start(size: int, overrides: tuple[str, ...], kill: tuple[int, float] | None = None) -> list[int | None]:
     """The train command on so many ranks; the kernel ends all of them so many seconds after a step has begun."""
-    config = compose_overrides(list(overrides))
+    config = composed(list(overrides))
 
     def command(world):
         lr_at = loop.lr_at

@@ -14,12 +14,12 @@ from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError, build_engine
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 from tests.support.toy import Toy, batches, build, build_toy, full_state, part, toy_config, train
 
 LOSS_ATOL = 3e-6  # measured worst 4.8e-7 over 10 steps, 4 stages, with clipping and accumulation; bf16 gives 1e-2
 NORM_RTOL = 2e-6  # measured worst 1.1e-7
 WEIGHT_ATOL = 2e-6  # measured worst 1.4e-7 after 10 steps
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 STAGES_AND_PRECISIONS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 

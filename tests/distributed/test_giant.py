@@ -13,12 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
 from swinv2_train.models.initial import initial_rule, without_values
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 
 RANKS = 16
@@ -61,7 +61,7 @@ def take_steps(world, name):
             return func(*args, **(kwargs or {}))
 
     # Fewer chunks than the shipped 256 MiB make: each is a pass through the same operations.
-    config = compose_overrides([f"experiment={name}", "data.shards=x", "model.attention_chunk_mib=8192"])
+    config = composed([f"experiment={name}", "data.shards=x", "model.attention_chunk_mib=8192"])
     world = World(0, 0, RANKS, 8, torch.device("cpu"))
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     with (
@@ -94,7 +94,7 @@ def test_giant_takes_its_steps_on_16_ranks(name):
     """Each rank holds a sixteenth of masters and averages, every parameter has a rule for its initial values, and the
     trainer's model without values has the same names and shapes."""
     ((shapes, pieces, averages, num_groups, dtype),) = run_distributed(take_steps, 1, name, timeout_sec=600, init=False)
-    config = compose_overrides([f"experiment={name}", "data.shards=x"])
+    config = composed([f"experiment={name}", "data.shards=x"])
     assert config.model.recompute == "blocks" and config.model.sequential_stages == [1, 2]
     with without_values():
         module = build_task(config, torch.device("cpu")).module

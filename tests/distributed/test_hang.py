@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from swinv2_train import train
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.monitoring.watchdog import STATUS, read_ranks
 from swinv2_train.training import loop, prefetch
-from tests.distributed.test_train import SMALL, shards  # noqa: F401
+from tests.support.commands import SMALL
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 HANG_SEC = 4.0
 SLOW_SEC = 0.1
 
@@ -46,9 +46,9 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / STATUS).read_text())
 
 
-def run(run_dir: Path, shards: tuple[str, ...], around: Any) -> None:  # noqa: F811
+def run(run_dir: Path, shards: tuple[str, ...], around: Any) -> None:
     """Two ranks of the train command; around(world) prepares each."""
-    config = compose_overrides(
+    config = composed(
         ["experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=100", "log.progress=none",
          *SMALL, "train.checkpoint_every_steps=100", "engine.precision=fp32", *shards]
     )  # fmt: skip
@@ -62,7 +62,7 @@ def run(run_dir: Path, shards: tuple[str, ...], around: Any) -> None:  # noqa: F
 
 
 @pytest.mark.timeout(150)
-def test_a_slow_rank_and_then_a_stopped_one_are_named_and_the_run_ends(shards, tmp_path):  # noqa: F811
+def test_a_slow_rank_and_then_a_stopped_one_are_named_and_the_run_ends(shards, tmp_path):
     """Under ZeRO-3, where every layer makes the ranks wait for each other.  Rank 1 stops like a host that freezes."""
 
     def around(world: World) -> None:
@@ -97,7 +97,7 @@ def test_a_slow_rank_and_then_a_stopped_one_are_named_and_the_run_ends(shards, t
 
 
 @pytest.mark.timeout(150)
-def test_a_rank_whose_data_never_come_is_named_and_all_ranks_end_by_themselves(shards, tmp_path):  # noqa: F811
+def test_a_rank_whose_data_never_come_is_named_and_all_ranks_end_by_themselves(shards, tmp_path):
     def around(world: World) -> None:
         if world.rank == 0:
             return

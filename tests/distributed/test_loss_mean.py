@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from swinv2_train import train
 from swinv2_train.checkpoint import find_checkpoint, read_weights
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
+from tests.support.images import encoded
 
 SMALL = (
     "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=16", "model.window_size=2",
@@ -40,9 +40,8 @@ def shards(tmp_path_factory) -> str:
 
     def samples():
         for i in range(16):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
-            yield f"k{i:03d}", b"damaged" if i in DAMAGED else buffer.getvalue(), "png", i % 4
+            data = encoded(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            yield f"k{i:03d}", b"damaged" if i in DAMAGED else data, "png", i % 4
 
     write_shards(samples(), str(folder / "train"), 16)
     return f"data.shards={folder}/train-*.tar"
@@ -55,7 +54,7 @@ def test_global_mean_on_two_ranks_is_one_process_over_the_whole_batch(experiment
 
     def after_a_step(name: str, ranks: int, *overrides: str) -> tuple[float, dict[str, torch.Tensor]]:
         run = (f"experiment={experiment}", f"run_dir={tmp_path / name}")
-        config = compose_overrides([*run, *SMALL, shards, *task, *overrides])
+        config = composed([*run, *SMALL, shards, *task, *overrides])
 
         def command(world: World) -> Any:
             return guarded(lambda: train.train(config))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from swinv2_train.checkpoint import newest_checkpoint
-from tests.distributed.test_train import SMALL, finish, losses, shards, start, wait_for_step  # noqa: F401
+from tests.support.commands import SMALL, finish, losses, start, wait_for_step
 from tests.support.network import INTERFACE, TwoHosts
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def torchrun(hosts: TwoHosts, port: int, *overrides: str) -> list[subprocess.Pop
     return processes
 
 
-def test_lost_packets_and_a_cut_of_ten_seconds_change_nothing(hosts, shards, tmp_path):  # noqa: F811
+def test_lost_packets_and_a_cut_of_ten_seconds_change_nothing(hosts, shards, tmp_path):
     """TCP sends again what is lost, one packet in twenty and then all; the run's losses are those of one host's."""
     alone = start(*PRETRAIN, *shards, f"run_dir={tmp_path / 'alone'}")
     assert finish(alone)[0] == 0
@@ -65,7 +65,7 @@ def test_lost_packets_and_a_cut_of_ten_seconds_change_nothing(hosts, shards, tmp
     assert losses(tmp_path / "both") == losses(tmp_path / "alone") and len(losses(tmp_path / "both")) == STEPS
 
 
-def test_a_network_that_stays_away_ends_the_run_cleanly_and_it_resumes(hosts, shards, tmp_path):  # noqa: F811
+def test_a_network_that_stays_away_ends_the_run_cleanly_and_it_resumes(hosts, shards, tmp_path):
     """Both hosts end by themselves after process_group_timeout_sec and name it; the same command goes on later."""
     run = (*PRETRAIN, *shards, f"run_dir={tmp_path / 'run'}", "runtime.process_group_timeout_sec=10")
     both = torchrun(hosts, 29512, *run, "train.max_steps=100000")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.engine import NonFiniteError
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
 from tests.support.toy import batches, build, full_state, part, save_state, toy_config, train
 
@@ -123,5 +123,5 @@ def test_averages_that_bf16_cannot_decay_are_refused():
     assert torch.tensor(1.0, dtype=torch.bfloat16).mul(0.999) == 1.0
     common = ["model=demo", "data=cifar10", "task.mask_unit_px=4", "run_dir=x", "engine=zero2"]
     with pytest.raises(ConfigError, match=r"optim\.betas \(\[0\.9, 0\.999\]\) with engine\.optimizer_states \(bf16\)"):
-        compose_overrides([*common, "engine.optimizer_states=bf16"])
-    compose_overrides([*common, "engine.optimizer_states=bf16", "optim.betas=[0.9,0.99]"])
+        composed([*common, "engine.optimizer_states=bf16"])
+    composed([*common, "engine.optimizer_states=bf16", "optim.betas=[0.9,0.99]"])

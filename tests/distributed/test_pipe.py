@@ -12,15 +12,14 @@ import pytest
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.data.sources.pipe import NOT_ELASTIC
-from tests.distributed.test_preemption import alone, command
-from tests.distributed.test_train import finish, keys_per_step, losses, shards, start, wait_for_step  # noqa: F401
+from tests.support.commands import alone, command, finish, finish_ranks, keys_per_step, losses, start, wait_for_step
 
 pytestmark = pytest.mark.slow
 STEPS = ("optim.schedule.warmup_steps=2", "data.shuffle_buffer_images=10", "data.record_keys=true")
 
 
 @pytest.fixture(scope="module")
-def folder(shards) -> Path:  # noqa: F811
+def folder(shards) -> Path:
     """train-000000.tar .. train-000002.tar with 20 images each, and test-000000.tar."""
     return Path(shards[0].removeprefix("data.shards=")).parent
 
@@ -41,7 +40,7 @@ def test_a_pipe_trains_on_two_ranks_stops_and_resumes(folder, tmp_path):
     assert output.count(NOT_ELASTIC) == 1
     step = int(checkpoint.name.removeprefix("step_"))
     assert len({key for keys in keys_per_step(tmp_path).values() for key in keys}) == 60
-    code, output = finish(start(*command(tmp_path, f"train.max_steps={step + 4}", *overrides)))
+    code, output = finish_ranks(*command(tmp_path, f"train.max_steps={step + 4}", *overrides))
     assert code == EXIT_DONE and f"resuming from {checkpoint}" in output and output.count(NOT_ELASTIC) == 1, output
     state = json.loads((tmp_path / "checkpoints" / f"step_{step + 4:08d}" / "state.json").read_text())
     assert state["images_seen"] == 16 * (step + 4)

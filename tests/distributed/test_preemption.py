@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,23 +13,25 @@ import pytest
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from tests.distributed.test_train import SMALL, finish, losses, ranks_of, shards, start, wait_for_step  # noqa: F401
+from tests.support.commands import (
+    OWN_SESSION,
+    alone,
+    command,
+    finish,
+    finish_ranks,
+    losses,
+    ranks_of,
+    start,
+    start_ranks,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.slow
 NOTICES_WITHIN_SEC = 20  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share
 DIES_WITHIN_SEC = 60  # torchrun asks its ranks every 0.1 s whether they live, then gives the others 30 s to leave
 
 
-def command(run_dir: Path, *overrides: str) -> tuple[str, ...]:
-    return ("experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=40", *SMALL, *overrides)
-
-
-def alone(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
-    """One process without torchrun, whose exit code is the command's own."""
-    return start(*command(run_dir, *overrides), "engine.precision=fp32", ranks=1)
-
-
-def test_a_second_signal_changes_nothing(shards, tmp_path):  # noqa: F811
+def test_a_second_signal_changes_nothing(shards, tmp_path):
     """An impatient Ctrl-C, also while the checkpoint is written, tears nothing: one whole checkpoint, exit code 3.
 
     At several gaps between the signals; each start goes on from what the one before has left.
@@ -52,10 +53,10 @@ def test_a_second_signal_changes_nothing(shards, tmp_path):  # noqa: F811
     assert code == EXIT_DONE and resumes in output, output
 
 
-def test_a_signal_before_the_first_step_leaves_something_to_resume_or_nothing(shards, tmp_path):  # noqa: F811
+def test_a_signal_before_the_first_step_leaves_something_to_resume_or_nothing(shards, tmp_path):
     """At any moment of a start: the command ends by itself, and the next start finds what it leaves in order."""
     for delay_sec in (0.3, 1.5, 2.5, 3.5):
-        process = alone(tmp_path, *shards, "train.max_steps=100000", "data.num_workers=1")
+        process = alone(tmp_path, *shards, "train.max_steps=100000", "data.num_workers=1", interpreter=True)
         time.sleep(delay_sec)
         process.send_signal(signal.SIGTERM)
         code, output = finish(process, timeout_sec=60)
@@ -67,7 +68,7 @@ def test_a_signal_before_the_first_step_leaves_something_to_resume_or_nothing(sh
     assert code == EXIT_DONE and (checkpoint is None or f"resuming from {checkpoint}" in output), output
 
 
-def test_a_time_limit_saves_and_the_same_command_goes_on(shards, tmp_path):  # noqa: F811
+def test_a_time_limit_saves_and_the_same_command_goes_on(shards, tmp_path):
     code, output = finish(alone(tmp_path, *shards, "train.max_steps=100000", "runtime.stop_after_sec=8"))
     assert code == EXIT_STOPPED and "stopped by the time limit" in output, output
     reached = newest_checkpoint(tmp_path)
@@ -77,7 +78,7 @@ def test_a_time_limit_saves_and_the_same_command_goes_on(shards, tmp_path):  # n
     assert code == EXIT_DONE and f"resuming from {reached}" in output, output
 
 
-def test_a_rank_that_dies_alone_brings_the_others_down(shards, tmp_path):  # noqa: F811
+def test_a_rank_that_dies_alone_brings_the_others_down(shards, tmp_path):
     process = start(*command(tmp_path, "train.max_steps=100000"), *shards)
     wait_for_step(tmp_path, 5, process)
     ranks = ranks_of(process)
@@ -90,26 +91,23 @@ def test_a_rank_that_dies_alone_brings_the_others_down(shards, tmp_path):  # noq
     assert newest_checkpoint(tmp_path) is not None
 
 
-def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, tmp_path):  # noqa: F811
+def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, tmp_path):
     """--max-restarts: the same processes' command, the newest checkpoint, the same losses as without the kill."""
     overrides = ("train.max_steps=12", "train.checkpoint_every_steps=2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    runs = [tmp_path / "disturbed", tmp_path / "quiet"]
-    for run_dir, extra in zip(runs, (["--max-restarts", "2"], []), strict=True):
-        arguments = [*torchrun, *extra, "-m", "swinv2_train.train", *command(run_dir, *overrides), *shards]
-        process = subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        if extra:
-            wait_for_step(run_dir, 5, process)
-            os.kill(ranks_of(process)[0], signal.SIGKILL)
-        code, output = finish(process)
-        assert code == EXIT_DONE, output
-        assert ("resuming from" in output) is bool(extra), output
-    assert losses(runs[0]) == losses(runs[1])
+    disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
+    arguments = ["--max-restarts", "2", "-m", "swinv2_train.train", *command(disturbed, *overrides), *shards]
+    process = subprocess.Popen([*torchrun, *arguments], text=True, **OWN_SESSION)
+    wait_for_step(disturbed, 5, process)
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
+    code, output = finish(process)
+    assert code == EXIT_DONE and "resuming from" in output, output
+    code, output = finish_ranks(*command(quiet, *overrides), *shards)
+    assert code == EXIT_DONE and "resuming from" not in output, output
+    assert losses(disturbed) == losses(quiet)
 
 
-def test_ranks_whose_torchrun_is_killed_save_and_leave(shards, tmp_path):  # noqa: F811
+def test_ranks_whose_torchrun_is_killed_save_and_leave(shards, tmp_path):
     """kill -9 of the launcher alone: nobody is left to end them, and two runs must not share a directory."""
     overrides = command(tmp_path, "train.max_steps=100000", "train.checkpoint_every_steps=100000")
     process = start(*overrides, *shards)
@@ -124,11 +122,11 @@ def test_ranks_whose_torchrun_is_killed_save_and_leave(shards, tmp_path):  # noq
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None and "stopped by the death of torchrun" in output, output
     step = int(checkpoint.name.removeprefix("step_"))
-    code, output = finish(start(*command(tmp_path, f"train.max_steps={step + 1}"), *shards))
+    code, output = finish_ranks(*command(tmp_path, f"train.max_steps={step + 1}"), *shards)
     assert code == EXIT_DONE and f"resuming from {checkpoint}" in output, output
 
 
-def test_a_run_without_torchrun_outlives_its_parent(shards, tmp_path):  # noqa: F811
+def test_a_run_without_torchrun_outlives_its_parent(shards, tmp_path):
     """nohup, setsid, a shell that ends: only torchrun's death means anything."""
     script = """
 import pathlib, subprocess, sys, time
@@ -152,29 +150,10 @@ print(run.pid)
     assert max(losses(tmp_path)) == 60, log.read_text()
 
 
-def by_hand(run_dir: Path, *overrides: str) -> list[subprocess.Popen[str]]:
-    """Two ranks as srun starts them: each on its own, and nobody who watches over them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "swinv2_train.train", *command(run_dir, *overrides)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-
-
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_without_a_launcher_brings_the_other_down(victim, shards, tmp_path):  # noqa: F811
+def test_a_rank_that_dies_without_a_launcher_brings_the_other_down(victim, shards, tmp_path):
     """srun without --kill-on-bad-exit: the survivor's next collective fails, long before its time limit."""
-    ranks = by_hand(tmp_path, "train.max_steps=100000", "runtime.process_group_timeout_sec=600", *shards)
+    ranks = start_ranks(*command(tmp_path, "train.max_steps=100000", "runtime.process_group_timeout_sec=600"), *shards)
     wait_for_step(tmp_path, 5, ranks[0])
     ranks[victim].kill()
     killed_at = time.monotonic()

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from swinv2_train import train
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.distributed import World
 from swinv2_train.evaluation.features import Labelled
 from swinv2_train.evaluation.knn import knn
 from swinv2_train.evaluation.linear_probe import linear
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.configs import composed
 from tests.support.evaluation import CLASSIFY, MODEL, evaluate_command, evaluated, make_images, save_model, write_images
 from tests.support.harness import run_distributed
 from tests.unit.evaluation.test_probe import CLASSES, PROBES, SIMMIM, SMALL, blobs, nothing
@@ -86,7 +87,7 @@ def test_a_run_under_zero_3_measures_what_the_evaluate_command_does_and_trains_a
         f"data.shards={shards[0]}", f"data.eval_shards={shards[1]}",
     )  # fmt: skip
     runs = {"plain": (), "probed": (PROBES, "probe.every_steps=2")}
-    configs = [compose_overrides([*common, *own, f"run_dir={tmp_path / name}"]) for name, own in runs.items()]
+    configs = [composed([*common, *own, f"run_dir={tmp_path / name}"]) for name, own in runs.items()]
     for config in configs:
         command = lambda world, config=config: guarded(lambda: train.train(config))  # noqa: E731
         assert run_distributed(command, 2, init=False, timeout_sec=300) == [0, 0]

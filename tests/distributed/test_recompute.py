@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import World, all_reduce_sum
+from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.engine import build as engines
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import apply_recompute
@@ -18,9 +18,9 @@ from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 from tests.support.toy import DIM, Toy, ToyBlock, build, full_state, toy_config, train
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 WHAT = ("blocks", "stages:2", "attention", "every:3")
 WHERE = ("stay", "cpu", "fairscale", "partitioned")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
@@ -21,9 +20,9 @@ from swinv2_train.engine.state.consolidate import read_weights
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 from tests.support.toy import batches, build_toy, full_state, part, save_state, toy_config, train
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 CASES = [
     *[(stage, precision, "none", size, {}) for stage, precision in LAYOUTS for size in (1, 2, 3)],

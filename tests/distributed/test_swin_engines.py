@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swinv2_train.distributed import World, all_reduce_sum
+from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.engine import build_engine
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 from tests.support.toy import toy_config
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 LOSS_ATOL = 2e-6  # measured worst 1.2e-7 over 10 steps and 4 stages in fp32; bf16 gives 1e-3 and must not pass
 NORM_RTOL = 1e-5  # measured worst 1.2e-6; bf16 gives 7e-2
 

@@ -2,100 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.commands import SMALL, finish, finish_ranks, keys_per_step, losses, ranks_of, start, wait_for_step
+from tests.support.images import encoded
 
 pytestmark = pytest.mark.slow
-
-SMALL = (
-    "model.embed_dim=16", "model.depths=[1,2]", "model.num_heads=[1,2]", "train.global_batch_size=16",
-    "train.micro_batch_size=4", "train.log_every_steps=1", "train.checkpoint_every_steps=4",
-    "train.eval_every_steps=null", "log.wandb=disabled", "runtime.num_threads=1",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> tuple[str, ...]:
-    """Overrides that name 3 training shards of 20 labelled images and one evaluation shard of 10."""
-    folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
-
-    def samples(count: int):
-        for i in range(count):
-            label = i % 10
-            pixels = rng.integers(0, 100, (32, 32, 3)) + 15 * label
-            buffer = io.BytesIO()
-            Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
-            yield f"image_{i:04d}", buffer.getvalue(), "png", label
-
-    write_shards(samples(60), str(folder / "train"), 20)
-    write_shards(samples(10), str(folder / "test"), 10)
-    return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")
-
-
-def start(*overrides: str, ranks: int = 2, module: str = "swinv2_train.train") -> subprocess.Popen[str]:
-    """The command in a session of its own, as a terminal or scheduler would start it."""
-    command = [sys.executable, "-m"]
-    if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    command += [module, *overrides]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout_sec: float = 240) -> tuple[int, str]:
-    """Exit code and output; a process that hangs is killed with all its ranks and fails the test."""
-    try:
-        output, _ = process.communicate(timeout=timeout_sec)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, output
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
-    while not any(line["step"] >= step for line in read_metrics(run_dir)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.05)
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    return [int(pid) for pid in children.stdout.split()]
-
-
-def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
-    return {line["step"]: (line["train/loss"], line["train/grad_norm"]) for line in read_metrics(run_dir)}
-
-
-def keys_per_step(run_dir: Path) -> dict[int, list[str]]:
-    """All ranks' sample keys of every step, sorted."""
-    found: dict[int, list[str]] = {}
-    for path in (run_dir / "sample_keys").glob("*"):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            found.setdefault(record["step"], []).extend(record["keys"])
-    return {step: sorted(keys) for step, keys in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -160,23 +82,23 @@ def test_an_interrupted_run_goes_on_bit_for_bit(how, uninterrupted, shards, tmp_
         newest = newest_checkpoint(run_dir)
         assert newest is not None and int(newest.name[5:]) >= 6, output
         assert f"stopped by {how} after step" in output
-    code, output = finish(start(*command))
+    code, output = finish_ranks(*command)
     assert code == 0, output
     assert "resuming from" in output
     assert losses(run_dir) == losses(uninterrupted)
     assert keys_per_step(run_dir) == keys_per_step(uninterrupted)
     assert len(json.loads((run_dir / "environment.json").read_text())) == 2
 
-    code, output = finish(start(*command))
+    code, output = finish_ranks(*command)
     assert code == 0 and "all 12 steps are done" in output
 
 
 def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterrupted, shards, tmp_path):
     """Pre-train, fine-tune, evaluate: the encoder's weights arrive, and the command's scores are those of the run."""
     run_dir = tmp_path / "run"
-    code, output = finish(
-        start("experiment=cifar10_finetune", f"run_dir={run_dir}", f"task.init_from={uninterrupted}", "optim.lr=0",
-              "train.max_steps=1", "optim.schedule.warmup_lr=0", *SMALL, *shards)
+    code, output = finish_ranks(
+        "experiment=cifar10_finetune", f"run_dir={run_dir}", f"task.init_from={uninterrupted}", "optim.lr=0",
+        "train.max_steps=1", "optim.schedule.warmup_lr=0", *SMALL, *shards,
     )  # fmt: skip
     assert code == 0, output
     assert f"weights from {uninterrupted}/checkpoints/step_00000012: 60 weights loaded" in output
@@ -198,7 +120,7 @@ def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterr
 def test_wrong_use_of_a_run_directory_exits_with_2_and_one_message(uninterrupted, shards, tmp_path):
     """Another model in the same run_dir, and data that is not there: found before any training."""
     other = ("experiment=cifar10_simmim", f"run_dir={uninterrupted}", "model.depths=[1,1]", "engine=zero1")
-    code, output = finish(start(*SMALL, *shards, *other, ranks=1))
+    code, output = finish(start(*SMALL, *shards, *other, ranks=1, interpreter=True))
     assert code == 2, output
     assert (
         output.startswith("error: run_dir")
@@ -263,9 +185,12 @@ def test_a_damaged_sample_on_one_rank_is_named_once_and_ends_all(where, shards, 
 
     def samples():
         for i in range(32):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(buffer, format="PNG")
-            yield f"image_{i:04d}", buffer.getvalue()[: 40 if i == damaged else None], "png", 0
+            yield (
+                f"image_{i:04d}",
+                encoded(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8))[: 40 if i == damaged else None],
+                "png",
+                0,
+            )
 
     broken = f"{tmp_path}/broken-*.tar"
     write_shards(samples(), str(tmp_path / "broken"), 32)

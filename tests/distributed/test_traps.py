@@ -15,14 +15,13 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import World
 from swinv2_train.engine.deepspeed.config import deepspeed_json
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.engine.model_sizes import layer_sizes
 from tests.support.harness import run_distributed, tree
+from tests.support.one_rank import ONE
 from tests.support.toy import DIM, batches, build, build_toy, full_state, part, save_state, toy_config, train
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 LOSS_ATOL = 3e-6  # measured worst 4e-7; without the precautions 1e-2 and more
 
 

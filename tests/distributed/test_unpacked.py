@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.train import train as train_run
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
-from tests.support.shard_files import image_bytes
+from tests.support.images import image_bytes
 
 CLASSES, PER_CLASS = 5, 8
 SMALL = (
@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_the_next_image_on_another_number_of_ranks(kind, requ
 
     def start(size: int, run_dir: Path, *changes: str) -> None:
         shards = (f"data.shards={source}", f"data.eval_shards={source}", f"run_dir={run_dir}")
-        config = compose_overrides([*SMALL, *shards, *changes])
+        config = composed([*SMALL, *shards, *changes])
         assert run_distributed(lambda world: train_run(config), size, init=False) == [0] * size
 
     start(1, tmp_path / "plain", "train.max_steps=10", "train.eval_every_steps=null")

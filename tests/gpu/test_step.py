@@ -18,10 +18,16 @@ from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop
 from swinv2_train.training.prefetch import Copies
-from tests.unit.test_train import shards  # noqa: F401
+from tests.support.shard_files import noise_shards
 from tests.unit.training.test_step import place, six_steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[str, str]:
+    """16 training images and 6 of evaluation, of 4 classes."""
+    return noise_shards(tmp_path_factory.mktemp("shards"))
 
 
 def watched_run(config: Any) -> tuple[int, dict[int, Counter[str]]]:
@@ -50,7 +56,7 @@ def watched_run(config: Any) -> tuple[int, dict[int, Counter[str]]]:
 @pytest.mark.parametrize(
     ("engine", "task"), [("local", "finetune"), ("zero1", "simmim"), ("zero2", "finetune"), ("zero3", "simmim")]
 )
-def test_a_step_without_a_log_line_waits_only_after_its_backward_pass(engine, task, shards, tmp_path):  # noqa: F811
+def test_a_step_without_a_log_line_waits_only_after_its_backward_pass(engine, task, shards, tmp_path):
     """Between the last backward pass and the optimizer, for the ranks' agreement and the gradient norm."""
     config = six_steps(engine, task, tmp_path / "run", shards, "data.num_workers=2")
     # a new interpreter: other tests may have begun to use the device in this one, and then a fork cannot

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
+from tests.support.shard_files import ten_class_shards
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     finally:
         left = cluster.stop()
     assert not left, f"still running after the end of the cluster: {left}"
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> tuple[str, str]:
+    """Overrides that name 3 training shards of 20 labelled images and one evaluation shard of 10."""
+    return ten_class_shards(tmp_path_factory.mktemp("shards"))

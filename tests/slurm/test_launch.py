@@ -14,8 +14,8 @@ import pytest
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.command_line import read_run
 from swinv2_train.monitoring.run_log import read_metrics
-from tests.distributed.test_train import SMALL, keys_per_step, losses, shards  # noqa: F401
 from tests.slurm.cluster import NODES, ROOT, Cluster, wait_until
+from tests.support.commands import SMALL, keys_per_step, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 PRETRAIN = (
@@ -57,7 +57,7 @@ def starts_of(run_dir: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, shards, tmp_path_factory) -> Job:  # noqa: F811
+def undisturbed(cluster, shards, tmp_path_factory) -> Job:
     """A run of ZeRO-3 on two nodes that nobody disturbs."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "a run"
     job = cluster.train(*PRETRAIN, *shards, f"train.max_steps={STEPS}", f"run_dir={run_dir}", options=("--nodes=2",))
@@ -65,7 +65,7 @@ def undisturbed(cluster, shards, tmp_path_factory) -> Job:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def finetuning(cluster, shards, undisturbed, tmp_path_factory) -> Job:  # noqa: F811
+def finetuning(cluster, shards, undisturbed, tmp_path_factory) -> Job:
     """A chain: fine-tuning that waits for the end of the pre-training."""
     run_dir = tmp_path_factory.mktemp("finetuning") / "run"
     overrides = ("experiment=cifar10_finetune", f"task.init_from='{undisturbed.run_dir}'", *SMALL, *shards)
@@ -74,7 +74,7 @@ def finetuning(cluster, shards, undisturbed, tmp_path_factory) -> Job:  # noqa: 
 
 
 @pytest.fixture(scope="module")
-def limited(cluster, shards, tmp_path_factory) -> Job:  # noqa: F811
+def limited(cluster, shards, tmp_path_factory) -> Job:
     """A run that is longer than its time limit of a minute, and is told half a minute before."""
     run_dir = tmp_path_factory.mktemp("limited") / "run"
     options = ("--nodes=1", "--time=1", "--signal=USR1@60")
@@ -95,7 +95,7 @@ def test_a_job_of_two_nodes_leaves_its_run_with_code_and_configuration(cluster, 
     assert commit == (code / "commit.txt").read_text().strip() and len(commit) == 40
 
 
-def test_one_torchrun_a_node_does_the_same(cluster, undisturbed, shards, tmp_path):  # noqa: F811
+def test_one_torchrun_a_node_does_the_same(cluster, undisturbed, shards, tmp_path):
     """LAUNCHER=torchrun: the signal passes through it, its exit code of 1 is understood, the losses are the same."""
     overrides = (*PRETRAIN, *shards, f"train.max_steps={STEPS}", f"run_dir={tmp_path / 'run'}")
     job = Job(cluster.train(*overrides, options=("--nodes=2",), LAUNCHER="torchrun"), tmp_path / "run")
@@ -121,7 +121,7 @@ def test_a_job_at_its_time_limit_goes_on_in_its_next_one(cluster, limited):
     assert sorted(found) == list(range(1, max(found) + 1))
 
 
-def test_nights_of_preemption_change_no_number(cluster, undisturbed, shards, tmp_path):  # noqa: F811
+def test_nights_of_preemption_change_no_number(cluster, undisturbed, shards, tmp_path):
     """Requeued by hand, told by a signal, pushed aside by a job that matters more: the same losses bit for bit."""
     run_dir = tmp_path / "run"
     overrides = (*PRETRAIN, *shards, f"train.max_steps={STEPS}", "train.checkpoint_every_steps=3", f"run_dir={run_dir}")
@@ -146,7 +146,7 @@ def test_a_chain_goes_on_when_the_first_run_is_complete(cluster, undisturbed, fi
     assert f"weights from {undisturbed.run_dir}/checkpoints/step_{STEPS:08d}" in cluster.output(finetuning.number)
 
 
-def test_an_array_is_a_sweep(cluster, shards, tmp_path):  # noqa: F811
+def test_an_array_is_a_sweep(cluster, shards, tmp_path):
     """Two runs at once on the same two nodes, two ranks each there: own directories, overrides and meeting points."""
     sweep = tmp_path / "sweep.txt"
     sweep.write_text("optim.lr=0.001 optim.betas=[0.8,0.9]\noptim.lr=0.002 'optim.betas=[0.7, 0.9]'\n")
@@ -160,7 +160,7 @@ def test_an_array_is_a_sweep(cluster, shards, tmp_path):  # noqa: F811
     assert [config.optim.betas for config in configs] == [[0.8, 0.9], [0.7, 0.9]]
 
 
-def test_a_run_goes_on_with_the_nodes_that_are_left(cluster, undisturbed, shards, tmp_path):  # noqa: F811
+def test_a_run_goes_on_with_the_nodes_that_are_left(cluster, undisturbed, shards, tmp_path):
     """--nodes=1-2, and one is taken down: the same images in every step, on one process instead of two."""
     run_dir = tmp_path / "run"
     overrides = (*PRETRAIN, *shards, f"train.max_steps={STEPS}", "train.checkpoint_every_steps=3", f"run_dir={run_dir}")

@@ -6,7 +6,6 @@ A curve more is a row in CURVES; `python scripts/refresh_golden.py --reason "...
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from swinv2_train import train
 from swinv2_train.config.command_line import compose_overrides
@@ -29,6 +27,7 @@ from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.models.kernels import cpu_attention
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.harness import run_distributed
+from tests.support.images import encoded
 
 FOLDER = Path(__file__).parents[1] / "golden"
 STEPS = 50
@@ -184,9 +183,8 @@ def pack(folder: Path) -> list[str]:
     for split, count in NUM_IMAGES.items():
         samples = []
         for number in range(first, first + count):
-            file = io.BytesIO()
-            Image.fromarray(draw(number)).save(file, "PNG")  # lossless
-            samples.append((f"image_{number:04d}", file.getvalue(), "png", number % CLASSES))
+            data = encoded(draw(number))  # lossless
+            samples.append((f"image_{number:04d}", data, "png", number % CLASSES))
         write_shards(samples, str(folder / split), 100)
         first += count
     return shards

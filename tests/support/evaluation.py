@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from swinv2_train import evaluate
 from swinv2_train.data.shards.tar_reader import write_shards
@@ -18,6 +16,7 @@ from swinv2_train.distributed import World
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.weights import save_weights
 from tests.support.harness import run_distributed
+from tests.support.images import encoded
 
 CLASSES, SIZE = 4, 16
 MODEL = (
@@ -40,10 +39,9 @@ def write_images(
 
     def samples():
         for number, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "PNG")
+            data = encoded(image)
             broken = number > len(images) - damaged
-            yield key.format(number), buffer.getvalue()[: 60 if broken else None], "png", label
+            yield key.format(number), data[: 60 if broken else None], "png", label
 
     write_shards(samples(), str(folder / name), 4)
     return f"{folder}/{name}-*.tar"

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-
-def image_bytes(seed: int, kind: str = "png", size: tuple[int, int] = (8, 8)) -> bytes:
-    """An image file of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "jpeg": "JPEG"}.get(kind, kind.upper()))
-    return buffer.getvalue()
+from swinv2_train.data.shards.tar_reader import write_shards
+from tests.support.images import encoded, image_bytes
 
 
 def samples(count: int, labels: bool = True) -> list[tuple[str, bytes, str, int | None]]:
@@ -31,3 +26,28 @@ def write_plain_tar(path: Path, members: list[tuple[str, bytes]], **options) -> 
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def noise_shards(folder: Path) -> tuple[str, str]:
+    """Overrides that name 16 training images of 16 px and 6 of evaluation, of 4 classes."""
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 16), ("test", 6)):
+        images = (encoded(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count))
+        rows = [(f"k{i:03d}", image, "png", i % 4) for i, image in enumerate(images)]
+        write_shards(rows, str(folder / name), 8)
+    return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")
+
+
+def ten_class_shards(folder: Path) -> tuple[str, str]:
+    """Overrides that name 3 training shards of 20 labelled images of 32 px and one evaluation shard of 10."""
+    rng = np.random.default_rng(0)
+
+    def rows(count: int) -> Iterator[tuple[str, bytes, str, int]]:
+        for i in range(count):
+            label = i % 10
+            pixels = rng.integers(0, 100, (32, 32, 3)) + 15 * label
+            yield f"image_{i:04d}", encoded(pixels.astype(np.uint8)), "png", label
+
+    write_shards(rows(60), str(folder / "train"), 20)
+    write_shards(rows(10), str(folder / "test"), 10)
+    return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 from PIL import Image
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.load import config_yaml
 from swinv2_train.evaluation.splits import open_splits
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.weights import save_weights
+from tests.support.configs import composed
 from tests.support.evaluation import (
     CLASSES,
     CLASSIFY,
@@ -32,6 +31,7 @@ from tests.support.evaluation import (
     write_images,
 )
 from tests.support.harness import tree
+from tests.support.processes import finished, forked_command
 
 COUNT = 11
 IMAGES, OTHERS = make_images(COUNT, seed=1), make_images(6, seed=2)
@@ -73,10 +73,8 @@ def answers_file(folder: Path, entries: Any) -> str:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "swinv2_train.evaluate", *arguments],
-        check=False, capture_output=True, text=True, timeout=120, cwd=folder,
-    )  # fmt: skip
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return finished(forked_command("swinv2_train.evaluate", *arguments, cwd=folder, **pipes))
 
 
 def test_weights_without_a_run_are_scored_and_nothing_is_written(base, tmp_path):
@@ -116,7 +114,7 @@ def test_weights_with_a_run_take_its_configuration(files, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     own = (f"run_dir={run_dir}", "data.shards=gone.tar", f"data.eval_shards={files['shards']}")
-    (run_dir / "config.yaml").write_text(config_yaml(compose_overrides([*CLASSIFY, *MODEL, *own])))
+    (run_dir / "config.yaml").write_text(config_yaml(composed([*CLASSIFY, *MODEL, *own])))
     done = start(tmp_path, f"run_dir={run_dir}", f"weights={files['weights']}")
     assert done.returncode == 0, done.stderr
     same(json.loads(done.stdout), expected_scores(logits_of(IMAGES), [[label] for label in LABELS]))
@@ -193,11 +191,11 @@ def test_a_folder_split_with_other_classes_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"data.eval_shards has 2 classes, data.eval_splits.v2.shards 2 \(they differ in: 0, 1, n01"
     ):
-        open_splits(compose_overrides([*arguments, f"+data.eval_splits.v2.shards={tmp_path}/v2"]))
-    assert len(open_splits(compose_overrides([*arguments, f"+data.eval_splits.same.shards={tmp_path}/val"]))) == 2
+        open_splits(composed([*arguments, f"+data.eval_splits.v2.shards={tmp_path}/v2"]))
+    assert len(open_splits(composed([*arguments, f"+data.eval_splits.same.shards={tmp_path}/val"]))) == 2
     labels = answers_file(tmp_path, {"0/1": [0], "1/1": [1]})  # say what the images are, whatever the folders do
     files = (f"+data.eval_splits.v2.shards={tmp_path}/v2", f"+data.eval_splits.v2.labels={labels}")
-    assert open_splits(compose_overrides([*arguments, *files]))["v2"].answers == {"0/1": (0,), "1/1": (1,)}
+    assert open_splits(composed([*arguments, *files]))["v2"].answers == {"0/1": (0,), "1/1": (1,)}
 
 
 def test_labels_by_key_serve_shards_without_any(base, files, tmp_path, capfd):
@@ -313,7 +311,7 @@ def test_wrong_input_is_one_message_and_exit_code_2(case, base, files, capfd):
 def test_format_is_of_weights_alone(tmp_path, capfd):
     """A run's own checkpoints have no other format."""
     (tmp_path / "config.yaml").write_text(
-        config_yaml(compose_overrides([*CLASSIFY, *MODEL, f"run_dir={tmp_path}", "data.shards=x"]))
+        config_yaml(composed([*CLASSIFY, *MODEL, f"run_dir={tmp_path}", "data.shards=x"]))
     )
     code, _, err = evaluate_command(capfd, f"run_dir={tmp_path}", "format=timm")
     assert code == 2 and "format (timm) is of weights=PATH, which is not given" in err

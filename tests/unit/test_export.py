@@ -17,17 +17,17 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.weights import load_weights
 from swinv2_train.weights import read_weights as read_file
 from tests.support.evaluation import CLASSES, CLASSIFY, MODEL, SIZE, make_model, save_model
-from tests.unit.test_train import run_alone, settings, shards  # noqa: F401  fixtures
+from tests.support.processes import finished, forked_command
+from tests.support.small_run import run_alone
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "swinv2_train.export", *arguments], capture_output=True, text=True, check=False
-    )
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return finished(forked_command("swinv2_train.export", *arguments, **pipes))
 
 
 @pytest.fixture
-def run_dir(settings, tmp_path) -> Path:  # noqa: F811
+def run_dir(settings, tmp_path) -> Path:
     """A trained run of one step."""
     config = settings("train.max_steps=1")
     assert run_alone(config) == EXIT_DONE
@@ -78,7 +78,7 @@ def test_a_run_exported_to_huggingface_gives_transformers_our_logits_and_our_pix
         torch.testing.assert_close(theirs(pixels).logits, ours(pixels), rtol=0, atol=1e-5)
 
 
-def test_a_pretraining_run_keeps_its_decoder_in_huggingface_and_is_refused_by_timm(settings, tmp_path):  # noqa: F811
+def test_a_pretraining_run_keeps_its_decoder_in_huggingface_and_is_refused_by_timm(settings, tmp_path):
     from transformers import Swinv2ForMaskedImageModeling
 
     config = settings("train.max_steps=1", task="simmim")

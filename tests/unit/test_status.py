@@ -15,8 +15,8 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.monitoring.watchdog import STATUS
 from swinv2_train.status import read_status, status_text
+from tests.support.small_run import run_alone
 from tests.unit.monitoring.test_watchdog import start, wait_for
-from tests.unit.test_train import run_alone, settings, shards  # noqa: F401
 
 FIGURES = "pulse.step_done(40); pulse.tell(total_steps=100, loss=2.5, images_per_sec=812.3, seconds_left=75.0)\n"
 
@@ -101,7 +101,7 @@ def test_ranks_that_are_elsewhere_than_rank_0_have_a_line(tmp_path):
     ]
 
 
-def test_the_command_on_a_finished_run_and_on_what_is_none(settings, tmp_path):  # noqa: F811
+def test_the_command_on_a_finished_run_and_on_what_is_none(settings, tmp_path):
     """The figures are those of the run; the exit code and one line say what is wrong with the input."""
     assert run_alone(settings("train.max_steps=3")) == EXIT_DONE
     done = command(str(tmp_path / "run"), "--json")
@@ -126,7 +126,7 @@ def test_a_damaged_status_is_named(tmp_path):
         read_status(tmp_path)
 
 
-def test_a_failed_run_says_why(settings, tmp_path):  # noqa: F811
+def test_a_failed_run_says_why(settings, tmp_path):
     """A loss that is not finite, as on the console."""
     config = settings("train.max_steps=3", "optim.lr=1e38", "optim.schedule.warmup_lr=1e38", "optim.clip_grad_norm=0")
     assert run_alone(config) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -13,15 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from swinv2_train import evaluate, train
-from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_weights
-from swinv2_train.config import Config, ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.load import config_yaml
-from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
@@ -30,56 +27,10 @@ from swinv2_train.training import loop
 from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.weights import save_weights
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
+from tests.support.small_run import run_alone, weights_of
 
 CPU = torch.device("cpu")
-SMALL = (
-    "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=16", "model.window_size=2",
-    "train.global_batch_size=8", "train.micro_batch_size=4", "train.log_every_steps=1", "train.keep_best=null",
-    "train.eval_every_steps=null", "log.wandb=disabled", "log.progress=none", "engine=local", "engine.precision=fp32",
-    "runtime.num_threads=1",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> tuple[str, str]:
-    """16 training images and 6 of evaluation, of 4 classes."""
-    folder = tmp_path_factory.mktemp("shards")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 16), ("test", 6)):
-        rows = []
-        for i in range(count):
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
-            rows.append((f"k{i:03d}", buffer.getvalue(), "png", i % 4))
-        write_shards(rows, str(folder / name), 8)
-    return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")
-
-
-@pytest.fixture
-def settings(shards, tmp_path):
-    """settings(*overrides): a small classifier's configuration in tmp_path/run."""
-
-    def compose(*overrides: str, task: str = "finetune") -> Config:
-        init = ("task.init_from=null", "task.num_classes=4") if task == "finetune" else ()
-        run = (f"experiment=cifar10_{task}", f"run_dir={tmp_path / 'run'}")
-        return compose_overrides([*run, *SMALL, *shards, *init, *overrides])
-
-    return compose
-
-
-def run_alone(config: Config, around: Any = None) -> Any:
-    """train(config) in a process of its own; around(): called there first, its result is called after."""
-
-    def command(world: World) -> Any:
-        after = around() if around is not None else None
-        code = guarded(lambda: train.train(config))
-        return code if after is None else (code, after())
-
-    return run_distributed(command, 1, init=False, timeout_sec=60)[0]
-
-
-def weights_of(config: Config) -> dict[str, torch.Tensor]:
-    return read_weights(find_checkpoint(Path(config.run_dir)))
 
 
 def test_seed_decides_the_initial_weights(settings, tmp_path):
@@ -199,7 +150,7 @@ def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
     still = ("optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0", "train.max_steps=1")
     start = (*still, f"task.init_from={tmp_path / 'timm.pth'}")
     with pytest.raises(ConfigError, match=r"task.init_from: .*head.bias is \(6,\), the model has \(4,\); head=fresh"):
-        initial_weights(settings(*start), build_task(settings(), CPU), World(0, 0, 1, 1, CPU))
+        initial_weights(settings(*start), build_task(settings(), CPU), ONE)
     for task, head in (("finetune", f"task.init_head={tmp_path / 'classes.txt'}"), ("simmim", "task.init_head=auto")):
         config = settings(*start, head, f"run_dir={tmp_path / task}", task=task)
         assert run_alone(config) == EXIT_DONE
@@ -224,7 +175,7 @@ def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settin
     cases = [(name, (*larger, *more), not more) for name in ("source", "hf") for more in ((), (right,))]
     for name, overrides, warned in [*cases, ("bare.pth", larger, False)]:
         config = settings(*overrides, f"task.init_from={tmp_path / name}")
-        initial = initial_weights(config, build_task(config, CPU), World(0, 0, 1, 1, CPU))
+        initial = initial_weights(config, build_task(config, CPU), ONE)
         assert (f"{right} keeps its meaning" in initial.report) is warned, (name, overrides)
 
 
@@ -271,7 +222,7 @@ def test_lengths_of_a_run_come_from_its_epochs(build):
 
 def test_a_resumed_run_stands_where_its_checkpoint_says(build):
     """Steps, images, data position and the newest save; lines after it leave the log."""
-    world = World(0, 0, 1, 1, torch.device("cpu"))
+    world = ONE
     fresh, _ = build(world)
     state = {"step": 2, "images_seen": 32, "data": fresh.position.loader.state_dict(32, 0)}
     run, log = build(world, Path("step_00000002"), state)

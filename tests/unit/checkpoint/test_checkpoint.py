@@ -24,9 +24,8 @@ from swinv2_train.checkpoint import (
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
 from swinv2_train.storage.durable import write_durably
+from tests.support.one_rank import ONE
 from tests.support.toy import save_checkpoint
-
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 class OneTensor:

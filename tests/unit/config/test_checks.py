@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
+from tests.support.configs import composed
 
 
 @pytest.mark.parametrize(
@@ -24,5 +24,5 @@ from swinv2_train.config.command_line import compose_overrides
 def test_wrong_value_for_classification_is_one_message_that_names_the_key(override, message):
     """Before a process group or an accelerator is touched."""
     with pytest.raises(ConfigError, match=message) as caught:
-        compose_overrides(["experiment=cifar10_finetune", override])
+        composed(["experiment=cifar10_finetune", override])
     assert "\n" not in str(caught.value)

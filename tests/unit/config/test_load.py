@@ -11,13 +11,13 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from swinv2_train.config import ClassifyConfig, Config, ConfigError, EvalSplitConfig, SimMIMConfig
+from swinv2_train.config import Config, ConfigError, EvalSplitConfig
 from swinv2_train.config.command_line import compose_argv, compose_source, read_run
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.keys import all_keys, known_keys
 from swinv2_train.config.load import config_yaml, load_config
+from tests.support.configs import composed
 
-EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 MINIMAL = ("run_dir=somewhere", "data.shards=x.tar")
 
 
@@ -34,13 +34,6 @@ def compose(monkeypatch):
     return compose_arguments
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes(experiment, compose):
-    shards = () if experiment.startswith("cifar10") else ("data.shards=x.tar",)
-    config = compose(f"experiment={experiment}", *shards)
-    assert isinstance(config.task, (SimMIMConfig, ClassifyConfig))
-
-
 @pytest.mark.parametrize("group", ["model", "engine", "task", "data", "optim", "log"])
 def test_every_option_of_every_group_composes(group, compose):
     """An option that nobody composes rots."""
@@ -55,6 +48,15 @@ def test_command_line_beats_experiment_beats_defaults(compose):
     plain, experiment = compose(*MINIMAL), compose("experiment=cifar10_simmim")
     assert plain.train.global_batch_size != experiment.train.global_batch_size
     assert compose("experiment=cifar10_simmim", "train.global_batch_size=96").train.global_batch_size == 96
+
+
+def test_what_tests_compose_is_what_a_command_line_does(compose):
+    """tests/support/configs.composed, values on top of files and on top of each other."""
+    overrides = (
+        "experiment=cifar10_finetune", "seed=3", "run_dir='my run'", "model.depths=[1,1]", "optim.ema_decay=null",
+        "+engine.deepspeed_overrides.comms_logger.enabled=true", "model.window_size=4", "model.window_size=2",
+    )  # fmt: skip
+    assert composed(overrides) == compose(*overrides)
 
 
 def test_every_key_has_a_docstring_and_no_default():
@@ -143,10 +145,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_message_that_names_the_key(case, compose):
+def test_wrong_input_is_one_message_that_names_the_key(case):
     overrides, message = WRONG[case]
     with pytest.raises(ConfigError, match=message) as caught:
-        compose(*MINIMAL, *overrides)
+        composed([*MINIMAL, *overrides])
     assert "\n" not in str(caught.value)
 
 

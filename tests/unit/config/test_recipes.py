@@ -217,7 +217,7 @@ def test_every_experiment_has_a_row_here_and_in_the_docs():
     assert set(re.findall(r"^    \$TRAIN experiment=(\w+) ", text, re.MULTILINE)) == papers
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS, scope="module")  # by name, so that a worker composes it once
 def test_recipe_is_what_its_sources_print(name):
     config, row = composed(name), RECIPES[name]
     run, train, schedule = row.run, config.train, config.optim.schedule
@@ -259,7 +259,7 @@ def test_recipe_is_what_its_sources_print(name):
     assert min(group["lr_scale"] for group in groups) == pytest.approx(row.layer_decay ** max(0, row.layers - 1))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS, scope="module")  # by name, so that a worker composes it once
 def test_recipe_sees_its_images_as_its_sources_do(name):
     config, row = composed(name), RECIPES[name]
     task, data = config.task, config.data
@@ -286,7 +286,7 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
     assert data.crop_scale == ([0.6, 1.0] if row.size == "demo" else [0.08, 1.0])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS, scope="module")  # by name, so that a worker composes it once
 def test_fine_tuning_starts_from_the_run_that_comes_before_it(name):
     """Nothing fine-tunes from nothing, and the position bias is told the windows at which it was trained."""
     config, row = composed(name), RECIPES[name]
@@ -300,7 +300,7 @@ def test_fine_tuning_starts_from_the_run_that_comes_before_it(name):
     assert row.pretrained == (() if row.window == first.window else sides)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS, scope="module")  # by name, so that a worker composes it once
 def test_experiment_changes_what_its_files_name_and_nothing_else(name):
     """Its values are those of its files, and what they leave out is the defaults' of its groups: nothing leaks in."""
     config = composed(name)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from swinv2_train.config import RECOMPUTE_PLACES, ConfigError, Recompute, parse_recompute
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.engine.activation_checkpointing import apply_recompute, recompute_warning
 from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.tasks.encoder import build_model
+from tests.support.configs import composed
 from tests.support.live_bytes import LiveBytes
 
 MEANINGS = {
@@ -27,7 +27,7 @@ MEANINGS = {
 
 
 def compose(*overrides: str):
-    return compose_overrides(["model=tiny", "data=cifar10", "task=simmim", "task.mask_unit_px=4", "run_dir=runs/x",
+    return composed(["model=tiny", "data=cifar10", "task=simmim", "task.mask_unit_px=4", "run_dir=runs/x",
                               *overrides])  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swinv2_train import train
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.distributed import World
 from swinv2_train.engine.adamw import avoid_compiler
@@ -26,12 +26,13 @@ from swinv2_train.evaluation.linear_probe import classified, fit, in_tenth, line
 from swinv2_train.evaluation.probe import check_probe, open_probe
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.configs import composed
 from tests.support.evaluation import evaluated, make_images, write_images
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 
 avoid_compiler()  # as every engine and the evaluate command do, for L-BFGS would import torch._dynamo
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 CLASSES = 7
 
 
@@ -276,7 +277,7 @@ def shards(tmp_path_factory) -> dict[str, str]:
 
 def compose(*overrides: str) -> Config:
     """A SimMIM run unless the task is given."""
-    return compose_overrides([*(SIMMIM if "task=classify" not in overrides else ()), *SMALL, *overrides])
+    return composed([*(SIMMIM if "task=classify" not in overrides else ()), *SMALL, *overrides])
 
 
 def run_alone(*configs: Config) -> list[int]:

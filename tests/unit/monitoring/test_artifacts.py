@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.weights import read_weights
+from tests.support.configs import composed
+from tests.support.small_run import run_alone, weights_of
 from tests.unit.monitoring.test_run_log import read_wandb_records
-from tests.unit.test_train import run_alone, settings, shards, weights_of  # noqa: F401
 
 
 @pytest.mark.timeout(120)
-def test_weights_and_pictures_of_a_complete_run(settings, tmp_path):  # noqa: F811
+def test_weights_and_pictures_of_a_complete_run(settings, tmp_path):
     config = settings(
         "train.max_steps=2", "log.wandb=offline", "log.wandb_artifacts=[weights,pictures]", "task.mask_unit_px=4",
         task="simmim",
@@ -36,4 +36,4 @@ def test_weights_and_pictures_of_a_complete_run(settings, tmp_path):  # noqa: F8
 
 def test_other_artifacts_are_refused():
     with pytest.raises(ConfigError, match=r"log.wandb_artifacts \(code\) is none of pictures, weights"):
-        compose_overrides(["run_dir=r", "data.shards=s.tar", "log.wandb_artifacts=[weights,code]"])
+        composed(["run_dir=r", "data.shards=s.tar", "log.wandb_artifacts=[weights,code]"])

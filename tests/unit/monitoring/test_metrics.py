@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.monitoring.metrics import (
@@ -22,6 +21,7 @@ from swinv2_train.monitoring.metrics import (
     peak_memory_gib,
     ranks_where,
 )
+from tests.support.configs import composed
 
 ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
@@ -201,7 +201,7 @@ def test_an_unknown_device_or_precision_has_no_peak_rather_than_a_wrong_one(name
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_mfu_and_the_planner_know_one_peak_of_a_card(file: str, precision: str) -> None:
     """Two numbers for a card would give an MFU that no plan can reach, or the reverse."""
-    hardware = compose_overrides(["run_dir=unused", "data.shards=unused", f"hardware={file}"]).hardware
+    hardware = composed(["run_dir=unused", "data.shards=unused", f"hardware={file}"]).hardware
     assert peak_flops(hardware.name, precision) == getattr(hardware, f"tflops_{precision}") * 1e12
 
 

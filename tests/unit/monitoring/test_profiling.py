@@ -11,18 +11,19 @@ import pytest
 
 from swinv2_train import train
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.monitoring.profiling import BACKWARD, CHECKPOINT, DATA, EVALUATION, FORWARD, OPTIMIZER
 from swinv2_train.monitoring.run_log import read_metrics
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
-from tests.unit.test_train import SMALL, shards  # noqa: F401
+from tests.support.small_run import SMALL
 
 
-def train_on_two(run_dir: Path, shards: tuple[str, str], *more: str) -> list[float]:  # noqa: F811
+def train_on_two(run_dir: Path, shards: tuple[str, str], *more: str) -> list[float]:
     """The losses of 6 steps under ZeRO-3."""
     settings = [setting for setting in SMALL if not setting.startswith(("engine", "train.eval"))]
-    config = compose_overrides([
+    config = composed([
         "experiment=cifar10_finetune", f"run_dir={run_dir}", *settings, *shards, "task.init_from=null",
         "task.num_classes=4", "engine=zero3", "train.max_steps=6", "train.checkpoint_every_steps=3",
         "train.eval_every_steps=2", "train.keep_checkpoints=3", *more,
@@ -38,7 +39,7 @@ def events(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_traced_run_under_zero_3_has_the_same_losses_and_resumes(shards, tmp_path):  # noqa: F811
+def test_a_traced_run_under_zero_3_has_the_same_losses_and_resumes(shards, tmp_path):
     """Every labelled part of a step is in each rank's trace, as often as it happened in the steps that were asked for;
     the steps after a resume are traced anew beside the first ones."""
     plain = train_on_two(tmp_path / "plain", shards)
@@ -67,4 +68,4 @@ def test_a_traced_run_under_zero_3_has_the_same_losses_and_resumes(shards, tmp_p
 @pytest.mark.parametrize("steps", ["[0,1]", "[3,2]", "[4]", "[1,21]"])
 def test_steps_that_cannot_be_traced_are_refused(steps, tmp_path):
     with pytest.raises(ConfigError, match=r"runtime\.profile_steps \(.*\) must be \[first, last\]"):
-        compose_overrides([f"run_dir={tmp_path}", "data.shards=x", f"runtime.profile_steps={steps}"])
+        composed([f"run_dir={tmp_path}", "data.shards=x", f"runtime.profile_steps={steps}"])

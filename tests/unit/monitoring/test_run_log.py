@@ -21,6 +21,7 @@ from swinv2_train.config import LogConfig
 from swinv2_train.monitoring.console import duration_text, open_console
 from swinv2_train.monitoring.run_log import RunLog, read_metrics
 from swinv2_train.runtime import git_commit
+from tests.support.processes import finished, forked_code
 
 PRELUDE = """
 import os, sys, time, warnings, logging
@@ -53,9 +54,8 @@ def make_log(run_dir: Path, wandb: str = "disabled", is_main: bool = True, progr
 
 
 def run_script(body: str, run_dir: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
-    command = [sys.executable, "-c", PRELUDE + body, str(run_dir)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment)
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return finished(forked_code(PRELUDE + body, str(run_dir), environment=more, **pipes))
 
 
 # --- metrics.jsonl
@@ -403,8 +403,7 @@ for number in range(200):
     console.say("line %d" % number); time.sleep(0.005)
 (run_dir / "finished").write_text("yes")
 """
-    command = [sys.executable, "-c", PRELUDE + body, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = forked_code(PRELUDE + body, str(tmp_path), stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "line 0\n"
     process.stdout.close()
@@ -476,7 +475,7 @@ for step in range(11, 21):
 log.close()
 """
     master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", PRELUDE + body, str(tmp_path)], stdout=slave, stderr=slave)
+    process = forked_code(PRELUDE + body, str(tmp_path), stdout=slave, stderr=slave)
     os.close(slave)
     chunks: list[bytes] = []
 

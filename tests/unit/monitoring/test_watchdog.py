@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ from typing import Any
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.monitoring.watchdog import STATUS, Pulse, blame, read_ranks, silent_ranks
+from tests.support.configs import composed
+from tests.support.processes import forked_code
 
 PRELUDE = """
 import ctypes, os, sys, time
@@ -31,14 +30,8 @@ heartbeat = Heartbeat(pulse, run_dir, 0, 1, config, console).start()
 
 
 def start(run_dir: Path, body: str, timeout_sec: float = 1.0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + body, str(run_dir), str(timeout_sec)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return forked_code(PRELUDE + body, str(run_dir), str(timeout_sec), **pipes)
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:
@@ -235,6 +228,6 @@ def test_a_torn_sign_of_life_is_left_out(tmp_path):
 def test_a_limit_that_would_end_a_healthy_run_is_refused(overrides, message):
     """A shard at an address may take its time, and local ones need no such room."""
     with pytest.raises(ConfigError, match=message):
-        compose_overrides(["run_dir=r", "data.shards=s.tar", *overrides])
-    compose_overrides(["run_dir=r", "data.shards=s.tar", "runtime.hang_timeout_sec=600"])
-    compose_overrides(["run_dir=r", "data.shards='s3://b/s.tar'", "runtime.hang_timeout_sec=null"])
+        composed(["run_dir=r", "data.shards=s.tar", *overrides])
+    composed(["run_dir=r", "data.shards=s.tar", "runtime.hang_timeout_sec=600"])
+    composed(["run_dir=r", "data.shards='s3://b/s.tar'", "runtime.hang_timeout_sec=null"])

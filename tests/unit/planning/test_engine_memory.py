@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from swinv2_train.config import Config
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.build import engine_memory
@@ -17,6 +16,7 @@ from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import LOADER, plan_memory
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
+from tests.support import configs
 from tests.support.harness import run_distributed
 from tests.support.live_bytes import allocated_peak
 
@@ -35,7 +35,7 @@ ENGINES = {
 
 
 def composed(*overrides: str) -> Config:
-    return compose_overrides(["run_dir=unused", "data.shards=unused", *BASE, *overrides])
+    return configs.composed(["run_dir=unused", "data.shards=unused", *BASE, *overrides])
 
 
 def step_peak(world: World, overrides: list[str]) -> float:

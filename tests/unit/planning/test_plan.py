@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from swinv2_train.config import Config
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
@@ -25,6 +24,7 @@ from swinv2_train.planning.start_warning import memory_warning, rough_bytes
 from swinv2_train.planning.trace import meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks import build_task
+from tests.support import configs
 from tests.support.live_bytes import allocated_peak
 
 ONE_BY_ONE = ("task.mixup_alpha=0", "task.cutmix_alpha=0")  # mixing wants micro-batches of pairs
@@ -52,7 +52,7 @@ POLICIES = {
 
 
 def composed(*overrides: str) -> Config:
-    return compose_overrides(["run_dir=unused", "data.shards=unused", *overrides])
+    return configs.composed(["run_dir=unused", "data.shards=unused", *overrides])
 
 
 def allocated(config: Config) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.engine.model_sizes import LayerSizes, ModelSizes
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning.communication import (
@@ -29,6 +28,7 @@ from swinv2_train.planning.hardware import complete
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.scaling import COUNTS, scaling_curve
 from swinv2_train.planning.speed import measured_pass, optimizer_seconds, pass_seconds, plan_speed
+from tests.support import configs
 
 DEMO = ["model=demo", "task=classify", "task.num_classes=10", "engine=zero3", "hardware=a100_40gb",
         "train.global_batch_size=4096", "train.micro_batch_size=64"]  # fmt: skip
@@ -43,7 +43,7 @@ SIZES = ModelSizes(
 
 
 def composed(*overrides: str) -> Config:
-    return compose_overrides(["run_dir=unused", "data.shards=unused", *overrides])
+    return configs.composed(["run_dir=unused", "data.shards=unused", *overrides])
 
 
 def volume(*overrides: str, ranks: int = 4, accumulation: int = 3) -> dict[tuple[str, str], int]:

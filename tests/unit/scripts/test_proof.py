@@ -12,10 +12,10 @@ import pytest
 from scripts import proof
 from scripts.make_shards import Entry, pack
 from scripts.proof import ARMS, PRETRAINED, PROBES, SCRATCH, SEEDS, STEPS, Cell, Job
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.exit_codes import EXIT_FAILED
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
-from tests.support.shard_files import image_bytes
+from tests.support.configs import composed
+from tests.support.images import image_bytes
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:
@@ -35,11 +35,11 @@ def test_the_two_arms_differ_in_nothing_but_the_weights_they_start_from(tmp_path
     jobs = proof.jobs(tmp_path)
     assert len({job.name for job in jobs.values()}) == len(jobs) == len(SEEDS) * (4 + 2 * len(STEPS))
     seed = SEEDS[1]  # composing takes a while; the seeds' commands differ in nothing but the seed
-    encoder = compose_overrides(list(jobs[PRETRAINED, 0, seed].command[1:]))
+    encoder = composed(list(jobs[PRETRAINED, 0, seed].command[1:]))
     assert encoder.data.shards == "data/cifar10/train-*.tar" and encoder.seed == seed
     for percent, steps in STEPS.items():
         scratch, pretrained = (
-            flat(compose_overrides(list(jobs[arm, percent, seed].command[1:]))) for arm in (SCRATCH, PRETRAINED)
+            flat(composed(list(jobs[arm, percent, seed].command[1:]))) for arm in (SCRATCH, PRETRAINED)
         )
         assert {key for key in scratch if scratch[key] != pretrained[key]} == {"run_dir", "task.init_from"}
         assert (scratch["task.init_from"], pretrained["task.init_from"]) == (None, encoder.run_dir)

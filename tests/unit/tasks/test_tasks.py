@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, pair
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.sample import SampleError
 from swinv2_train.data.transforms.crop import resize
 from swinv2_train.models import SimMIM
@@ -22,6 +21,7 @@ from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import Normalise
 from swinv2_train.tasks.simmim import SimMIMTask
 from swinv2_train.tasks.task import Task
+from tests.support.configs import composed
 
 CPU = torch.device("cpu")
 SMALL = ("run_dir=unused", "model.embed_dim=16", "model.depths=[1,1]", "model.num_heads=[1,2]")
@@ -29,7 +29,7 @@ MEAN, STD = [0.1, 0.4, 0.7], [0.2, 0.3, 0.5]
 
 
 def config_of(experiment: str, *overrides: str) -> Config:
-    return compose_overrides(
+    return composed(
         [f"experiment={experiment}", *SMALL, f"data.mean={MEAN}", f"data.std={STD}", *overrides],
     )
 

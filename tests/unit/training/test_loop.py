@@ -25,9 +25,8 @@ from swinv2_train.training.monitor import Monitor
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
 from tests.support.harness import run_distributed
+from tests.support.one_rank import ONE
 from tests.support.toy import toy_config
-
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 def batch_of(loss: float, key: str, num_bad: int = 0) -> dict[str, Any]:

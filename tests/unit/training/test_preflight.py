@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.training.preflight import preflight
+from tests.support.configs import composed
 
 REFUSED_TO_TRAIN = {
     "engine": (("engine=zero0", "engine.precision=bf16"), r"engine.zero_stage \(0\) with engine.precision \(bf16\)"),
@@ -22,7 +22,7 @@ REFUSED_TO_TRAIN = {
 def test_a_run_is_refused_for_what_reading_its_weights_does_not_need(case):
     """An evaluation may be on a machine that has neither the engine nor the augmentation of the run."""
     overrides, message = REFUSED_TO_TRAIN[case]
-    config = compose_overrides(["experiment=cifar10_finetune", *overrides])
+    config = composed(["experiment=cifar10_finetune", *overrides])
     with pytest.raises(ConfigError, match=message) as caught:
         preflight(config, training=True)
     assert "\n" not in str(caught.value)
@@ -30,7 +30,7 @@ def test_a_run_is_refused_for_what_reading_its_weights_does_not_need(case):
 
 
 def test_probes_without_images_are_refused_for_every_command():
-    config = compose_overrides(
+    config = composed(
         ["experiment=cifar10_finetune", "probe.methods=[knn]", "data.eval_shards=null", "train.keep_best=null"]
     )
     for training in (True, False):

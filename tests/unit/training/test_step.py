@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_train import train
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine.adamw import adamw
 from swinv2_train.monitoring.watchdog import Pulse
@@ -24,8 +24,9 @@ from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop
 from swinv2_train.training.garbage_collection import Garbage
 from swinv2_train.training.prefetch import GO, STOP, Feed
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
-from tests.unit.test_train import SMALL, shards  # noqa: F401
+from tests.support.small_run import SMALL
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2")
 """Operations whose result the host needs: on an accelerator each waits until all work before it is done."""
@@ -72,11 +73,11 @@ def host_reads(config: Any) -> dict[int, Counter[str]]:
     return found
 
 
-def six_steps(engine: str, task: str, run_dir: Any, shards: tuple[str, str], *more: str) -> Any:  # noqa: F811
+def six_steps(engine: str, task: str, run_dir: Any, shards: tuple[str, str], *more: str) -> Any:
     """Two micro-batches of two images a step on one process; steps 1, 4 and 6 are logged, the last one is saved."""
     settings = [setting for setting in SMALL if not setting.startswith(("engine", "train.log_every"))]
     of_task = {"finetune": ["task.init_from=null", "task.num_classes=4", "optim.layer_decay=0.9"]}
-    return compose_overrides([
+    return composed([
         f"experiment=cifar10_{task}", f"run_dir={run_dir}", *settings, shards[0], "data.eval_shards=null",
         f"engine={engine}", "train.max_steps=6", "train.log_every_steps=4", "train.global_batch_size=4",
         "train.micro_batch_size=2", "train.checkpoint_every_steps=100", "train.picture_every_steps=100",
@@ -88,7 +89,7 @@ def six_steps(engine: str, task: str, run_dir: Any, shards: tuple[str, str], *mo
     ("engine", "task", "optimizer"),
     [("local", "finetune", 1), ("zero1", "simmim", 2), ("zero2", "finetune", 1), ("zero3", "simmim", 1)],
 )
-def test_a_step_without_a_log_line_waits_for_the_device_at_one_place(engine, task, optimizer, shards, tmp_path):  # noqa: F811
+def test_a_step_without_a_log_line_waits_for_the_device_at_one_place(engine, task, optimizer, shards, tmp_path):
     """After the backward pass: for the ranks' agreement on the next step and for the gradient norm, and DeepSpeed's
     stage 1 in bf16 compares the norm once more.  Layer decay makes many parameter groups; none costs a read."""
     found = host_reads(six_steps(engine, task, tmp_path / "run", shards, "data.num_workers=0"))
@@ -139,10 +140,10 @@ def test_what_is_wrong_with_the_next_steps_data_comes_with_that_step():
     assert feed_of([{}], StopRequest(after_sec=0), []).take().state == STOP
 
 
-def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(shards, tmp_path):  # noqa: F811
+def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(shards, tmp_path):
     """50 steps: the collector runs at every 20th and at no other time, and what is alive does not grow."""
     settings = (*SMALL, "train.max_steps=50", "train.checkpoint_every_steps=100", "train.picture_every_steps=100")
-    config = compose_overrides([
+    config = composed([
         "experiment=cifar10_finetune", f"run_dir={tmp_path / 'run'}", *settings, *shards, "task.init_from=null",
         "task.num_classes=4", "runtime.gc_every_steps=20",
     ])  # fmt: skip

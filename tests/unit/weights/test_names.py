@@ -17,6 +17,7 @@ from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.weights import load_weights, read_weights, save_weights
 from swinv2_train.weights.names import reordered_merging
+from tests.support.one_rank import ONE
 from tests.support.weights_samples import (
     SMALL,
     assert_same,
@@ -210,7 +211,6 @@ def test_queries_keys_and_values_that_only_add_up_are_refused(tmp_path):
 def test_a_run_of_our_own_reads_by_its_directory_or_its_checkpoint(tmp_path, kind):
     """Its newest complete checkpoint, through the engine that wrote it."""
     from swinv2_train.checkpoint import COMPLETE
-    from swinv2_train.distributed import World
     from swinv2_train.engine.state.files import describe, snapshot
     from swinv2_train.engine.state.pieces import whole_pieces
 
@@ -219,7 +219,7 @@ def test_a_run_of_our_own_reads_by_its_directory_or_its_checkpoint(tmp_path, kin
     step = tmp_path / "checkpoints" / "step_00000007"
     (step / "engine").mkdir(parents=True)
     described = describe({name: (tuple(tensor.shape), tensor.dtype, False) for name, tensor in state.items()})
-    world = World(0, 0, 1, 1, torch.device("cpu"))
+    world = ONE
     sums = snapshot(whole_pieces(state), described, {"engine": "local"}, world, None).write(step / "engine")
     files = {f"engine/{name}": {"bytes": sum.num_bytes, "crc32": "", "rank": 0} for name, sum in sums.items()}
     (step / COMPLETE).write_text(json.dumps({"step": 7, "world_size": 1, "files": files}))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -18,56 +16,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.batches import BatchRequest
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
-from swinv2_train.data.sample import SampleError, ShardError, Targets
+from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
-from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
-from swinv2_train.data.transforms.masks import simmim_mask
-from tests.support.configs import make_config
-
-CONFIG = make_config(
-    data={
-        "lanes": 4,
-        "window_shards": 2,
-        "num_workers": 0,
-        "crop_scale": [0.5, 1.0],
-        "crop_ratio": [0.75, 1.33],
-        "max_bad_fraction": 0.5,
-    }
-).data
-
-
-class Transform:
-    """A crop, a flip, a mask and the label, as the tasks do it."""
-
-    def __init__(self, needs_label: bool = True) -> None:
-        self.needs = ("label",) if needs_label else ()
-
-    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        crop = random_resized_crop(image, (8, 8), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
-        row = {"image": random_flip(crop, 0.5, rng), "mask": simmim_mask((8, 8), 2, 1, 0.6, rng)}
-        return {**row, "label": torch.tensor(targets["label"])} if self.needs else row
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.support.images import image_bytes
+from tests.support.loaders import CONFIG, Transform, train_loader
+from tests.support.processes import forked_code
 
 
 def make_shards(folder: Path, count: int, bad: dict[int, bytes] | None = None, unlabelled: int = -1) -> Manifest:
     bad = bad or {}
-    rows = [(f"k{i:03d}", bad.get(i, png(i)), "png", None if i == unlabelled else i % 3) for i in range(count)]
+    rows = [
+        (f"k{i:03d}", bad.get(i, image_bytes(i, size=(12, 10))), "png", None if i == unlabelled else i % 3)
+        for i in range(count)
+    ]
     return write_shards(rows, str(folder / "t"), samples_per_shard=7)
-
-
-def train_loader(manifest: Manifest, config: DataConfig = CONFIG, **changes) -> TrainLoader:
-    options = {"seed": 5, "global_batch_size": 12, "micro_batch_size": 4, "rank": 0, "world_size": 1, "start_images": 0}
-    return TrainLoader(manifest, config, changes.pop("transform", Transform()), **(options | changes))
 
 
 def fingerprint(batch: dict) -> list[tuple[str, bytes]]:
@@ -223,7 +189,7 @@ def test_state_is_one_position_one_count_and_the_identity_of_the_data(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_sample_stops_the_run_and_is_named(tmp_path, workers):
     """One message, no traceback of a worker around it."""
-    manifest = make_shards(tmp_path, 20, bad={9: png(9)[:100]})
+    manifest = make_shards(tmp_path, 20, bad={9: image_bytes(9, size=(12, 10))[:100]})
     loader = train_loader(manifest, replace(CONFIG, num_workers=workers))
     message = r"^\S*t-000001.tar: sample 'k009': not a readable .png image .* at byte \d+; .*data.on_bad_sample=replace"
     with pytest.raises(SampleError, match=message):
@@ -411,7 +377,6 @@ def test_evaluation_stands_in_for_damaged_samples_too(tmp_path):
 _SCRIPT = """
 import sys, time
 from itertools import islice
-sys.path.insert(0, {project!r})
 from tests.unit.data.loading.test_loader import *
 from swinv2_train.data.shards.tar_reader import open_manifest
 loader = train_loader(open_manifest({pattern!r}), replace(CONFIG, num_workers=2))
@@ -424,10 +389,8 @@ print("pids", *[w.pid for w in loader._workers._running["loader"]._iterator._wor
 
 def _start(tmp_path: Path, then: str) -> tuple[subprocess.Popen, list[int]]:
     make_shards(tmp_path, 20)
-    script = _SCRIPT.format(project=str(Path(__file__).parents[4]), pattern=f"{tmp_path}/*.tar", then=then)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    script = _SCRIPT.format(pattern=f"{tmp_path}/*.tar", then=then)
+    process = forked_code(script, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     return process, [int(pid) for pid in process.stdout.readline().split()[1:]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import pickle
 from dataclasses import replace
 from itertools import islice
@@ -11,13 +10,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.shared_memory import BatchMemory
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
 from tests.support.configs import make_config
+from tests.support.images import image_bytes
 
 WORKERS = make_config(data={"num_workers": 2}).data
 ALONE = replace(WORKERS, num_workers=0)
@@ -40,13 +39,11 @@ class AsItIs(Transform):
 
 @pytest.fixture
 def shards(tmp_path) -> Manifest:
-    def png(seed: int) -> bytes:
-        buffer = io.BytesIO()
-        pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    return write_shards([(f"k{i}", png(i), "png", None) for i in range(26)], str(tmp_path / "t"), samples_per_shard=7)
+    return write_shards(
+        [(f"k{i}", image_bytes(i, size=(12, 10)), "png", None) for i in range(26)],
+        str(tmp_path / "t"),
+        samples_per_shard=7,
+    )
 
 
 def train_loader(shards: Manifest, config) -> TrainLoader:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,20 +14,21 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
-from swinv2_train.data.sample import ShardError, Targets
+from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.prefetch import FetchAhead
 from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
 from swinv2_train.data.shards.transfers import Patience
+from tests.support import loaders
 from tests.support.configs import make_config
+from tests.support.images import image_bytes
+from tests.support.loaders import PixelsAndDraw
+from tests.support.processes import forked_code
 from tests.support.shard_server import ShardServer, serve
 
 PATIENT = Patience(stall_sec=5.0, give_up_sec=20.0)
@@ -38,23 +37,14 @@ CONFIG = make_config(
 ).data
 
 
-class Transform:
-    needs = ()
-
-    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return {"image": image, "draw": torch.tensor(rng.random())}
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def server(tmp_path) -> Iterator[ShardServer]:
     """12 shards of 4 samples, about 30 kB each."""
-    write_shards([(f"k{i:03d}", png(i), "png", None) for i in range(48)], str(tmp_path / "served" / "t"), 4)
+    write_shards(
+        [(f"k{i:03d}", image_bytes(i, size=(40, 40)), "png", None) for i in range(48)],
+        str(tmp_path / "served" / "t"),
+        4,
+    )
     with serve(tmp_path / "served") as running:
         yield running
 
@@ -171,7 +161,7 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(tmp_path, server):
     manifest = remote(server, tmp_path / "cache")
     with multiprocessing.get_context("fork").Pool(4) as pool:
         results = pool.map(_read_everything, [(manifest, first) for first in (0, 0, 5, 9)], chunksize=1)
-    assert results == [[png(4 * shard + 3) for shard in range(12)]] * 4
+    assert results == [[image_bytes(4 * shard + 3, size=(40, 40)) for shard in range(12)]] * 4
     assert fetched(server) == {f"t-{number:06d}.tar": 1 for number in range(12)}
 
 
@@ -181,7 +171,7 @@ def test_processes_under_a_tight_bound_take_turns(tmp_path, server):
     manifest = remote(server, tmp_path / "cache", bound)
     with watched(tmp_path / "cache") as most, multiprocessing.get_context("fork").Pool(3) as pool:
         results = pool.map(_read_one_by_one, [(manifest, first) for first in (0, 4, 8)], chunksize=1)
-    assert results == [[png(4 * shard) for shard in range(12)]] * 3
+    assert results == [[image_bytes(4 * shard, size=(40, 40)) for shard in range(12)]] * 3
     assert most[0] <= bound
 
 
@@ -210,13 +200,7 @@ print(reader.read(0, 0).key, flush=True)
 
 
 def _reader_process(server: ShardServer, folder: Path, then: str = "read") -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
-    return subprocess.Popen(
-        [sys.executable, "-c", _READ_ONE, server.url, str(folder), then],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return forked_code(_READ_ONE, server.url, str(folder), then, stdout=subprocess.PIPE)
 
 
 def _wait_for(what, seconds: float = 20.0) -> None:
@@ -276,8 +260,8 @@ def test_a_process_exits_while_it_fetches(tmp_path, server):
 
 
 def train_loader(manifest: Manifest, config=CONFIG, **changes) -> TrainLoader:
-    options = {"seed": 5, "global_batch_size": 8, "micro_batch_size": 4, "rank": 0, "world_size": 1, "start_images": 0}
-    return TrainLoader(manifest, config, Transform(), **(options | changes))
+    transform = PixelsAndDraw(needs_label=False)
+    return loaders.train_loader(manifest, config, transform=transform, global_batch_size=8, **changes)
 
 
 def stream(loader: TrainLoader, count: int) -> list[tuple[list[str], list[float]]]:
@@ -359,7 +343,7 @@ def test_a_shard_that_cannot_be_had_ends_the_run_once_its_turn_comes(tmp_path, s
 def test_evaluation_reads_its_own_shards_in_order(tmp_path, server, workers):
     manifest = remote(server, tmp_path / "cache")
     config = replace(CONFIG, num_workers=workers, fetch_ahead_shards=1)
-    loader = EvalLoader(manifest, config, Transform(), 5, 1, 3)
+    loader = EvalLoader(manifest, config, PixelsAndDraw(needs_label=False), 5, 1, 3)
     keys = [key for batch in loader for key in batch["keys"]]
     loader.close()
     assert keys == [f"k{i:03d}" for i in range(16, 32)] + [""] * 4

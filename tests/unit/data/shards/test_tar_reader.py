@@ -16,7 +16,8 @@ from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.pattern import expand_pattern
 from swinv2_train.data.shards.tar_index import build_index
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest, reindex, verify_shards, write_shards
-from tests.support.shard_files import image_bytes, samples, write_plain_tar
+from tests.support.images import image_bytes
+from tests.support.shard_files import samples, write_plain_tar
 
 
 def test_written_shards_are_read_back_by_webdataset(tmp_path):

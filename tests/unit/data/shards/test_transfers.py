@@ -15,7 +15,8 @@ from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
 from swinv2_train.data.shards.transfers import Patience, base_name, beside, folder_of, insist, shown
-from tests.support.shard_files import image_bytes, samples, write_plain_tar
+from tests.support.images import image_bytes
+from tests.support.shard_files import samples, write_plain_tar
 from tests.support.shard_server import serve
 
 PATIENT = Patience(stall_sec=0.4, give_up_sec=20.0)

@@ -12,38 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from scripts import make_shards
-from swinv2_train.config import ConfigError, DataConfig
-from swinv2_train.config.command_line import compose_overrides
-from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, check_same_classes
-from swinv2_train.data.sample import SampleError, ShardError, Targets
+from swinv2_train.config import ConfigError
+from swinv2_train.data.loading.loader import EvalLoader, check_same_classes
+from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.data.sources import folder as folder_module
 from swinv2_train.data.sources import virtual_shards
-from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.folder import open_folder
-from swinv2_train.data.transforms.crop import random_flip, random_resized_crop
-from swinv2_train.distributed import World
 from swinv2_train.tasks import task_class
-from swinv2_train.training.build import open_shards
-from tests.support.configs import make_config
-from tests.support.shard_files import image_bytes
-
-CONFIG = make_config(data={"lanes": 2, "window_shards": 2, "num_workers": 0, "max_bad_fraction": 0.5}).data
-
-
-class Transform:
-    """A crop, a flip and the label, as the tasks do it."""
-
-    def __init__(self, needs_label: bool = True) -> None:
-        self.needs = ("label",) if needs_label else ()
-
-    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        crop = random_resized_crop(image, (6, 6), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
-        row = {"image": random_flip(crop, 0.5, rng)}
-        return {**row, "label": torch.tensor(targets["label"])} if self.needs else row
+from swinv2_train.training.build import open_sources
+from tests.support.configs import composed
+from tests.support.images import image_bytes
+from tests.support.loaders import CONFIG, Transform, rows, train_loader
+from tests.support.one_rank import ONE
 
 
 def write(folder: Path, names: list[str]) -> Path:
@@ -57,21 +41,6 @@ def write(folder: Path, names: list[str]) -> Path:
 
 def classes_of(count: int, size: int) -> list[str]:
     return [f"c{label:02d}/{number:03d}.png" for label in range(count) for number in range(size)]
-
-
-def train_loader(source: Source, config: DataConfig = CONFIG, **changes) -> TrainLoader:
-    options = {"seed": 5, "global_batch_size": 12, "micro_batch_size": 4, "rank": 0, "world_size": 1, "start_images": 0}
-    return TrainLoader(source, config, changes.pop("transform", Transform()), **(options | changes))
-
-
-def rows(loader: TrainLoader, batches: int) -> list[tuple[str, int, bytes]]:
-    """Key, label and pixels of every row, in order."""
-    found = []
-    for batch in islice(loader, batches):
-        for i, key in enumerate(batch["keys"]):
-            found.append((key, int(batch["label"][i]), batch["image"][i].numpy().tobytes()))
-    loader.close()
-    return found
 
 
 def test_a_run_on_a_folder_is_the_run_on_its_packed_shards_image_for_image(tmp_path, monkeypatch):
@@ -274,7 +243,7 @@ def test_classes_are_compared_between_two_sources_and_with_the_model(tmp_path):
     check_same_classes(one, open_source(str(write(tmp_path / "flat", ["1.png"]))), keys)
     with pytest.raises(ConfigError, match=r"data.shards has 3 classes, data.eval_shards 2 \(they differ in: b\)"):
         check_same_classes(one, other, keys)
-    two = compose_overrides(["task=classify", "task.num_classes=2", "model=demo", "run_dir=x", "data.shards=x"]).task
+    two = composed(["task=classify", "task.num_classes=2", "model=demo", "run_dir=x", "data.shards=x"]).task
     with pytest.raises(ConfigError, match="data.shards has labels from 0 to 2; set task.num_classes=3"):
         task_class(two).check_source(two, one, "data.shards", None)
 
@@ -282,10 +251,10 @@ def test_classes_are_compared_between_two_sources_and_with_the_model(tmp_path):
 def test_the_train_command_opens_folders_and_refuses_other_classes_before_it_trains(tmp_path):
     train, val = write(tmp_path / "train", ["a/1.png", "b/2.png"]), write(tmp_path / "val", ["a/1.png", "x/3.png"])
     task = ("task=classify", "task.num_classes=2", "model=demo", "run_dir=x", f"data.shards={train}")
-    alone = World(0, 0, 1, 1, torch.device("cpu"))
-    training, evaluation = open_shards(compose_overrides([*task, f"data.eval_shards={train}"]), alone)
+    alone = ONE
+    training, evaluation = open_sources(composed([*task, f"data.eval_shards={train}"]), alone)
     assert training.num_samples == 2 and evaluation is not None and evaluation.label_range == (0, 1)
     with pytest.raises(ConfigError, match=r"data.eval_shards 2 \(they differ in: b, x\)"):
-        open_shards(compose_overrides([*task, f"data.eval_shards={val}"]), alone)
+        open_sources(composed([*task, f"data.eval_shards={val}"]), alone)
     with pytest.raises(ConfigError, match="task.num_classes .1. is too small: data.shards"):
-        open_shards(compose_overrides([*task, "task.num_classes=1"]), alone)
+        open_sources(composed([*task, "task.num_classes=1"]), alone)

@@ -14,30 +14,18 @@ from typing import Any
 
 import pyarrow
 import pytest
-import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
-from swinv2_train.data.sample import SampleError, ShardError, Targets
+from swinv2_train.data.loading.loader import EvalLoader
+from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.data.sources import virtual_shards
-from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.huggingface import find_columns
-from swinv2_train.data.transforms.crop import random_resized_crop
-from tests.support.configs import make_config
-from tests.support.shard_files import image_bytes
+from tests.support.images import image_bytes
+from tests.support.loaders import CONFIG, Transform, rows, train_loader
 
-CONFIG = make_config(data={"lanes": 2, "window_shards": 2, "num_workers": 0, "max_bad_fraction": 1.0}).data
 COUNT = 240
-
-
-class Transform:
-    def __init__(self, needs_label: bool = True) -> None:
-        self.needs = ("label",) if needs_label else ()
-
-    def __call__(self, image: torch.Tensor, targets: Targets, rng: Any) -> dict[str, torch.Tensor]:
-        crop = random_resized_crop(image, (6, 6), (0.3, 1.0), (0.75, 1.33), "bilinear", rng)
-        return {"image": crop} | ({"label": torch.tensor(targets["label"])} if self.needs else {})
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +48,6 @@ def saved(tmp_path_factory) -> Path:
 def copy(saved, tmp_path) -> Path:
     """One that may be changed."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def train_loader(source: Source, config=CONFIG, **changes) -> TrainLoader:
-    options = {"seed": 5, "global_batch_size": 12, "micro_batch_size": 4, "rank": 0, "world_size": 1, "start_images": 0}
-    return TrainLoader(source, config, changes.pop("transform", Transform()), **(options | changes))
-
-
-def rows(loader: TrainLoader, batches: int) -> list[tuple[str, int, bytes]]:
-    found = []
-    for batch in islice(loader, batches):
-        for i, key in enumerate(batch["keys"]):
-            found.append((key, int(batch["label"][i]), batch["image"][i].numpy().tobytes()))
-    loader.close()
-    return found
 
 
 def change_table(path: Path, change: Any) -> None:

@@ -11,35 +11,20 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.loading.pipe_loader import StreamLoader, build_train_loader
-from swinv2_train.data.sample import SampleError, ShardError, Targets
+from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
 from swinv2_train.data.sources.pipe import Stream, open_stream, read_command
-from tests.support.configs import make_config
-from tests.support.shard_files import image_bytes, samples, write_plain_tar
+from tests.support.configs import composed, make_config
+from tests.support.images import image_bytes
+from tests.support.loaders import PixelsAndDraw
+from tests.support.shard_files import samples, write_plain_tar
 
 CONFIG = make_config(data={"num_workers": 0, "shuffle_buffer_images": 4, "max_bad_fraction": 0.5}).data
-
-
-class Transform:
-    """The image's own pixels, cut to one size, a random number and the label."""
-
-    def __init__(self, needs_label: bool = True) -> None:
-        self.needs = ("label",) if needs_label else ()
-
-    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return {
-            "image": image[:, :8, :8].contiguous(),
-            "draw": torch.tensor(rng.random()),
-            "label": torch.tensor(targets["label"]),
-        }
 
 
 @pytest.fixture
@@ -51,7 +36,7 @@ def folder(tmp_path) -> Path:
 
 def loader(pattern: str, rank: int = 0, world_size: int = 1, start: int = 0, config=CONFIG, seed: int = 0):
     return build_train_loader(
-        open_stream(pattern), config, Transform(), seed, 4 * world_size, 4, rank, world_size, start
+        open_stream(pattern), config, PixelsAndDraw(), seed, 4 * world_size, 4, rank, world_size, start
     )
 
 
@@ -252,7 +237,7 @@ def test_rows_are_those_of_the_indexed_loader(folder):
             for key, image, label in zip(batch["keys"], batch["image"], batch["label"], strict=True)
         }
 
-    indexed = TrainLoader(open_manifest(f"{folder}/t-*.tar"), CONFIG, Transform(), 0, 4, 4, 0, 1, 0)
+    indexed = TrainLoader(open_manifest(f"{folder}/t-*.tar"), CONFIG, PixelsAndDraw(), 0, 4, 4, 0, 1, 0)
     stream = loader(f"pipe:cat {folder}/t-{{000000..000003}}.tar")
     batches = list(islice(stream, 8))
     assert rows(batches) == rows(islice(indexed, 3)) and len(rows(batches)) == 10
@@ -340,7 +325,7 @@ def test_nothing_readable_at_all_is_an_error(tmp_path):
 
 def test_a_checkpoint_of_the_one_kind_is_refused_by_the_other(folder):
     stream = loader(f"pipe:cat {folder}/t-000000.tar")
-    indexed = TrainLoader(open_manifest(f"{folder}/t-*.tar"), CONFIG, Transform(), 0, 4, 4, 0, 1, 0)
+    indexed = TrainLoader(open_manifest(f"{folder}/t-*.tar"), CONFIG, PixelsAndDraw(), 0, 4, 4, 0, 1, 0)
     with pytest.raises(ConfigError, match="data.shards is a pipe, but the checkpoint's run reads indexed shards"):
         stream.check_state(indexed.state_dict(8, 0))
     with pytest.raises(ConfigError, match="data.shards are not the shards of the checkpoint"):
@@ -378,7 +363,7 @@ def test_the_loader_can_go_back(folder):
 )
 def test_lengths_are_given_in_steps(overrides, message):
     given = ["run_dir=run", "data.shards='pipe:cat {00..11}.tar'", "train.max_steps=9", "optim.schedule.warmup_steps=1"]
-    config = compose_overrides(given)
+    config = composed(given)
     assert config.data.shards == "pipe:cat {00..11}.tar" and config.train.epochs is not None
     with pytest.raises(ConfigError, match=message):
-        compose_overrides([*given, *overrides])
+        composed([*given, *overrides])

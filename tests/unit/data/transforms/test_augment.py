@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import itertools
 import math
 import random
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.command_line import guarded
 from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.shards.tar_reader import Manifest, write_shards
 from swinv2_train.data.transforms import augment
@@ -41,7 +40,9 @@ from swinv2_train.tasks import build_task
 from swinv2_train.tasks.classify import ClassifyTask
 from swinv2_train.tasks.task import Task
 from swinv2_train.train import train
+from tests.support.configs import composed
 from tests.support.harness import run_distributed
+from tests.support.images import encoded
 
 CPU = torch.device("cpu")
 OFFICIAL = "rand-m9-mstd0.5-inc1"
@@ -55,7 +56,7 @@ UNMIXED = ("task.mixup_alpha=0", "task.cutmix_alpha=0")
 
 
 def config_of(*overrides: str) -> Config:
-    return compose_overrides([*SMALL, *overrides])
+    return composed([*SMALL, *overrides])
 
 
 def task_of(*overrides: str) -> Task:
@@ -458,9 +459,7 @@ def test_nothing_on_the_device_is_waited_for():
 @pytest.fixture
 def shards(tmp_path) -> Manifest:
     def png(seed: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(picture(seed, (40, 36)).permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        return buffer.getvalue()
+        return encoded(picture(seed, (40, 36)).permute(1, 2, 0).numpy())
 
     rows = [(f"k{number:03d}", png(number), "png", number % 7) for number in range(26)]
     return write_shards(rows, str(tmp_path / "t"), samples_per_shard=7)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from swinv2_train.data.transforms.crop import centre_crop, random_box, random_flip, random_resized_crop, resize
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
+from tests.support.images import encoded
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -22,12 +23,6 @@ def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     return np.clip(np.asarray(small).astype(int) + rng.integers(-6, 7, (height, width, 3)), 0, 255).astype(np.uint8)
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -43,20 +38,20 @@ def pixels(tensor: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_lossless_formats_come_back_exactly(kind):
     array = smooth(33, 47)
-    data = encode(Image.fromarray(array), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    data = encoded(Image.fromarray(array), kind, **({"lossless": True} if kind == "WEBP" else {}))
     assert np.array_equal(pixels(decode_image(data, kind.lower())), array)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
 def test_jpeg_equals_pillows_decoder(options):
-    data = encode(Image.fromarray(smooth(65, 50)), "JPEG", **options)
+    data = encoded(Image.fromarray(smooth(65, 50)), "JPEG", **options)
     difference = pixels(decode_image(data, "jpg")).astype(int) - np.asarray(Image.open(io.BytesIO(data))).astype(int)
     assert np.abs(difference).max() <= 3  # two builds of libjpeg-turbo
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_grey_is_repeated(kind):
-    data = encode(Image.fromarray(smooth(20, 30)).convert("L"), kind)
+    data = encoded(Image.fromarray(smooth(20, 30)).convert("L"), kind)
     array = pixels(decode_image(data, kind.lower()))
     assert np.array_equal(array[..., 0], array[..., 2]) and np.array_equal(
         array[..., 0], np.asarray(Image.open(io.BytesIO(data)))
@@ -69,32 +64,32 @@ def test_alpha_and_palettes_become_rgb_without_a_warning(mode):
     options = {"transparency": bytes(range(64)) + bytes(192)} if mode == "P" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        array = pixels(decode_image(encode(image, "PNG", **options), "png"))
+        array = pixels(decode_image(encoded(image, "PNG", **options), "png"))
     assert np.array_equal(array, np.asarray(image.convert("RGB")))
 
 
 def test_cmyk_jpeg_becomes_the_same_rgb_as_pillows():
     """ImageNet has some; libjpeg alone cannot convert them."""
-    data = encode(Image.fromarray(smooth(40, 40)).convert("CMYK"), "JPEG")
+    data = encoded(Image.fromarray(smooth(40, 40)).convert("CMYK"), "JPEG")
     array = pixels(decode_image(data, "jpg"))
     assert np.array_equal(array, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 def test_16_bit_grey_is_scaled_not_clipped():
     deep = np.linspace(0, 65535, 30 * 20).astype(np.uint16).reshape(20, 30)
-    array = pixels(decode_image(encode(Image.fromarray(deep), "PNG"), "png"))
+    array = pixels(decode_image(encoded(Image.fromarray(deep), "PNG"), "png"))
     assert np.array_equal(array[..., 1], (deep >> 8).astype(np.uint8))
 
 
 def test_the_bytes_decide_not_the_name():
     array = smooth(10, 10)
-    assert np.array_equal(pixels(decode_image(encode(Image.fromarray(array), "PNG"), "jpg")), array)
+    assert np.array_equal(pixels(decode_image(encoded(Image.fromarray(array), "PNG"), "jpg")), array)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("damage", ["half", "garbage", "empty"])
 def test_damaged_files_are_errors(kind, damage):
-    data = encode(Image.fromarray(smooth(120, 120)), kind)
+    data = encoded(Image.fromarray(smooth(120, 120)), kind)
     broken = {"half": data[: len(data) // 2], "garbage": bytes(range(256)) * 4, "empty": b""}[damage]
     with pytest.raises(DecodeError, match=f"not a readable .{kind.lower()} image"):
         decode_image(broken, kind.lower())
@@ -102,7 +97,7 @@ def test_damaged_files_are_errors(kind, damage):
 
 def test_zeros_inside_a_jpeg_scan_are_noticed():
     """Only the strict decoder notices; the picture would be half grey."""
-    data = bytearray(encode(Image.fromarray(smooth(200, 200)), "JPEG", quality=75))
+    data = bytearray(encoded(Image.fromarray(smooth(200, 200)), "JPEG", quality=75))
     data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
     with pytest.raises(DecodeError, match="not a readable .jpg image"):
         decode_image(bytes(data), "jpg")
@@ -110,7 +105,7 @@ def test_zeros_inside_a_jpeg_scan_are_noticed():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_images_with_too_many_pixels_are_refused_before_decoding(kind):
-    data = encode(Image.new("RGB", (300, 200)), kind)
+    data = encoded(Image.new("RGB", (300, 200)), kind)
     assert decode_image(data, "png", max_pixels=60_000).shape == (3, 200, 300)
     with pytest.raises(DecodeError, match="200 x 300 pixels, more than the 59999"):
         decode_image(data, "png", max_pixels=59_999)
@@ -120,7 +115,7 @@ def test_a_decompression_bomb_costs_neither_memory_nor_time():
     """20,000 x 20,000 pixels of one colour are 1.2 GB from 1.2 MB; the header tells, nothing is unpacked."""
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
-    jpeg = bytearray(encode(Image.new("RGB", (64, 64)), "JPEG"))
+    jpeg = bytearray(encoded(Image.new("RGB", (64, 64)), "JPEG"))
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
     for data in (bomb, bytes(jpeg)):
@@ -131,7 +126,7 @@ def test_a_decompression_bomb_costs_neither_memory_nor_time():
                 decode_image(data, "png")
         assert time.monotonic() - started < 1.0  # measured 1 ms
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))
-    small = encode(Image.new("RGB", (4, 4)), "PNG")
+    small = encoded(Image.new("RGB", (4, 4)), "PNG")
     small = small[:33] + text + small[33:]
     with pytest.raises(DecodeError, match="not a readable .png image .ValueError: Decompressed data too large"):
         decode_image(small, "png")
@@ -141,7 +136,7 @@ def test_a_decompression_bomb_costs_neither_memory_nor_time():
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_tiny_and_huge_images_become_crops_of_the_size(height, width, kind):
     """One pixel is enough for a picture, and 20,000 in a row are legal below the limit on all pixels."""
-    data = encode(Image.new("RGB", (width, height), (200, 30, 60)), kind)
+    data = encoded(Image.new("RGB", (width, height), (200, 30, 60)), kind)
     image = decode_image(data, kind.lower())
     assert image.shape == (3, height, width)
     crop = random_resized_crop(image, (16, 16), (0.67, 1.0), (0.75, 4 / 3), "bicubic", np.random.default_rng(0))
@@ -155,8 +150,8 @@ def test_exif_rotation_is_not_applied_by_any_decoder(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     options = {"lossless": True} if kind == "WEBP" else {}
-    turned = decode_image(encode(Image.fromarray(array), kind, exif=exif, **options), kind.lower())
-    plain = decode_image(encode(Image.fromarray(array), kind, **options), kind.lower())
+    turned = decode_image(encoded(Image.fromarray(array), kind, exif=exif, **options), kind.lower())
+    plain = decode_image(encoded(Image.fromarray(array), kind, **options), kind.lower())
     assert turned.shape == (3, 20, 30) and torch.equal(turned, plain)
 
 

@@ -11,9 +11,8 @@ import torch
 from swinv2_train.checkpoint import ema_note, find_checkpoint
 from swinv2_train.checkpoint import read_weights as read_checkpoint
 from swinv2_train.config import ConfigError, HardwareConfig
-from swinv2_train.config.command_line import compose_overrides, compose_source
+from swinv2_train.config.command_line import compose_source
 from swinv2_train.config.exit_codes import EXIT_DONE
-from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
 from swinv2_train.engine.memory import EMA
 from swinv2_train.engine.state.ema import SWAPPED_TOGETHER, WeightAverages
@@ -24,11 +23,12 @@ from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.search import candidates
 from swinv2_train.weights import read_weights
 from swinv2_train.weights.export import Request, export
+from tests.support.configs import composed
 from tests.support.evaluation import evaluated
+from tests.support.one_rank import ONE
+from tests.support.small_run import run_alone
 from tests.support.toy import batches, build, build_toy, full_state, part, toy_config, train
-from tests.unit.test_train import run_alone, settings, shards  # noqa: F401  fixtures
 
-ONE = World(0, 0, 1, 1, torch.device("cpu"))
 BATCH = part(batches(1, 16)[0], 0, 1, 0, 1)
 ATOL = 2e-6  # measured worst 4.9e-7 over 40 steps of all decays; averaging a refused step: 4e-4, before a step: 4e-3
 
@@ -123,7 +123,7 @@ SMALL = ("run_dir=unused", "data.shards=unused", "task=classify", "model=demo", 
 )
 def test_what_cannot_be_averaged_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        compose_overrides([*SMALL, "optim.ema_decay=0.9", *overrides])
+        composed([*SMALL, "optim.ema_decay=0.9", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_plan_counts_four_bytes_a_parameter_sharded_as_the_masters(engine, share
     ranks = 1 if engine == "local" else 2
     plans = []
     for decay in ("null", "0.9999"):
-        config = compose_overrides([*SMALL, f"engine={engine}", "hardware=a100_40gb", f"optim.ema_decay={decay}"])
+        config = composed([*SMALL, f"engine={engine}", "hardware=a100_40gb", f"optim.ema_decay={decay}"])
         plans.append(plan_memory(config, _complete(config.hardware, ranks), ranks)[0])
     without, plan = plans
     added = 4 * plan.sizes.parameters * share
@@ -152,12 +152,12 @@ def _complete(hardware: HardwareConfig, ranks: int) -> HardwareConfig:
 
 
 def test_recommendation_counts_them_too():
-    config = compose_overrides([*SMALL, "hardware=a100_40gb", "optim.ema_decay=0.9", "model.recompute=none"])
+    config = composed([*SMALL, "hardware=a100_40gb", "optim.ema_decay=0.9", "model.recompute=none"])
     found = next(iter(candidates(config, _complete(config.hardware, 2), 2)))
     assert all(parts[EMA] for parts in found.memory.phases.values())
 
 
-def test_run_scores_both_keeps_the_best_average_and_the_commands_take_it(settings, tmp_path, capfd):  # noqa: F811
+def test_run_scores_both_keeps_the_best_average_and_the_commands_take_it(settings, tmp_path, capfd):
     """What the run measured of its averages is what evaluate says with ema=true; export writes the same."""
     config = settings(
         "train.max_steps=4", "train.eval_every_steps=2", "train.keep_best=val_ema/loss", "optim.ema_decay=0.7",
@@ -186,7 +186,7 @@ def test_run_scores_both_keeps_the_best_average_and_the_commands_take_it(setting
     assert not torch.equal(exported["head.weight"], weights["head.weight"])
 
 
-def test_run_without_averages_says_so_when_they_are_asked_for(settings, tmp_path, capfd):  # noqa: F811
+def test_run_without_averages_says_so_when_they_are_asked_for(settings, tmp_path, capfd):
     """evaluate and export refuse; a resume begins at the weights, or drops what was kept, in a line."""
     assert run_alone(settings("train.max_steps=1")) == EXIT_DONE
     run_dir = tmp_path / "run"

@@ -1,0 +1,110 @@
+"""Processes without the start of an interpreter: forks of this one, which has imported torch and all the rest.
+
+A start of a command costs 6 s of CPU for its imports, a fork none.  The tests of starts themselves (what is imported,
+signals during imports, torchrun, launch files) run real interpreters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """A process that calls body and exits with its SystemExit's code, with 1 after a traceback, or with 0.
+
+    options: subprocess.Popen's own, but for the program and its environment.
+    """
+
+    def child() -> None:
+        code = 1
+        try:
+            _look_new(environment or {})
+            body()
+            code = 0
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        except BaseException:  # noqa: BLE001  as the interpreter does in the end
+            sys.excepthook(*sys.exc_info())
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)  # what is registered to run at exit belongs to the parent
+
+    return subprocess.Popen([sys.executable], preexec_fn=child, text=True, **options)
+
+
+def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`python -m module arguments`."""
+    import deepspeed  # noqa: F401  imported once here, then in every fork
+
+    main = importlib.import_module(module).main
+
+    def body() -> None:
+        sys.argv = [module, *arguments]
+        main()
+
+    return forked(body, **options)
+
+
+def forked_code(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`python -c code arguments`."""
+
+    def body() -> None:
+        sys.argv = ["-c", *arguments]
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+    return forked(body, **options)
+
+
+def finished(process: subprocess.Popen[str], input: str | None = None, timeout: float = 60) -> Any:
+    """What subprocess.run returns; a process that hangs is killed."""
+    try:
+        stdout, stderr = process.communicate(input, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def _look_new(environment: dict[str, str]) -> None:
+    """Make a fork look like a new interpreter to itself and to its parent."""
+    os.closerange(3, 4096)  # among them the pipe by whose end Popen knows that a program has begun
+    gc.freeze()  # never finalise here what belongs to the parent
+    gc.enable()  # Popen has switched it off for the fork
+    faulthandler.disable()  # pytest's, into a file that is closed now
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    sys.excepthook = sys.__excepthook__
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
+    logging.root.handlers.clear()
+    for logger in logging.root.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", []):
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stdout)
+    warnings.showwarning = _show_warning  # pytest would keep them for its summary
+    warnings.resetwarnings()
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
