@@ -86,10 +86,10 @@ def test_differences_are_named_with_their_step():
 @pytest.mark.parametrize("reason", [(), ("--reason", ""), ("--reason", "new numbers")])
 def test_refresh_without_a_reason_is_refused(reason, capsys):
     """Before anything is computed or written."""
-    before = {path: path.read_bytes() for path in curves.FOLDER.iterdir()}
+    before = {path: path.read_bytes() for path in curves.FOLDER.rglob("*") if path.is_file()}
     assert refresh_golden.main([*reason, "reference"]) == 2
     assert "must say in 3 words or more why" in capsys.readouterr().err
-    assert before == {path: path.read_bytes() for path in curves.FOLDER.iterdir()}
+    assert before == {path: path.read_bytes() for path in curves.FOLDER.rglob("*") if path.is_file()}
 
 
 def test_refresh_writes_what_changed_and_why(tmp_path):
