@@ -203,7 +203,7 @@ def test_what_cannot_be_divided_is_left_out_with_its_reason() -> None:
             ["--recommend", "plan.num_gpus=8", "train.global_batch_size=24", "train.micro_batch_size=2"],
             r"\(24\) cannot be divided among 8 ranks in pairs, as mixup needs; set it to a multiple of 2 x plan",
         ),
-        (["plan.scaling=both"], r"plan\.scaling \(both\) is none of None, strong, weak"),
+        (["plan.scaling=both"], r"plan\.scaling \(both\) is none of null, strong, weak"),
         (["plan.step_seconds=0"], r"plan\.step_seconds \(0\.0\) must be more than 0"),
         (["hardware.intra_node_latency_us=-1"], r"hardware\.intra_node_latency_us \(-1\.0\) must be at least 0"),
         (["plan.scaling=weak", "--recommend"], r"plan\.scaling \(weak\) with --recommend"),
