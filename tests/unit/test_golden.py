@@ -48,10 +48,10 @@ def test_a_learning_rate_larger_by_a_ten_millionth_is_noticed(tmp_path):
     curve, golden = curves.CURVES["reference"], curves.read_golden("reference")
     keys, found = ("train/loss", "train/grad_norm"), []
     for number, lr in enumerate((2.0e-3, 2.0e-3 * (1 + 1e-7))):
-        overrides = ("train.max_steps=4", f"optim.lr={lr!r}")
+        overrides = ("train.max_steps=8", f"optim.lr={lr!r}")
         values = curves.compute(tmp_path / str(number), ["reference"], overrides)["reference"]
         found.append({key: values[key] for key in keys})
-    first = {key: golden["values"][key][:4] for key in keys}
+    first = {key: golden["values"][key][:8] for key in keys}
     assert not curves.differences(curve, first, found[0], exact=golden["machine"] == curves.machine())
     assert curves.differences(curve, found[0], found[1], exact=True)
 
