@@ -91,7 +91,8 @@ def absent(contestant: Contestant, case: Case) -> str | None:
 
 def too_large(case: Case, rows: Sequence[Contestant], device: torch.device) -> str | None:
     """Why a table does not fit into memory: all weights between turns, and one contestant's step."""
-    at_rest = sum(case.weights_gib() * row.weights_dtype.itemsize / 4 for row in rows if row.implementation != PRODUCTS)
+    float32_gib = case.weights_gib()
+    at_rest = sum(float32_gib * row.weights_dtype.itemsize / 4 for row in rows if row.implementation != PRODUCTS)
     at_rest += PROCESS_GIB[device.type] * len(rows)
     step = 3.5 * case.weights_gib() + case.activations_gib()  # gradients, two moments, autocast's copies
     needed = at_rest + step

@@ -133,7 +133,7 @@ def test_a_whole_run_writes_its_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     text, results = out.read_text(), json.loads(out.with_suffix(".json").read_text())
     assert "| demo/32/4 | fp32 | ours |" in text and "--only ours official torchvision" in text
-    assert results["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(results["versions"]["torch"])  # a wheel may leave its build out
     (table,) = results["tables"]
     ours, official, torchvision = table["entries"][:3]
     assert len(ours["rounds"]) == len(official["rounds"]) == 2 and official["difference"] == 0
