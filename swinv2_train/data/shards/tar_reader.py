@@ -31,7 +31,7 @@ from swinv2_train.data.shards.manifest import (
 from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
-from swinv2_train.data.shards.tar_index import is_sample_member
+from swinv2_train.data.shards.tar_index import is_sample_member, load_index
 from swinv2_train.data.shards.transfers import base_name, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
@@ -258,13 +258,20 @@ class TarReader:
         name = self.manifest.name(shard)
         fd, index_path = self._open_file(shard)
         try:
-            rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError) as error:
+            changed = f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex"
+            if os.fstat(fd).st_size != self.manifest.sizes[shard]:
+                raise ShardError(changed)
+            try:
+                rows = load_index(index_path, self.manifest.sizes[shard])
+            except (OSError, ValueError) as error:
+                raise ShardError(
+                    f"{name}: its index cannot be opened: {error}; delete {index_path}, it is made again"
+                ) from error
+            if len(rows) != self.manifest.counts[shard]:
+                raise ShardError(changed)
+        except ShardError:
             os.close(fd)
-            raise ShardError(f"{name}: its index cannot be opened: {error}") from error
-        if os.fstat(fd).st_size != self.manifest.sizes[shard] or len(rows) != self.manifest.counts[shard]:
-            os.close(fd)
-            raise ShardError(f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex")
+            raise
         self._open[shard] = (fd, rows)
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1][0])
