@@ -3,7 +3,7 @@
 A shard is fetched whole, checked against its sha256, and appears under its name by rename, so a half-written file never
 counts.  What lies there already is compared with its checksum once per start, and fetched again where it is another;
 the folder is this user's alone (0700), and yet a disk, or somebody, may have changed what is in it.  All state lies in
-the files, and every lock is the kernel's (flock), so a killed process leaves nothing to repair.  For a shard NAME of one
+the files, and every lock is the kernel's (flock), so a killed process leaves nothing to repair.  For a shard NAME of an
 address:
 
 - ``NAME.<sha256>.shard`` and ``.shard.idx.npy``: its bytes and index.  Whoever reads it holds a shared lock on it; the
