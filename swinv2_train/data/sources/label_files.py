@@ -100,7 +100,7 @@ def _entry(entries: list[Any] | dict[str, Any], name: int | str) -> Any:
 def _checked(classes: Any, sample: str, num_classes: int, path: str, key: str) -> tuple[int, ...]:
     if not isinstance(classes, list) or any(type(label) is not int for label in classes):
         raise ConfigError(
-            f"{key} ({path}): the entry of '{sample}' is {json.dumps(classes)[:100]}; it must be a list of classes"
+            f"{key} ({path}): the entry of '{sample}' is {reprlib.repr(classes)}; it must be a list of classes"
         )
     for label in classes:
         if not 0 <= label < num_classes:
