@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import hold_standard_streams
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.monitoring.console import duration_text
@@ -133,6 +134,7 @@ def _rank_text(status: Mapping[str, Any], rank: Mapping[str, Any]) -> str | None
 
 def main() -> None:
     """The console script swinv2-status."""
+    hold_standard_streams()
     arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")

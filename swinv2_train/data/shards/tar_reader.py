@@ -7,6 +7,7 @@ first use.  Shards at an address are read through a cache on this machine (shard
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import hashlib
@@ -255,6 +256,21 @@ class TarReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
+        try:
+            self._open[shard] = self._opened(shard)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._open:
+                raise
+            self.max_open = max(1, len(self._open) // 2)  # what this process may have open at a time is known now
+            while len(self._open) >= self.max_open:
+                os.close(self._open.popitem(last=False)[1][0])
+            return self._shard(shard)
+        if len(self._open) > self.max_open:
+            os.close(self._open.popitem(last=False)[1][0])
+        return self._open[shard]
+
+    def _opened(self, shard: int) -> tuple[int, np.ndarray]:
+        """A descriptor of a shard and its index.  Raises OSError where this process may open no further file."""
         name = self.manifest.name(shard)
         fd, index_path = self._open_file(shard)
         try:
@@ -264,18 +280,17 @@ class TarReader:
             try:
                 rows = load_index(index_path, self.manifest.sizes[shard])
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                    raise
                 raise ShardError(
                     f"{name}: its index cannot be opened: {error}; delete {index_path}, it is made again"
                 ) from error
             if len(rows) != self.manifest.counts[shard]:
                 raise ShardError(changed)
-        except ShardError:
+        except (ShardError, OSError):
             os.close(fd)
             raise
-        self._open[shard] = (fd, rows)
-        if len(self._open) > self.max_open:
-            os.close(self._open.popitem(last=False)[1][0])
-        return self._open[shard]
+        return fd, rows
 
     def _open_file(self, shard: int) -> tuple[int, str]:
         """A descriptor of the shard on this machine, and the path of its index."""
@@ -291,6 +306,8 @@ class TarReader:
         try:
             return os.open(path, os.O_RDONLY), self.manifest.index_paths[shard]
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise
             raise ShardError(f"{path}: the shard cannot be opened: {error}") from error
 
     def close(self) -> None:
