@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
+from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS
 from swinv2_train.data.shards.tar_reader import Manifest, reindex, shard_files, verify_shards, write_shards
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete shards of that prefix first")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
+    hold_standard_streams()
     options = parser.parse_args(arguments)
     if options.samples_per_shard < 1:
         parser.error(f"--samples-per-shard ({options.samples_per_shard}) must be at least 1")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import hold_standard_streams
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
+from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
 from swinv2_train.storage.json_files import number, optional, read_json, record, whole

@@ -34,6 +34,7 @@ from swinv2_train.config.reference import Entry, help_text, reference
 from swinv2_train.config.saved import CONFIG_NAME, read_saved_config
 from swinv2_train.config.schema import TASKS, Config
 from swinv2_train.config.shown import TRACEBACK_CHARACTERS, shown
+from swinv2_train.config.standard_streams import hold_standard_streams
 
 T = TypeVar("T")
 
@@ -95,24 +96,6 @@ def guarded(command: Callable[[], int]) -> int:
     except Exception:  # noqa: BLE001  the last place that can say what happened
         print(shown(traceback.format_exc(), TRACEBACK_CHARACTERS, lines=True), end="", file=sys.stderr)
         return EXIT_FAILED
-
-
-def hold_standard_streams() -> None:
-    """Where the process was started without stdin, stdout or stderr, the null device stands in.
-
-    Otherwise the next file that is opened would get the number of one of them, and what is printed; and Python's own
-    streams are None, so that the first word of anybody ends the command.
-    """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open as long as the process is
 
 
 def _speaker() -> str | None:
