@@ -146,7 +146,7 @@ heartbeat.close(0)
 def sign(rank: int, moves: int = 9, place: str = "gloo.py:1 wait", age_sec: float = 0.0, **more: Any) -> dict[str, Any]:
     return {
         "rank": rank, "host": "elsewhere", "pid": 100 + rank, "doing": "training", "doing_since": 900.0, "moves": moves,
-        "place": place, "updated_at": 1000.0 - age_sec,
+        "place": place, "updated_at": 1000.0 - age_sec, "state": "running", "reason": None, "step": 0,
     } | more  # fmt: skip
 
 
