@@ -55,8 +55,8 @@ def train(config: Config) -> int:
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
-        sources = open_sources(config, world)
-        probe = build_probe(config, world, sources)
+        sources = open_sources(config, world, newest)
+        probe = build_probe(config, world, (sources.training, sources.evaluation))
         total = total_steps(config.train, sources.training.num_samples)
         if newest is not None and step_of(newest) >= total:
             on_main(world, lambda: say_complete(run_dir, total))
@@ -65,7 +65,7 @@ def train(config: Config) -> int:
         with on_meta():  # each rank makes those of its own share, in the engine
             task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
-        initial = initial_weights(config, task, world) if newest is None else None
+        initial = initial_weights(config, task, world, sources.classes) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
@@ -77,7 +77,7 @@ def train(config: Config) -> int:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, sources, log, newest, initial, activity, probe)
-                on_main(world, lambda: write_run_files(run_dir, config, world))
+                on_main(world, lambda: write_run_files(run_dir, config, world, sources.classes))
                 with run.monitor.manual_gc:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:

@@ -116,9 +116,9 @@ class BrightnessTask:
             raise ConfigError("task.levels (99) needs what is not installed")
 
     @staticmethod
-    def check_source(task: BrightnessConfig, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
+    def check_source(task: BrightnessConfig, source: Source, key: str) -> None:
         if source.label_range is not None and source.label_range[1] >= task.levels:
-            raise ConfigError(f"task.levels ({task.levels}) is too small for {key}, beside {beside and beside[0]}")
+            raise ConfigError(f"task.levels ({task.levels}) is too small for {key}")
 
     def notes(self, source: Source | Stream) -> Iterable[str]:
         return [f"levels {source.label_range}"]

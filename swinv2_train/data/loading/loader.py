@@ -221,17 +221,6 @@ class EvalLoader:
         self._workers.close()
 
 
-def check_same_classes(first: Source, second: Source, keys: tuple[str, str]) -> None:
-    """Raises ConfigError when both name their classes, and not alike: the same label would mean two things."""
-    mine, theirs = first.classes, second.classes
-    if mine is not None and theirs is not None and mine != theirs:
-        differ = sorted(set(mine) ^ set(theirs))[:5] or ["their order"]
-        raise ConfigError(
-            f"{keys[0]} has {len(mine)} classes, {keys[1]} {len(theirs)} (they differ in: {', '.join(differ)}), so the "
-            "same label would mean two things; give both the same classes"
-        )
-
-
 def check_labels(manifest: Source, config: DataConfig, key: str, remedy: str) -> None:
     """Raises ShardError, from the index alone, when more samples have no label than may be damaged."""
     missing = sum(manifest.unlabelled)

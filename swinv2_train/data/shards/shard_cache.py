@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swinv2_train.config import DataConfig
+from swinv2_train.data.class_names import CLASSES_NAME, read_class_names
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
@@ -144,22 +145,34 @@ class ShardCache:
             if self._fetch(shard.url, shard.size, shard.sha256, wait, started) is None:
                 return None
 
+    def class_names(self, url: str) -> tuple[str, ...] | None:
+        """What the labels mean, of classes.txt beside the shard; None where there is none."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / CLASSES_NAME
+            self._bring_beside(url, path)
+            return read_class_names(path, redacted(sibling_url(url, CLASSES_NAME)))
+
     def _their_entries(self, url: str) -> dict[str, Any]:
         """What the manifest beside the shard says; nothing where there is none."""
-        address = sibling_url(url, MANIFEST_NAME)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / MANIFEST_NAME
-
-            def attempt() -> bool:
-                try:
-                    download(address, str(path), self.retry_policy)
-                except (FileNotFoundError, PermissionError):  # S3 forbids what is not there to who may not list
-                    return False
-                return True
-
-            if not retry(redacted(address), attempt, self.retry_policy):
+            if not self._bring_beside(url, path):
                 return {}
-            return parse_entries(path.read_text(encoding="utf-8"), redacted(address))
+            return parse_entries(path.read_text(encoding="utf-8"), redacted(sibling_url(url, MANIFEST_NAME)))
+
+    def _bring_beside(self, url: str, path: Path) -> bool:
+        """Fetch the file of this path's name that lies beside the shard; False where there is none."""
+        address = sibling_url(url, path.name)
+
+        def attempt() -> bool:
+            try:
+                download(address, str(path), self.retry_policy)
+            except (FileNotFoundError, PermissionError):  # S3 forbids what is not there to who may not list
+                path.unlink(missing_ok=True)  # a client makes the file before it asks
+                return False
+            return True
+
+        return retry(redacted(address), attempt, self.retry_policy)
 
     def _index_all(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
         def bring(url: str) -> dict[str, Any]:
