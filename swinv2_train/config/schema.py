@@ -135,7 +135,7 @@ class TaskConfig:
     init_format: str | None
     """Format of init_from: microsoft, simmim, timm, huggingface or mmpretrain; null = by its names."""
     init_head: str
-    """auto (the file's head where it has one), fresh, or a file of class indices to take from it (22k -> 1k)."""
+    """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""

@@ -26,7 +26,7 @@ class Initial(NamedTuple):
     report: str
 
 
-def initial_weights(config: Config, task: Task, world: World, classes: tuple[str, ...] | None) -> Initial | None:
+def initial_weights(config: Config, task: Task, world: World, classes: tuple[str, ...] | None = None) -> Initial | None:
     """The weights of task.init_from as the task's module wants them; nothing is read yet but names and shapes.
 
     classes: what the rows of the module's head are to be called; None where they have numbers alone.  Raises
