@@ -34,7 +34,7 @@ from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
 from swinv2_train.data.shards.tar_index import is_sample_member
-from swinv2_train.data.shards.transfers import base_name, folder_of, is_remote, redacted
+from swinv2_train.data.shards.transfers import ONCE, base_name, folder_of, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
 __all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "shard_files"]
@@ -128,7 +128,7 @@ def open_manifest(
     shards at an address are kept on this machine; None allows local ones alone.  Several processes may do this at
     once.  Raises ShardError.
     """
-    paths = expand_pattern(pattern, key)
+    paths = expand_pattern(pattern, key, retry_policy=ONCE if cache is None else cache.retry_policy)
     remote = [path for path in paths if is_remote(path)]
     found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress)
     if remote:
@@ -155,11 +155,13 @@ def open_manifest(
         label_range=label_range,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
-        classes=None if label_range is None else _class_names(paths, label_range[1], key, cache),
+        classes=None if label_range is None else _class_names(paths, label_range[1], key, cache, progress),
     )
 
 
-def _class_names(paths: Sequence[str], last: int, key: str, cache: ShardCache | None) -> tuple[str, ...] | None:
+def _class_names(
+    paths: Sequence[str], last: int, key: str, cache: ShardCache | None, progress: Callable[[str], None] | None
+) -> tuple[str, ...] | None:
     """The names of the labels 0 .. last, of the classes.txt beside the shards; None where some have none.
 
     Raises ShardError for a list that is too short, and for shards of several folders whose lists differ.
@@ -171,7 +173,7 @@ def _class_names(paths: Sequence[str], last: int, key: str, cache: ShardCache | 
             continue
         if is_remote(path):
             assert cache is not None, path
-            found[place] = cache.class_names(path)
+            found[place] = cache.class_names(path, progress)
         else:
             beside = read_class_names(Path(place, CLASSES_NAME))
             found[place] = beside or read_class_names(Path(path).resolve().with_name(CLASSES_NAME))
