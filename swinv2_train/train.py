@@ -12,6 +12,7 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.data.loading.workers import worker_death
 from swinv2_train.distributed import (
     init_distributed,
     on_main,
@@ -55,7 +56,12 @@ def train(config: Config) -> int:
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
-        sources = open_sources(config, world, newest)
+        sources = open_sources(config, world, newest, stop)
+        if sources is None:
+            if world.is_main:
+                print(f"stopped by {stop.requested} before the first step; the same command goes on")
+            shutdown_distributed()
+            return EXIT_STOPPED
         probe = build_probe(config, world, (sources.training, sources.evaluation))
         total = total_steps(config.train, sources.training.num_samples)
         if newest is not None and step_of(newest) >= total:
@@ -89,9 +95,10 @@ def train(config: Config) -> int:
             except ConfigError as error:
                 exit_code, reason = EXIT_USER_ERROR, str(error)
                 raise
-            except Exception as error:  # noqa: BLE001  the rank's log gets it whole and the console one line
-                console.fail(error)
-                reason = f"{type(error).__name__}: {error}"
+            except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
+                told = worker_death(raised) or raised
+                console.fail(told)
+                reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED
             finally:
                 heartbeat.close(exit_code, reason)

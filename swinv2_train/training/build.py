@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.watchdog import RankActivity
-from swinv2_train.runtime import record_environment, seed_everything
+from swinv2_train.runtime import StopNow, StopRequest, record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
@@ -189,10 +190,13 @@ class Sources(NamedTuple):
     """What the labels of both are called; None where they are numbers alone, or of no use."""
 
 
-def open_sources(config: Config, world: World, newest: Path | None = None) -> Sources:
+def open_sources(
+    config: Config, world: World, newest: Path | None = None, stop: StopRequest | None = None
+) -> Sources | None:
     """Where training and evaluation images come from; rank 0 lists and indexes what was not yet.  A pipe has no index.
 
-    newest: the checkpoint that the run goes on from; its classes are the model's, else the training images' are.
+    newest: the checkpoint that the run goes on from; its classes are the model's, else the training images' are.  stop:
+    may come while a server is waited for; the result is None then.
     Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's.
     """
     say = partial(print, flush=True)
@@ -209,7 +213,14 @@ def open_sources(config: Config, world: World, newest: Path | None = None) -> So
             evaluation = _checked(config, evaluation, "data.eval_shards", names, say)
         return Sources(training, evaluation, names)
 
-    opened: Sources = on_main(world, open_both)
+    def open_unless_stopped() -> Sources | None:
+        try:
+            with nullcontext() if stop is None else stop.interrupting():
+                return open_both()
+        except StopNow:
+            return None
+
+    opened: Sources | None = on_main(world, open_unless_stopped)
     return opened
 
 

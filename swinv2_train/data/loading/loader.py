@@ -267,6 +267,16 @@ def _check_room(
 # Fetching: runs in the worker processes
 
 
+def memory_of(transform: Transform, rows: int, slots: int) -> BatchMemory | None:
+    """Memory for so many batches of so many of the transform's rows; None where it makes none of a plain image."""
+    nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
+    try:
+        row = transform(nothing, example_targets(transform.needs), np.random.default_rng(0))
+    except SampleError:
+        return None
+    return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, rows, slots)
+
+
 class _Fetcher(Fetch):
     """Reads, decodes and transforms one micro-batch.  Picklable; holds no random state and no position.
 
@@ -298,12 +308,7 @@ class _Fetcher(Fetch):
             return error
 
     def memory(self, ahead: int) -> BatchMemory | None:
-        nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
-        try:
-            row = self.transform(nothing, example_targets(self.transform.needs), np.random.default_rng(0))
-        except SampleError:
-            return None
-        return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
+        return memory_of(self.transform, self.rows, ahead + self.held + 1)
 
     def batch(self, request: BatchRequest) -> Batch:
         if request.upcoming_shards is not None:

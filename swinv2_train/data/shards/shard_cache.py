@@ -21,6 +21,7 @@ import glob
 import hashlib
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -200,8 +201,10 @@ class ShardCache:
         return content
 
     def _index_all(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+        abandon = threading.Event()
+
         def bring(url: str) -> dict[str, Any]:
-            entry = self._fetch(url, 0, None, True, time.monotonic())
+            entry = self._fetch(url, 0, None, True, time.monotonic(), abandon)
             assert entry is not None
             return entry
 
@@ -209,6 +212,7 @@ class ShardCache:
             try:
                 yield from pool.map(bring, urls)
             finally:
+                abandon.set()  # a thread that goes on trying would be waited for
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _place(self, url: str) -> Path:
@@ -217,10 +221,18 @@ class ShardCache:
     def _path(self, url: str, sha256: str) -> Path:
         return self._place(url) / f"{base_name(url)}.{sha256[:16]}.shard"
 
-    def _fetch(self, url: str, size: int, sha256: str | None, wait: bool, started: float) -> dict[str, Any] | None:
+    def _fetch(
+        self,
+        url: str,
+        size: int,
+        sha256: str | None,
+        wait: bool,
+        started: float,
+        abandon: threading.Event | None = None,
+    ) -> dict[str, Any] | None:
         """Fetch one shard of `size` bytes (0: not known), unless it is there; its manifest entry ({} if it was there).
 
-        None where it would have to wait and may not.
+        abandon: another thread sets it to end this.  None where it would have to wait and may not.
         """
         place = self._place(url)
         lock = self._lock(place / f"{base_name(url)}.lock", wait)
@@ -244,9 +256,11 @@ class ShardCache:
             damaged: set[str] = set()
             try:
                 waited = time.monotonic() - started
-                return retry(
-                    redacted(url), lambda: self._attempt(url, size, sha256, lock, damaged), self.retry_policy, waited
-                )
+
+                def attempt() -> dict[str, Any]:
+                    return self._attempt(url, size, sha256, lock, damaged, abandon)
+
+                return retry(redacted(url), attempt, self.retry_policy, waited, abandon=abandon)
             finally:
                 os.ftruncate(lock, 0)
         finally:
@@ -273,12 +287,20 @@ class ShardCache:
                 f"data.cache_dir ({self.folder}) cannot be used: {error}; name a folder of a local disk"
             ) from error
 
-    def _attempt(self, url: str, size: int, sha256: str | None, lock: int, damaged: set[str]) -> dict[str, Any]:
+    def _attempt(
+        self,
+        url: str,
+        size: int,
+        sha256: str | None,
+        lock: int,
+        damaged: set[str],
+        abandon: threading.Event | None,
+    ) -> dict[str, Any]:
         """damaged: checksums of what has come of a shard without a manifest, and is none."""
         part = self._place(url) / f"{base_name(url)}.{os.getpid()}-{time.monotonic_ns()}.part"
         index = Path(f"{part}{INDEX_SUFFIX}")
         try:
-            download(url, str(part), self.retry_policy)
+            download(url, str(part), self.retry_policy, abandon)
             with open(part, "rb") as file:
                 if is_page(file.read(PAGE_BYTES)):
                     raise PageError(_PAGE_CAME)

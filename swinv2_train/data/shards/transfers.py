@@ -12,6 +12,7 @@ import asyncio
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,10 +146,10 @@ def _sizes(urls: list[str], retry_policy: RetryPolicy) -> list[Found]:
     return [Found(answer["size"], str(answer.get("mimetype", "")).startswith("text/html")) for answer in answers]
 
 
-def download(url: str, destination: str, retry_policy: RetryPolicy) -> None:
+def download(url: str, destination: str, retry_policy: RetryPolicy, abandon: threading.Event | None = None) -> None:
     """One attempt to copy the whole file at `url` to the local path `destination`.
 
-    Raises what the client raises, TimeoutError when no byte comes for retry_policy.stall_sec.
+    Raises what the client raises, TimeoutError when no byte comes for retry_policy.stall_sec, or abandon is set.
     """
     fs, path = _filesystem(url, retry_policy.stall_sec)
     if not fs.async_impl:
@@ -165,7 +166,7 @@ def download(url: str, destination: str, retry_policy: RetryPolicy) -> None:
     _wait(
         fs,
         fs._get_file(path, destination, callback=Watch()),
-        lambda: time.monotonic() - moved[0] > retry_policy.stall_sec,
+        lambda: time.monotonic() - moved[0] > retry_policy.stall_sec or (abandon is not None and abandon.is_set()),
     )
 
 
@@ -175,11 +176,13 @@ def retry(
     retry_policy: RetryPolicy,
     waited_sec: float = 0.0,
     failed: str = "cannot be fetched",
+    abandon: threading.Event | None = None,
 ) -> Result:
     """The result of `attempt`, repeated with growing, randomly shortened pauses until retry_policy.give_up_sec is over.
 
     A server that says how long it is busy (Retry-After) is left alone that long.  what: the redacted address, for the
-    error; failed: what could not be done with it.  waited_sec: counts as already spent.  Raises ShardError.
+    error; failed: what could not be done with it.  waited_sec: counts as already spent.  abandon: another thread sets
+    it to end this.  Raises ShardError.
     """
     started = time.monotonic() - waited_sec
     jitter = random.Random()  # its own: the global generator belongs to the training
@@ -199,13 +202,17 @@ def retry(
             spent = time.monotonic() - started
             pause = min(_FIRST_PAUSE_SEC * 2 ** (attempts - 1), _LONGEST_PAUSE_SEC) * jitter.uniform(0.5, 1.0)
             pause = max(pause, answer.wait_sec or 0.0)
-            if not answer.again or mismatches >= _MISMATCHES or spent + pause > retry_policy.give_up_sec:
+            abandoned = abandon is not None and abandon.is_set()
+            if abandoned or not answer.again or mismatches >= _MISMATCHES or spent + pause > retry_policy.give_up_sec:
                 asked = f" and asks to be left alone for {answer.wait_sec:.0f} s" if answer.wait_sec else ""
                 raise ShardError(
                     f"{what}: {failed}, {attempts} attempt{'s' * (attempts > 1)} in {spent:.0f} s, the last "
                     f"ended with: {text_of(error)}: {answer.kind.value}{asked}; {answer.remedy}"
                 ) from error
-        time.sleep(pause)
+        if abandon is None:
+            time.sleep(pause)
+        else:
+            abandon.wait(pause)
 
 
 def _filesystem(url: str, stall_sec: float) -> tuple[Any, str]:
