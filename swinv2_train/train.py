@@ -13,6 +13,7 @@ from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.shown import shown
 from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.data.loading.workers import worker_death
 from swinv2_train.distributed import (
     init_distributed,
     on_main,
@@ -56,8 +57,13 @@ def train(config: Config) -> int:
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
-        sources = open_sources(config, world)
-        probe = build_probe(config, world, sources)
+        sources = open_sources(config, world, newest, stop)
+        if sources is None:
+            if world.is_main:
+                print(f"stopped by {stop.requested} before the first step; the same command goes on")
+            shutdown_distributed()
+            return EXIT_STOPPED
+        probe = build_probe(config, world, (sources.training, sources.evaluation))
         total = total_steps(config.train, sources.training.num_samples)
         if newest is not None and step_of(newest) >= total:
             on_main(world, lambda: say_complete(run_dir, total))
@@ -66,7 +72,7 @@ def train(config: Config) -> int:
         with on_meta():  # each rank makes those of its own share, in the engine
             task = build_task(config, world.device)
         groups = build_param_groups(task.module, config.optim)
-        initial = initial_weights(config, task, world) if newest is None else None
+        initial = initial_weights(config, task, world, sources.classes) if newest is None else None
         on_main(world, lambda: make_run_dir(run_dir))
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
@@ -78,7 +84,7 @@ def train(config: Config) -> int:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, sources, log, newest, initial, activity, probe)
-                on_main(world, lambda: write_run_files(run_dir, config, world))
+                on_main(world, lambda: write_run_files(run_dir, config, world, sources.classes))
                 with run.monitor.manual_gc:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
@@ -90,9 +96,10 @@ def train(config: Config) -> int:
             except ConfigError as error:
                 exit_code, reason = EXIT_USER_ERROR, str(error)
                 raise
-            except Exception as error:  # noqa: BLE001  the rank's log gets it whole and the console one line
-                console.fail(error)
-                reason = f"{type(error).__name__}: {error}"
+            except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
+                told = worker_death(raised) or raised
+                console.fail(told)
+                reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED
             finally:
                 heartbeat.close(exit_code, reason)

@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config.conf_dir import conf_dir
-from swinv2_train.config.errors import ConfigError
+from swinv2_train.config.errors import ConfigError, MachineError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, load_config, one_line, unknown_key
@@ -90,6 +90,9 @@ def guarded(command: Callable[[], int]) -> int:
         if (speaker := _speaker()) is not None:
             print(f"error: {speaker}{str(error).replace(chr(10), _NEXT_LINE)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except MachineError as error:  # of this rank alone
+        print(f"error: {_speaker() or ''}{error}", file=sys.stderr)
+        return EXIT_FAILED
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED

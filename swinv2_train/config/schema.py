@@ -135,7 +135,7 @@ class TaskConfig:
     init_format: str | None
     """Format of init_from: microsoft, simmim, timm, huggingface or mmpretrain; null = by its names."""
     init_head: str
-    """auto (the file's head where it has one), fresh, or a file of class indices to take from it (22k -> 1k)."""
+    """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""
@@ -222,7 +222,12 @@ class ClassifyConfig(TaskConfig):
         return {"task.num_classes": self.num_classes}
 
     def check(self, config: Config) -> None:
-        """Mixup pairs the images of a micro-batch."""
+        """There is something to tell apart; mixup pairs the images of a micro-batch."""
+        if self.num_classes < 2:
+            raise ConfigError(
+                f"task.num_classes ({self.num_classes}) leaves nothing to tell apart: every image is right and the "
+                "loss is 0; set it to the number of class folders, or choose task=simmim"
+            )
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "

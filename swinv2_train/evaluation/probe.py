@@ -10,9 +10,10 @@ import torch
 
 from swinv2_train.config import PROBE_SCORES, Config, ConfigError, is_pipe, pair
 from swinv2_train.config.shown import tell
-from swinv2_train.data.loading.loader import EvalLoader, check_labels, check_same_classes
+from swinv2_train.data.loading.loader import EvalLoader, check_labels
 from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.matched import matched
 from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.distributed import World, all_reduce_sum, any_rank, on_main
 from swinv2_train.evaluation.features import Features, WholeImage, extract
@@ -52,8 +53,8 @@ def open_probe(
 ) -> tuple[Source, Source]:
     """The images that the probes learn from, and those that they are scored on.
 
-    known: what is open already, by its pattern.  Raises ConfigError for images without labels, and for two sources that
-    name their classes differently.
+    known: what is open already, by its pattern.  Raises ConfigError for images without labels, and for some to be
+    scored of classes that cannot be learned.
     """
     found = []
     for own_key, key, pattern in _images(config):
@@ -65,8 +66,11 @@ def open_probe(
         check_labels(source, config.data, key, remedy)
         found.append(source)
     learning, scored = _images(config)
-    check_same_classes(found[0], found[1], (learning.key, scored.key))
-    return found[0], found[1]
+    if found[0].classes is None and found[1].classes is None:
+        return found[0], found[1]
+    names, say = found[0].classes, progress or (lambda line: None)
+    whose = f"the classes of {learning.key}"
+    return found[0], matched(found[1], scored.key, names, None, whose, say)
 
 
 class _Images(NamedTuple):

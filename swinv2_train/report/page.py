@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.config.saved import CONFIG_NAME, parse_saved_config, read_config_text
+from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, escaped, value_text
@@ -207,6 +208,8 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
     else:
         state, text = "open", f"at step {step:,}"
     facts = [f"{images:,} images seen" if isinstance(images, int) else ""]
+    classes = read_run_classes(run.run_dir)
+    facts.append(f"{len(classes)} classes ({listed(classes)})" if classes else "")
     seconds = _training_seconds(run)
     facts.append(f"{duration_text(seconds)} in training steps" if seconds else "")
     if run.starts:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopNow(BaseException):
+    """A stop signal came while something was waited for that may be given up."""
 
 
 class StopRequest:
@@ -30,6 +36,7 @@ class StopRequest:
         self._deadline = math.inf if after_sec is None else time.monotonic() + after_sec
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._signal: str | None = None
+        self._waiting = False
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -51,8 +58,22 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
 
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside, a stop signal raises StopNow: for a wait that may take for ever, and whose result a stop drops."""
+        if self._signal is not None:
+            raise StopNow(self._signal)
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
+        if self._waiting:
+            self._waiting = False
+            raise StopNow(self._signal)
 
     def __enter__(self) -> Self:
         return self.install()

@@ -25,6 +25,8 @@ class Position:
     """This rank's micro-batches from here on."""
     device: torch.device
     """Where the ranks' numbers are added up."""
+    classes: tuple[str, ...] | None = None
+    """What the rows of the model's head are called; None where they have numbers alone, or there is no head."""
     bad_images: int = 0
     """Damaged samples of the run over all ranks and starts, when they were last counted."""
     _uncounted: int = 0  # those of this rank since then
@@ -49,7 +51,7 @@ class Position:
         """JSON-able, for a checkpoint.  Collective, as the damaged samples are counted first."""
         self.count_bad_images()
         data = self.loader.state_dict(self.images_seen, self.bad_images)
-        return {"step": self.step, "images_seen": self.images_seen, "data": data}
+        return {"step": self.step, "images_seen": self.images_seen, "data": data, "classes": self.classes}
 
     def go_back(self, state: dict[str, Any]) -> None:
         """Return to what state_dict() gave at an earlier step."""

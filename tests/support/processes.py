@@ -63,7 +63,7 @@ def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.P
 
 
 def forked_torchrun(ranks: int, module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`torchrun --standalone --nproc-per-node ranks -m module arguments`: its agent in a fork, its ranks forks of that."""
+    """`torchrun --standalone --nproc-per-node ranks -m module arguments`: its agent a fork, its ranks forks of it."""
     warm_up()
     main = importlib.import_module(module).main
 
@@ -127,7 +127,7 @@ def _look_new(environment: dict[str, str]) -> None:
     for logger in logging.root.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", []):
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stdout)
+                handler.stream = sys.stdout  # setStream would flush a capture that may be closed by now
     warnings.showwarning = _show_warning  # pytest would keep them for its summary
     warnings.resetwarnings()
     for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):

@@ -181,21 +181,31 @@ def test_each_split_has_its_own_images_labels_and_scores(base, files, tmp_path, 
     assert tree(tmp_path / "out") == ["confusion.png", "confusion_v2.png", "evaluation.json"]
 
 
-def test_a_folder_split_with_other_classes_is_refused(tmp_path):
+def test_a_folder_split_is_read_by_the_names_of_its_classes(tmp_path, capsys):
     """ImageNet-V2's folders are called 0 to 999, ImageNet-A lacks 800: their places in sorted order mean others."""
-    for name in ("val/n01", "val/n02", "v2/0", "v2/1"):
+    for name in ("val/n01", "val/n02", "v2/0", "v2/1", "a/n02", "b/n02", "b/n03"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
     known = (f"data.eval_shards={tmp_path}/val", "run_dir=unused", "data.shards=unused")
     arguments = [*CLASSIFY, *MODEL, *known]
-    with pytest.raises(
-        ConfigError, match=r"data.eval_shards has 2 classes, data.eval_splits.v2.shards 2 \(they differ in: 0, 1, n01"
-    ):
-        open_splits(composed([*arguments, f"+data.eval_splits.v2.shards={tmp_path}/v2"]))
-    assert len(open_splits(composed([*arguments, f"+data.eval_splits.same.shards={tmp_path}/val"]))) == 2
+
+    def split(folder: str, names: tuple[str, ...] | None = None) -> Any:
+        return open_splits(composed([*arguments, f"+data.eval_splits.v2.shards={tmp_path}/{folder}"]), names, print)[
+            "v2"
+        ]
+
+    with pytest.raises(ConfigError, match=r"has 1 classes that are none of the classes of data.eval_shards .n03"):
+        split("b")
+    with pytest.raises(ConfigError, match=r"v2.shards has 1 classes that are none of the model's classes \(n03"):
+        split("b", ("n02", "n01"))
+    assert split("a").source.label_range == (1, 1) and split("a", ("n02", "n01")).source.label_range == (0, 0)
+    capsys.readouterr()
+    assert split("v2").source.label_range == (0, 1)
+    assert "data.eval_splits.v2.shards calls its classes by numbers (0, 1): they are taken" in capsys.readouterr().out
+    assert split("val").source.label_range == (0, 1)
     labels = answers_file(tmp_path, {"0/1": [0], "1/1": [1]})  # say what the images are, whatever the folders do
     files = (f"+data.eval_splits.v2.shards={tmp_path}/v2", f"+data.eval_splits.v2.labels={labels}")
-    assert open_splits(composed([*arguments, *files]))["v2"].label_overrides == {"0/1": (0,), "1/1": (1,)}
+    assert open_splits(composed([*arguments, *files]), None, print)["v2"].label_overrides == {"0/1": (0,), "1/1": (1,)}
 
 
 def test_labels_by_key_serve_shards_without_any(base, files, tmp_path, capfd):
