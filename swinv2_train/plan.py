@@ -30,18 +30,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from swinv2_train.config import Config, ConfigError, is_pipe
+from swinv2_train.config import Config, ConfigError, HardwareConfig, is_pipe
 from swinv2_train.config.command_line import compose_overrides, load_run_config, run_on_weights
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
 from swinv2_train.data.sources.base import open_source
-from swinv2_train.planning.hardware import fill_from_machine
+from swinv2_train.planning.hardware import fill_from_machine, required
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.picture import draw_curve, draw_plan
 from swinv2_train.planning.scaling import scaling_curve, scaling_json
-from swinv2_train.planning.search import recommend
+from swinv2_train.planning.search import Search, recommend
 from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
 from swinv2_train.planning.table import host_line, memory_table, plan_json, scaling_lines, speed_lines, verdict
 from swinv2_train.report.plots import plots_problem
+from swinv2_train.runtime.cpu_speed import CpuSpeed, slow_bf16
 from swinv2_train.runtime.environment import read_environment
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.preflight import preflight
@@ -93,8 +94,13 @@ def plan(config: Config, arguments: list[str]) -> None:
     hardware = fill_from_machine(config.hardware, min(gpus, config.hardware.gpus_per_node or gpus))
     check_request(config)
     title = f"{config.model.name} on {hardware.name}"
+    slow = bf16_problem(config, hardware)
+    in_fp32 = None if slow is None else replace(config, engine=replace(config.engine, precision="fp32"))
     if config.plan.recommend:
         print(recommend(config, hardware, gpus, arguments, steps(config)))
+        if in_fp32 is not None:
+            best = Search(in_fp32, hardware, gpus).fastest()
+            print(f"hint: {slow}" + ("" if best is None else f", {best.speed.step_sec:.3g} s a step"))
         return
     if config.plan.scaling is not None:
         curve = scaling_curve(config, hardware, gpus)
@@ -113,7 +119,18 @@ def plan(config: Config, arguments: list[str]) -> None:
           f"time on each of {gpus} ranks\n")  # fmt: skip
     print(memory_table(memory), verdict(memory, hardware, gpus), host_line(memory, hardware, gpus), "", sep="\n")
     print(*speed_lines(config, hardware, memory, speed, trace.model_flops_per_image, gpus, steps(config)), sep="\n")
+    if in_fp32 is not None:
+        _, trace = plan_memory(in_fp32, hardware, gpus)
+        fp32 = plan_speed(in_fp32, hardware, memory.sizes, pass_seconds(hardware, trace), gpus)
+        print(f"hint: {slow}, {fp32.step_sec:.3g} s a step")
     write(config, lambda path: draw_plan(memory, path, title), plan_json(memory, speed, gpus))
+
+
+def bf16_problem(config: Config, hardware: HardwareConfig) -> str | None:
+    """What is to be said of bf16 on a CPU that has no units for it; None elsewhere.  hardware: without null values."""
+    if hardware.device != "cpu" or config.engine.precision != "bf16":
+        return None
+    return slow_bf16(CpuSpeed(1e3 * required(hardware.tflops_fp32), 1e3 * required(hardware.tflops_bf16)))
 
 
 def check_request(config: Config) -> None:

@@ -23,12 +23,14 @@ from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.watchdog import ENDING, Heartbeat, RankActivity
+from swinv2_train.planning.start_line import describe_start
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
 from swinv2_train.report.plots import plots_problem
 from swinv2_train.runtime import (
     RunDirLock,
     StopRequest,
+    read_environment,
     set_threads,
     tune_allocator,
 )
@@ -77,7 +79,7 @@ def train(config: Config) -> int:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, sources, log, newest, initial, activity, probe)
-                on_main(world, lambda: write_run_files(run_dir, config, world))
+                on_main(world, lambda: announce(run, log))
                 with run.monitor.manual_gc:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
@@ -100,6 +102,18 @@ def train(config: Config) -> int:
                     write_report_of(run_dir, total, console)
         shutdown_distributed()
         return exit_code
+
+
+def announce(run: loop.Run, log: RunLog) -> None:
+    """Say and write down what is run here, with what and for how long.  On rank 0, when nothing is refused any more."""
+    start = describe_start(run.config, run.world, run.task)
+    before = [each.get("start", {}).get("precision") for each in read_environment(Path(run.config.run_dir))]
+    if before and before[-1] not in (None, start.precision):
+        log.say(f"note: engine.precision is {start.precision}; until here the run was in {before[-1]}")
+    log.say(start.line(run.total_steps - run.position.step))
+    if start.slow_bf16 is not None:
+        log.say(f"warning: {start.slow_bf16}")
+    write_run_files(Path(run.config.run_dir), run.config, run.world, start.record())
 
 
 def log_artifacts(config: Config, log: RunLog) -> None:

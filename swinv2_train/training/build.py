@@ -168,10 +168,13 @@ def make_run_dir(run_dir: Path) -> None:
         raise ConfigError(f"run_dir ({run_dir}) is read-only; make it writable, or choose another")
 
 
-def write_run_files(run_dir: Path, config: Config, world: World) -> None:
-    """What is run here, and where: written when nothing can be refused any more."""
+def write_run_files(run_dir: Path, config: Config, world: World, start: dict[str, Any]) -> None:
+    """What is run here, and where: written when nothing can be refused any more.
+
+    start: what is kept of this start in environment.json (planning/start_line.py).
+    """
     replace_text(run_dir / "config.yaml", config_yaml(config))
-    record_environment(run_dir, world.world_size)
+    record_environment(run_dir, world.world_size, start)
 
 
 class Sources(NamedTuple):
