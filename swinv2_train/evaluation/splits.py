@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from swinv2_train.data.sources.label_files import LabelOverrides, read_label_ove
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.evaluation.scoring import evaluate_loader
+from swinv2_train.monitoring.console import counted
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.task import Batch, Forward, Task
@@ -113,8 +114,8 @@ def build_loader(config: Config, task: Task, split: Split, world: World, crop_pc
     return EvalLoader(split.source, config.data, transform, micro_batch, world.rank, world.world_size, split.key)
 
 
-def score(task: Task, forward: Forward, split: Split, loader: EvalLoader) -> Scored:
-    """The scores of a split over all ranks."""
+def score(task: Task, forward: Forward, split: Split, loader: EvalLoader, say: Callable[[str], None]) -> Scored:
+    """The scores of a split over all ranks.  say: told every few seconds how far they are."""
     counter, predictions = None, task.predictions
     if predictions is not None and (
         split.label_overrides is None or max(map(len, split.label_overrides.values())) == 1
@@ -131,9 +132,9 @@ def score(task: Task, forward: Forward, split: Split, loader: EvalLoader) -> Sco
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
         return scores
 
-    batches = (
-        loader if split.label_overrides is None else (with_labels(batch, split.label_overrides) for batch in loader)
-    )
+    batches: Iterator[Batch] = counted(loader, f"evaluating {split.key}: batch", say)
+    if split.label_overrides is not None:
+        batches = (with_labels(batch, split.label_overrides) for batch in batches)
     scores = evaluate_loader(score_batch, batches)
     loader.close()
     return Scored(int(all_reduce_sum(images)), scores, None if counter is None else counter.read())

@@ -26,6 +26,8 @@ from swinv2_train.storage.atomic import replace_text, replacing
 
 __all__ = ["Console", "RunLog", "open_console", "read_metrics"]
 
+UNFINISHED = "val/unfinished"
+"""1 at a step whose evaluation a stop has cut short, 0 when it is made up for."""
 _WANDB_INIT_SEC = 30.0
 _WANDB_CLOSE_SEC = 60.0
 
@@ -119,6 +121,11 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(step, total, loss, images_per_sec)
 
+    def progress_within(self, step: int, total: int, number: int, count: int, seconds: float) -> None:
+        """Show that of the step after `step` micro-batch `number` of `count` is done, this long after it began."""
+        if self._progress is not None:
+            self._progress.within(step, total, number, count, seconds)
+
     def say(self, text: str) -> None:
         """One line on the console (above the bar), from rank 0 only."""
         if self.is_main:
@@ -135,6 +142,11 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.close(exit_code)
             self._wandb = None
+
+
+def scores_unfinished(run_dir: Path, step: int) -> bool:
+    """Whether a stop has cut the scores of this step short (UNFINISHED)."""
+    return any(line["step"] == step and line.get(UNFINISHED) == 1 for line in read_metrics(run_dir))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

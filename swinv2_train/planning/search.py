@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.engine.memory import EngineMemory
+from swinv2_train.monitoring.console import counted
 from swinv2_train.planning.memory import MemoryPlan, extrapolated, memory_by_phase, model_sizes
 from swinv2_train.planning.speed import PassSeconds, SpeedPlan, extrapolated_pass, pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import describe_shortfall
@@ -49,7 +52,7 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
     arguments: of the command, before what is recommended.  steps: of the run, where they are known.  The global batch
     stays as it is configured.
     """
-    search = Search(config, hardware, num_gpus)
+    search = Search(config, hardware, num_gpus, partial(print, file=sys.stderr, flush=True))
     best = search.fastest()
     if best is not None:
         return _recommended(best, config, hardware, num_gpus, arguments, steps)
@@ -75,10 +78,14 @@ class Search:
     highest value of straight lines bends upwards only).  What may win is traced as it is.
     """
 
-    def __init__(self, config: Config, hardware: HardwareConfig, num_gpus: int) -> None:
+    def __init__(
+        self, config: Config, hardware: HardwareConfig, num_gpus: int, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """say: told every few seconds how far the search is."""
         self.config, self.hardware, self.num_gpus = config, hardware, num_gpus
         self.on_cpu = hardware.device == "cpu"
         self.sizes = model_sizes(meta_task(config), config)
+        self._say = say
         self._traces: dict[tuple[str, tuple[int, ...], int, float], Trace] = {}
         self.estimates = list(self._estimates())
         """Every setting, taking no more memory and time than it really does."""
@@ -123,7 +130,7 @@ class Search:
         stage = self.config.engine.zero_stage
         self._trace(Setting(stage, "none", (), FEW), 0)  # which makes the tables that all the others find made
         self._traces.clear()
-        for recompute, all_stages in _policies(self.config):
+        for recompute, all_stages in counted(list(_policies(self.config)), "tracing model.recompute", self._say):
             known: list[Trace] = []
             for stages in all_stages:
                 one = self._trace(Setting(stage, recompute, stages, FEW), 0)
