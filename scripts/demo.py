@@ -34,11 +34,10 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED,
 from swinv2_train.config.load import known_keys
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
 
 DATA_DIR = Path("data/cifar10")
 PROCESSES = 2
-SLOW_BF16 = 2.0
-"""bf16 over fp32 matrix time on one thread: 0.13 with bf16 matrix units, 7 with AVX-512 alone, 100 with AVX2."""
 SAVE_SEC = 120
 """How long a stopped rank may take to end its step and save."""
 
@@ -95,23 +94,10 @@ def precision_for(run_dir: Path) -> str:
         return load_run_config(run_dir).engine.precision
     if torch.cuda.device_count() >= PROCESSES:
         return "bf16"
-    ratio = matmul_sec(torch.bfloat16) / matmul_sec(torch.float32)
-    if ratio > SLOW_BF16:
-        print(f"this CPU multiplies matrices {ratio:.0f} times slower in bf16 than in fp32: the demo runs in fp32")
-        return "fp32"
-    return "bf16"
-
-
-def matmul_sec(dtype: torch.dtype) -> float:
-    """Seconds of one product of two 512 x 512 matrices on one thread, the best of ten."""
-    torch.set_num_threads(1)
-    matrix = torch.ones(512, 512, dtype=dtype)
-    best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        matrix @ matrix
-        best = min(best, time.perf_counter() - started)
-    return best
+    if (slow := slow_bf16(cpu_speed())) is None:
+        return "bf16"
+    print(f"{slow}; the demo runs in fp32")
+    return "fp32"
 
 
 def overrides_of(overrides: Sequence[str], task: str) -> list[str]:

@@ -95,15 +95,19 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     def forward(**inputs: torch.Tensor) -> Any:
         return module(**to_device(inputs, world.device))
 
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
     avoid_compiler()  # the first call of the attention kernel, and the probe, would import torch._dynamo: 3 s of CPU
     with torch.no_grad():
-        results = {name: score(task, forward, split, loaders[name], names) for name, split in splits.items()}
+        results = {name: score(task, forward, split, loaders[name], say, names) for name, split in splits.items()}
         crops: dict[float, dict[str, float]] = {}
         for value in request.crop_pcts:
             crops[value] = results[""].scores
             if value != config.data.eval_crop_pct:
                 loader = build_loader(config, task, splits[""], world, value)
-                crops[value] = score(task, forward, splits[""], loader).scores
+                crops[value] = score(task, forward, splits[""], loader, say).scores
         probed = {} if probe is None else probe.scores(partial(task.features, forward), lambda: None)
         line = {**origin, **results[""].summary(), **_finite(probed), **compared(crops)}
         if len(splits) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from functools import partial
 from pathlib import Path
 
 from swinv2_train.checkpoint import find_checkpoint, verified_checkpoint
@@ -23,14 +24,17 @@ from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.evaluation.probe import build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console
-from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import ENDING, Heartbeat, RankActivity
+from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
+from swinv2_train.monitoring.watchdog import ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
+from swinv2_train.planning.start_line import describe_start
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
 from swinv2_train.report.plots import plots_problem
 from swinv2_train.runtime import (
     RunDirLock,
+    StopNow,
     StopRequest,
+    read_environment,
     set_threads,
     tune_allocator,
 )
@@ -54,18 +58,21 @@ def train(config: Config) -> int:
         set_threads(config.runtime.num_threads, world.local_world_size)
         if world.device.type == "cpu":
             tune_allocator()
-        accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
+        accumulation = accumulation_steps(
+            config.train.global_batch_size, config.train.micro_batch_size, world.world_size
+        )
         on_main(world, lock.acquire)
         newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
-        sources = open_sources(config, world, newest, stop)
-        if sources is None:
+        try:
+            sources = open_sources(config, world, newest, stop)
+            probe = build_probe(config, world, (sources.training, sources.evaluation), stop)
+        except StopNow as stopped:
             if world.is_main:
-                print(f"stopped by {stop.requested} before the first step; the same command goes on")
+                print(f"stopped by {stopped} before the first step; the same command begins again")
             shutdown_distributed()
-            return EXIT_STOPPED
-        probe = build_probe(config, world, (sources.training, sources.evaluation))
+            return stopped.exit_code(newest is not None)
         total = total_steps(config.train, sources.training.num_samples)
-        if newest is not None and step_of(newest) >= total:
+        if newest is not None and step_of(newest) >= total and not scores_unfinished(run_dir, step_of(newest)):
             on_main(world, lambda: say_complete(run_dir, total))
             shutdown_distributed()
             return EXIT_DONE
@@ -77,6 +84,7 @@ def train(config: Config) -> int:
         on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
             activity = RankActivity()
+            stop.told = partial(acknowledge, console, activity, accumulation)
             heartbeat = Heartbeat(activity, run_dir, world.rank, world.world_size, config.runtime, console).start()
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
@@ -84,7 +92,7 @@ def train(config: Config) -> int:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
                 run = build_run(config, world, task, groups, sources, log, newest, initial, activity, probe)
-                on_main(world, lambda: write_run_files(run_dir, config, world, sources.classes))
+                on_main(world, lambda: announce(run, log))
                 with run.monitor.manual_gc:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
@@ -108,6 +116,32 @@ def train(config: Config) -> int:
                     write_report_of(run_dir, total, console)
         shutdown_distributed()
         return exit_code
+
+
+def acknowledge(console: Console, activity: RankActivity, accumulation: int, name: str, again: bool) -> None:
+    """Say at once what a stop signal will end; in the thread that hears it, while the main thread computes."""
+    doing = activity.current
+    if doing not in (*STEP, FIRST_STEP):
+        what = f"after this: {doing}"
+    elif accumulation == 1:
+        what = "after this step"
+    else:
+        what = "after this micro-batch; the step's work so far is dropped"
+    console.say(f"{name}{' again' if again else ''}: stopping {what}")
+
+
+def announce(run: loop.Run, log: RunLog) -> None:
+    """Say and write down what is run here, with what and for how long.  On rank 0, when nothing is refused any more."""
+    start = describe_start(run.config, run.world, run.task)
+    before = [each.get("start", {}).get("precision") for each in read_environment(Path(run.config.run_dir))]
+    if before and before[-1] not in (None, start.precision):
+        log.say(f"note: engine.precision is {start.precision}; until here the run was in {before[-1]}")
+    log.say(start.line(run.total_steps - run.position.step))
+    if run.config.model.compile != "none":
+        log.say("note: the first step compiles the blocks, which may take minutes")
+    if start.slow_bf16 is not None:
+        log.say(f"warning: {start.slow_bf16}")
+    write_run_files(Path(run.config.run_dir), run.config, run.world, start.record(), run.position.classes)
 
 
 def log_artifacts(config: Config, log: RunLog) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar, cast
 
 import hydra
@@ -26,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError, MachineError
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, load_config, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
@@ -63,6 +65,7 @@ def run_on_weights(
 ) -> None:
     """Exit with the code of a command on existing weights, whose keys parse splits from the configuration's.
 
+    Ctrl-C and SIGTERM end it with EXIT_STOPPED and a line: it has nothing to save.
     ``--help`` prints usage, ``--help KEY`` what a key of the configuration means, ``--cfg job`` the configuration.
     """
     arguments = sys.argv[1:]
@@ -78,11 +81,20 @@ def run_on_weights(
             run(config, request)
         return EXIT_DONE
 
-    sys.exit(guarded(command))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    sys.exit(guarded(command, EXIT_STOPPED))
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback."""
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) -> int:
+    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback.
+
+    interrupted: the exit code after Ctrl-C, where the command itself does not answer it.
+    """
     hold_standard_streams()
     try:
         return command()
@@ -93,6 +105,10 @@ def guarded(command: Callable[[], int]) -> int:
     except MachineError as error:  # of this rank alone
         print(f"error: {_speaker() or ''}{error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt as stop:
+        if _speaker() == "":
+            print(f"stopped by {str(stop) or 'Ctrl-C'}", file=sys.stderr)
+        return interrupted
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED

@@ -15,10 +15,12 @@ from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import matched
 from swinv2_train.data.sources.pipe import Stream
-from swinv2_train.distributed import World, all_reduce_sum, any_rank, on_main
+from swinv2_train.distributed import World, all_reduce_sum, any_rank
+from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.evaluation.features import Features, WholeImage, extract
 from swinv2_train.evaluation.knn import knn
 from swinv2_train.evaluation.linear_probe import linear
+from swinv2_train.runtime import StopRequest
 
 
 def check_probe(config: Config, training: bool) -> None:
@@ -135,10 +137,15 @@ class Probe:
         return found
 
 
-def build_probe(config: Config, world: World, shards: tuple[Source | Stream | None, Source | None]) -> Probe | None:
+def build_probe(
+    config: Config,
+    world: World,
+    shards: tuple[Source | Stream | None, Source | None],
+    stop: StopRequest | None = None,
+) -> Probe | None:
     """What probe.methods asks for; ConfigError on every rank for images without labels.
 
-    shards: of training and evaluation, where they are open already.
+    shards: of training and evaluation, where they are open already.  stop: may come meanwhile; StopNow on every rank.
     """
     if not config.probe.methods:
         return None
@@ -148,4 +155,4 @@ def build_probe(config: Config, world: World, shards: tuple[Source | Stream | No
         for key, found in zip(patterns, shards, strict=True)
         if found is not None and not isinstance(found, Stream)
     }
-    return Probe(config, on_main(world, lambda: open_probe(config, known, tell)), world)
+    return Probe(config, on_main_unless_stopped(world, stop, lambda: open_probe(config, known, tell)), world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, matched
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.evaluation.scoring import evaluate_loader
+from swinv2_train.monitoring.console import counted
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.task import Batch, Forward, Task
@@ -134,9 +135,12 @@ def build_loader(config: Config, task: Task, split: Split, world: World, crop_pc
 
 
 def score(
-    task: Task, forward: Forward, split: Split, loader: EvalLoader, names: tuple[str, ...] | None = None
+    task: Task, forward: Forward, split: Split, loader: EvalLoader, say: Say, names: tuple[str, ...] | None = None
 ) -> Scored:
-    """The scores of a split over all ranks.  names: of the model's classes; None where they have numbers alone."""
+    """The scores of a split over all ranks.
+
+    say: told every few seconds how far they are.  names: of the model's classes; None where they have numbers alone.
+    """
     counter, predictions = None, task.predictions
     if predictions is not None and (
         split.label_overrides is None or max(map(len, split.label_overrides.values())) == 1
@@ -153,9 +157,9 @@ def score(
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
         return scores
 
-    batches = (
-        loader if split.label_overrides is None else (with_labels(batch, split.label_overrides) for batch in loader)
-    )
+    batches: Iterator[Batch] = counted(loader, f"evaluating {split.key}: batch", say)
+    if split.label_overrides is not None:
+        batches = (with_labels(batch, split.label_overrides) for batch in batches)
     scores = evaluate_loader(score_batch, batches)
     loader.close()
     if names is not None and predictions is not None:

@@ -217,6 +217,7 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
         facts.append(_plural(start.get("world_size"), "rank") + (f" on {_hardware(start)}" if _hardware(start) else ""))
         facts.append(f"started {len(run.starts)} times" if len(run.starts) > 1 else "")
         facts.append(f"first started {str(run.starts[0].get('started_at', ''))[:16].replace('T', ' ')} UTC")
+    slow = run.starts[-1].get("start", {}).get("slow_bf16") if run.starts else None
     setup = [
         run.value("task", "name"),
         f"SwinV2 {run.value('model', 'name')}" if run.value("model", "name") else None,
@@ -227,7 +228,9 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
     return (
         f'<header><h1>{_esc(run.run_dir.resolve().name)} <span class="state {state}">{_esc(text)}</span></h1>'
         f"<p>{_esc(' · '.join(str(part) for part in setup if part))}</p>"
-        f'<p class="soft">{_esc(" · ".join(fact for fact in facts if fact))}</p></header>'
+        f'<p class="soft">{_esc(" · ".join(fact for fact in facts if fact))}</p>'
+        + (f"<p>Slow: {_esc(str(slow))}</p>" if slow else "")
+        + "</header>"
     )
 
 

@@ -12,7 +12,13 @@ from swinv2_train.runtime.environment import (
     version_of,
 )
 from swinv2_train.runtime.run_dir_lock import RunDirLock
-from swinv2_train.runtime.seeds_and_threads import available_cores, seed_everything, set_threads, tune_allocator
+from swinv2_train.runtime.seeds_and_threads import (
+    available_cores,
+    keep_random_state,
+    seed_everything,
+    set_threads,
+    tune_allocator,
+)
 from swinv2_train.runtime.stop_request import STOP_SIGNALS, StopNow, StopRequest
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "available_cores",
     "environment_record",
     "git_commit",
+    "keep_random_state",
     "read_environment",
     "record_environment",
     "seed_everything",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, difference, matched
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
-from swinv2_train.distributed import World, gather_objects, on_main
+from swinv2_train.distributed import World, gather_objects
+from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
@@ -31,7 +31,7 @@ from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.watchdog import RankActivity
-from swinv2_train.runtime import StopNow, StopRequest, record_environment, seed_everything
+from swinv2_train.runtime import StopRequest, record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
@@ -188,12 +188,17 @@ def make_run_dir(run_dir: Path) -> None:
             )
 
 
-def write_run_files(run_dir: Path, config: Config, world: World, classes: tuple[str, ...] | None) -> None:
-    """What is run here, and where: written when nothing can be refused any more."""
+def write_run_files(
+    run_dir: Path, config: Config, world: World, start: dict[str, Any], classes: tuple[str, ...] | None
+) -> None:
+    """What is run here, and where: written when nothing can be refused any more.
+
+    start: what is kept of this start in environment.json (planning/start_line.py).  classes: what they are called.
+    """
     replace_text(run_dir / "config.yaml", config_yaml(config))
     if classes is not None:
         replace_text(run_dir / RUN_CLASSES, json.dumps(classes, indent=0) + "\n")
-    record_environment(run_dir, world.world_size)
+    record_environment(run_dir, world.world_size, start)
 
 
 class Sources(NamedTuple):
@@ -205,14 +210,12 @@ class Sources(NamedTuple):
     """What the labels of both are called; None where they are numbers alone, or of no use."""
 
 
-def open_sources(
-    config: Config, world: World, newest: Path | None = None, stop: StopRequest | None = None
-) -> Sources | None:
+def open_sources(config: Config, world: World, newest: Path | None = None, stop: StopRequest | None = None) -> Sources:
     """Where training and evaluation images come from; rank 0 lists and indexes what was not yet.  A pipe has no index.
 
     newest: the checkpoint that the run goes on from; its classes are the model's, else the training images' are.  stop:
-    may come while a server is waited for; the result is None then.
-    Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's.
+    may come while a server is waited for.
+    Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's; StopNow.
     """
 
     def open_both() -> Sources:
@@ -227,14 +230,7 @@ def open_sources(
             evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
         return Sources(training, evaluation, names)
 
-    def open_unless_stopped() -> Sources | None:
-        try:
-            with nullcontext() if stop is None else stop.interrupting():
-                return open_both()
-        except StopNow:
-            return None
-
-    opened: Sources | None = on_main(world, open_unless_stopped)
+    opened: Sources = on_main_unless_stopped(world, stop, open_both)
     return opened
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ import torch
 from PIL import Image
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.exit_codes import EXIT_STOPPED
 from swinv2_train.config.load import config_yaml
+from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.evaluation.splits import open_splits
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.monitoring import console
 from swinv2_train.weights import save_weights
 from tests.support.configs import composed
 from tests.support.evaluation import (
@@ -343,3 +349,23 @@ def _as_pth(path: str, folder: Path) -> Path:
 
     torch.save({"model": load_file(path)}, folder / "weights.pth")
     return folder / "weights.pth"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_ends_an_evaluation_with_a_line_after_it_said_how_far_it_was(
+    name: str, base: tuple[str, ...], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation of hours was silent, and Ctrl-C answered with sixty lines of traceback."""
+    batches = EvalLoader.__iter__
+
+    def interrupted(loader: EvalLoader) -> Iterator[Any]:
+        for number, batch in enumerate(batches(loader)):
+            if number == 2:
+                os.kill(os.getpid(), getattr(signal, name))
+            yield batch
+
+    monkeypatch.setattr(EvalLoader, "__iter__", interrupted)
+    monkeypatch.setattr(console, "_LINE_EVERY_SEC", 0.0)
+    code, out, err = evaluate_command(capfd, *base, "train.micro_batch_size=2")
+    assert code == EXIT_STOPPED and "Traceback" not in err and out == ""
+    assert "evaluating data.eval_shards: batch 1 of 6, 0:" in err and f"stopped by {name}" in err

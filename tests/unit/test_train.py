@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED,
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.distributed import World
+from swinv2_train.engine.local import LocalEngine
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
 from swinv2_train.training import build as building
@@ -43,6 +46,36 @@ def test_seed_decides_the_initial_weights(settings, tmp_path):
         found.append(weights_of(config))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert not torch.equal(found[0]["head.weight"], found[2]["head.weight"])
+
+
+def test_a_run_that_is_stopped_within_a_step_goes_on_bit_for_bit(settings, tmp_path, capfd):
+    """The step's first micro-batch has drawn which paths to drop; it draws them again."""
+    few = ("train.max_steps=4", "model.drop_path_rate=0.5", "train.micro_batch_size=2")
+
+    def stop_within_step_3():
+        backward, calls = LocalEngine.backward, []
+
+        def counting(engine, loss):
+            backward(engine, loss)
+            calls.append(1)
+            if len(calls) == 10:  # of four a step
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        LocalEngine.backward = counting
+        return lambda: len(calls)
+
+    assert run_alone(settings(*few, f"run_dir={tmp_path / 'whole'}")) == EXIT_DONE
+    config = settings(*few)
+    capfd.readouterr()
+    assert run_alone(config, stop_within_step_3) == (EXIT_STOPPED, 10)
+    said = capfd.readouterr().out
+    assert "SIGTERM: stopping after this micro-batch; the step's work so far is dropped" in said
+    assert "stopped by SIGTERM after step 2" in said
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000002"
+    assert run_alone(config) == EXIT_DONE
+    whole, resumed = (read_metrics(tmp_path / name) for name in ("whole", "run"))
+    assert [line["train/loss"] for line in resumed] == [line["train/loss"] for line in whole]
+    assert [line["train/grad_norm"] for line in resumed] == [line["train/grad_norm"] for line in whole]
 
 
 def test_resumed_run_writes_each_step_once_and_is_the_same_run(settings, tmp_path):

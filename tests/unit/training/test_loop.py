@@ -114,6 +114,8 @@ class Log:
 
     def progress(self, *numbers: Any) -> None: ...
 
+    def progress_within(self, *numbers: float) -> None: ...
+
     def say(self, text: str) -> None: ...
 
     def steps_with(self, name: str) -> list[int]:
@@ -309,6 +311,75 @@ def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
         return run.position.step, steps
 
     assert run_distributed(stopped_at, 2, timeout_sec=30) == [(3, [3]), (3, [3])]
+
+
+def test_a_stop_within_a_step_drops_its_work_and_saves_the_step_before(saved):
+    """A step of hours is not waited for.  The random states are those of before it, or the step would be another one
+    when it is taken again."""
+    stop, run, states = StopRequest(), make_run(9, accumulation=4), []
+    run.position.loader = Loader(batch_of(1.0, f"train{i}") for i in range(36))
+
+    def draw(number: int) -> None:
+        states.append((torch.rand(()), np.random.rand()))
+        stop_at(stop, len(run.engine.losses), 9)
+
+    run.engine.before_backward = draw
+    run.engine.before_step = lambda number: states.append((torch.get_rng_state(), np.random.get_state()[1:3]))
+    assert loop.fit(run, stop) is False
+    assert run.position.step == 2 and run.position.images_seen == 32 and [step for step, _, _ in saved] == [2]
+    assert len(run.engine.losses) == 10 and run.position.loader.closed
+    (torch_state, (words, place)) = states[-3]  # after step 2, before two micro-batches
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], words) and np.random.get_state()[2] == place
+
+
+def test_ranks_stop_before_the_same_micro_batch_when_the_signal_reaches_one():
+    """Also between micro-batches, where they do not wait for each other."""
+
+    def stopped_at(world: World) -> tuple[int, list[int], int]:
+        steps: list[int] = []
+        Saver.save = lambda saver, score: steps.append(run.position.step)  # a fork's own
+        stop, run = StopRequest(), make_run(9, accumulation=8, world=world)
+        run.position.loader = Loader(batch_of(1.0, f"train{i}") for i in range(72))
+        if world.rank == 1:
+            run.engine.before_backward = lambda number: stop_at(stop, len(run.engine.losses), 19)
+        loop.fit(run, stop)
+        return run.position.step, steps, len(run.engine.losses)
+
+    (one, other) = run_distributed(stopped_at, 2, timeout_sec=30)
+    assert one == other and one[:2] in ((2, [2]), (3, [3])) and 20 <= one[2] <= 24
+
+
+class Scoring(Loader):
+    """Asks for a stop while its second batch is scored."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__([batch_of(3.0, "eval0"), batch_of(5.0, "eval1"), batch_of(7.0, "eval2")])
+        self.stop, self.given = stop, 0
+
+    def __iter__(self) -> Any:
+        for number in range(3):
+            self.given += 1
+            stop_at(self.stop, number, 1)
+            yield self[number]
+
+
+@pytest.mark.parametrize(("total", "every"), [(6, 2), (2, None)])
+def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(total, every, saved, tmp_path):
+    """Its step is saved; the scores are taken when the run goes on, also where nothing but them is left."""
+    stop = StopRequest()
+    run = make_run(total, eval_every_steps=every)
+    run = replace(run, eval_loader=Scoring(stop))
+    assert loop.fit(run, stop) is False
+    assert [step for step, _, _ in saved] == [2] and run.eval_loader.given < 4
+    assert run.monitor.log.lines[2] == {"images_seen": 32, "val/unfinished": 1, **run.monitor.log.lines[2]}
+    assert run.monitor.log.steps_with("val/loss") == []
+    again = make_run(total, eval_every_steps=every, step=2)
+    again.config.run_dir = str(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "images_seen": 32, "val/unfinished": 1}\n')
+    assert loop.fit(again, StopRequest())
+    assert again.monitor.log.lines[2]["val/loss"] == 4.0 and again.monitor.log.lines[2]["val/unfinished"] == 0
+    assert again.monitor.log.steps_with("val/loss") == ([2, 4, 6] if every else [2])
 
 
 def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(saved):
