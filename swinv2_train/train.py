@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from swinv2_train.checkpoint import find_checkpoint, verified_checkpoint
+from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_state, verified_checkpoint
 from swinv2_train.checkpoint.finding import step_of
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.data.loading.loader import accumulation_steps
-from swinv2_train.distributed import (
-    init_distributed,
-    on_main,
-    shutdown_distributed,
-)
+from swinv2_train.distributed import World, init_distributed, on_main, shutdown_distributed
 from swinv2_train.distributed.same_start import check_agreement
-from swinv2_train.evaluation.probe import build_probe
+from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog
@@ -33,10 +32,18 @@ from swinv2_train.runtime import (
     tune_allocator,
 )
 from swinv2_train.tasks import build_task
+from swinv2_train.tasks.task import Task
 from swinv2_train.training import loop
-from swinv2_train.training.build import build_run, checked_newest, make_run_dir, open_sources, write_run_files
-from swinv2_train.training.initial_weights import initial_weights
-from swinv2_train.training.lr_schedule import total_steps
+from swinv2_train.training.build import (
+    Sources,
+    build_run,
+    checked_newest,
+    make_run_dir,
+    open_sources,
+    write_run_files,
+)
+from swinv2_train.training.initial_weights import Initial, initial_weights
+from swinv2_train.training.lr_schedule import Reached, RunLength, run_length
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.training.preflight import preflight
 from swinv2_train.weights.export import ExportRequest, export
@@ -54,20 +61,16 @@ def train(config: Config) -> int:
             tune_allocator()
         accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
         on_main(world, lock.acquire)
-        newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
-        sources = open_sources(config, world)
-        probe = build_probe(config, world, sources)
-        total = total_steps(config.train, sources.training.num_samples)
-        if newest is not None and step_of(newest) >= total:
-            on_main(world, lambda: say_complete(run_dir, total))
+        start = decide_start(config, world)
+        if start.task is not None:
+            on_main(world, lambda: make_run_dir(run_dir))
+            if on_main(world, lambda: lock.acquire() and newest_checkpoint(run_dir) is not None):
+                start = decide_start(config, world)  # another run was here since, and this one waited for its end
+        total, task = start.length.last_step, start.task
+        if task is None:
+            on_main(world, lambda: say_complete(config, start))
             shutdown_distributed()
             return EXIT_DONE
-        with on_meta():  # each rank makes those of its own share, in the engine
-            task = build_task(config, world.device)
-        groups = build_param_groups(task.module, config.optim)
-        initial = initial_weights(config, task, world) if newest is None else None
-        on_main(world, lambda: make_run_dir(run_dir))
-        on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
             activity = RankActivity()
             heartbeat = Heartbeat(activity, run_dir, world.rank, world.world_size, config.runtime, console).start()
@@ -76,7 +79,10 @@ def train(config: Config) -> int:
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                run = build_run(config, world, task, groups, sources, log, newest, initial, activity, probe)
+                run = build_run(
+                    config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
+                    start.probe,
+                )  # fmt: skip
                 on_main(world, lambda: write_run_files(run_dir, config, world))
                 with run.monitor.manual_gc:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
@@ -102,6 +108,41 @@ def train(config: Config) -> int:
         return exit_code
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a start finds and decides before it writes anything; true as long as nobody else trains in the run_dir."""
+
+    newest: Path | None
+    """The checkpoint to go on from."""
+    reached: Reached
+    length: RunLength
+    sources: Sources
+    probe: Probe | None
+    task: Task | None
+    """What is trained; None where nothing is left to do."""
+    groups: list[dict[str, Any]]
+    initial: Initial | None
+    """The weights that a new run starts from, where task.init_from names some."""
+
+
+def decide_start(config: Config, world: World) -> Start:
+    """Where the run of config.run_dir stands, and all that can be refused before it is written to.  Collective."""
+    run_dir = Path(config.run_dir)
+    newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
+    state = {"step": 0, "images_seen": 0} if newest is None else on_main(world, partial(read_state, newest))
+    sources = open_sources(config, world)
+    probe = build_probe(config, world, sources)
+    reached = Reached.of(state, config.train.global_batch_size)
+    length = run_length(config.train, config.optim.schedule, sources.training.num_samples, reached)
+    if reached.step >= length.last_step:
+        return Start(newest, reached, length, sources, probe, None, [], None)
+    with on_meta():  # each rank makes those of its own share, in the engine
+        task = build_task(config, world.device)
+    groups = build_param_groups(task.module, config.optim)
+    initial = initial_weights(config, task, world) if newest is None else None
+    return Start(newest, reached, length, sources, probe, task, groups, initial)
+
+
 def log_artifacts(config: Config, log: RunLog) -> None:
     """What log.wandb_artifacts keeps of a complete run; no failure of it changes how the run ended."""
     run_dir, kinds = Path(config.run_dir), config.log.wandb_artifacts
@@ -120,11 +161,20 @@ def log_artifacts(config: Config, log: RunLog) -> None:
         log.say(f"warning: no wandb artifacts ({type(error).__name__}: {error})")
 
 
-def say_complete(run_dir: Path, total: int) -> None:
+def say_complete(config: Config, start: Start) -> None:
     """Nothing is left to do; a report that a kill prevented is written now."""
+    run_dir, step, images = Path(config.run_dir), start.reached.step, start.reached.images_seen
     if not (run_dir / "report.html").exists():
-        write_report(run_dir, total)
-    print(f"{run_dir}: all {total} steps are done; report: {run_dir / 'report.html'}")
+        write_report(run_dir, step)
+    epochs, samples = config.train.epochs, start.sources.training.num_samples
+    if config.train.max_steps is not None:
+        past = f"train.max_steps ({config.train.max_steps})" if step > config.train.max_steps else None
+    else:
+        assert epochs is not None, "load_config demands one of the two"
+        beyond = images >= epochs * samples + start.reached.batch_size
+        past = f"train.epochs ({epochs:g} of {samples} images)" if beyond else None
+    done = f"all {step} steps are done" if past is None else f"its {step} steps ({images} images) are past {past}"
+    print(f"{run_dir}: {done}; report: {run_dir / 'report.html'}")
 
 
 def write_report_of(run_dir: Path, total: int, console: Console) -> None:

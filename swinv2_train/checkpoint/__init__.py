@@ -18,7 +18,7 @@ from swinv2_train.checkpoint.finding import (
     remove_unfinished,
     verified_checkpoint,
 )
-from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_checkpoint_weights
+from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_checkpoint_weights, read_state
 from swinv2_train.checkpoint.saving import Save, SaveError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "load_checkpoint",
     "newest_checkpoint",
     "read_checkpoint_weights",
+    "read_state",
     "remove_unfinished",
     "verified_checkpoint",
 ]

@@ -34,8 +34,8 @@ def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> di
     state: dict[str, Any] = {}
     try:
         marker = read_marker(path)
-        state = json.loads((path / "state.json").read_text())
-    except (ConfigError, OSError, ValueError) as caught:
+        state = read_state(path)
+    except ConfigError as caught:
         error = caught
     raise_together(error)
     engine.load(path / "engine")
@@ -43,6 +43,16 @@ def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> di
         raise_together(restore_random_states(path / "rng", world))
     else:
         seed_everything(int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0]), world.rank)
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says: "step", "images_seen", "data" and others.  Raises ConfigError naming it."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        _ = int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path / 'state.json'}: cannot be read ({error}); choose another checkpoint") from error
     return state
 
 

@@ -55,11 +55,11 @@ def is_pipe(pattern: str) -> bool:
 @dataclass
 class TrainConfig:
     max_steps: Annotated[int | None, at_least(1)]
-    """Optimizer steps of the whole run; null = from epochs."""
+    """Optimizer steps of the whole run, whatever their batches; null = from epochs."""
     epochs: Annotated[float | None, positive()]
-    """Passes over the training shards: ceil(epochs x samples / global_batch_size) steps; max_steps takes precedence."""
+    """Passes over the training shards, counted in images, so that the batch may change; max_steps takes precedence."""
     global_batch_size: Annotated[int, at_least(1)]
-    """Images per optimizer step over all ranks and accumulation steps."""
+    """Images per optimizer step over all ranks and accumulation steps; may change at a resume (docs/resume.md)."""
     micro_batch_size: Annotated[int, at_least(1)]
     """Images per rank and forward pass."""
     loss_mean: Annotated[str, one_of("local", "global")]

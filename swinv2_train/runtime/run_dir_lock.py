@@ -21,13 +21,14 @@ class RunDirLock:
         self._wait_sec = wait_sec
         self._descriptor: int | None = None
 
-    def acquire(self) -> None:
+    def acquire(self) -> bool:
         """Take the lock, where the directory exists and it is not ours yet.  Rank 0 only.
 
-        Raises BlockingIOError when another run holds it for longer than wait_sec.
+        Returns whether it was taken just now: what was found in the directory before may have changed meanwhile, and is
+        to be looked at again.  Raises BlockingIOError when another run holds it for longer than wait_sec.
         """
         if self._descriptor is not None or not self._run_dir.is_dir():
-            return
+            return False
         descriptor = os.open(self._run_dir, os.O_RDONLY)
         deadline = time.monotonic() + self._wait_sec
         while True:
@@ -44,6 +45,7 @@ class RunDirLock:
             except OSError:  # no locks here
                 break
         self._descriptor = descriptor
+        return True
 
     def release(self) -> None:
         """Let another run in."""

@@ -34,7 +34,7 @@ from swinv2_train.tasks.task import Task
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.initial_weights import Initial
 from swinv2_train.training.loop import Run
-from swinv2_train.training.lr_schedule import total_steps, warmup_steps
+from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
@@ -101,10 +101,17 @@ def build_run(
     for note in task.notes(sources.training):
         log.say(f"note: {note}")
     log.resume_at(state["step"])
-    total = total_steps(config.train, sources.training.num_samples)
+    reached = Reached.of(state, batch)
+    length = run_length(config.train, config.optim.schedule, sources.training.num_samples, reached)
+    total = length.last_step
+    if note := batch_note(reached, config.train, total):
+        log.say(f"note: {note}")
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     activity = activity or RankActivity()
-    position = Position(state["step"], state["images_seen"], loader, world.device, loader.bad_images_before)
+    position = Position(
+        reached.step, reached.images_seen, loader, world.device, reached.first_batch_size, batch,
+        loader.bad_images_before,
+    )  # fmt: skip
     saved_step = None if newest is None else position.step
     return Run(
         config=config,
@@ -117,8 +124,7 @@ def build_run(
         eval_loader=evaluation,
         probe=probe,
         accumulation_steps=accumulation,
-        total_steps=total,
-        warmup_steps=warmup_steps(config.optim.schedule, config.train, sources.training.num_samples),
+        length=length,
     )
 
 

@@ -19,7 +19,7 @@ from swinv2_train.monitoring.metrics import BadSteps, LossWatch, Means, ranks_wh
 from swinv2_train.monitoring.profiling import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, label
 from swinv2_train.runtime import StopRequest
 from swinv2_train.tasks.task import Task
-from swinv2_train.training.lr_schedule import lr_at
+from swinv2_train.training.lr_schedule import RunLength, lr_at
 from swinv2_train.training.monitor import Monitor, Outcome, is_due
 from swinv2_train.training.position import Position
 from swinv2_train.training.prefetch import STOP, StepPrefetcher
@@ -41,28 +41,28 @@ class Run:
     probe: Probe | None
     """What probe.methods asks for."""
     accumulation_steps: int
-    total_steps: int
-    warmup_steps: int
+    length: RunLength
 
 
 def fit(run: Run, stop: StopRequest) -> bool:
-    """Train from the run's position to run.total_steps, log, evaluate and save on the way.
+    """Train from the run's position to run.length.last_step, log, evaluate and save on the way.
 
     Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way and
     the loaders are closed.  Raises BadStepError on all ranks, with the weights as they were, for a step that must not
     be taken and that train.on_bad_step does not get over.
     """
     train, optim, position, saver, monitor = run.config.train, run.config.optim, run.position, run.saver, run.monitor
-    watch, bad_steps = LossWatch(train.loss_spike_factor), BadSteps()
+    watch, bad_steps, length = LossWatch(train.loss_spike_factor), BadSteps(), run.length
     monitor.start(saver.saved_step)
     prefetcher = open_prefetcher(run, stop)
-    while position.step < run.total_steps:
+    while position.step < length.last_step:
         monitor.step_begins()
         ready = prefetcher.take()
         if ready.state == STOP:
             saver.save_if_new()
             break
-        lr = lr_at(position.step, run.total_steps, optim.schedule, run.warmup_steps, optim.lr)
+        curve_step = length.curve_step(position.step, position.images_seen)
+        lr = lr_at(curve_step, length.curve_steps, optim.schedule, length.warmup_steps, optim.lr)
         outcome: Outcome | None = None
         try:
             with monitor.own_time():
@@ -73,12 +73,12 @@ def fit(run: Run, stop: StopRequest) -> bool:
             if train.on_bad_step == "rollback":
                 prefetcher = open_prefetcher(run, stop)
                 continue
-        position.advance(train.global_batch_size, ready.micro_batches)
+        position.advance(ready.micro_batches)
         monitor.step_done(ready.micro_batches, outcome, bad_steps.skipped)
         if is_due(position.step, train.log_every_steps):
             saver.poll()
         with monitor.between_steps():
-            last = position.step == run.total_steps
+            last = position.step == length.last_step
             if is_due(position.step, train.picture_every_steps) or last:
                 save_picture(run, ready.micro_batches[-1])
             scores = measure(run, last)
@@ -90,7 +90,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
     saver.finish()
     monitor.close()
     close_loaders(run)
-    return position.step == run.total_steps
+    return position.step == length.last_step
 
 
 class BadStepError(RuntimeError):
@@ -128,7 +128,7 @@ def take_step(
         with label(BACKWARD):
             run.engine.backward(loss * share)
         run.monitor.activity.mark_progress()
-    if run.position.step + 1 < run.total_steps:
+    if run.position.step + 1 < run.length.last_step:
         prefetcher.prepare()
     run.saver.wait_for_copy()
     try:
