@@ -139,10 +139,10 @@ class TrainLoader:
         mine = self._identity()
         if state["manifest"] != mine["manifest"]:
             theirs = state.get("num_samples")  # older checkpoints have none
-            held = "" if theirs is None else f": they hold {mine['num_samples']} images, those held {theirs}"
+            held = "" if theirs is None else f": {mine['num_samples']} images now, {theirs} then"
             raise ConfigError(
-                f"data.shards ({self.config.shards}) are not the shards of the checkpoint (another number, order or "
-                f"content){held}; name the same shards, or start a new run_dir"
+                f"data.shards are not the shards of the checkpoint (another number, order or content){held}; "
+                "name the same shards, or start a new run_dir"
             )
         for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
             if state[name] != mine[name]:

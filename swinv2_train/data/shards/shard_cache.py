@@ -123,7 +123,6 @@ class ShardCache:
                 )
             for url, entry in zip(unknown, self._index_all(unknown), strict=True):
                 found[url] = entry
-                merge_entries(self._place(url), {base_name(url): entry})
                 if progress is not None:
                     progress(f"indexed {redacted(url)}: {entry['samples']} samples")
         return found
@@ -191,6 +190,8 @@ class ShardCache:
         try:
             if sha256 is not None and self._path(url, sha256).exists():
                 return {}
+            if sha256 is None and (entry := self._indexed_meanwhile(url)) is not None:
+                return entry
             for left in glob.glob(f"{glob.escape(str(place / base_name(url)))}.*.part*"):
                 Path(left).unlink(missing_ok=True)  # of a process that was killed, or its lock would not be free
             while not self._reserve(lock, size, redacted(url)):
@@ -205,11 +206,18 @@ class ShardCache:
                 time.sleep(0.2)
             try:
                 waited = time.monotonic() - started
-                return retry(redacted(url), lambda: self._attempt(url, size, sha256, lock), self.retry_policy, waited)
+                entry = retry(redacted(url), lambda: self._attempt(url, size, sha256, lock), self.retry_policy, waited)
+                if sha256 is None:  # before the lock is let go, so that who waits for it finds the entry
+                    merge_entries(place, {base_name(url): entry})
+                return entry
             finally:
                 os.ftruncate(lock, 0)
         finally:
             os.close(lock)
+
+    def _indexed_meanwhile(self, url: str) -> dict[str, Any] | None:
+        """The entry of a shard that another process has fetched and indexed while this one waited for the lock."""
+        return read_entries(self._place(url)).get(base_name(url))
 
     def _lock(self, path: Path, wait: bool) -> int | None:
         """A descriptor that alone holds the lock file; None when another one does and wait is false."""

@@ -174,7 +174,8 @@ def test_state_is_one_position_one_count_and_the_identity_of_the_data(tmp_path):
     order = {"seed": 5, "lanes": 4, "window_shards": 2, "manifest": loader.manifest.digest, "num_samples": 20}
     assert state == {"images_seen": 36, "bad_images": 2, **order}
     loader.check_state(state)
-    with pytest.raises(ConfigError, match="data.shards are not the shards of the checkpoint"):
+    refused = r"data.shards are not the shards of the checkpoint \(.*\): 20 images now, 20 then; name the same"
+    with pytest.raises(ConfigError, match=refused):
         loader.check_state({**state, "manifest": "0" * 64})
     with pytest.raises(ConfigError, match=r"data.lanes \(4\) differs from the checkpoint's \(64\)"):
         loader.check_state({**state, "lanes": 64})
@@ -403,7 +404,7 @@ def _alive(pid: int) -> bool:
 
 
 def _all_end(pids: list[int], within: float = 20) -> bool:
-    """Whether they are gone soon: a process that is killed with its parent dies a moment after the parent is waited for."""
+    """Whether they are gone soon: who is killed with a parent dies a moment after the parent is waited for."""
     deadline = time.monotonic() + within
     while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)

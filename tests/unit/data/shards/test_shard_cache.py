@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -163,6 +164,18 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(tmp_path, server):
         results = pool.map(_read_everything, [(manifest, first) for first in (0, 0, 5, 9)], chunksize=1)
     assert results == [[image_bytes(4 * shard + 3, size=(40, 40)) for shard in range(12)]] * 4
     assert fetched(server) == {f"t-{number:06d}.tar": 1 for number in range(12)}
+
+
+def test_starts_at_one_moment_index_shards_without_a_manifest_once(tmp_path, server):
+    """Whoever waited for another's fetch looks again, and does not fetch what is known by now."""
+    (server.folder / "manifest.json").unlink()
+    server.bytes_per_sec = 200_000  # so that both look before any is there
+    cache = ShardCache(str(tmp_path / "cache"), 2**30, PATIENT)
+    urls = [f"{server.url}/t-{number:06d}.tar" for number in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: cache.entries(urls), range(2))
+    assert first == second and set(first) == set(urls)
+    assert set(fetched(server).values()) == {1}
 
 
 def test_processes_under_a_tight_bound_take_turns(tmp_path, server):
