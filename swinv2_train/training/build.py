@@ -33,6 +33,7 @@ from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.initial_weights import Initial
+from swinv2_train.training.length_warnings import length_warnings
 from swinv2_train.training.loop import Run
 from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
@@ -106,6 +107,8 @@ def build_run(
     total = length.last_step
     if note := batch_note(reached, config.train, total):
         log.say(f"note: {note}")
+    for line in length_warnings(config, length, reached.step):
+        log.say(line)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     activity = activity or RankActivity()
     position = Position(

@@ -110,7 +110,7 @@ def total_steps(config: TrainConfig, num_samples: int) -> int:
 def warmup_steps(config: ScheduleConfig, train: TrainConfig, num_samples: int) -> int:
     """Steps of the warm-up: warmup_steps, or where that is null warmup_epochs in steps, rounded up.
 
-    A run that is cut short by train.max_steps may end inside its warm-up (length_warnings says so).
+    A run that is cut short by train.max_steps may end inside its warm-up (length_warnings.py says so).
     """
     if config.warmup_steps is not None:
         return config.warmup_steps
