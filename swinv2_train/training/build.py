@@ -16,7 +16,7 @@ from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps
 from swinv2_train.data.loading.pipe_loader import build_train_loader
-from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
 from swinv2_train.distributed import World, gather_objects, on_main
@@ -197,7 +197,7 @@ def open_sources(config: Config, world: World) -> Sources:
     """
 
     def open_one(key: str, pattern: str, beside: tuple[str, Source] | None = None) -> Source:
-        source = open_source(pattern, key, partial(print, flush=True), shard_cache(config.data))
+        source = open_source(pattern, key, partial(print, flush=True), shard_cache_for(pattern, config.data))
         task_class(config.task).check_source(config.task, source, key, beside)
         return source
 

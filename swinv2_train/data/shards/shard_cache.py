@@ -45,6 +45,7 @@ from swinv2_train.data.shards.transfers import (
     base_name,
     download,
     folder_of,
+    is_remote,
     redacted,
     retry,
     sibling_url,
@@ -69,6 +70,11 @@ def shard_cache(config: DataConfig) -> ShardCache:
     folder = Path(config.cache_dir).expanduser() if config.cache_dir is not None else user_cache() / "shards"
     retry_policy = RetryPolicy(config.fetch_stall_sec, config.fetch_give_up_sec)
     return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), retry_policy)
+
+
+def shard_cache_for(pattern: str, config: DataConfig) -> ShardCache | None:
+    """The same for a value of data.shards and its like; None, and no folder is asked for, where nothing is far away."""
+    return shard_cache(config) if is_remote(pattern) else None
 
 
 @dataclass(frozen=True)

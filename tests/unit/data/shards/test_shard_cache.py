@@ -22,7 +22,7 @@ from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
-from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache
+from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache, shard_cache_for
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
 from swinv2_train.data.shards.transfers import RetryPolicy
 from tests.support import loaders
@@ -142,6 +142,20 @@ def test_the_cache_is_the_data_sections(tmp_path, monkeypatch):
     cache = shard_cache(replace(CONFIG, cache_gib=0.5, fetch_stall_sec=7.0, fetch_give_up_sec=8.0))
     assert cache == ShardCache(f"{tmp_path}/swinv2_train/shards", 2**29, RetryPolicy(7.0, 8.0))
     assert shard_cache(replace(CONFIG, cache_dir="rel")).folder == f"{os.getcwd()}/rel"
+
+
+def test_local_data_needs_no_cache_and_no_home(tmp_path, monkeypatch):
+    """HOME unset and a user that the system does not know, as in many containers: Path.home() raised, for no need."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert shard_cache_for(f"{tmp_path}/t-*.tar", CONFIG) is None
+    with pytest.raises(ShardError, match="HOME is not set.*set XDG_CACHE_HOME, or data.cache_dir"):
+        shard_cache_for("https://host/t-0.tar", CONFIG)
+    assert shard_cache_for("https://host/t-0.tar", replace(CONFIG, cache_dir=str(tmp_path))) is not None
 
 
 # --------------------------------------------------------------------------------------------------------------------
