@@ -29,6 +29,7 @@ from torch.distributed.run import main as torchrun
 from scripts import fetch_cifar10
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import TASKS
+from swinv2_train.config.arguments import last_of_each
 from swinv2_train.config.command_line import compose_overrides, guarded, load_run_config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.load import known_keys
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if torch.cuda.device_count() < PROCESSES:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # each process needs a GPU of its own, so all use the CPU
     precision = [f"engine.precision={precision_for(pretrain)}"]
-    commands = [[*command, *precision, *overrides_of(options.overrides, task)] for _, _, command, task in phases]
+    commands = [
+        last_of_each([*command, *precision, *overrides_of(options.overrides, task)]) for _, _, command, task in phases
+    ]
     configs = [compose_overrides(command) for command in commands]  # wrong input is said before anything is fetched
 
     source = configs[0].data.source

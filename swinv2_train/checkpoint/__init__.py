@@ -19,7 +19,7 @@ from swinv2_train.checkpoint.finding import (
     verified_checkpoint,
 )
 from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_checkpoint_weights
-from swinv2_train.checkpoint.saved_state import COMPLETE
+from swinv2_train.checkpoint.saved_state import COMPLETE, read_state
 from swinv2_train.checkpoint.saving import Save, SaveError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "load_checkpoint",
     "newest_checkpoint",
     "read_checkpoint_weights",
+    "read_state",
     "remove_unfinished",
     "verified_checkpoint",
 ]

@@ -34,9 +34,9 @@ _MARKER = record(
     }
 )
 _SHAPE = record(
-    {"step": whole()},
+    {"step": whole(), "images_seen": whole()},
     may={
-        "images_seen": whole(),
+        **{name: whole(1) for name in ("first_batch_size", "batch_size")},
         "data": record(
             {"manifest": optional(text(200))},
             may={name: whole() for name in ("images_seen", "bad_images", "seed", "lanes", "window_shards")},
@@ -60,7 +60,7 @@ def read_complete(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the engine's state: step, images_seen, data, classes, best.  Raises ConfigError."""
+    """What was saved beside the engine's state: step, images_seen, data, classes and others.  Raises ConfigError."""
     try:
         state: dict[str, Any] = read_json(checkpoint / STATE, _STATE_BYTES, _SHAPE, _ANOTHER)
     except FileNotFoundError:

@@ -11,7 +11,7 @@ import torch
 from swinv2_train.config import PROBE_SCORES, Config, ConfigError, is_pipe, pair
 from swinv2_train.config.shown import tell
 from swinv2_train.data.loading.loader import EvalLoader, check_labels
-from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import matched
 from swinv2_train.data.sources.pipe import Stream
@@ -62,7 +62,9 @@ def open_probe(
     for own_key, key, pattern in _images(config):
         remedy = f"probe.methods needs labelled images: name some by {own_key}=PATTERN, or set probe.methods=[]"
         try:
-            source = known.get(str(pattern)) or open_source(str(pattern), key, progress, shard_cache(config.data))
+            source = known.get(str(pattern)) or open_source(
+                str(pattern), key, progress, shard_cache_for(str(pattern), config.data)
+            )
         except ConfigError as error:
             raise ConfigError(f"{error} ({remedy})") from error
         check_labels(source, config.data, key, remedy)

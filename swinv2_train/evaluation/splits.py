@@ -13,7 +13,7 @@ import torch
 
 from swinv2_train.config import SPLITS, Config
 from swinv2_train.data.loading.loader import EvalLoader
-from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, matched
@@ -91,7 +91,7 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
         named[name] = (f"{SPLITS}{name}.shards", split.shards, split.labels)
     splits: dict[str, Split] = {}
     for name, (key, pattern, labels) in named.items():
-        source = open_source(str(pattern), key, cache=shard_cache(config.data))
+        source = open_source(str(pattern), key, cache=shard_cache_for(str(pattern), config.data))
         label_overrides = None
         if labels is not None:
             label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels", names, say)

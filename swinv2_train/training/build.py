@@ -18,7 +18,7 @@ from swinv2_train.config.shown import tell
 from swinv2_train.data.class_names import RUN_CLASSES
 from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps
 from swinv2_train.data.loading.pipe_loader import build_train_loader
-from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, difference, matched
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
@@ -37,8 +37,9 @@ from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.initial_weights import Initial
+from swinv2_train.training.length_warnings import length_warnings
 from swinv2_train.training.loop import Run
-from swinv2_train.training.lr_schedule import total_steps, warmup_steps
+from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
@@ -113,11 +114,19 @@ def build_run(
     for note in task.notes(sources.training):
         log.say(f"note: {note}")
     log.resume_at(state["step"])
-    total = total_steps(config.train, sources.training.num_samples)
+    reached = Reached.of(state, batch)
+    length = run_length(config.train, config.optim.schedule, sources.training.num_samples, reached)
+    total = length.last_step
+    if note := batch_note(reached, config.train, total):
+        log.say(f"note: {note}")
+    for line in length_warnings(config, length, reached.step):
+        log.say(line)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     activity = activity or RankActivity()
-    seen, classes = state["images_seen"], sources.classes
-    position = Position(state["step"], seen, loader, world.device, classes, loader.bad_images_before)
+    position = Position(
+        reached.step, reached.images_seen, loader, world.device, reached.first_batch_size, batch, sources.classes,
+        loader.bad_images_before,
+    )  # fmt: skip
     saved_step = None if newest is None else position.step
     return Run(
         config=config,
@@ -130,8 +139,7 @@ def build_run(
         eval_loader=evaluation,
         probe=probe,
         accumulation_steps=accumulation,
-        total_steps=total,
-        warmup_steps=warmup_steps(config.optim.schedule, config.train, sources.training.num_samples),
+        length=length,
     )
 
 
@@ -226,7 +234,7 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
             names = training.classes
         evaluation = None
         if pattern is not None:
-            evaluation = open_source(pattern, "data.eval_shards", tell, shard_cache(config.data))
+            evaluation = open_source(pattern, "data.eval_shards", tell, shard_cache_for(pattern, config.data))
             evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
         return Sources(training, evaluation, names)
 
@@ -241,7 +249,7 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
         if labelled:
             say(f"note: a pipe names no classes: its labels are taken as the numbers of {MODELS_CLASSES}")
         return open_stream(pattern)
-    source = open_source(pattern, "data.shards", say, shard_cache(config.data))
+    source = open_source(pattern, "data.shards", say, shard_cache_for(pattern, config.data))
     if labelled and names is not None and source.classes is not None and set(names) != set(source.classes):
         raise ConfigError(
             f"run_dir ({config.run_dir}) holds a run of {len(names)} classes, but data.shards has {len(source.classes)}"

@@ -20,7 +20,7 @@ from swinv2_train.monitoring.metrics import BadSteps, LossWatch, Means, ranks_wh
 from swinv2_train.monitoring.profiling import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, label
 from swinv2_train.runtime import StopRequest, keep_random_state
 from swinv2_train.tasks.task import Task
-from swinv2_train.training.lr_schedule import lr_at
+from swinv2_train.training.lr_schedule import RunLength, lr_at
 from swinv2_train.training.monitor import Monitor, Outcome, is_due
 from swinv2_train.training.position import Position
 from swinv2_train.training.prefetch import STOP, StepPrefetcher
@@ -42,12 +42,11 @@ class Run:
     probe: Probe | None
     """What probe.methods asks for."""
     accumulation_steps: int
-    total_steps: int
-    warmup_steps: int
+    length: RunLength
 
 
 def fit(run: Run, stop: StopRequest) -> bool:
-    """Train from the run's position to run.total_steps, log, evaluate and save on the way.
+    """Train from the run's position to run.length.last_step, log, evaluate and save on the way.
 
     Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way and
     the loaders are closed.  A stop within a step drops the step's work, and one within an evaluation drops the scores,
@@ -55,17 +54,18 @@ def fit(run: Run, stop: StopRequest) -> bool:
     must not be taken and that train.on_bad_step does not get over.
     """
     train, optim, position, saver, monitor = run.config.train, run.config.optim, run.position, run.saver, run.monitor
-    watch, bad_steps = LossWatch(train.loss_spike_factor), BadSteps()
+    watch, bad_steps, length = LossWatch(train.loss_spike_factor), BadSteps(), run.length
     monitor.start(saver.saved_step)
     prefetcher, front = open_prefetcher(run, stop), Front()
     stopped = not make_up_for_scores(run, stop)
-    while not stopped and position.step < run.total_steps:
+    while not stopped and position.step < length.last_step:
         monitor.step_begins()
         ready = prefetcher.take()
         if ready.state == STOP:
             stopped = True
             break
-        lr = lr_at(position.step, run.total_steps, optim.schedule, run.warmup_steps, optim.lr)
+        curve_step = length.curve_step(position.step, position.images_seen)
+        lr = lr_at(curve_step, length.curve_steps, optim.schedule, length.warmup_steps, optim.lr)
         outcome: Outcome | None = None
         before = keep_random_state(run.world.device)
         try:
@@ -81,12 +81,12 @@ def fit(run: Run, stop: StopRequest) -> bool:
             if train.on_bad_step == "rollback":
                 prefetcher = open_prefetcher(run, stop)
                 continue
-        position.advance(train.global_batch_size, ready.micro_batches)
+        position.advance(ready.micro_batches)
         monitor.step_done(ready.micro_batches, outcome, bad_steps.skipped)
         if is_due(position.step, train.log_every_steps):
             saver.poll()
         with monitor.between_steps():
-            last = position.step == run.total_steps
+            last = position.step == length.last_step
             if is_due(position.step, train.picture_every_steps) or last:
                 save_picture(run, ready.micro_batches[-1])
             try:
@@ -105,7 +105,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
     saver.finish()
     monitor.close()
     close_loaders(run)
-    return not stopped and position.step == run.total_steps
+    return not stopped and position.step == length.last_step
 
 
 class BadStepError(RuntimeError):
@@ -153,7 +153,7 @@ def take_step(
         with label(BACKWARD):
             run.engine.backward(loss * share)
         run.monitor.micro_batch_done(number, len(shares))
-    if run.position.step + 1 < run.total_steps:
+    if run.position.step + 1 < run.length.last_step:
         prefetcher.prepare()
     run.saver.wait_for_copy()
     try:
@@ -213,7 +213,7 @@ def make_up_for_scores(run: Run, stop: StopRequest) -> bool:
     if run.saver.saved_step is None or not on_main(run.world, run.monitor.scores_were_cut_short):
         return True
     try:
-        measure(run, run.position.step == run.total_steps, stop)
+        measure(run, run.position.step == run.length.last_step, stop)
     except StoppedError:
         return False
     run.monitor.scores_are_due(False)

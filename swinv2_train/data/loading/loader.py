@@ -138,8 +138,10 @@ class TrainLoader:
         self.bad_images_before = state.get("bad_images", 0)  # older checkpoints have none
         mine = self._identity()
         if state["manifest"] != mine["manifest"]:
+            theirs = state.get("num_samples")  # older checkpoints have none
+            held = "" if theirs is None else f": {mine['num_samples']} images now, {theirs} then"
             raise ConfigError(
-                "data.shards are not the shards of the checkpoint (another number, order or content); "
+                f"data.shards are not the shards of the checkpoint (another number, order or content){held}; "
                 "name the same shards, or start a new run_dir"
             )
         for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
@@ -167,6 +169,7 @@ class TrainLoader:
             "lanes": self.config.lanes,
             "window_shards": self.config.window_shards,
             "manifest": self.manifest.digest,
+            "num_samples": self.manifest.num_samples,
         }
 
 

@@ -62,6 +62,7 @@ from swinv2_train.data.shards.transfers import (
     base_name,
     download,
     folder_of,
+    is_remote,
     redacted,
     retry,
     sibling_url,
@@ -90,6 +91,11 @@ def shard_cache(config: DataConfig) -> ShardCache:
     folder = Path(config.cache_dir).expanduser() if config.cache_dir is not None else user_cache() / "shards"
     retry_policy = RetryPolicy(config.fetch_stall_sec, config.fetch_give_up_sec)
     return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), retry_policy)
+
+
+def shard_cache_for(pattern: str, config: DataConfig) -> ShardCache | None:
+    """The same for a value of data.shards and its like; None, and no folder is asked for, where nothing is far away."""
+    return shard_cache(config) if is_remote(pattern) else None
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,6 @@ class ShardCache:
                 )
             for url, entry in zip(unknown, self._index_all(unknown), strict=True):
                 found[url] = entry
-                merge_entries(self._place(url), {base_name(url): entry})
                 if progress is not None:
                     progress(f"indexed {redacted(url)}: {entry['samples']} samples")
         return found
@@ -291,6 +296,8 @@ class ShardCache:
         try:
             if sha256 is not None and self._path(url, sha256).exists():
                 return {}
+            if sha256 is None and (entry := self._indexed_meanwhile(url)) is not None:
+                return entry
             for left in glob.glob(f"{glob.escape(str(place / base_name(url)))}.*.part*"):
                 Path(left).unlink(missing_ok=True)  # of a process that was killed, or its lock would not be free
             while not self._reserve(lock, size, redacted(url)):
@@ -310,11 +317,18 @@ class ShardCache:
                 def attempt() -> dict[str, Any]:
                     return self._attempt(url, size, sha256, lock, damaged, abandon)
 
-                return retry(redacted(url), attempt, self.retry_policy, waited, abandon=abandon)
+                entry = retry(redacted(url), attempt, self.retry_policy, waited, abandon=abandon)
+                if sha256 is None:  # before the lock is let go, so that who waits for it finds the entry
+                    merge_entries(place, {base_name(url): entry})
+                return entry
             finally:
                 os.ftruncate(lock, 0)
         finally:
             os.close(lock)
+
+    def _indexed_meanwhile(self, url: str) -> dict[str, Any] | None:
+        """The entry of a shard that another process has fetched and indexed while this one waited for the lock."""
+        return read_entries(self._place(url)).get(base_name(url))
 
     def _lock(self, path: Path, wait: bool) -> int | None:
         """A descriptor that alone holds the lock file; None when another one does and wait is false."""

@@ -167,9 +167,9 @@ time.sleep(60)
             lock.acquire()
         process.kill()
         process.wait()
-        lock.acquire()
-        lock.acquire()  # a second time is no harm
-        assert list(tmp_path.iterdir()) == []
+        assert lock.acquire()
+        assert not lock.acquire()  # a second time is no harm
+    assert list(tmp_path.iterdir()) == []
     nowhere = RunDirLock(tmp_path / "nowhere")
     nowhere.acquire()
     assert not (tmp_path / "nowhere").exists()

@@ -21,6 +21,7 @@ from swinv2_train.engine import NonFiniteError
 from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop, saver
+from swinv2_train.training.lr_schedule import RunLength
 from swinv2_train.training.monitor import Monitor
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
@@ -149,26 +150,26 @@ def make_run(
     for key, value in (settings | train).items():
         setattr(config.train, key, value)
     losses = Loader(batch_of(float(i + 1), f"train{i}", i % 2) for i in range(accumulation * (total - step)))
-    position = Position(step, 16 * step, losses, world.device)
+    position = Position(step, 16 * step, losses, world.device, 16, 16)
     log, activity, engine, task = Log(), RankActivity(), Engine(), Task()
     return loop.Run(
         config=config, world=world, task=task, engine=engine, position=position,
         saver=Saver(config, world, engine, position, log, activity, step or None),
         monitor=Monitor(config, world, position, total, task.multiply_adds, log, activity),
         eval_loader=Loader([batch_of(3.0, "eval0"), batch_of(5.0, "eval1")]) if evaluation else None, probe=None,
-        accumulation_steps=accumulation, total_steps=total, warmup_steps=0,
+        accumulation_steps=accumulation, length=RunLength(total, total, 0, None),
     )  # fmt: skip
 
 
 def test_each_step_is_taken_and_logged_with_the_rate_of_the_steps_before_it(saved):
     """Step 0 has warmup_lr, the first step after the warm-up the peak: lr_at of the completed steps."""
-    run = replace(make_run(6, log_every_steps=1), warmup_steps=2)
+    run = replace(make_run(6, log_every_steps=1), length=RunLength(6, 6, 2, None))
     run.config.optim.lr = 1.0
     run.config.optim.schedule.name, run.config.optim.schedule.warmup_lr = "linear", 0.2
     assert loop.fit(run, StopRequest())
     assert run.engine.rates == pytest.approx([0.2, 0.6, 1.0, 0.75, 0.5, 0.25])
     assert [run.monitor.log.lines[step]["train/lr"] for step in range(1, 7)] == run.engine.rates
-    again = replace(make_run(6, step=4), warmup_steps=2)
+    again = replace(make_run(6, step=4), length=RunLength(6, 6, 2, None))
     again.config.optim = run.config.optim
     loop.fit(again, StopRequest())
     assert again.engine.rates == pytest.approx([0.5, 0.25])
