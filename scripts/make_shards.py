@@ -13,18 +13,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tarfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS
-from swinv2_train.data.shards.tar_reader import Manifest, reindex, shard_files, verify_shards, write_shards
-from swinv2_train.data.sources.folder import class_names, is_image, list_folder
+from swinv2_train.data.shards.tar_reader import Manifest, reindex, verify_shards, write_shards
+from swinv2_train.data.sources.archives import Read, open_archive
+from swinv2_train.data.sources.folder import (
+    check_separators,
+    class_names,
+    ending,
+    is_hidden,
+    is_image,
+    list_folder,
+    no_image_named,
+    say_left_out,
+)
 from swinv2_train.data.sources.virtual_shards import PACKING_SEED, SAMPLES_PER_SHARD, packing_order
 
 CLASSES_NAME = "classes.txt"
@@ -41,16 +49,26 @@ class Entry:
 
 
 def pack(
-    entries: Sequence[Entry], out_prefix: str, samples_per_shard: int, seed: int, classes: Sequence[str] | None = None
+    entries: Sequence[Entry],
+    out_prefix: str,
+    samples_per_shard: int,
+    seed: int,
+    classes: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> Manifest:
     """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and, if given, classes.txt.
 
-    Raises ShardError when shards of that prefix exist, or when the folder's classes.txt speaks of other classes.
+    Raises ShardError when shards of that prefix exist (overwrite: they are replaced, once all images are packed), or
+    when the folder's classes.txt speaks of other classes.
     """
+    known = Path(out_prefix).parent / CLASSES_NAME
     if classes is not None:
-        _write_classes(Path(out_prefix).parent / CLASSES_NAME, classes)
+        _check_classes(known, classes)
     order = [entries[number] for number in packing_order(len(entries), seed)]
-    return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
+    packed = write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard, overwrite)
+    if classes is not None:
+        known.write_text(_classes_text(classes), "utf-8", "surrogateescape")
+    return packed
 
 
 def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple[str, bytes, str, int | None]]:
@@ -62,8 +80,12 @@ def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple
             print(f"{out_prefix}: {number} of {len(entries)} images packed", flush=True)
 
 
-def _write_classes(path: Path, classes: Sequence[str]) -> None:
-    text = "".join(f"{name}\n" for name in classes)
+def _classes_text(classes: Sequence[str]) -> str:
+    return "".join(f"{name}\n" for name in classes)
+
+
+def _check_classes(path: Path, classes: Sequence[str]) -> None:
+    text = _classes_text(classes)
     known_text = path.read_text("utf-8", "surrogateescape") if path.is_file() else text  # names may be any bytes
     if known_text != text:
         known = known_text.splitlines()
@@ -72,54 +94,52 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
             f"{path} lists {len(known)} classes, SOURCE has {len(classes)} (they differ in: {', '.join(differ)}), so "
             "the same label would mean two things; give SOURCE the same class folders, or choose another OUT folder"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8", "surrogateescape")
 
 
 def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
-    Raises ShardError for a source that does not exist, is compressed, holds no images, mixes the two layouts, has a
-    class folder without images, or cannot be read through.
+    Raises ShardError for a source that does not exist, is compressed, damaged (data/sources/archives.py), holds no
+    images, mixes the two layouts, has a class folder without images, or cannot be read through.
     """
     if source.is_dir():
         listing = list_folder(str(source), f"SOURCE {source}")
+        check_separators(listing.names, f"SOURCE {source}")
         return _entries(source, {name: partial(_read_file, source / name) for name in listing.names}, listing.left_out)
     if not source.is_file():
         raise ShardError(f"SOURCE {source} does not exist; name a folder, zip or tar of images")
-    if zipfile.is_zipfile(source):
-        archive = zipfile.ZipFile(source)
-        files = sorted(info.filename for info in archive.infolist() if not info.is_dir())
-        return _archive_entries(source, {name: partial(archive.read, name) for name in files})
-    try:
-        with tarfile.open(source, "r:") as tar:
-            members = sorted((member.name, member.offset_data, member.size) for member in tar if member.isreg())
-    except tarfile.TarError as error:
-        raise ShardError(
-            f"SOURCE {source} is not a folder, zip or uncompressed tar ({error}); unpack it and name the folder"
-        ) from error
-    return _archive_entries(
-        source, {name: partial(_read_slice, source, offset, size) for name, offset, size in members}
+    archive = open_archive(source, f"SOURCE {source}")
+    names = {PurePosixPath(name): name for name in archive.files}
+    images = {path: name for path, name in names.items() if is_image(name)}
+    left_out = Counter(ending(name) for name in archive.files if not is_image(name))
+    if not images:
+        raise ShardError(f"SOURCE {source} holds no images ({no_image_named(left_out)})")
+    folders = {PurePosixPath(name) for name in archive.folders if not is_hidden(name)}
+    folders |= {path.parent for path, name in names.items() if not is_hidden(name)}
+    while len({path.parts[0] for path in images}) == 1 and all(len(path.parts) > 1 for path in images):
+        top = next(iter(images)).parts[:1]
+        images = {PurePosixPath(*path.parts[1:]): name for path, name in images.items()}  # the archive's own folder
+        folders = {PurePosixPath(*path.parts[1:]) for path in folders if path.parts[:1] == top}
+    _check_classes_filled(source, images, folders)
+    return _entries(
+        source, {name: archive.files[images[PurePosixPath(name)]] for name in sorted(map(str, images))}, left_out
     )
 
 
-def _archive_entries(source: Path, files: dict[str, Callable[[], bytes]]) -> tuple[list[Entry], list[str] | None]:
-    paths = {PurePosixPath(name): read for name, read in files.items()}
-    images = {path: read for path, read in paths.items() if is_image(str(path))}
-    if not images:
+def _check_classes_filled(source: Path, images: Iterable[PurePosixPath], folders: Iterable[PurePosixPath]) -> None:
+    """As in a folder: the labels of all classes behind an empty one would be others than it seems."""
+    filled = {path.parts[0] for path in images if len(path.parts) > 1}
+    empty = sorted({path.parts[0] for path in folders if path.parts} - filled)
+    if filled and empty:
         raise ShardError(
-            f"SOURCE {source} holds no images ({len(files)} files, none named *.{', *.'.join(IMAGE_EXTENSIONS)})"
+            f"SOURCE {source}: the class folder {empty[0]} holds no image ({len(empty)} such folders); fill or delete "
+            "it, for labels are the places of the folders in sorted order"
         )
-    while len({path.parts[0] for path in images}) == 1 and all(len(path.parts) > 1 for path in images):
-        images = {PurePosixPath(*path.parts[1:]): read for path, read in images.items()}  # the archive's own folder
-    return _entries(source, {str(path): read for path, read in images.items()}, len(files) - len(images))
 
 
-def _entries(
-    source: Path, images: dict[str, Callable[[], bytes]], left_out: int
-) -> tuple[list[Entry], list[str] | None]:
+def _entries(source: Path, images: dict[str, Read], left_out: Counter[str]) -> tuple[list[Entry], list[str] | None]:
     if left_out:
-        print(f"{left_out} files and hidden folders of {source} are not images and are left out")
+        print(say_left_out(left_out, str(source)))
     classes = class_names(images, f"SOURCE {source}")
     label_of = {name: label for label, name in enumerate(classes or [])}
     entries, taken = [], set()
@@ -137,12 +157,6 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_slice(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (2: wrong input, with one message)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="aim at 100 to 500 MB each (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=PACKING_SEED, help="of the shuffle (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="delete shards of that prefix first")
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards of that prefix")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
     options = parser.parse_args(arguments)
@@ -169,10 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.out is None:
                 parser.error("OUT is missing: the prefix of the shards, e.g. data/my/train")
             entries, classes = read_source(Path(options.source))
-            if options.overwrite:
-                for path in shard_files(options.out):
-                    path.unlink()
-            manifest = pack(entries, options.out, options.samples_per_shard, options.seed, classes)
+            manifest = pack(
+                entries, options.out, options.samples_per_shard, options.seed, classes, overwrite=options.overwrite
+            )
             print(f"{len(classes)} classes, see {CLASSES_NAME}" if classes else "no class folders, so no labels")
     except (ShardError, OSError) as error:
         print(f"make_shards: {error}", file=sys.stderr)

@@ -10,15 +10,15 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from swinv2_train.data.sample import LABEL, LABEL_BYTES, MEMBERS, ShardError, read_label
 
 BLOCK = 512
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""In order of preference when one sample holds several (as webdataset's "jpg;jpeg;png;webp")."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "tif", "tiff", "gif")
+"""In order of preference when one sample holds several (first as webdataset's "jpg;jpeg;png;webp")."""
 LABEL_MISSING = -1
 """The sample has no .cls member."""
 LABEL_UNREADABLE = -2
@@ -27,6 +27,14 @@ LABEL_UNREADABLE = -2
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 _REGULAR = (b"0", b"\0", b"7")
+_HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders, pipes."""
+_RECORDS = (b"x", b"L", b"K", b"g")
+"""Members that say something of the next one, or of all that follow."""
+_MAX_RECORD_BYTES = 1 << 20
+"""Of one such member; a name or a link has some thousands at most, and more would only be read into memory."""
+_ASCII = bytes(range(128))
 _REMEDY = "fetch or write it again"
 
 
@@ -37,9 +45,12 @@ def index_dtype(key_bytes: int) -> np.dtype:
     )
 
 
-def is_sample_member(name: str) -> bool:
-    """Whether webdataset's readers, and so this index, take a member of this name; they pass over others silently."""
-    return _KEY_AND_EXTENSION.match(name) is not None and _META_MEMBER.match(name) is None
+def sample_member(name: str) -> tuple[str, str] | None:
+    """The key and the ending (small letters) of a member; None for one that webdataset's readers, and so this index
+    and pipes, pass over.
+    """
+    match = _KEY_AND_EXTENSION.match(name)
+    return None if match is None or _META_MEMBER.match(name) else (match[1], match[2].lower())
 
 
 def build_index(path: str, name: str | None = None) -> np.ndarray:
@@ -56,11 +67,11 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
     shard = name or path
     fd = os.open(path, os.O_RDONLY)
     try:
-        for member, offset, size in tar_members(_File(fd), shard):
-            match = _KEY_AND_EXTENSION.match(member)
-            if match is None or _META_MEMBER.match(member):
+        for member, offset, size in tar_members(TarFile(fd), shard):
+            named = sample_member(member)
+            if named is None:
                 continue
-            key, extension = match[1], match[2].lower()
+            key, extension = named
             if (key, extension) in seen:
                 raise ShardError(
                     f"{shard}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
@@ -105,7 +116,9 @@ class TarBytes(Protocol):
         """All there are; asked only when the end has been met."""
 
 
-class _File:
+class TarFile:
+    """The bytes of a tar behind a descriptor, which its caller closes."""
+
     def __init__(self, fd: int) -> None:
         self._fd, self._size = fd, os.fstat(fd).st_size
 
@@ -119,13 +132,48 @@ class _File:
         return self._size
 
 
+class TarEntry(NamedTuple):
+    """A member of a tar."""
+
+    name: str
+    offset: int
+    """The first byte of its content."""
+    size: int
+    """Bytes of its content; 0 for a link."""
+    kind: bytes
+    """The type flag of its header."""
+    target: str
+    """What a link points to; "" for others."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.kind in _REGULAR and not self.name.endswith("/")  # before ustar that slash was what made a folder
+
+    @property
+    def is_link(self) -> bool:
+        return self.kind in (_HARD_LINK, _SYMBOLIC_LINK)
+
+    @property
+    def is_hard_link(self) -> bool:
+        """Its target is a name of the archive; a symbolic link's is a path from its own folder on."""
+        return self.kind == _HARD_LINK
+
+
 def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, byte offset and size of every regular file, in order (ustar, GNU and PAX headers).
+    """Name, byte offset and size of every regular file, in order; arguments and errors as tar_entries'."""
+    for entry in tar_entries(source, path):
+        if entry.is_file:
+            yield entry.name, entry.offset, entry.size
+
+
+def tar_entries(source: TarBytes, path: str) -> Iterator[TarEntry]:
+    """Every member, in order (ustar, GNU and PAX headers).
 
     path: what errors call the tar.  Raises ShardError, naming the byte, where the tar is damaged.
     """
     position = 0
     long_name: str | None = None
+    long_target: str | None = None
     pax: dict[str, str] = {}
     while True:
         header = source.read_at(BLOCK, position)
@@ -141,44 +189,69 @@ def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
         size = _check_header(header, path, position)
         kind = header[156:157]
         start = position + BLOCK
-        if kind == b"x":
-            pax = _pax_records(source.read_at(size, start), path, position)
-        elif kind == b"L":
-            long_name = source.read_at(size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        if kind not in (b"x", b"L", b"K", b"g"):  # a real member: the records before it speak of it
-            if not pax.get("size", "0").isdecimal():
+        if kind in _RECORDS:
+            if size > _MAX_RECORD_BYTES:
+                raise ShardError(f"{path}: a name of {size} bytes at byte {position}: a damaged header; {_REMEDY}")
+            record = source.read_at(size, start)
+            if kind == b"x":
+                pax = _pax_records(record, path, position)
+            elif kind == b"L":
+                long_name = _text(record.rstrip(b"\0"))
+            elif kind == b"K":
+                long_target = _text(record.rstrip(b"\0"))
+            elif {"path", "size", "linkpath"} & _pax_records(record, path, position).keys():
+                raise ShardError(f"{path}: the PAX header at byte {position} names all members alike; {_REMEDY}")
+        else:  # a real member: the records before it speak of it
+            if not pax.get("size", "0").isdecimal() or len(pax.get("size", "")) > 20:
                 raise ShardError(f"{path}: damaged PAX header before byte {position}; {_REMEDY}")
             size = int(pax.get("size", size))
+            if kind in _WITHOUT_CONTENT:  # some writers give a link its target's size
+                size = 0
         if not source.reaches(start + size):
             raise ShardError(
                 f"{path}: cut off at byte {source.size()}: the member at byte {position} ends at {start + size}; "
                 f"{_REMEDY}"
             )
         position = start + -(-size // BLOCK) * BLOCK
-        if kind in (b"x", b"L", b"K", b"g"):
+        if kind in _RECORDS:
             continue
         if kind == b"S" or any(record.startswith("GNU.sparse") for record in pax):
             raise ShardError(f"{path}: sparse member at byte {start - BLOCK}; write the shard without --sparse")
+        if kind == b"M":
+            raise ShardError(f"{path}: a piece of a member at byte {start - BLOCK}; join the volumes to one tar")
         name = pax.get("path") or long_name or _header_name(header)
-        long_name, pax = None, {}
-        if kind in _REGULAR:
-            yield name, start, size
+        target = pax.get("linkpath") or long_target or _text(header[157:257].split(b"\0", 1)[0])
+        long_name, long_target, pax = None, None, {}
+        yield TarEntry(name, start, size, kind, target if kind in (_HARD_LINK, _SYMBOLIC_LINK) else "")
+
+
+def is_tar_header(block: bytes) -> bool:
+    """Whether a tar can begin with this block."""
+    return len(block) == BLOCK and _header_size(block) is not None
 
 
 def _check_header(header: bytes, path: str, position: int) -> int:
     """Verify the checksum; return the size field."""
-    try:
-        stored = _number(header[148:156])
-        size = _number(header[124:136])
-    except ValueError:
-        stored, size = -1, 0
-    if stored == sum(header) - sum(header[148:156]) + 8 * 32 and size >= 0:
+    size = _header_size(header)
+    if size is not None:
         return size
     if position > 0:
         raise ShardError(f"{path}: damaged header at byte {position}: the samples after it are lost; {_REMEDY}")
     if header[:2] == b"\x1f\x8b" or header[:3] == b"BZh" or header[:6] == b"\xfd7zXZ\0" or header[:4] == b"(\xb5/\xfd":
         raise ShardError(f"{path}: a compressed tar has no random access; unpack it to a plain .tar")
     raise ShardError(f"{path}: not a tar file (no valid header at byte 0); {_REMEDY}")
+
+
+def _header_size(header: bytes) -> int | None:
+    """The size field; None where the checksum is wrong."""
+    try:
+        stored, size = _number(header[148:156]), _number(header[124:136])
+    except ValueError:
+        return None
+    rest = header[:148] + header[156:]
+    unsigned = sum(rest) + 8 * 32
+    signed = unsigned - 256 * len(rest.translate(None, _ASCII))  # what some old tars wrote
+    return size if stored in (unsigned, signed) and size >= 0 else None
 
 
 def _check_tail(source: TarBytes, path: str, position: int) -> None:
@@ -198,7 +271,11 @@ def _header_name(header: bytes) -> str:
     if header[257:263] == b"ustar\0":  # GNU's own format keeps other things in the prefix field
         prefix = header[345:500].split(b"\0", 1)[0]
         name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", "surrogateescape")
+    return _text(name)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")  # names may be any bytes
 
 
 def _number(field: bytes) -> int:
@@ -214,10 +291,10 @@ def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
     while start < len(data) and data[start] != 0:
         space = data.find(b" ", start)
         length = data[start:space]
-        if space < 0 or not length.isdigit() or int(length) <= len(length):
+        if space < 0 or not length.isdigit() or len(length) > 8 or int(length) <= len(length):
             raise ShardError(f"{path}: damaged PAX header at byte {position}; {_REMEDY}")
         record = data[space + 1 : start + int(length) - 1]
         name, _, value = record.partition(b"=")
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        records[name.decode("utf-8", "replace")] = _text(value)
         start += int(length)
     return records

@@ -7,6 +7,7 @@ first use.  Shards at an address are read through a cache on this machine (shard
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import hashlib
@@ -31,7 +32,7 @@ from swinv2_train.data.shards.manifest import (
 from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
-from swinv2_train.data.shards.tar_index import is_sample_member
+from swinv2_train.data.shards.tar_index import sample_member
 from swinv2_train.data.shards.transfers import base_name, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
@@ -307,21 +308,26 @@ class TarReader:
 
 
 def write_shards(
-    samples: Iterable[tuple[str, bytes, str, int | None]], out_prefix: str, samples_per_shard: int
+    samples: Iterable[tuple[str, bytes, str, int | None]],
+    out_prefix: str,
+    samples_per_shard: int,
+    overwrite: bool = False,
 ) -> Manifest:
     """Write (key, image bytes, extension, label) samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
 
-    The tars appear under their names only when all of them are written, and in the manifest last.  Raises ShardError
-    when shards of that prefix exist, a key comes twice or is none to webdataset, or there are no samples.
+    The tars appear under their names only when all of them are written, and in the manifest last; when anything fails,
+    nothing is left of them, and what was there is as it was.  Raises ShardError when shards of that prefix exist
+    (overwrite: they are replaced), a key comes twice or is none to webdataset, or there are no samples.
     """
     from webdataset import TarWriter
 
     assert samples_per_shard > 0, samples_per_shard
     folder, stem = Path(out_prefix).parent, Path(out_prefix).name
-    folder.mkdir(parents=True, exist_ok=True)
     existing = shard_files(out_prefix)
-    if existing:
+    if existing and not overwrite:
         raise ShardError(f"{existing[0]} exists already ({len(existing)} shards); delete them or choose another OUT")
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{stem}-[0-9]*.tar.part"):
         leftover.unlink()
     parts: list[Path] = []
@@ -332,7 +338,7 @@ def write_shards(
             if key in keys:
                 raise ShardError(f"the key '{key}' comes twice; sample keys must be unique")
             keys.add(key)
-            if not is_sample_member(f"{key}.{extension}"):
+            if sample_member(f"{key}.{extension}") is None:
                 raise ShardError(
                     f"webdataset's readers would pass over the key {key!r} (a line break in it, or __ around its first "
                     "part); rename the file or its folder"
@@ -353,13 +359,19 @@ def write_shards(
         writer.close()
     except BaseException:
         if writer is not None:
-            writer.close()
+            with contextlib.suppress(OSError):  # a full disk fails here again
+                writer.close()
         for part in parts:
             part.unlink(missing_ok=True)
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
         raise
+    for path in {*existing} - {part.with_suffix("") for part in parts}:
+        path.unlink()
     for part in parts:
         part.with_name(f"{part.name.removesuffix('.part')}{INDEX_SUFFIX}").unlink(missing_ok=True)
-    deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand
+    deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand, or to be replaced
     merge_entries(folder, dict.fromkeys(deleted))
     paths = [part.rename(part.with_suffix("")) for part in parts]
     return open_manifest("::".join(map(str, paths)))

@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShard
 _THREADS = 16
 """How many folders are listed at a time: on a network file system every file's size is a question to the server."""
 _SAY_SEC = 10.0
+_NO_ENDING = "without an ending"
+_ENDING_CHARS, _ENDINGS_LISTED = 12, 8
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Listing:
     """Paths from the folder on, sorted."""
     sizes: list[int]
     """Bytes of each image."""
-    left_out: int
-    """Files that are no images, and hidden files and folders."""
+    left_out: Counter[str]
+    """Files that are no images, by the ending of their names, and hidden files and folders."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,8 @@ def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], N
     path = os.path.abspath(path)
     listing = list_folder(path, f"{key} '{path}'", progress)
     if listing.left_out and progress is not None:
-        progress(f"{listing.left_out} files and hidden folders of {path} are not images and are left out")
+        progress(say_left_out(listing.left_out, path))
+    check_separators(listing.names, f"{key} '{path}'")
     classes = class_names(listing.names, f"{key} '{path}'")
     _check_unique(listing.names, f"{key} '{path}'")
     label_of = {name: label for label, name in enumerate(classes or ())}
@@ -86,8 +90,47 @@ def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], N
 
 def is_image(name: str) -> bool:
     """By extension; what is hidden, or macOS adds to an archive, is no image.  name: with / between folders."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    return not hidden and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+    return not is_hidden(name) and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the file or a folder above it is.  name: with / between folders."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def ending(name: str) -> str:
+    """What tells of which kind a file is that is no image; name: as is_image's."""
+    return "hidden" if is_hidden(name) else os.path.splitext(name)[1].lower()[:_ENDING_CHARS] or _NO_ENDING
+
+
+def say_left_out(left_out: Counter[str], source: str) -> str:
+    """A line that names what is no image, by ending and count."""
+    return (
+        f"{left_out.total()} files and hidden folders of {source} are not images and are left out ({_listed(left_out)})"
+    )
+
+
+def no_image_named(left_out: Counter[str]) -> str:
+    """What there is where there are no images."""
+    wanted = sorted(IMAGE_EXTENSIONS, key=lambda each: (each != "jpg", each))
+    found = f": {_listed(left_out)};" if left_out else ","
+    return f"{left_out.total()} files{found} none named *.{', *.'.join(wanted)}"
+
+
+def _listed(left_out: Counter[str]) -> str:
+    common = left_out.most_common(_ENDINGS_LISTED)
+    rest = left_out.total() - sum(count for _, count in common)
+    return ", ".join([*(f"{count} {name}" for name, count in common), *([f"{rest} others"] if rest else [])])
+
+
+def check_separators(names: Sequence[str], source: str) -> None:
+    """Raises ShardError for Windows' folders in the names of files, which would all be one folder without classes."""
+    wrong = [name for name in names if "\\" in name]
+    if wrong and not any("/" in name for name in names):
+        raise ShardError(
+            f"{source}: {len(wrong)} file names hold backslashes (e.g. {wrong[0]}): whatever unpacked them made no "
+            "folders of them; unpack the archive by unzip, or give make_shards.py the zip itself"
+        )
 
 
 def class_names(names: Iterable[str], source: str) -> list[str] | None:
@@ -145,20 +188,17 @@ class _Open:
 class _Found:
     images: list[tuple[str, int]] = field(default_factory=list)
     folders: list[_Open] = field(default_factory=list)
-    left_out: int = 0
-    extensions: set[str] = field(default_factory=set)
+    left_out: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: _Found) -> None:
         self.images += other.images
         self.folders += other.folders
-        self.left_out += other.left_out
-        self.extensions |= other.extensions
+        self.left_out.update(other.left_out)
         self.problems += other.problems
 
     def leave_out(self, name: str) -> None:
-        self.left_out += 1
-        self.extensions.add(os.path.splitext(name)[1].lower())
+        self.left_out[ending(name)] += 1
 
 
 def _scan(root: str, folder: _Open) -> _Found:
@@ -174,7 +214,7 @@ def _scan(root: str, folder: _Open) -> _Found:
             for entry in entries:
                 name = folder.name + entry.name
                 if entry.name.startswith((".", "__MACOSX")):
-                    found.left_out += 1
+                    found.leave_out(entry.name)
                 elif entry.is_dir():
                     found.folders.append(_Open(f"{name}/", (*folder.above, mine)))
                 elif is_image(entry.name) or entry.is_symlink():  # a link to nothing may have been to a class
@@ -200,11 +240,11 @@ def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
 
 
 def _what_instead(path: str, found: _Found) -> str:
-    if ".tar" in found.extensions:
+    if ".tar" in found.left_out:
         return f"it holds shards: name them, {os.path.join(path, '*.tar')}"
-    if ".arrow" in found.extensions:
+    if ".arrow" in found.left_out:
         return "but Arrow files: have `datasets` save them by save_to_disk, and name that directory"
-    return f"{found.left_out} files, none named *.{', *.'.join(IMAGE_EXTENSIONS)}"
+    return no_image_named(found.left_out)
 
 
 def _check_classes_filled(found: _Found, source: str) -> None:
