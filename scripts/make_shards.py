@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from swinv2_train.data.sample import ShardError
+from swinv2_train.config import EXIT_FAILED, EXIT_USER_ERROR, MachineError
+from swinv2_train.data.sample import ShardError, lacking
 from swinv2_train.data.shards.tar_reader import Manifest, reindex, verify_shards, write_shards
 from swinv2_train.data.sources.archives import Read, open_archive
 from swinv2_train.data.sources.folder import (
@@ -157,8 +158,14 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _of_the_machine(error: Exception) -> bool:
+    """Whether the same command may work at another time; a permission is the user's to give."""
+    forbidden = isinstance(error, PermissionError)
+    return isinstance(error, MachineError) or (lacking(error) is not None and not forbidden)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code (2: wrong input, with one message)."""
+    """The command; returns its exit code (2: wrong input, 1: the machine lacks something, each with one message)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="folder, zip or tar of images; a shard pattern with --reindex")
     parser.add_argument("out", metavar="OUT", nargs="?", help="prefix of the shards, e.g. data/my/train")
@@ -187,9 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 entries, options.out, options.samples_per_shard, options.seed, classes, overwrite=options.overwrite
             )
             print(f"{len(classes)} classes, see {CLASSES_NAME}" if classes else "no class folders, so no labels")
-    except (ShardError, OSError) as error:
-        print(f"make_shards: {error}", file=sys.stderr)
-        return 2
+    except (ShardError, OSError, MemoryError, MachineError) as error:
+        print(f"make_shards: {error or 'no memory is left'}", file=sys.stderr)
+        return EXIT_FAILED if _of_the_machine(error) else EXIT_USER_ERROR
     size = sum(manifest.sizes) / 1e6
     print(f"{manifest.num_samples} images in {len(manifest.paths)} shards, {size:.1f} MB; {manifest.paths[0]} ...")
     return 0

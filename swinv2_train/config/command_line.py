@@ -24,7 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config.conf_dir import conf_dir
-from swinv2_train.config.errors import ConfigError
+from swinv2_train.config.errors import ConfigError, MachineError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, load_config, one_line, unknown_key
@@ -74,13 +74,18 @@ def run_on_weights(
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback."""
+    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1: after one line about the
+    machine, or a traceback.
+    """
     try:
         return command()
     except ConfigError as error:
         if (speaker := _speaker()) is not None:
             print(f"error: {speaker}{error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except MachineError as error:
+        print(f"error: {error}", file=sys.stderr)  # of this rank's machine, so this rank says it
+        return EXIT_FAILED
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.config import ConfigError, DataConfig, MachineError
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, fits
+from swinv2_train.data.sample import Sample, lacking
+from swinv2_train.data.transforms.decode import decode_image
 
 _log = getLogger(__name__)
 _ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -33,9 +35,38 @@ class Fetch(ABC):
     out: Mapping[str, Tensor] = {}
     """Where stacked() is to put the next batch; empty: anywhere."""
 
-    @abstractmethod
-    def __getitems__(self, request: Any) -> Batch | ConfigError:
+    def __init__(self) -> None:
+        self._notes: set[str] = set()
+        self._said: set[str] = set()
+
+    def __getitems__(self, request: Any) -> Batch | ConfigError | MachineError:
         """The batch, or the error to raise in the main process (DataLoader would wrap it into a traceback)."""
+        try:
+            return self.batch(request)
+        except (ConfigError, MachineError) as error:
+            return error
+        except Exception as error:
+            fault = lacking(error)
+            if fault is None:
+                raise
+            return MachineError(f"a batch cannot be made: {fault}")
+
+    @abstractmethod
+    def batch(self, request: Any) -> Batch:
+        """The batch that is asked for, with "keys", "num_bad" and "problems"; "notes" is what is to be said once."""
+
+    def decoded(self, sample: Sample) -> Tensor:
+        """The image, uint8 (3, H, W).  Raises DecodeError; MachineError, which names the sample."""
+        try:
+            return decode_image(sample.image, sample.extension, notes=self._notes)
+        except MachineError as error:
+            raise MachineError(f"{sample.shard}: sample '{sample.key}': {error}") from error
+
+    def noted(self) -> Batch:
+        """The entry "notes" of a batch: what this process has not said before; nothing where there is none."""
+        new = sorted(self._notes - self._said)
+        self._said.update(new)
+        return {"notes": new} if new else {}
 
     def memory(self, ahead: int) -> BatchMemory | None:
         """For all batches under way, of which `ahead` have not arrived yet; None: each is sent in memory of its own."""
@@ -65,6 +96,7 @@ class Workers:
 
     def __init__(self, owner: object) -> None:
         self._running: dict[str, Any] = {}
+        self._said: set[str] = set()
         # Workers ignore SIGTERM, so they must be told to end before multiprocessing's own exit handler joins them.
         # The registry keeps `_running` alive: nothing in it may lead back to `owner`, or that would never be freed.
         weakref.finalize(owner, _stop, self._running)
@@ -96,9 +128,13 @@ class Workers:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for result in results:
-            if isinstance(result, ConfigError):
+            if isinstance(result, (ConfigError, MachineError)):
                 self.close()
                 raise result
+            for note in result.pop("notes", ()):
+                if note not in self._said:
+                    self._said.add(note)
+                    _log.warning(note)
             for problem in result["problems"]:
                 _log.warning("damaged sample replaced: %(shard)s: sample '%(key)s': %(cause)s", problem)
             yield result
@@ -132,14 +168,14 @@ class _InWorker(Dataset[Any]):
     def __init__(self, fetch: Fetch, memory: BatchMemory | None) -> None:
         self.fetch, self.memory = fetch, memory
 
-    def __getitems__(self, asked: tuple[Any, int | None]) -> Batch | PlacedBatch | ConfigError:
+    def __getitems__(self, asked: tuple[Any, int | None]) -> Batch | PlacedBatch | ConfigError | MachineError:
         request, slot = asked
         if self.memory is None or slot is None:
             self.fetch.out = {}
             return self.fetch.__getitems__(request)
         self.fetch.out = self.memory.tensors(slot)
         batch = self.fetch.__getitems__(request)
-        if isinstance(batch, ConfigError) or batch["weight"] is not self.fetch.out["weight"]:
+        if isinstance(batch, (ConfigError, MachineError)) or batch["weight"] is not self.fetch.out["weight"]:
             return batch
         return self.memory.placed(slot, {name: value for name, value in batch.items() if name not in self.fetch.out})
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
+from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
     check_content,
@@ -236,9 +236,10 @@ class TarReader:
         if size <= 0:
             raise SampleError("no image" if size < 0 else "an empty image", name, key)
         try:
-            image = os.pread(fd, size, offset)
+            image = again(lambda: os.pread(fd, size, offset))
         except OSError as error:
-            raise ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk") from error
+            problem = ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk")
+            raise unreadable(error, f"{name}: {size} bytes at {offset}", problem) from error
         if len(image) != size:
             raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
         return Sample(key, image, extension.decode(), labelled(label), name)
@@ -262,7 +263,8 @@ class TarReader:
             rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
             os.close(fd)
-            raise ShardError(f"{name}: its index cannot be opened: {error}") from error
+            problem = ShardError(f"{name}: its index cannot be opened: {error}")
+            raise unreadable(error, index_path, problem) if isinstance(error, OSError) else problem from error
         if os.fstat(fd).st_size != self.manifest.sizes[shard] or len(rows) != self.manifest.counts[shard]:
             os.close(fd)
             raise ShardError(f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex")
@@ -285,7 +287,7 @@ class TarReader:
         try:
             return os.open(path, os.O_RDONLY), self.manifest.index_paths[shard]
         except OSError as error:
-            raise ShardError(f"{path}: the shard cannot be opened: {error}") from error
+            raise unreadable(error, path, ShardError(f"{path}: the shard cannot be opened: {error}")) from error
 
     def close(self) -> None:
         """Close the open shards and stop fetching ahead; the next read opens them again."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
+from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 
@@ -287,7 +287,9 @@ class FolderReader(VirtualShardsReader):
         self._root = os.fsencode(folder.path) + b"/"
 
     def read(self, shard: int, index: int) -> Sample:
-        """The file's bytes.  Raises SampleError where it is gone, cannot be read or has another size than listed."""
+        """The file's bytes.  Raises SampleError where it is gone, no file any more or of another size than listed,
+        MachineError where the machine cannot read it.
+        """
         place = packed_index(shard, index)
         name, size, label = self.folder.image_name(place), int(self.folder.sizes[place]), int(self.folder.labels[place])
         text = name.decode("utf-8", "surrogateescape")
@@ -295,12 +297,10 @@ class FolderReader(VirtualShardsReader):
         if size == 0:
             raise SampleError("an empty image", self.folder.path, key)
         try:
-            with open(self._root + name, "rb", buffering=0) as file:
-                image = file.read(size + 1)
-                while 0 < len(image) < size and (more := file.read(size + 1 - len(image))):
-                    image += more  # some network file systems give less than they are asked for
+            image = again(lambda: _read(self._root + name, size))
         except OSError as error:
-            raise SampleError(f"cannot be read: {error.strerror}", self.folder.path, key) from error
+            gone = SampleError(f"cannot be read: {error.strerror}", self.folder.path, key)
+            raise unreadable(error, f"{self.folder.path}/{text}", gone) from error
         if len(image) != size:
             found = f"more than {size}" if len(image) > size else str(len(image))
             raise SampleError(f"{found} bytes, but {size} when the run started", self.folder.path, key)
@@ -309,3 +309,12 @@ class FolderReader(VirtualShardsReader):
     def key(self, shard: int, index: int) -> str:
         """The path from the folder on, without the extension."""
         return _key_of(self.folder.image_name(packed_index(shard, index)).decode("utf-8", "surrogateescape"))
+
+
+def _read(path: bytes, size: int) -> bytes:
+    """The file's bytes, at most one more than `size`."""
+    with open(path, "rb", buffering=0) as file:
+        image = file.read(size + 1)
+        while 0 < len(image) < size and (more := file.read(size + 1 - len(image))):
+            image += more  # some network file systems give less than they are asked for
+    return image

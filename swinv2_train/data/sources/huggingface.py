@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
+from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 
@@ -134,7 +134,10 @@ def _read_json(path: str, name: str) -> dict[str, Any]:
         content = json.loads(Path(path, name).read_text())
     except FileNotFoundError as error:
         raise ShardError(f"{path}: {name} is missing; {_AGAIN}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        problem = ShardError(f"{path}: {name} cannot be read ({error}); {_AGAIN}")
+        raise unreadable(error, f"{path}/{name}", problem) from error
+    except ValueError as error:
         raise ShardError(f"{path}: {name} cannot be read ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ShardError(f"{path}: {name} is not what `datasets` writes; {_AGAIN}")
@@ -161,7 +164,8 @@ def _open_table(path: str) -> Any:
             complete = file.read() == _END_MARK
         table = arrow.ipc.open_stream(arrow.memory_map(path)).read_all()
     except (OSError, arrow.ArrowInvalid) as error:
-        raise ShardError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+        problem = ShardError(f"{path} cannot be read: {error}; {_AGAIN}")
+        raise unreadable(error, path, problem) if isinstance(error, OSError) else problem from error
     if not complete:
         raise ShardError(f"{path}: cut off: there is no end mark, so rows are missing; {_AGAIN}")
     return table
@@ -244,6 +248,7 @@ def _read_file(file: str | None, path: str, key: str) -> bytes:
     if "://" in file:
         raise SampleError(f"no image, but the address {file.split('?')[0]}", path, key)
     try:
-        return Path(file).read_bytes()
+        return again(Path(file).read_bytes)
     except OSError as error:
-        raise SampleError(f"its file {file} cannot be read: {error.strerror}", path, key) from error
+        gone = SampleError(f"its file {file} cannot be read: {error.strerror}", path, key)
+        raise unreadable(error, file, gone) from error
