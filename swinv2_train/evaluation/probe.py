@@ -59,7 +59,10 @@ def open_probe(
     for own_key, key, pattern in _images(config):
         remedy = f"probe.methods needs labelled images: name some by {own_key}=PATTERN, or set probe.methods=[]"
         try:
-            source = known.get(str(pattern)) or open_source(str(pattern), key, progress, shard_cache(config.data))
+            data = config.data
+            source = known.get(str(pattern)) or open_source(
+                str(pattern), key, progress, shard_cache(data), verify=data.verify
+            )
         except ConfigError as error:
             raise ConfigError(f"{error} ({remedy})") from error
         check_labels(source, config.data, key, remedy)

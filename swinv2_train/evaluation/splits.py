@@ -83,7 +83,7 @@ def open_splits(config: Config) -> dict[str, Split]:
         named[name] = (f"{SPLITS}{name}.shards", split.shards, split.labels)
     splits: dict[str, Split] = {}
     for name, (key, pattern, labels) in named.items():
-        source = open_source(str(pattern), key, cache=shard_cache(config.data))
+        source = open_source(str(pattern), key, cache=shard_cache(config.data), verify=config.data.verify)
         label_overrides = None
         if labels is None:
             beside = ("data.eval_shards", splits[""].source) if name else None

@@ -188,7 +188,7 @@ def open_sources(config: Config, world: World) -> Sources:
     """
 
     def open_one(key: str, pattern: str, beside: tuple[str, Source] | None = None) -> Source:
-        source = open_source(pattern, key, partial(print, flush=True), shard_cache(config.data))
+        source = open_source(pattern, key, partial(print, flush=True), shard_cache(config.data), config.data.verify)
         task_class(config.task).check_source(config.task, source, key, beside)
         return source
 

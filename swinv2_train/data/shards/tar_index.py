@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -24,6 +25,9 @@ LABEL_MISSING = -1
 LABEL_UNREADABLE = -2
 """The .cls member is not a non-negative integer."""
 
+CHECKSUM = "crc32"
+"""The index's field with a checksum of the image."""
+
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 _REGULAR = (b"0", b"\0", b"7")
@@ -38,11 +42,19 @@ _ASCII = bytes(range(128))
 _REMEDY = "fetch or write it again"
 
 
-def index_dtype(key_bytes: int) -> np.dtype:
-    """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key."""
-    return np.dtype(
-        [("offset", "<i8"), ("size", "<i8"), ("label", "<i8"), ("extension", "S4"), ("key", f"S{max(key_bytes, 1)}")]
-    )
+def index_dtype(key_bytes: int, checksums: bool) -> np.dtype:
+    """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key.
+
+    checksums: and the CRC-32 of the image's bytes (0 where there is none).
+    """
+    fields = [
+        ("offset", "<i8"),
+        ("size", "<i8"),
+        ("label", "<i8"),
+        ("extension", "S4"),
+        ("key", f"S{max(key_bytes, 1)}"),
+    ]
+    return np.dtype([*fields, (CHECKSUM, "<u4")] if checksums else fields)
 
 
 def sample_member(name: str) -> tuple[str, str] | None:
@@ -53,14 +65,15 @@ def sample_member(name: str) -> tuple[str, str] | None:
     return None if match is None or _META_MEMBER.match(name) else (match[1], match[2].lower())
 
 
-def build_index(path: str, name: str | None = None) -> np.ndarray:
+def build_index(path: str, name: str | None = None, checksums: bool = True) -> np.ndarray:
     """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
 
-    name: what errors call the tar, else its path.  Raises ShardError, naming the byte, for a file that is compressed
-    or not a tar, is cut off, has a damaged header, no end mark, non-zero bytes after the end mark, the same member
-    twice, or members but no image.  A tar without any member is legal (an index of length 0) and warned about.
+    name: what errors call the tar, else its path.  checksums: read every image too, and keep its checksum.
+    Raises ShardError, naming the byte, for a file that is compressed or not a tar, is cut off, has a damaged header, no
+    end mark, non-zero bytes after the end mark, the same member twice, or members but no image.  A tar without any
+    member is legal (an index of length 0) and warned about.
     """
-    images: dict[str, tuple[int, int, int]] = {}  # key -> (rank of the extension, offset, size)
+    images: dict[str, tuple[int, int, int, int]] = {}  # key -> (rank of the extension, offset, size, checksum)
     labels: dict[str, int] = {}
     keys: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
@@ -82,7 +95,7 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
             if extension in IMAGE_EXTENSIONS:
                 preference = IMAGE_EXTENSIONS.index(extension)
                 if key not in images or preference < images[key][0]:
-                    images[key] = (preference, offset, size)
+                    images[key] = (preference, offset, size, _checksum(fd, offset, size) if checksums else 0)
             elif extension == MEMBERS[LABEL].suffix:
                 label = read_label(os.pread(fd, min(size, LABEL_BYTES + 1), offset))
                 labels[key] = LABEL_UNREADABLE if label is None else label
@@ -95,12 +108,20 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
         raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
 
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1)))
+    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1), checksums))
     for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
-        preference, offset, size = images.get(key, (-1, -1, -1))
+        preference, offset, size, checksum = images.get(key, (-1, -1, -1, 0))
         extension = IMAGE_EXTENSIONS[preference] if preference >= 0 else ""
-        index[row] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+        record = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+        index[row] = (*record, checksum) if checksums else record
     return index
+
+
+def _checksum(fd: int, offset: int, size: int) -> int:
+    checksum = 0
+    for start in range(offset, offset + size, 1 << 20):
+        checksum = zlib.crc32(os.pread(fd, min(1 << 20, offset + size - start), start), checksum)
+    return checksum
 
 
 class TarBytes(Protocol):

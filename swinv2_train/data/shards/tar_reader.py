@@ -12,6 +12,7 @@ import fnmatch
 import glob
 import hashlib
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from swinv2_train.data.sample import Sample, SampleError, ShardError, again, lab
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
     check_content,
+    has_checksums,
     index_folder,
     index_shard,
     merge_entries,
@@ -32,7 +34,7 @@ from swinv2_train.data.shards.manifest import (
 from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
-from swinv2_train.data.shards.tar_index import sample_member
+from swinv2_train.data.shards.tar_index import CHECKSUM, build_index, sample_member
 from swinv2_train.data.shards.transfers import base_name, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
@@ -62,6 +64,8 @@ class Manifest:
     """sha256 over the names, counts and checksums of the shards in order; a resumed run compares it."""
     cache: ShardCache | None
     """Where shards at an address are kept on this machine; None when all are local."""
+    verify: bool = False
+    """Compare every image that is read with its checksum in the index."""
     labels_from = ".cls"
     classes = None
 
@@ -92,16 +96,18 @@ def open_manifest(
     key: str = "data.shards",
     progress: Callable[[str], None] | None = None,
     cache: ShardCache | None = None,
+    verify: bool = False,
 ) -> Manifest:
     """Index what has no index yet, and compare every shard's size with the manifest (a stat each).
 
     key: the config key that error messages name.  progress: receives one line per shard that is indexed.  cache: where
-    shards at an address are kept on this machine; None allows local ones alone.  Several processes may do this at
+    shards at an address are kept on this machine; None allows local ones alone.  verify:
+    compare every image that is read with the checksum that the index has of it.  Several processes may do this at
     once.  Raises ShardError.
     """
     paths = expand_pattern(pattern, key)
     remote = [path for path in paths if is_remote(path)]
-    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress)
+    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress, verify)
     if remote:
         if cache is None:
             raise ShardError(
@@ -125,11 +131,12 @@ def open_manifest(
         label_range=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
+        verify=verify,
     )
 
 
 def _local_entries(
-    paths: Sequence[str], progress: Callable[[str], None] | None
+    paths: Sequence[str], progress: Callable[[str], None] | None, verify: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The manifest entry and the index path of every shard, made where they are not there yet."""
     entries: dict[str, dict[str, Any]] = {}
@@ -146,7 +153,7 @@ def _local_entries(
             entry = known[folder].get(name)
             if entry is not None:
                 check_content(path, index_path, entry)
-            if entry is None or not index_path.is_file():
+            if entry is None or not index_path.is_file() or (verify and not has_checksums(index_path)):
                 made = index_shard(path, index_path)
                 if entry is not None and entry["sha256"] != made["sha256"]:
                     index_path.unlink()
@@ -228,9 +235,13 @@ class TarReader:
                 os.close(self._open.pop(shard)[0])
 
     def read(self, shard: int, index: int) -> Sample:
-        """The sample's bytes.  Raises SampleError where the sample is damaged, ShardError where the shard is."""
+        """The sample's bytes.
+
+        Raises SampleError where the sample is damaged, ShardError where the shard is, MachineError where the machine
+        cannot read it.
+        """
         fd, rows = self._shard(shard)
-        offset, size, label, extension, key_bytes = rows[index].tolist()
+        offset, size, label, extension, key_bytes, *checksum = rows[index].tolist()
         name = self.manifest.name(shard)
         key = key_bytes.decode("utf-8", "surrogateescape")
         if size <= 0:
@@ -242,6 +253,8 @@ class TarReader:
             raise unreadable(error, f"{name}: {size} bytes at {offset}", problem) from error
         if len(image) != size:
             raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
+        if self.manifest.verify and zlib.crc32(image) != checksum[0]:
+            raise SampleError(f"its checksum is another than the index has, at byte {offset}", name, key)
         return Sample(key, image, extension.decode(), labelled(label), name)
 
     def key(self, shard: int, index: int) -> str:
@@ -265,6 +278,8 @@ class TarReader:
             os.close(fd)
             problem = ShardError(f"{name}: its index cannot be opened: {error}")
             raise unreadable(error, index_path, problem) if isinstance(error, OSError) else problem from error
+        if self.manifest.verify and CHECKSUM not in (rows.dtype.names or ()):  # a cached shard's
+            rows = self._indexed_anew(shard, index_path.removesuffix(INDEX_SUFFIX))
         if os.fstat(fd).st_size != self.manifest.sizes[shard] or len(rows) != self.manifest.counts[shard]:
             os.close(fd)
             raise ShardError(f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex")
@@ -272,6 +287,12 @@ class TarReader:
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[shard]
+
+    def _indexed_anew(self, shard: int, path: str) -> np.ndarray:
+        """The index, with checksums, of a shard that is the one in the manifest: all of it is read."""
+        if sha256_of(path) != self.manifest.checksums[shard]:
+            raise ShardError(f"{path}: its checksum differs from the manifest; delete it, it is fetched again")
+        return build_index(path, self.manifest.name(shard))
 
     def _open_file(self, shard: int) -> tuple[int, str]:
         """A descriptor of the shard on this machine, and the path of its index."""
