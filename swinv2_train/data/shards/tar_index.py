@@ -77,12 +77,15 @@ def build_index(path: str, name: str | None = None, checksums: bool = True) -> n
     labels: dict[str, int] = {}
     keys: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
+    passed_over = PassedOver()
     shard = name or path
     fd = os.open(path, os.O_RDONLY)
     try:
-        for member, offset, size in tar_members(TarFile(fd), shard):
-            named = sample_member(member)
+        for entry in tar_entries(TarFile(fd), shard):
+            member, offset, size = entry.name, entry.offset, entry.size
+            named = sample_member(member) if entry.is_file else None
             if named is None:
+                passed_over.note(entry)
                 continue
             key, extension = named
             if (key, extension) in seen:
@@ -101,6 +104,7 @@ def build_index(path: str, name: str | None = None, checksums: bool = True) -> n
                 labels[key] = LABEL_UNREADABLE if label is None else label
     finally:
         os.close(fd)
+    passed_over.warn(shard)
     if not keys:
         warnings.warn(f"{shard}: the shard holds no samples", stacklevel=2)
     elif not images:
@@ -125,7 +129,7 @@ def _checksum(fd: int, offset: int, size: int) -> int:
 
 
 class TarBytes(Protocol):
-    """The bytes of a tar.  tar_members asks for them in rising order alone, so that they may come out of a pipe."""
+    """The bytes of a tar.  tar_entries asks for them in rising order alone, so that they may come out of a pipe."""
 
     def read_at(self, size: int, position: int) -> bytes:
         """Fewer at the end."""
@@ -180,11 +184,27 @@ class TarEntry(NamedTuple):
         return self.kind == _HARD_LINK
 
 
-def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, byte offset and size of every regular file, in order; arguments and errors as tar_entries'."""
-    for entry in tar_entries(source, path):
-        if entry.is_file:
-            yield entry.name, entry.offset, entry.size
+class PassedOver:
+    """Members that no reader of webdataset takes, though they may have been meant as images: they are counted and said.
+
+    What its writers put there for themselves (``__meta__``) and folders are not.
+    """
+
+    def __init__(self) -> None:
+        self._counts = {"without an ending": 0, "links": 0}
+
+    def note(self, entry: TarEntry) -> None:
+        """Count a member, if it is one."""
+        if entry.is_link:
+            self._counts["links"] += 1
+        elif entry.is_file and _META_MEMBER.match(entry.name) is None:
+            self._counts["without an ending"] += 1
+
+    def warn(self, shard: str) -> None:
+        """One line that names them, where there are any."""
+        found = [f"{count} {kind}" for kind, count in self._counts.items() if count]
+        if found:
+            warnings.warn(f"{shard}: members are passed over: {', '.join(found)}", stacklevel=3)
 
 
 def tar_entries(source: TarBytes, path: str) -> Iterator[TarEntry]:
@@ -260,6 +280,10 @@ def _check_header(header: bytes, path: str, position: int) -> int:
         raise ShardError(f"{path}: damaged header at byte {position}: the samples after it are lost; {_REMEDY}")
     if header[:2] == b"\x1f\x8b" or header[:3] == b"BZh" or header[:6] == b"\xfd7zXZ\0" or header[:4] == b"(\xb5/\xfd":
         raise ShardError(f"{path}: a compressed tar has no random access; unpack it to a plain .tar")
+    if header[:4] == b"PK\x03\x04":
+        raise ShardError(
+            f"{path}: a zip is no shard; pack it (scripts/make_shards.py SOURCE OUT), or unpack it to a folder"
+        )
     raise ShardError(f"{path}: not a tar file (no valid header at byte 0); {_REMEDY}")
 
 

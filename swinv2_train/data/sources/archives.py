@@ -163,7 +163,10 @@ def _open_zip(path: Path, source: str) -> Archive:
     archive = Archive()
     for info in members:
         name = _member_path(info.filename, source)
-        if info.filename.endswith(("/", "\\")):
+        is_folder = info.filename.endswith(("/", "\\"))
+        if "\0" in info.orig_filename or (is_folder and info.file_size):
+            raise ShardError(f"{source}: the member {_shown(info.orig_filename)} has a damaged name; {_AGAIN}")
+        if is_folder:
             archive.folders.add(name)
             continue
         if is_image(name):

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
+from swinv2_train.config import MachineError
+from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, lacking, unreadable
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 
@@ -152,7 +153,7 @@ def list_folder(path: str, source: str, progress: Callable[[str], None] | None =
     """Every image below `path`, links followed.  source: what errors call it.
 
     Raises ShardError when there is none, a class folder has none, or a folder or file cannot be looked at: a link to
-    nothing, or one that leads back to a folder above it.
+    nothing, or one that leads back to a folder above it; MachineError where the machine cannot list them.
     """
     found, said = _Found(), time.monotonic()
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -222,6 +223,7 @@ def _scan(root: str, folder: _Open) -> _Found:
                 else:
                     found.leave_out(entry.name)
     except OSError as error:
+        _check_machine(error, path)
         found.problems.append(f"{error.filename or path} cannot be listed: {error.strerror}")
     return found
 
@@ -230,6 +232,7 @@ def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
     try:
         status = entry.stat()
     except OSError as error:
+        _check_machine(error, entry.path)
         link = "a link to nothing" if entry.is_symlink() else f"cannot be looked at: {error.strerror}"
         found.problems.append(f"{entry.path}: {link}")
         return
@@ -237,6 +240,13 @@ def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
         found.images.append((name, status.st_size))
     else:  # opening a pipe would wait for ever
         found.leave_out(entry.name)
+
+
+def _check_machine(error: OSError, path: str) -> None:
+    """Raises MachineError where nothing of the folder is to be mended; a permission is, by its owner."""
+    fault = lacking(error)
+    if fault is not None and not isinstance(error, PermissionError):
+        raise MachineError(f"{path} cannot be listed: {fault}") from error
 
 
 def _what_instead(path: str, found: _Found) -> str:

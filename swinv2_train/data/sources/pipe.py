@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from swinv2_train.data.sample import Sample, ShardError, read_targets
 from swinv2_train.data.shards.pattern import expand_commands
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, sample_member, tar_members
+from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, PassedOver, TarEntry, sample_member, tar_entries
 
 NOT_ELASTIC = (
     "warning: data.shards is a pipe, so this run is not elastic: a resume, on whatever number of processes, starts the "
@@ -65,9 +65,11 @@ def read_command(command: str) -> Iterator[Sample]:
 def _grouped(output: _CommandOutput) -> Iterator[Sample]:
     key, members = "", dict[str, bytes]()
     earlier: set[str] = set()
-    for name, content in output.members():
-        named = sample_member(name)
+    passed_over = PassedOver()
+    for entry in output.entries():
+        named = sample_member(entry.name) if entry.is_file else None
         if named is None:
+            passed_over.note(entry)
             continue
         if named[0] != key:
             if members:
@@ -80,8 +82,11 @@ def _grouped(output: _CommandOutput) -> Iterator[Sample]:
                     "a sample's members side by side (tar --sort=name)"
                 )
         if named[1] in members:
-            raise ShardError(f"{output.name}: {name}: duplicate; keys must be unique within a shard: write it again")
-        members[named[1]] = content
+            raise ShardError(
+                f"{output.name}: {entry.name}: duplicate; keys must be unique within a shard: write it again"
+            )
+        members[named[1]] = output.read_at(entry.size, entry.offset)
+    passed_over.warn(output.name)
     if members:
         yield _sample(key, members, output.name)
 
@@ -106,12 +111,14 @@ class _CommandOutput:
         self._window, self._start, self._arrived = bytearray(), 0, 0
         self._at_end = False
 
-    def members(self) -> Iterator[tuple[str, bytes]]:
-        """Name and content of every file.  Raises ShardError when the command failed or the tar is damaged."""
+    def entries(self) -> Iterator[TarEntry]:
+        """Every member; its content can be read until the next one is asked for.
+
+        Raises ShardError when the command failed or the tar is damaged.
+        """
         problem: ShardError | None = None
         try:
-            for name, start, size in tar_members(self, self.name):
-                yield name, self.read_at(size, start)
+            yield from tar_entries(self, self.name)
         except ShardError as error:
             problem = error
         if self._at_end:

@@ -26,7 +26,13 @@ _KEPT = {*range(0xC0, 0xD0), _DQT, _DRI, 0xE0, 0xEE}
 _MARKER = re.compile(rb"\xff+[^\x00\xff]")
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker")
 _NO_NAME = ("Could not determine subsampling",)
-_HARMLESS = ("unknown JFIF revision", "Unknown Adobe color transform", "Invalid SOS parameters", "extraneous bytes")
+_HARMLESS = (
+    "unknown JFIF revision",
+    "Unknown Adobe color transform",
+    "Invalid SOS parameters",
+    "Inconsistent progression sequence",
+    "extraneous bytes",
+)
 _FILLER = bytes((73 * i + 41) % 255 for i in range(48))
 
 Decoder = Callable[[bytes], np.ndarray]
@@ -80,9 +86,10 @@ def _strict(data: bytes, check_pixels: Callable[[int, int], None]) -> np.ndarray
 def _lenient(data: bytes) -> np.ndarray:
     import simplejpeg
 
-    if simplejpeg.decode_jpeg_header(data, strict=False)[2] in ("CMYK", "YCCK"):
-        return _from_cmyk(simplejpeg.decode_jpeg(data, "CMYK", strict=False))
-    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=False)
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=False)
+    except ValueError:  # CMYK, and what its header causes a warning for, in which simplejpeg is strict all the same
+        return _by_pillow(data)
     return pixels
 
 
@@ -104,7 +111,9 @@ def _watched(data: bytes, decode: Decoder) -> np.ndarray:
     """The pixels of a whole image.  Raises ValueError where a scan holds less than its share of it."""
     pixels = decode(data)
     frame = next((marker for marker, _, _ in _segments(data) if marker in _FRAMES), 0)
-    if frame not in _ARITHMETIC and not np.array_equal(decode(_with_filler(data)), pixels):
+    if frame in _ARITHMETIC:
+        raise ValueError("arithmetic coding of a kind in which an early end would not be noticed")
+    if not np.array_equal(decode(_with_filler(data)), pixels):
         raise ValueError("Corrupt JPEG data: premature end of data segment")
     return pixels
 

@@ -133,6 +133,17 @@ def test_open_files_that_run_out_are_no_damage(tmp_path, workers):
     assert said.startswith(f"MachineError: {tmp_path}/") and "Too many open files; raise the limit (ulimit -n)" in said
 
 
+def test_a_folder_that_cannot_be_listed_for_want_of_files_is_not_to_be_mended(tmp_path):
+    (tmp_path / "1.png").write_bytes(image_bytes(0))
+
+    def body() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        print(outcome(lambda: open_folder(str(tmp_path))), flush=True)
+        os._exit(0)
+
+    assert said_by(body).startswith(f"MachineError: {tmp_path}/ cannot be listed: Too many open files")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take a permission from itself and give it back")
 def test_a_permission_that_is_missing_is_no_damage(tmp_path):
     for i in range(4):

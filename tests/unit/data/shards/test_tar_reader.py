@@ -19,6 +19,7 @@ from swinv2_train.data.shards.pattern import expand_pattern
 from swinv2_train.data.shards.tar_index import build_index
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest, reindex, verify_shards, write_shards
 from swinv2_train.data.sources.base import open_source
+from swinv2_train.data.sources.pipe import read_command
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
 from tests.support.configs import composed
 from tests.support.images import encoded, image_bytes
@@ -97,6 +98,18 @@ def test_directories_links_and_webdatasets_meta_members_are_passed_over(tmp_path
             info.size = 4
             tar.addfile(info, io.BytesIO(b"abcd"))
     assert [key.decode() for key in build_index(str(path))["key"]] == ["cat/a"]
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_members_that_may_have_been_meant_as_images_are_said(tmp_path, piped):
+    """Whoever packs links, or files without an ending, trains on fewer images than there are, and hears nothing."""
+    path = write_plain_tar(tmp_path / "t.tar", [(name, b"abcd") for name in ("a.png", "0001", "b/0002", "__meta__")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("c.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+    with pytest.warns(UserWarning, match=r"t.tar: members are passed over: 2 without an ending, 1 links"):
+        assert len(list(read_command(f"cat {path}")) if piped else build_index(str(path))) == 1
 
 
 def _damage(name: str, path: Path) -> None:

@@ -314,6 +314,12 @@ def one_place_for_two(data: bytearray) -> None:
     data[second + 42 : second + 46] = struct.pack("<I", first)
 
 
+def name_cut_short(data: bytearray) -> None:
+    """A zero in the name ends it, and this one becomes the name of a folder, which nobody reads."""
+    _, central = headers(data)[1]
+    data[central + 46 + 5] = 0
+
+
 def cut(data: bytearray) -> None:
     del data[len(data) * 2 // 3 :]
 
@@ -330,6 +336,7 @@ def cut(data: bytearray) -> None:
         (first_entry_lost, "a member that its directory does not name at byte 0"),
         (half_a_directory, "its directory names 6 members and says 12"),
         (one_place_for_two, "a member that its directory does not name at byte"),
+        (name_cut_short, r"the member 'data/\x00pe/1.png' has a damaged name"),
         (cut, "is a damaged zip, cut off perhaps"),
     ],
 )

@@ -111,6 +111,16 @@ def jfif_version_2() -> bytes:
     return bytes(data)
 
 
+def adobe(data: bytes, transform: int | None) -> bytes:
+    """The file with another kind of colour in Adobe's segment, or without that."""
+    at = data.index(b"Adobe")
+    return (
+        data[: at - 4] + data[at + 12 :]
+        if transform is None
+        else data[: at + 11] + bytes([transform]) + data[at + 12 :]
+    )
+
+
 def sampled(factors: tuple[int, int, int]) -> bytes:
     """A grey-in-colour JPEG of one MCU's worth of DC values; factors: h << 4 | v of each component."""
     data = bytearray(encoded(RGB.resize((32, 32)), "JPEG", quality=90, subsampling=0))
@@ -137,6 +147,10 @@ WHOLE: dict[str, bytes] = {
     "jpeg grey": encoded(RGB.convert("L"), "JPEG"),
     "jpeg cmyk": encoded(RGB.convert("CMYK"), "JPEG", quality=95),
     "jpeg cmyk progressive": encoded(RGB.convert("CMYK"), "JPEG", quality=95, progressive=True),
+    "jpeg ycck": adobe(encoded(RGB.convert("CMYK"), "JPEG", quality=95), 2),
+    "jpeg cmyk without Adobe's segment": adobe(encoded(RGB.convert("CMYK"), "JPEG", quality=95), None),
+    "jpeg cmyk, unknown kind of colour": adobe(encoded(RGB.convert("CMYK"), "JPEG", quality=95), 5),
+    "jpeg, unknown kind of colour": adobe(jpeg(keep_rgb=True), 9),
     "jpeg rgb": jpeg(keep_rgb=True),
     "jpeg with exif and profile": jpeg(exif=b"Exif\0\0" + bytes(60_000), icc_profile=bytes(200_000)),
     "jpeg with a comment": jpeg(comment=b"x" * 65_000),
