@@ -22,7 +22,6 @@ import torch
 
 from swinv2_train.distributed import World, init_distributed, shutdown_distributed
 
-
 IMPORTED_BY_A_RUN = [
     "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
