@@ -29,16 +29,16 @@ from torch.distributed.run import main as torchrun
 from scripts import fetch_cifar10
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import TASKS
+from swinv2_train.config.arguments import last_of_each
 from swinv2_train.config.command_line import compose_overrides, guarded, load_run_config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.load import known_keys
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
 
 DATA_DIR = Path("data/cifar10")
 PROCESSES = 2
-SLOW_BF16 = 2.0
-"""bf16 over fp32 matrix time on one thread: 0.13 with bf16 matrix units, 7 with AVX-512 alone, 100 with AVX2."""
 SAVE_SEC = 120
 """How long a stopped rank may take to end its step and save."""
 
@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if torch.cuda.device_count() < PROCESSES:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # each process needs a GPU of its own, so all use the CPU
     precision = [f"engine.precision={precision_for(pretrain)}"]
-    commands = [[*command, *precision, *overrides_of(options.overrides, task)] for _, _, command, task in phases]
+    commands = [
+        last_of_each([*command, *precision, *overrides_of(options.overrides, task)]) for _, _, command, task in phases
+    ]
     configs = [compose_overrides(command) for command in commands]  # wrong input is said before anything is fetched
 
     source = configs[0].data.source
@@ -95,23 +97,10 @@ def precision_for(run_dir: Path) -> str:
         return load_run_config(run_dir).engine.precision
     if torch.cuda.device_count() >= PROCESSES:
         return "bf16"
-    ratio = matmul_sec(torch.bfloat16) / matmul_sec(torch.float32)
-    if ratio > SLOW_BF16:
-        print(f"this CPU multiplies matrices {ratio:.0f} times slower in bf16 than in fp32: the demo runs in fp32")
-        return "fp32"
-    return "bf16"
-
-
-def matmul_sec(dtype: torch.dtype) -> float:
-    """Seconds of one product of two 512 x 512 matrices on one thread, the best of ten."""
-    torch.set_num_threads(1)
-    matrix = torch.ones(512, 512, dtype=dtype)
-    best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        matrix @ matrix
-        best = min(best, time.perf_counter() - started)
-    return best
+    if (slow := slow_bf16(cpu_speed())) is None:
+        return "bf16"
+    print(f"{slow}; the demo runs in fp32")
+    return "fp32"
 
 
 def overrides_of(overrides: Sequence[str], task: str) -> list[str]:

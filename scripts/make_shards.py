@@ -5,8 +5,9 @@
     python scripts/make_shards.py --verify 'DIR/*.tar'    # read everything, compare with the manifest's checksums
 
 SOURCE is a folder, zip or plain tar of images.  With class folders (SOURCE/<class>/...) the labels are the classes'
-places in sorted order, kept in classes.txt beside the shards; images directly in SOURCE get no labels.  Image files are
-copied byte for byte, in an order shuffled once.
+places in sorted order (numbers by their value), kept in classes.txt beside the shards; where one is there already, its
+numbers are taken.  Images directly in SOURCE get no labels.  Image files are copied byte for byte, in an order shuffled
+once.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
 from swinv2_train.config.standard_streams import hold_standard_streams
+from swinv2_train.data.class_names import CLASSES_NAME, class_names_text, listed, read_class_names
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS
 from swinv2_train.data.shards.tar_reader import Manifest, reindex, shard_files, verify_shards, write_shards
-from swinv2_train.data.sources.folder import class_names, is_image, list_folder
+from swinv2_train.data.sources.folder import class_names, empty_warning, is_image, label_numbers, list_folder
 from swinv2_train.data.sources.virtual_shards import PACKING_SEED, SAMPLES_PER_SHARD, packing_order
-
-CLASSES_NAME = "classes.txt"
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,24 @@ def pack(
 ) -> Manifest:
     """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and, if given, classes.txt.
 
-    Raises ShardError when shards of that prefix exist, or when the folder's classes.txt speaks of other classes.
+    Where the folder has a classes.txt already, its classes' numbers are taken for those of the same names.  Raises
+    ShardError when shards of that prefix exist, or when that classes.txt lacks one of the classes.
     """
-    if classes is not None:
-        _write_classes(Path(out_prefix).parent / CLASSES_NAME, classes)
     order = [entries[number] for number in packing_order(len(entries), seed)]
-    return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
+    if classes is None:
+        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
+    path = Path(out_prefix).parent / CLASSES_NAME
+    numbers = _numbers_there(path, classes, {entry.label for entry in entries if entry.label is not None})
+    if numbers is not None:
+        order = [entry if entry.label is None else replace(entry, label=numbers[entry.label]) for entry in order]
+        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(class_names_text(classes), "utf-8", "surrogateescape")  # first: no shard is ever without its names
+    try:
+        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple[str, bytes, str, int | None]]:
@@ -64,29 +76,36 @@ def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple
             tell(f"{out_prefix}: {number} of {len(entries)} images packed")
 
 
-def _write_classes(path: Path, classes: Sequence[str]) -> None:
-    text = "".join(f"{name}\n" for name in classes)
-    known_text = path.read_text("utf-8", "surrogateescape") if path.is_file() else text  # names may be any bytes
-    if known_text != text:
-        known = known_text.splitlines()
-        differ = sorted(set(known) ^ set(classes))[:5] or ["their order"]
-        raise ShardError(
-            f"{path} lists {len(known)} classes, SOURCE has {len(classes)} (they differ in: {', '.join(differ)}), so "
-            "the same label would mean two things; give SOURCE the same class folders, or choose another OUT folder"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8", "surrogateescape")
+def _numbers_there(path: Path, classes: Sequence[str], used: set[int]) -> list[int] | None:
+    """What each class counts as by the folder's classes.txt, -1 for one of no use; None where that is to be written.
+
+    used: the labels that images have.
+    """
+    known = read_class_names(path)
+    if known is None:
+        return None
+    place = {name: number for number, name in enumerate(known)}
+    unknown = [name for label, name in enumerate(classes) if label in used and name not in place]
+    if not unknown:
+        return [place.get(name, -1) for name in classes]
+    if not any(path.parent.glob("*.tar")):  # it speaks of shards that are gone
+        return None
+    raise ShardError(
+        f"{path} lists {len(known)} classes, and not SOURCE's {listed(unknown)} ({len(unknown)} such classes), whose "
+        "labels would mean two things; pack the split that has all classes first, or choose another OUT folder"
+    )
 
 
-def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:
+def read_source(source: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
-    Raises ShardError for a source that does not exist, is compressed, holds no images, mixes the two layouts, has a
-    class folder without images, or cannot be read through.
+    Raises ShardError for a source that does not exist, is compressed, holds no images, mixes the two layouts, or cannot
+    be read through.
     """
     if source.is_dir():
         listing = list_folder(str(source), f"SOURCE {source}")
-        return _entries(source, {name: partial(_read_file, source / name) for name in listing.names}, listing.left_out)
+        images = {name: partial(_read_file, source / name) for name in listing.names}
+        return _entries(source, images, listing.left_out, listing.empty)
     if not source.is_file():
         raise ShardError(f"SOURCE {source} does not exist; name a folder, zip or tar of images")
     if zipfile.is_zipfile(source):
@@ -105,7 +124,7 @@ def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:
     )
 
 
-def _archive_entries(source: Path, files: dict[str, Callable[[], bytes]]) -> tuple[list[Entry], list[str] | None]:
+def _archive_entries(source: Path, files: dict[str, Callable[[], bytes]]) -> tuple[list[Entry], tuple[str, ...] | None]:
     paths = {PurePosixPath(name): read for name, read in files.items()}
     images = {path: read for path, read in paths.items() if is_image(str(path))}
     if not images:
@@ -118,12 +137,14 @@ def _archive_entries(source: Path, files: dict[str, Callable[[], bytes]]) -> tup
 
 
 def _entries(
-    source: Path, images: dict[str, Callable[[], bytes]], left_out: int
-) -> tuple[list[Entry], list[str] | None]:
+    source: Path, images: dict[str, Callable[[], bytes]], left_out: int, empty: Sequence[str] = ()
+) -> tuple[list[Entry], tuple[str, ...] | None]:
     if left_out:
-        print(f"{left_out} files and hidden folders of {shown(source)} are not images and are left out")
-    classes = class_names(images, f"SOURCE {source}")
-    label_of = {name: label for label, name in enumerate(classes or [])}
+        tell(f"{left_out} files and hidden folders of {source} are not images and are left out")
+    classes = class_names(images, f"SOURCE {source}", empty)
+    if classes and empty:
+        tell(empty_warning(str(source), empty))
+    label_of = label_numbers(classes or ())
     entries, taken = [], set()
     for name, read in images.items():
         path = PurePosixPath(name)
@@ -131,7 +152,7 @@ def _entries(
         while key in taken:  # cat.1.jpg beside cat_1.jpg, or 1.jpg beside 1.png
             key += "_"
         taken.add(key)
-        entries.append(Entry(key, path.suffix[1:].lower(), label_of[path.parts[0]] if classes else None, read))
+        entries.append(Entry(key, path.suffix[1:].lower(), label_of(name) if classes else None, read))
     return entries, classes
 
 

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from swinv2_train.checkpoint import find_checkpoint
+from swinv2_train.checkpoint import checkpoint_classes, find_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import compose_source, own_flag, run_on_weights
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.loader import EvalLoader
+from swinv2_train.data.sources.matched import Say
 from swinv2_train.distributed import (
     World,
     init_distributed,
@@ -46,7 +47,8 @@ from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Forward, Picture, Task
 from swinv2_train.training.preflight import preflight
-from swinv2_train.weights import Head, LoadReport, load_weights, read_weights
+from swinv2_train.weights import Head, LoadReport, load_weights, read_weights, weights_classes
+from swinv2_train.weights.matching import read_indices
 
 OWN_KEYS = ("checkpoint", "weights", "format", "ema", "out", "crop_pcts")
 
@@ -78,26 +80,34 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     world = init_distributed(config.runtime.process_group_timeout_sec)
     check_agreement(config)
     set_threads(config.runtime.num_threads, world.local_world_size)
-    splits: dict[str, Split] = on_main(world, lambda: open_splits(config))
+    notes: list[str] = []
+    names: tuple[str, ...] | None = on_main(world, lambda: models_classes(config, request, notes.append))
+    splits: dict[str, Split] = on_main(world, lambda: open_splits(config, names, notes.append))
     out = on_main(world, lambda: make_out(request.out))
     probe = build_probe(config, world, (None, splits[""].source))
     task = build_task(config, world.device)
     loaders = {name: build_loader(config, task, split, world) for name, split in splits.items()}
     origin = load(task, config, request, world)
+    for note in notes:  # of rank 0, and nothing can be refused any more
+        print(shown(note, MESSAGE_CHARACTERS, lines=True), file=sys.stderr)
     module = task.module.to(world.device).eval()
 
     def forward(**inputs: torch.Tensor) -> Any:
         return module(**to_device(inputs, world.device))
 
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
     avoid_compiler()  # the first call of the attention kernel, and the probe, would import torch._dynamo: 3 s of CPU
     with torch.no_grad():
-        results = {name: score(task, forward, split, loaders[name]) for name, split in splits.items()}
+        results = {name: score(task, forward, split, loaders[name], say, names) for name, split in splits.items()}
         crops: dict[float, dict[str, float]] = {}
         for value in request.crop_pcts:
             crops[value] = results[""].scores
             if value != config.data.eval_crop_pct:
                 loader = build_loader(config, task, splits[""], world, value)
-                crops[value] = score(task, forward, splits[""], loader).scores
+                crops[value] = score(task, forward, splits[""], loader, say).scores
         probed = {} if probe is None else probe.scores(partial(task.features, forward), lambda: None)
         line = {**origin, **results[""].summary(), **_finite(probed), **compared(crops)}
         if len(splits) > 1:
@@ -136,6 +146,30 @@ def make_out(out: str | None) -> Path | None:
     except OSError as error:
         raise ConfigError(f"out ({out}) cannot be made: {error.strerror}; name another directory") from error
     return Path(out)
+
+
+def models_classes(config: Config, request: EvaluateRequest, say: Say) -> tuple[str, ...] | None:
+    """What the classes of the weights that are asked for are called; None where they have numbers alone.
+
+    say: receives a note where that had to be assumed.
+    """
+    count = config.task.label_classes
+    if count is None:
+        return None
+    if request.weights is None:
+        return checkpoint_classes(find_checkpoint(Path(request.checkpoint or config.run_dir)))
+    names = weights_classes(request.weights)
+    if names is not None:
+        if config.task.init_head not in ("auto", "fresh") and len(names) > count:
+            names = tuple(names[row] for row in read_indices(Path(config.task.init_head)) if 0 <= row < len(names))
+        return names if len(names) <= count else None
+    run = Path(config.run_dir)
+    if not (run / "config.yaml").is_file() or (newest := newest_checkpoint(run)) is None:
+        return None
+    names = checkpoint_classes(newest)
+    if names is not None:
+        say(f"note: {request.weights} names no classes; those of {run} are assumed")
+    return names
 
 
 def load(task: Task, config: Config, request: EvaluateRequest, world: World) -> dict[str, Any]:
@@ -194,7 +228,7 @@ def write_out(out: Path, config: Config, line: dict[str, Any], results: dict[str
     for name, scored in results.items():
         if scored.confusion is not None:
             stem = f"confusion_{name}" if name else "confusion"
-            Image.fromarray(confusion_map(scored.confusion)).save(out / f"{stem}.png")
+            Image.fromarray(confusion_map(scored.confusion, scored.classes)).save(out / f"{stem}.png")
 
 
 def write_picture(out: Path, picture: Picture, forward: Forward, loader: EvalLoader) -> None:

@@ -2,6 +2,8 @@
 
 Predicts a run before it is paid for: memory of a rank by part and phase, time of a step, images/s, days, checkpoints.
 
+    run_dir=RUN          without a group (experiment=, model=, ...): the configuration of that run, with the other
+                         KEY=VALUE on top, and its number of ranks
     hardware=NAME        conf/hardware/: a100_40gb a100_80gb h100 h200 rtx4090 cpu, or a file of yours with the same
                          keys; without it, this machine
     plan.num_gpus=N      ranks (default: one node's)
@@ -25,32 +27,61 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from swinv2_train.config import Config, ConfigError, is_pipe
-from swinv2_train.config.command_line import compose_overrides, run_on_weights
+from swinv2_train.config import Config, ConfigError, HardwareConfig, is_pipe
+from swinv2_train.config.command_line import compose_overrides, load_run_config, run_on_weights
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
 from swinv2_train.data.sources.base import open_source
-from swinv2_train.planning.hardware import fill_from_machine
+from swinv2_train.planning.hardware import fill_from_machine, required
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.picture import draw_curve, draw_plan
 from swinv2_train.planning.scaling import scaling_curve, scaling_json
-from swinv2_train.planning.search import recommend
+from swinv2_train.planning.search import Search, recommend
 from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
 from swinv2_train.planning.table import host_line, memory_table, plan_json, scaling_lines, speed_lines, verdict
 from swinv2_train.report.plots import plots_problem
+from swinv2_train.runtime.cpu_speed import CpuSpeed, slow_bf16
+from swinv2_train.runtime.environment import read_environment
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.preflight import preflight
 
+GROUPS = ("experiment", "model", "task", "data", "optim", "engine", "log")
+"""Groups of conf/ but the machine's: naming one makes a command line a configuration of its own."""
 UNUSED = ("run_dir", "data.shards")
 """Keys that training needs and a plan can do without."""
 
 
 def parse(arguments: list[str]) -> tuple[Config, list[str]]:
-    """The configuration to plan for, and the arguments that a recommended command repeats."""
+    """The configuration to plan for, and the arguments that a recommended command repeats.
+
+    run_dir=RUN alone names a run's configuration; beside a group's choice, the command line is a whole one of its own.
+    """
     repeated = [each for each in arguments if each != "--recommend" and not each.startswith("plan.")]
     overrides = ["plan.recommend=true" if each == "--recommend" else each for each in arguments]
-    return compose_overrides(overrides, UNUSED), repeated
+    run_dir = next((each.partition("=")[2] for each in arguments if each.startswith("run_dir=")), None)
+    chosen = {each.partition("=")[0] for each in arguments} & set(GROUPS)
+    if run_dir is None or chosen:
+        return compose_overrides(overrides, UNUSED), repeated
+    if not (Path(run_dir) / "config.yaml").is_file():
+        print(f"note: run_dir ({run_dir}) holds no run yet; this plans what the command line says")
+        return compose_overrides(overrides, UNUSED), repeated
+    starts = read_environment(Path(run_dir))
+    last = starts[-1] if starts else {}
+    own = [each for each in last.get("argv", [])[1:] if not each.startswith(("run_dir=", "plan."))]
+    return plan_of_run(Path(run_dir), overrides, last.get("world_size")), [*own, *repeated]
+
+
+def plan_of_run(run_dir: Path, overrides: list[str], num_ranks: int | None) -> Config:
+    """A run's configuration with overrides on top, for the machine that these name, or for this one.
+
+    num_ranks: of the run, where it is known; planned for unless plan.num_gpus says another number.
+    """
+    of_machine = [each for each in overrides if each.startswith(("hardware=", "hardware."))]
+    config = load_run_config(run_dir, [each for each in overrides if each not in of_machine])
+    hardware = compose_overrides(of_machine, UNUSED).hardware if of_machine else config.hardware
+    return replace(config, hardware=hardware, plan=replace(config.plan, num_gpus=config.plan.num_gpus or num_ranks))
 
 
 def plan(config: Config, arguments: list[str]) -> None:
@@ -63,8 +94,13 @@ def plan(config: Config, arguments: list[str]) -> None:
     hardware = fill_from_machine(config.hardware, min(gpus, config.hardware.gpus_per_node or gpus))
     check_request(config)
     title = f"{config.model.name} on {hardware.name}"
+    slow = bf16_problem(config, hardware)
+    in_fp32 = None if slow is None else replace(config, engine=replace(config.engine, precision="fp32"))
     if config.plan.recommend:
-        print(recommend(config, hardware, gpus, arguments))
+        print(recommend(config, hardware, gpus, arguments, steps(config)))
+        if in_fp32 is not None:
+            best = Search(in_fp32, hardware, gpus).fastest()
+            print(f"hint: {slow}" + ("" if best is None else f", {best.speed.step_sec:.3g} s a step"))
         return
     if config.plan.scaling is not None:
         curve = scaling_curve(config, hardware, gpus)
@@ -81,9 +117,20 @@ def plan(config: Config, arguments: list[str]) -> None:
           f"{config.engine.precision}, recompute {config.model.recompute}, sequential stages "
           f"{config.model.sequential_stages}; {batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
           f"time on each of {gpus} ranks\n")  # fmt: skip
-    print(memory_table(memory), verdict(memory, hardware, gpus), host_line(memory), "", sep="\n")
+    print(memory_table(memory), verdict(memory, hardware, gpus), host_line(memory, hardware, gpus), "", sep="\n")
     print(*speed_lines(config, hardware, memory, speed, trace.model_flops_per_image, gpus, steps(config)), sep="\n")
+    if in_fp32 is not None:
+        _, trace = plan_memory(in_fp32, hardware, gpus)
+        fp32 = plan_speed(in_fp32, hardware, memory.sizes, pass_seconds(hardware, trace), gpus)
+        print(f"hint: {slow}, {fp32.step_sec:.3g} s a step")
     write(config, lambda path: draw_plan(memory, path, title), plan_json(memory, speed, gpus))
+
+
+def bf16_problem(config: Config, hardware: HardwareConfig) -> str | None:
+    """What is to be said of bf16 on a CPU that has no units for it; None elsewhere.  hardware: without null values."""
+    if hardware.device != "cpu" or config.engine.precision != "bf16":
+        return None
+    return slow_bf16(CpuSpeed(1e3 * required(hardware.tflops_fp32), 1e3 * required(hardware.tflops_bf16)))
 
 
 def check_request(config: Config) -> None:

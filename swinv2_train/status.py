@@ -17,6 +17,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.config.standard_streams import hold_standard_streams
+from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
 from swinv2_train.storage.json_files import number, optional, read_json, record, whole
@@ -46,7 +47,8 @@ _STATUS = record(
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """RUN_DIR/status.json with "state" as it is by now, "silent_sec" and "ranks", each with its own "silent_sec".
+    """RUN_DIR/status.json with "state" as it is by now, "silent_sec", "classes" (the names of the model's) and "ranks",
+    each with its own "silent_sec".
 
     state: running, done, stopped, failed, or lost (it should run, but no sign of life came for "silent_sec" seconds, or
     its process has ended).  silent_sec: since the last sign of life.  Raises ConfigError where there is no such file.
@@ -63,7 +65,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         rank | {"silent_sec": now - rank["updated_at"], "lost": _lost(rank, patience)}
         for rank in read_ranks(run_dir).values()
     ]
-    status |= {"silent_sec": now - status["updated_at"], "ranks": ranks}
+    status |= {"silent_sec": now - status["updated_at"], "ranks": ranks, "classes": read_run_classes(run_dir)}
     if status["state"] == "running" and _lost(status, patience):
         status["state"] = "lost"
     return status
@@ -92,6 +94,8 @@ def status_text(status: Mapping[str, Any]) -> str:
         lines.append("  ".join(parts))
         saved = status.get("checkpoint_step")
         lines.append("no complete checkpoint yet" if saved is None else f"last complete checkpoint: step {saved}")
+    if status["classes"]:
+        lines.append(f"{len(status['classes'])} classes: {listed(status['classes'])}")
     slowest = status.get("slowest_rank")
     if slowest and status["world_size"] > 1:
         lines.append(

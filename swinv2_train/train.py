@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from swinv2_train.checkpoint import find_checkpoint, verified_checkpoint
+from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_state, verified_checkpoint
 from swinv2_train.checkpoint.finding import step_of
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.shown import shown
 from swinv2_train.data.loading.loader import accumulation_steps
-from swinv2_train.distributed import (
-    init_distributed,
-    on_main,
-    shutdown_distributed,
-)
+from swinv2_train.data.loading.workers import worker_death
+from swinv2_train.distributed import World, init_distributed, on_main, shutdown_distributed
 from swinv2_train.distributed.same_start import check_agreement
-from swinv2_train.evaluation.probe import build_probe
+from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console
-from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import ENDING, Heartbeat, RankActivity
+from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
+from swinv2_train.monitoring.watchdog import ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
+from swinv2_train.planning.start_line import describe_start
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
 from swinv2_train.report.plots import plots_problem
 from swinv2_train.runtime import (
     RunDirLock,
+    StopNow,
     StopRequest,
+    read_environment,
     set_threads,
     tune_allocator,
 )
 from swinv2_train.tasks import build_task
+from swinv2_train.tasks.task import Task
 from swinv2_train.training import loop
-from swinv2_train.training.build import build_run, checked_newest, make_run_dir, open_sources, write_run_files
-from swinv2_train.training.initial_weights import initial_weights
-from swinv2_train.training.lr_schedule import total_steps
+from swinv2_train.training.build import (
+    Sources,
+    build_run,
+    checked_newest,
+    make_run_dir,
+    open_sources,
+    write_run_files,
+)
+from swinv2_train.training.initial_weights import Initial, initial_weights
+from swinv2_train.training.lr_schedule import Reached, RunLength, run_length
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.training.preflight import preflight
 from swinv2_train.weights.export import ExportRequest, export
@@ -53,32 +64,41 @@ def train(config: Config) -> int:
         set_threads(config.runtime.num_threads, world.local_world_size)
         if world.device.type == "cpu":
             tune_allocator()
-        accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
+        accumulation = accumulation_steps(
+            config.train.global_batch_size, config.train.micro_batch_size, world.world_size
+        )
         on_main(world, lock.acquire)
-        newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
-        sources = open_sources(config, world)
-        probe = build_probe(config, world, sources)
-        total = total_steps(config.train, sources.training.num_samples)
-        if newest is not None and step_of(newest) >= total:
-            on_main(world, lambda: say_complete(run_dir, total))
+        try:
+            start = decide_start(config, world, stop)
+            if start.task is not None:
+                on_main(world, lambda: make_run_dir(run_dir))
+                if on_main(world, lambda: lock.acquire() and newest_checkpoint(run_dir) is not None):
+                    start = decide_start(config, world, stop)  # another run was here, and this one waited for its end
+        except StopNow as stopped:
+            saved = on_main(world, lambda: newest_checkpoint(run_dir) is not None)
+            if world.is_main:
+                print(f"stopped by {stopped} before the first step; the same command begins again")
+            shutdown_distributed()
+            return stopped.exit_code(saved)
+        total, task = start.length.last_step, start.task
+        if task is None:
+            on_main(world, lambda: say_complete(config, start))
             shutdown_distributed()
             return EXIT_DONE
-        with on_meta():  # each rank makes those of its own share, in the engine
-            task = build_task(config, world.device)
-        groups = build_param_groups(task.module, config.optim)
-        initial = initial_weights(config, task, world) if newest is None else None
-        on_main(world, lambda: make_run_dir(run_dir))
-        on_main(world, lock.acquire)
         with open_console(run_dir, world.rank) as console:
             activity = RankActivity()
+            stop.told = partial(acknowledge, console, activity, accumulation)
             heartbeat = Heartbeat(activity, run_dir, world.rank, world.world_size, config.runtime, console).start()
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                run = build_run(config, world, task, groups, sources, log, newest, initial, activity, probe)
-                on_main(world, lambda: write_run_files(run_dir, config, world))
+                run = build_run(
+                    config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
+                    start.probe,
+                )  # fmt: skip
+                on_main(world, lambda: announce(run, log))
                 with run.monitor.manual_gc:
                     exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
@@ -90,9 +110,10 @@ def train(config: Config) -> int:
             except ConfigError as error:
                 exit_code, reason = EXIT_USER_ERROR, str(error)
                 raise
-            except Exception as error:  # noqa: BLE001  the rank's log gets it whole and the console one line
-                console.fail(error)
-                reason = f"{type(error).__name__}: {error}"
+            except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
+                told = worker_death(raised) or raised
+                console.fail(told)
+                reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED
             finally:
                 heartbeat.close(exit_code, reason)
@@ -101,6 +122,71 @@ def train(config: Config) -> int:
                     write_report_of(run_dir, total, console)
         shutdown_distributed()
         return exit_code
+
+
+def acknowledge(console: Console, activity: RankActivity, accumulation: int, name: str, again: bool) -> None:
+    """Say at once what a stop signal will end; in the thread that hears it, while the main thread computes."""
+    doing = activity.current
+    if doing not in (*STEP, FIRST_STEP):
+        what = f"after this: {doing}"
+    elif accumulation == 1:
+        what = "after this step"
+    else:
+        what = "after this micro-batch; the step's work so far is dropped"
+    console.say(f"{name}{' again' if again else ''}: stopping {what}")
+
+
+def announce(run: loop.Run, log: RunLog) -> None:
+    """Say and write down what is run here, with what and for how long.  On rank 0, when nothing is refused any more."""
+    start = describe_start(run.config, run.world, run.task)
+    before = [each.get("start", {}).get("precision") for each in read_environment(Path(run.config.run_dir))]
+    if before and before[-1] not in (None, start.precision):
+        log.say(f"note: engine.precision is {start.precision}; until here the run was in {before[-1]}")
+    log.say(start.line(run.length.last_step - run.position.step))
+    if run.config.model.compile != "none":
+        log.say("note: the first step compiles the blocks, which may take minutes")
+    if start.slow_bf16 is not None:
+        log.say(f"warning: {start.slow_bf16}")
+    write_run_files(Path(run.config.run_dir), run.config, run.world, start.record(), run.position.classes)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start finds and decides before it writes anything; true as long as nobody else trains in the run_dir."""
+
+    newest: Path | None
+    """The checkpoint to go on from."""
+    reached: Reached
+    length: RunLength
+    sources: Sources
+    probe: Probe | None
+    task: Task | None
+    """What is trained; None where nothing is left to do."""
+    groups: list[dict[str, Any]]
+    initial: Initial | None
+    """The weights that a new run starts from, where task.init_from names some."""
+
+
+def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
+    """Where the run of config.run_dir stands, and all that can be refused before it is written to.  Collective.
+
+    Raises StopNow on every rank where a stop comes while images are listed or a server is waited for.
+    """
+    run_dir = Path(config.run_dir)
+    newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
+    state = {"step": 0, "images_seen": 0} if newest is None else on_main(world, partial(read_state, newest))
+    sources = open_sources(config, world, newest, stop)
+    probe = build_probe(config, world, (sources.training, sources.evaluation), stop)
+    reached = Reached.of(state, config.train.global_batch_size)
+    length = run_length(config.train, config.optim.schedule, sources.training.num_samples, reached)
+    unfinished = on_main(world, lambda: newest is not None and scores_unfinished(run_dir, reached.step))
+    if reached.step >= length.last_step and not unfinished:
+        return Start(newest, reached, length, sources, probe, None, [], None)
+    with on_meta():  # each rank makes those of its own share, in the engine
+        task = build_task(config, world.device)
+    groups = build_param_groups(task.module, config.optim)
+    initial = initial_weights(config, task, world, sources.classes) if newest is None else None
+    return Start(newest, reached, length, sources, probe, task, groups, initial)
 
 
 def log_artifacts(config: Config, log: RunLog) -> None:
@@ -121,11 +207,20 @@ def log_artifacts(config: Config, log: RunLog) -> None:
         log.say(f"warning: no wandb artifacts ({type(error).__name__}: {error})")
 
 
-def say_complete(run_dir: Path, total: int) -> None:
+def say_complete(config: Config, start: Start) -> None:
     """Nothing is left to do; a report that a kill prevented is written now."""
+    run_dir, step, images = Path(config.run_dir), start.reached.step, start.reached.images_seen
     if not (run_dir / "report.html").exists():
-        write_report(run_dir, total)
-    print(f"{shown(run_dir)}: all {total} steps are done; report: {shown(run_dir / 'report.html')}")
+        write_report(run_dir, step)
+    epochs, samples = config.train.epochs, start.sources.training.num_samples
+    if config.train.max_steps is not None:
+        past = f"train.max_steps ({config.train.max_steps})" if step > config.train.max_steps else None
+    else:
+        assert epochs is not None, "load_config demands one of the two"
+        beyond = images >= epochs * samples + start.reached.batch_size
+        past = f"train.epochs ({epochs:g} of {samples} images)" if beyond else None
+    done = f"all {step} steps are done" if past is None else f"its {step} steps ({images} images) are past {past}"
+    print(f"{shown(run_dir)}: {done}; report: {shown(run_dir / 'report.html')}")
 
 
 def write_report_of(run_dir: Path, total: int, console: Console) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
+from swinv2_train.data.class_names import CLASSES, CLASSES_BYTES
 from swinv2_train.storage.json_files import file_name, mapping, number, optional, read_json, record, text, whole
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 MOST_RANKS = 2**20
-_COMPLETE_BYTES, _STATE_BYTES = 2**25, 2**20
-"""The most that the files may hold: COMPLETE has 200 bytes for each file of a rank."""
+_COMPLETE_BYTES, _STATE_BYTES = 2**25, 2 * CLASSES_BYTES
+"""The most that the files may hold: COMPLETE has 200 bytes for each file of a rank, state.json the classes' names."""
 _ANOTHER = "choose another checkpoint"
 
 
@@ -33,13 +34,14 @@ _MARKER = record(
     }
 )
 _SHAPE = record(
-    {"step": whole()},
+    {"step": whole(), "images_seen": whole()},
     may={
-        "images_seen": whole(),
+        **{name: whole(1) for name in ("first_batch_size", "batch_size")},
         "data": record(
             {"manifest": optional(text(200))},
             may={name: whole() for name in ("images_seen", "bad_images", "seed", "lanes", "window_shards")},
         ),
+        "classes": optional(CLASSES),
         "best": optional(record({"metric": text(200), "value": _score})),
     },
 )
@@ -58,7 +60,7 @@ def read_complete(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the engine's state: step, images_seen, data, best.  Raises ConfigError."""
+    """What was saved beside the engine's state: step, images_seen, data, classes and others.  Raises ConfigError."""
     try:
         state: dict[str, Any] = read_json(checkpoint / STATE, _STATE_BYTES, _SHAPE, _ANOTHER)
     except FileNotFoundError:

@@ -3,7 +3,7 @@
 Knows nothing else of the project, and is the only package that knows Hydra.
 """
 
-from swinv2_train.config.errors import ConfigError
+from swinv2_train.config.errors import ConfigError, MachineError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.planner import HardwareConfig, PlanConfig
@@ -38,6 +38,7 @@ __all__ = [
     "ClassifyConfig",
     "Config",
     "ConfigError",
+    "MachineError",
     "DataConfig",
     "EXIT_DONE",
     "EXIT_FAILED",

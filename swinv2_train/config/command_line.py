@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar, cast
 
 import hydra
@@ -24,11 +26,13 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from swinv2_train import __version__
+from swinv2_train.config.arguments import check_once, prepared
 from swinv2_train.config.conf_dir import conf_dir
-from swinv2_train.config.errors import ConfigError
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+from swinv2_train.config.errors import ConfigError, MachineError
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.keys import known_keys
-from swinv2_train.config.load import config_yaml, load_config, one_line, unknown_key
+from swinv2_train.config.load import config_yaml, home_expanded, load_config, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.reference import Entry, help_text, reference
 from swinv2_train.config.saved import CONFIG_NAME, read_saved_config
@@ -43,6 +47,7 @@ _NEXT_LINE = "\n  "
 """A line break in a message; the blanks tell a name that holds one from a line of ours."""
 _SAVED = "values_of_a_saved_run"
 """What Hydra calls them while overrides are put on top."""
+_VERSION = "--version"
 
 
 def run_command(run: Callable[[Config], int]) -> None:
@@ -52,6 +57,8 @@ def run_command(run: Callable[[Config], int]) -> None:
     """
 
     def command() -> int:
+        if _VERSION in sys.argv[1:]:
+            return say_version()
         config = compose_argv()
         return EXIT_DONE if config is None else run(config)
 
@@ -63,14 +70,18 @@ def run_on_weights(
 ) -> None:
     """Exit with the code of a command on existing weights, whose keys parse splits from the configuration's.
 
+    Ctrl-C and SIGTERM end it with EXIT_STOPPED and a line: it has nothing to save.
     ``--help`` prints usage, ``--help KEY`` what a key of the configuration means, ``--cfg job`` the configuration.
     """
     arguments = sys.argv[1:]
 
     def command() -> int:
+        if _VERSION in arguments:
+            return say_version()
         if _HELP & set(arguments):
             print(key_help(arguments) or usage)
             return EXIT_DONE
+        check_once(arguments)
         config, request = parse([argument for argument in arguments if argument not in ("--cfg", "job")])
         if "--cfg" in arguments:
             print(config_yaml(config), end="")
@@ -78,11 +89,26 @@ def run_on_weights(
             run(config, request)
         return EXIT_DONE
 
-    sys.exit(guarded(command))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    sys.exit(guarded(command, EXIT_STOPPED))
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback."""
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def say_version() -> int:
+    """This package's version, and not Hydra's."""
+    print(f"swinv2_train {__version__}")
+    return EXIT_DONE
+
+
+def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) -> int:
+    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback.
+
+    interrupted: the exit code after Ctrl-C, where the command itself does not answer it.
+    """
     hold_standard_streams()
     try:
         return command()
@@ -90,6 +116,13 @@ def guarded(command: Callable[[], int]) -> int:
         if (speaker := _speaker()) is not None:
             print(f"error: {speaker}{str(error).replace(chr(10), _NEXT_LINE)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except MachineError as error:  # of this rank alone
+        print(f"error: {_speaker() or ''}{error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt as stop:
+        if _speaker() == "":
+            print(f"stopped by {str(stop) or 'Ctrl-C'}", file=sys.stderr)
+        return interrupted
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
@@ -125,9 +158,24 @@ def compose_argv() -> Config | None:
         return None
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
-    with _composition_errors():
+    words = sys.argv[1:]
+    if not _HELP & set(words):
+        check_once(words)
+        words = prepared(words)
+    with _composition_errors(), _arguments(words):
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(composed.append)()
     return load_config(composed[0]) if composed else None
+
+
+@contextlib.contextmanager
+def _arguments(words: list[str]) -> Iterator[None]:
+    """Hydra reads them from sys.argv, which otherwise stays as the user typed it."""
+    typed = sys.argv
+    sys.argv = [typed[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = typed
 
 
 def key_help(arguments: Sequence[str]) -> str:
@@ -154,6 +202,7 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
     own_keys: keys that are the command's own and no part of a configuration; returned as they were given.
     """
     given = {key: _unquoted(value) for key, _, value in (argument.partition("=") for argument in arguments)}
+    given |= {key: home_expanded(key, value) for key, value in given.items() if key in (*own_keys, "run_dir")}
     own = {key: given[key] for key in own_keys if key in given}
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in own_keys]
     if "run_dir" not in given and "weights" in own:
@@ -161,7 +210,7 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
         return compose_overrides([*unused, *overrides]), own
     if "run_dir" not in given:
         raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
-    return load_run_config(Path(given["run_dir"]), overrides), own
+    return load_run_config(Path(given["run_dir"]), prepared(overrides)), own
 
 
 def own_flag(own: dict[str, str], key: str) -> bool:
@@ -214,7 +263,7 @@ def compose_overrides(overrides: list[str], unused: tuple[str, ...] = ()) -> Con
     unused: keys at which the command does not look, so that they need no value.
     """
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose("train", overrides)
+        composed = compose("train", prepared(overrides))
     for key in unused:
         if OmegaConf.select(composed, key, throw_on_missing=False) is None:
             OmegaConf.update(composed, key, "unused")
@@ -241,6 +290,10 @@ def _explain(error: Exception) -> str:
         group, given, names = option[1], option[2], [name for name in option[3].split() if name != "common"]
         hint = did_you_mean(given, names)
         return f"{group}={given}: there is no such {group}; {hint}{' ' if hint else ''}there are {', '.join(names)}"
+    if several := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        return f"{several[1]} ({several[2]}) is several values; give one, and a list in brackets: {several[1]}=[A,B]"
+    if twice := re.search(r"Multiple values for (\S+)\. To override", text):
+        return f"{twice[1]} is chosen already; without the plus it is chosen anew: {twice[1]}=NAME"
     if unknown:
         return unknown_key(unknown.group(1))
     return text

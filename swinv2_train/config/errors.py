@@ -1,4 +1,4 @@
-"""The error that is the user's to fix."""
+"""The errors that are told in a message of their own: the user's to fix, and the machine's."""
 
 from __future__ import annotations
 
@@ -14,3 +14,7 @@ class ConfigError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(shown(message, MESSAGE_CHARACTERS, lines=True))
+
+
+class MachineError(RuntimeError):
+    """Something of this machine gave way: a process that was killed, memory that ran out.  The message says what."""

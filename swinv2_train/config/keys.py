@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from swinv2_train.config.rules import Rule
+from swinv2_train.config.rules import Place, Rule
 from swinv2_train.config.schema import TASKS, Config, TaskConfig
 
 
@@ -23,6 +23,8 @@ class Key(NamedTuple):
     """What its value may be, besides its type."""
     section: type
     """The dataclass that defines it, and says below the field what it means."""
+    is_path: bool = False
+    """Whether its text names a file or directory."""
 
     @property
     def is_section(self) -> bool:
@@ -38,7 +40,8 @@ def keys_of(section: type) -> tuple[Key, ...]:
         hint = hints[field.name]
         extras = getattr(hint, "__metadata__", ())  # of Annotated[kind, *rules]
         kind = hint.__origin__ if extras else hint
-        keys.append(Key(field.name, kind, tuple(rule for rule in extras if isinstance(rule, Rule)), section))
+        rules = tuple(rule for rule in extras if isinstance(rule, Rule))
+        keys.append(Key(field.name, kind, rules, section, any(isinstance(extra, Place) for extra in extras)))
     return tuple(keys)
 
 

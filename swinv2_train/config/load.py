@@ -8,16 +8,17 @@ line, from an experiment file or from behind ``+``.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config.checks import check_config
 from swinv2_train.config.errors import ConfigError
-from swinv2_train.config.keys import known_keys
+from swinv2_train.config.keys import all_keys, keys_of, known_keys
 from swinv2_train.config.near_names import did_you_mean_key
 from swinv2_train.config.saved import literal
 from swinv2_train.config.schema import SPLITS, TASKS, Config, EvalSplitConfig, TaskConfig
@@ -36,16 +37,41 @@ def load_config(composed: DictConfig) -> Config:
     schema.task = OmegaConf.structured(TASKS[task_name])
     _check_keys(composed, TASKS[task_name])
     try:
-        merged = OmegaConf.merge(schema, composed)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            plus = "+" if missing[0].startswith(SPLITS) else ""
-            raise ConfigError(f"{missing[0]} has no value; set it on the command line: {plus}{missing[0]}=VALUE")
+        merged = typing.cast(DictConfig, OmegaConf.merge(schema, composed))
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(_missing(missing))
+        _expand_homes(merged, TASKS[task_name])
         config = typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_merge_error(error)) from error
     check_config(config)
     return config
+
+
+def _missing(keys: list[str]) -> str:
+    """All of them at once: a user who is told one a time starts as often."""
+    first, *others = [f"{'+' * key.startswith(SPLITS)}{key}=VALUE" for key in keys]
+    more = f"; nor has {', '.join(keys[1:])}: {' '.join(others)}" if others else ""
+    return f"{keys[0]} has no value; set it on the command line: {first}{more}"
+
+
+def _expand_homes(merged: DictConfig, task: type[TaskConfig]) -> None:
+    """Put the home in place of ~ in every key that names a file or directory; a shell does so at a word's begin."""
+    keys = [key.name for key in all_keys(task) if key.is_path]
+    fields = [key.name for key in keys_of(EvalSplitConfig) if key.is_path]
+    keys += [f"{SPLITS}{name}.{field}" for name in merged.data.eval_splits for field in fields]
+    for key in keys:
+        value = OmegaConf.select(merged, key)
+        if isinstance(value, str) and "~" in value:
+            OmegaConf.update(merged, key, "::".join(home_expanded(key, part) for part in value.split("::")))
+
+
+def home_expanded(key: str, path: str) -> str:
+    """A path with the user's home in place of a leading ~.  Raises ConfigError where there is no such home."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and expanded.partition("/")[0] == path.partition("/")[0] and not os.path.exists(path):
+        raise ConfigError(f"{key} ({path}): there is no home directory of that name; write the path without ~")
+    return expanded
 
 
 def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
@@ -63,6 +89,21 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
                 f"{key} is a section, not a value; set one of its keys, such as {_first_below(key, known)}"
             )
         raise ConfigError(unknown_key(key, task))
+    _check_texts(composed, task)
+
+
+def _check_texts(composed: DictConfig, task: type[TaskConfig]) -> None:
+    """A text that YAML or a dictionary on the command line has read as a number is another text: 1e-3 becomes 0.001."""
+    texts = [key.name for key in all_keys(task) if key.kind in (str, str | None, list[str])]
+    splits = OmegaConf.select(composed, SPLITS.removesuffix("."))
+    texts += [f"{SPLITS}{name}.{key.name}" for name in splits or () for key in keys_of(EvalSplitConfig)]
+    for name in texts:
+        value = OmegaConf.select(composed, name, throw_on_missing=False)
+        for each in value if isinstance(value, ListConfig) else [value]:
+            if isinstance(each, (int, float)):
+                raise ConfigError(
+                    f"{name} ({each}) is a text, and was read as a number; put it in quotes: {name}: '{each}'"
+                )
 
 
 def _check_split_key(key: str) -> None:
@@ -77,12 +118,26 @@ def _check_split_key(key: str) -> None:
         raise ConfigError(f"unknown key {key}: {_nearest_keys(key, known)}")
 
 
+NO_KEYS = {
+    "in_chans": "images have 3 channels here, and no key changes it",
+    "num_channels": "images have 3 channels here, and no key changes it",
+    "resume": "the same command with the same run_dir resumes by itself",
+    "resume_from": "the same command with the same run_dir resumes by itself; task.init_from starts from other weights",
+    "accumulation_steps": "it follows from train.global_batch_size / (train.micro_batch_size x processes)",
+    "gradient_accumulation_steps": "it follows from train.global_batch_size / (train.micro_batch_size x processes)",
+}
+"""Names that others have for what is no key here, and what to do."""
+
+
 def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
     """The message about a dotted key that the configuration (of one task, or of any) does not have."""
     if key.startswith("engine.deepspeed_overrides."):
         return f"{key} is not among our own keys; add it with a plus: +{key}=VALUE"
     if f"{key}.".startswith(SPLITS):
         return f"{key}: a split is added with a plus: +{SPLITS}NAME.shards=PATTERN"
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in NO_KEYS:
+        return f"unknown key {key}: {NO_KEYS[leaf]}"
     owners = [name for name, cls in TASKS.items() if cls is not task and key in known_keys(cls)]
     if owners:
         return f"unknown key {key}: it belongs to task={owners[0]}"
@@ -90,6 +145,9 @@ def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
 
 
 def _nearest_keys(key: str, known: list[str]) -> str:
+    if "." not in key:
+        sections = dict.fromkeys(each.partition(".")[0] for each in known)
+        known = [*sections, *known]
     return did_you_mean_key(key, known, otherwise="`--cfg job` prints every key")
 
 

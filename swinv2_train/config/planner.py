@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from swinv2_train.config.rules import ABOVE_0, BELOW_1, at_least, between, one_of, positive
+from swinv2_train.config.rules import ABOVE_0, BELOW_1, PATH, at_least, between, one_of, positive
 
 
 @dataclass
@@ -60,7 +60,7 @@ class PlanConfig:
     """Plan for 8 to 1,024 GPUs: strong (fixed train.global_batch_size) or weak (fixed images per rank and step)."""
     step_seconds: Annotated[float | None, positive()]
     """Measured seconds of a step of one micro-batch on one rank; null = estimated by the hardware's rates."""
-    picture: str | None
+    picture: Annotated[str | None, PATH]
     """PNG file to draw: where the bytes go over a step, or with plan.scaling the curve."""
-    json: str | None
+    json: Annotated[str | None, PATH]
     """JSON file to write with the plan's numbers."""

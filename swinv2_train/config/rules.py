@@ -30,6 +30,14 @@ class Rule:
     """check(key, value) raises ConfigError where the value is not allowed."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Marks a key whose text names a file or directory: a leading ~ is the user's home (``config/load.py``)."""
+
+
+PATH = Place()
+
+
 def at_least(low: float) -> Rule:
     """A finite number from low on."""
     return between(low, math.inf)

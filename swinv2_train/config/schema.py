@@ -15,6 +15,7 @@ from swinv2_train.config.planner import HardwareConfig, PlanConfig
 from swinv2_train.config.rules import (
     ABOVE_0,
     BELOW_1,
+    PATH,
     at_least,
     between,
     directory,
@@ -55,11 +56,11 @@ def is_pipe(pattern: str) -> bool:
 @dataclass
 class TrainConfig:
     max_steps: Annotated[int | None, at_least(1)]
-    """Optimizer steps of the whole run; null = from epochs."""
+    """Optimizer steps of the whole run, whatever their batches; null = from epochs."""
     epochs: Annotated[float | None, positive()]
-    """Passes over the training shards: ceil(epochs x samples / global_batch_size) steps; max_steps takes precedence."""
+    """Passes over the training shards, counted in images, so that the batch may change; max_steps takes precedence."""
     global_batch_size: Annotated[int, at_least(1)]
-    """Images per optimizer step over all ranks and accumulation steps."""
+    """Images per optimizer step over all ranks and accumulation steps; may change at a resume (docs/resume.md)."""
     micro_batch_size: Annotated[int, at_least(1)]
     """Images per rank and forward pass."""
     loss_mean: Annotated[str, one_of("local", "global")]
@@ -130,12 +131,12 @@ class ModelConfig:
 class TaskConfig:
     name: str
     """simmim or classify."""
-    init_from: str | None
+    init_from: Annotated[str | None, PATH]
     """Weights that a new run starts from: a run, a checkpoint or a file of any known format; null = fresh ones."""
     init_format: str | None
     """Format of init_from: microsoft, simmim, timm, huggingface or mmpretrain; null = by its names."""
-    init_head: str
-    """auto (the file's head where it has one), fresh, or a file of class indices to take from it (22k -> 1k)."""
+    init_head: Annotated[str, PATH]
+    """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""
@@ -222,7 +223,12 @@ class ClassifyConfig(TaskConfig):
         return {"task.num_classes": self.num_classes}
 
     def check(self, config: Config) -> None:
-        """Mixup pairs the images of a micro-batch."""
+        """There is something to tell apart; mixup pairs the images of a micro-batch."""
+        if self.num_classes < 2:
+            raise ConfigError(
+                f"task.num_classes ({self.num_classes}) leaves nothing to tell apart: every image is right and the "
+                "loss is 0; set it to the number of class folders, or choose task=simmim"
+            )
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "
@@ -234,17 +240,17 @@ class ClassifyConfig(TaskConfig):
 class EvalSplitConfig:
     """One of data.eval_splits.  It is the user's own entry, so its default is here and not in conf/."""
 
-    shards: str
+    shards: Annotated[str, PATH]
     """Its shards, in data.shards' notation."""
-    labels: str | None = None
+    labels: Annotated[str | None, PATH] = None
     """JSON file of labels that takes precedence over the shards' own (docs/evaluation.md); null = their own."""
 
 
 @dataclass
 class DataConfig:
-    shards: str
+    shards: Annotated[str, PATH]
     """Training shards: path or address (https://, ..) with {00..11} or *, or pipe:COMMAND, joined by ::, or a folder"""
-    eval_shards: str | None
+    eval_shards: Annotated[str | None, PATH]
     """Evaluation shards, in the same notation; null = no evaluation."""
     eval_splits: dict[str, EvalSplitConfig]
     """Further splits by name, scored only by the evaluate command: +data.eval_splits.NAME.shards=PATTERN"""
@@ -278,7 +284,7 @@ class DataConfig:
     """error: a damaged sample stops the run and is named; replace: it is replaced, with loss weight 0."""
     max_bad_fraction: Annotated[float, between(0, 1)]
     """replace stops the run above this share of damaged samples, over all ranks and starts."""
-    cache_dir: str | None
+    cache_dir: Annotated[str | None, PATH]
     """Local folder for shards of an address, shared by all runs of a host; null = ~/.cache/swinv2_train/shards."""
     cache_gib: Annotated[float, positive()]
     """GiB that the shards in cache_dir may take; all shards that a host's ranks mix at a time must fit."""
@@ -290,7 +296,7 @@ class DataConfig:
     """Seconds, over all attempts, after which a shard that cannot be fetched ends the run."""
     record_keys: bool
     """Write the sample keys of every step to RUN_DIR/sample_keys/."""
-    source: str | None
+    source: Annotated[str | None, PATH]
     """Folder or archive of the demo's images; null = the data set's own sources."""
 
 
@@ -348,7 +354,7 @@ class EngineConfig:
     """Where masters and moments live and AdamW runs: none (the accelerator), cpu (ZeRO 1 to 3) or nvme (ZeRO-3)."""
     offload_param: Annotated[str, one_of("none", "cpu", "nvme")]
     """ZeRO-3: where a rank's share of the weights lives between uses: none (the accelerator), cpu or nvme."""
-    nvme_dir: str | None
+    nvme_dir: Annotated[str | None, PATH]
     """Folder on a fast local disk for what is offloaded to nvme; each run's ranks make their own files below it."""
     reduce_bucket_size: Annotated[int | None, at_least(1)]
     """Elements reduced together; null, here and below = from the model's layers (engine/deepspeed/buckets.py)."""
@@ -406,9 +412,9 @@ class ProbeConfig:
     """Probes of the frozen encoder's mean-pooled features: knn, linear, both, or [] = none."""
     every_steps: Annotated[int | None, at_least(1)]
     """Steps between probes during training, and one at the end; null = at the end only."""
-    shards: str | None
+    shards: Annotated[str | None, PATH]
     """Labelled images that the probes are fitted on, in data.shards' notation; null = data.shards."""
-    eval_shards: str | None
+    eval_shards: Annotated[str | None, PATH]
     """Labelled images that the probes are scored on; null = data.eval_shards."""
     knn_neighbours: Annotated[int, at_least(1)]
     """Neighbours that vote (arXiv:1805.01978; DINO's usual choice: 20)."""
@@ -420,7 +426,7 @@ class ProbeConfig:
 class Config:
     seed: Annotated[int, between(0, 2**63 - 1)]
     """Seed of everything random."""
-    run_dir: Annotated[str, directory()]
+    run_dir: Annotated[str, directory(), PATH]
     """Directory of the run; the same command with the same run_dir resumes it."""
     train: TrainConfig
     """Length of the run, batches, and what happens between steps."""

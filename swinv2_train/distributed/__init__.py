@@ -1,6 +1,6 @@
 """Ranks: the process group, the few collectives that the rest needs, what SLURM says, and whether all started alike.
 
-Knows config alone.
+Knows config and runtime.
 """
 
 from swinv2_train.distributed.collectives import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,18 +66,22 @@ class ConfusionCounter:
 _NUMBERED_CLASSES = 25
 
 
+_NAME_CHARACTERS = 7
+
+
 _MAP_PX = 1000
 
 
 _MARGIN_PX = 44
 
 
-def confusion_map(confusion: Confusion) -> np.ndarray:
+def confusion_map(confusion: Confusion, names: Sequence[str] | None = None) -> np.ndarray:
     """A confusion matrix to look at: a row per right class, a column per predicted one, in percent of the row's images.
 
     The shade goes with the square root of the share, so that an error of 1 % is seen; a class without images is grey.
-    Up to 25 classes each cell has its number; up to 1000 each class has its row; beyond, each row and column is a range
-    of classes, so that no picture or array grows with their square.  Returns uint8 (H, W, 3).
+    Up to 25 classes each cell has its number, and each class, where it has one, the beginning of its name (names); up
+    to 1000 each class has its row; beyond, each row and column is a range of classes, so that no picture or array grows
+    with their square.  Returns uint8 (H, W, 3).
     """
     from PIL import Image, ImageDraw
 
@@ -106,6 +111,10 @@ def confusion_map(confusion: Confusion) -> np.ndarray:
         place = _MARGIN_PX + cell * (label * bins // classes + 0.5)
         centred(place, _MARGIN_PX - 12, str(label))
         centred(_MARGIN_PX / 2, place, str(label))
+        if names is not None and classes <= _NUMBERED_CLASSES:
+            name = names[label][:_NAME_CHARACTERS].encode("ascii", "replace").decode()  # what every font has
+            centred(place, _MARGIN_PX - 26, name)
+            centred(_MARGIN_PX / 2, place + 13, name)
     if classes <= _NUMBERED_CLASSES:
         for (row, column), share in np.ndenumerate(shares):
             if share > 0:

@@ -10,14 +10,17 @@ import torch
 
 from swinv2_train.config import PROBE_SCORES, Config, ConfigError, is_pipe, pair
 from swinv2_train.config.shown import tell
-from swinv2_train.data.loading.loader import EvalLoader, check_labels, check_same_classes
-from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.loading.loader import EvalLoader, check_labels
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.matched import matched
 from swinv2_train.data.sources.pipe import Stream
-from swinv2_train.distributed import World, all_reduce_sum, any_rank, on_main
+from swinv2_train.distributed import World, all_reduce_sum, any_rank
+from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.evaluation.features import Features, WholeImage, extract
 from swinv2_train.evaluation.knn import knn
 from swinv2_train.evaluation.linear_probe import linear
+from swinv2_train.runtime import StopRequest
 
 
 def check_probe(config: Config, training: bool) -> None:
@@ -52,21 +55,26 @@ def open_probe(
 ) -> tuple[Source, Source]:
     """The images that the probes learn from, and those that they are scored on.
 
-    known: what is open already, by its pattern.  Raises ConfigError for images without labels, and for two sources that
-    name their classes differently.
+    known: what is open already, by its pattern.  Raises ConfigError for images without labels, and for some to be
+    scored of classes that cannot be learned.
     """
     found = []
     for own_key, key, pattern in _images(config):
         remedy = f"probe.methods needs labelled images: name some by {own_key}=PATTERN, or set probe.methods=[]"
         try:
-            source = known.get(str(pattern)) or open_source(str(pattern), key, progress, shard_cache(config.data))
+            source = known.get(str(pattern)) or open_source(
+                str(pattern), key, progress, shard_cache_for(str(pattern), config.data)
+            )
         except ConfigError as error:
             raise ConfigError(f"{error} ({remedy})") from error
         check_labels(source, config.data, key, remedy)
         found.append(source)
     learning, scored = _images(config)
-    check_same_classes(found[0], found[1], (learning.key, scored.key))
-    return found[0], found[1]
+    if found[0].classes is None and found[1].classes is None:
+        return found[0], found[1]
+    names, say = found[0].classes, progress or (lambda line: None)
+    whose = f"the classes of {learning.key}"
+    return found[0], matched(found[1], scored.key, names, None, whose, say)
 
 
 class _Images(NamedTuple):
@@ -131,10 +139,15 @@ class Probe:
         return found
 
 
-def build_probe(config: Config, world: World, shards: tuple[Source | Stream | None, Source | None]) -> Probe | None:
+def build_probe(
+    config: Config,
+    world: World,
+    shards: tuple[Source | Stream | None, Source | None],
+    stop: StopRequest | None = None,
+) -> Probe | None:
     """What probe.methods asks for; ConfigError on every rank for images without labels.
 
-    shards: of training and evaluation, where they are open already.
+    shards: of training and evaluation, where they are open already.  stop: may come meanwhile; StopNow on every rank.
     """
     if not config.probe.methods:
         return None
@@ -144,4 +157,4 @@ def build_probe(config: Config, world: World, shards: tuple[Source | Stream | No
         for key, found in zip(patterns, shards, strict=True)
         if found is not None and not isinstance(found, Stream)
     }
-    return Probe(config, on_main(world, lambda: open_probe(config, known, tell)), world)
+    return Probe(config, on_main_unless_stopped(world, stop, lambda: open_probe(config, known, tell)), world)

@@ -11,20 +11,35 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import all_gather, all_reduce_sum, any_rank, raise_together
+from swinv2_train.distributed import all_gather, all_reduce_max, all_reduce_sum, raise_together
 from swinv2_train.monitoring.metrics import Means
 from swinv2_train.tasks.metrics import Finish, Metric, Rows, Sums
 
 Batch = dict[str, Any]
 
 
-def in_lockstep(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, of which every rank has equally many; what one rank finds wrong with its data, all raise."""
+class StoppedError(Exception):
+    """A rank is to stop.  Raised on every rank, between the same two pieces of work."""
+
+
+def never() -> bool:
+    """No stop is asked for."""
+    return False
+
+
+def in_lockstep(batches: Iterable[Batch], stop: Callable[[], bool] = never) -> Iterator[Batch]:
+    """The batches, of which every rank has equally many; what one rank finds wrong with its data, all raise.
+
+    stop: asked before each batch; StoppedError on all ranks where it is True on any.
+    """
     remaining = iter(batches)
     while True:
         found, problem = next_batches(remaining, 1)
-        if any_rank(problem is not None):
+        state = all_reduce_max(2 if problem is not None else int(stop()))
+        if state == 2:
             raise_together(problem)
+        if state == 1:
+            raise StoppedError
         if not found:
             return
         yield found[0]
@@ -42,10 +57,13 @@ Score = Callable[[Batch], Mapping[str, Metric]]
 """From a batch to what a task measures of it (tasks/metrics.py)."""
 
 
-def evaluate_loader(score: Score, batches: Iterable[Batch]) -> dict[str, float]:
-    """The scores of one pass of an evaluation loader, over all ranks; every sample counts once."""
+def evaluate_loader(score: Score, batches: Iterable[Batch], stop: Callable[[], bool] = never) -> dict[str, float]:
+    """The scores of one pass of an evaluation loader, over all ranks; every sample counts once.
+
+    Raises StoppedError on every rank where stop says so on any, between two batches.
+    """
     means, sums, rows = Means(), SumsOverRanks(), RowsOfRanks()
-    for batch in in_lockstep(batches):
+    for batch in in_lockstep(batches, stop):
         metrics, weight = score(batch), batch["weight"]
         means.add({name: each for name, each in metrics.items() if isinstance(each, Tensor)}, weight=weight.sum())
         sums.add({name: each for name, each in metrics.items() if isinstance(each, Sums)}, weight)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,15 @@ import numpy as np
 import torch
 
 from swinv2_train.config import SPLITS, Config
-from swinv2_train.config.shown import shown
 from swinv2_train.data.loading.loader import EvalLoader
-from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
+from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, matched
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.evaluation.scoring import evaluate_loader
+from swinv2_train.monitoring.console import counted
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.task import Batch, Forward, Task
@@ -50,6 +50,8 @@ class Scored:
     scores: dict[str, float]
     confusion: Confusion | None
     """None where images have several right classes, and for tasks without classes."""
+    classes: tuple[str, ...] | None
+    """What the classes are called; None where they have numbers alone."""
 
     def summary(self) -> dict[str, Any]:
         """What fits into a line."""
@@ -61,6 +63,8 @@ class Scored:
             found["mean_class_accuracy"] = float(accuracy[present].mean()) if len(present) else None
             found["classes_without_samples"] = len(images) - len(present)
             found["worst_classes"] = {str(number): float(accuracy[number]) for number in worst}
+            if self.classes is not None:
+                found["worst_class_names"] = {str(number): self.classes[number] for number in worst}
         return found
 
     def everything(self) -> dict[str, Any]:
@@ -68,41 +72,57 @@ class Scored:
         found = self.summary()
         if self.confusion is not None:
             pairs = np.stack([self.confusion.true, self.confusion.predicted, self.confusion.count], axis=1)
+            found["classes"] = self.classes
             found["class_images"] = self.confusion.images().tolist()
             found["class_accuracy"] = [None if math.isnan(value) else value for value in self.confusion.accuracy()]
             found["confusion"] = pairs.tolist()  # [right class, predicted class, images]
         return found
 
 
-def open_splits(config: Config) -> dict[str, Split]:
-    """data.eval_shards under the name "", and data.eval_splits by their names, checked against the task.
+def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict[str, Split]:
+    """data.eval_shards under the name "", and data.eval_splits by their names, with the labels of the model's classes.
 
-    Raises ConfigError for a split whose targets would mean something else than those of data.eval_shards.
+    names: of these classes, as far as they are known.  say: receives notes, a line each.  Raises ConfigError for images
+    of other classes.
     """
+    classes = config.task.label_classes
     named: dict[str, tuple[str, str | None, str | None]] = {"": ("data.eval_shards", config.data.eval_shards, None)}
     for name, split in config.data.eval_splits.items():
         named[name] = (f"{SPLITS}{name}.shards", split.shards, split.labels)
     splits: dict[str, Split] = {}
     for name, (key, pattern, labels) in named.items():
-        source = open_source(str(pattern), key, cache=shard_cache(config.data))
+        source = open_source(str(pattern), key, cache=shard_cache_for(str(pattern), config.data))
         label_overrides = None
-        if labels is None:
-            beside = ("data.eval_shards", splits[""].source) if name else None
-            task_class(config.task).check_source(config.task, source, key, beside)
+        if labels is not None:
+            label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels", names, say)
         else:
-            label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels")
+            if classes is not None:
+                beside = splits[""].source.classes if name and names is None else None
+                whose = MODELS_CLASSES if beside is None else "the classes of data.eval_shards"
+                source = matched(source, key, names or beside, classes, whose, say)
+            task_class(config.task).check_source(config.task, source, key)
         splits[name] = Split(key, source, label_overrides)
     return splits
 
 
-def _label_overrides(config: Config, labels: str, source: Source, key: str, labels_key: str) -> LabelOverrides:
+def _label_overrides(
+    config: Config,
+    labels: str,
+    source: Source,
+    key: str,
+    labels_key: str,
+    names: tuple[str, ...] | None,
+    say: Say,
+) -> LabelOverrides:
     """The right classes that a file has for the images of a source; labels_key named the file."""
     classes = config.task.label_classes
     assert classes is not None, f"{labels_key} for a task without classes"
-    label_overrides, unused = read_label_overrides(labels, source, classes, labels_key)
-    if unused:
-        print(f"note: {unused} entries of {shown(labels)} belong to no sample of {key}", file=sys.stderr)
-    return label_overrides
+    found = read_label_overrides(labels, source, classes, labels_key, names)
+    if found.unused:
+        say(f"note: {found.unused} entries of {labels} belong to no sample of {key}")
+    if found.by_number and names is not None:
+        say(f"note: {labels} has numbers: they are taken as the numbers of {MODELS_CLASSES}")
+    return found.labels
 
 
 def build_loader(config: Config, task: Task, split: Split, world: World, crop_pct: float | None = None) -> EvalLoader:
@@ -114,8 +134,13 @@ def build_loader(config: Config, task: Task, split: Split, world: World, crop_pc
     return EvalLoader(split.source, config.data, transform, micro_batch, world.rank, world.world_size, split.key)
 
 
-def score(task: Task, forward: Forward, split: Split, loader: EvalLoader) -> Scored:
-    """The scores of a split over all ranks."""
+def score(
+    task: Task, forward: Forward, split: Split, loader: EvalLoader, say: Say, names: tuple[str, ...] | None = None
+) -> Scored:
+    """The scores of a split over all ranks.
+
+    say: told every few seconds how far they are.  names: of the model's classes; None where they have numbers alone.
+    """
     counter, predictions = None, task.predictions
     if predictions is not None and (
         split.label_overrides is None or max(map(len, split.label_overrides.values())) == 1
@@ -132,12 +157,14 @@ def score(task: Task, forward: Forward, split: Split, loader: EvalLoader) -> Sco
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
         return scores
 
-    batches = (
-        loader if split.label_overrides is None else (with_labels(batch, split.label_overrides) for batch in loader)
-    )
+    batches: Iterator[Batch] = counted(loader, f"evaluating {split.key}: batch", say)
+    if split.label_overrides is not None:
+        batches = (with_labels(batch, split.label_overrides) for batch in batches)
     scores = evaluate_loader(score_batch, batches)
     loader.close()
-    return Scored(int(all_reduce_sum(images)), scores, None if counter is None else counter.read())
+    if names is not None and predictions is not None:
+        names = (*names, *map(str, range(len(names), predictions.num_classes)))
+    return Scored(int(all_reduce_sum(images)), scores, None if counter is None else counter.read(), names)
 
 
 def compared(crops: dict[float, dict[str, float]]) -> dict[str, Any]:

@@ -15,12 +15,15 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO, TypeVar
 
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, TRACEBACK_CHARACTERS, shown
 
+T = TypeVar("T")
+_Item = TypeVar("_Item", covariant=True)
 _LINE_EVERY_SEC = 5.0
 _MOST_OF_A_FAILURE = 500
 """Characters of an error on the console; the log has all."""
@@ -90,6 +93,8 @@ class Console:
         self.close()
 
     def _write(self, stream: TextIO, text: str) -> None:
+        if self._closed:
+            return
         try:
             if self._bar is not None:
                 self._bar.clear()
@@ -171,10 +176,26 @@ class Progress:
         now = time.monotonic()
         self._marks.append((now, step))
         if self.mode == "bar":
-            self._move_bar(step, total)
+            self._move_bar(step, total, self._numbers(step, total))
         elif now - self._said_at >= _LINE_EVERY_SEC or (step >= total and step != self._said_step):
             self.console.say(f"step {step}/{total}  {self._numbers(step, total)}".rstrip())
             self._said_at, self._said_step = now, step
+
+    def within(self, step: int, total: int, number: int, count: int, seconds: float) -> None:
+        """Of the step after `step`, micro-batch `number` of `count` is done after so many seconds: shown where a step
+        takes long.
+        """
+        now = time.monotonic()
+        if self.mode == "none" or min(seconds, now - self._said_at) < _LINE_EVERY_SEC:
+            return
+        each = seconds / number
+        text = f"micro-batch {number}/{count}  {each:.3g} s each, {duration_text(each * count)} a step"
+        text += f"  {duration_text(each * (count * (total - step) - number))} left"
+        self._said_at = now
+        if self.mode == "bar":
+            self._move_bar(step, total, text)
+        else:
+            self.console.say(f"step {step}/{total}  {text}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -182,7 +203,7 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _move_bar(self, step: int, total: int) -> None:
+    def _move_bar(self, step: int, total: int, text: str) -> None:
         if self._bar is None:
             from tqdm import tqdm  # here: not every run has a bar
 
@@ -194,9 +215,10 @@ class Progress:
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}  {desc}",
             )  # fmt: skip
             self.console.attach_bar(self._bar)
-        self._bar.set_description_str(self._numbers(step, total), refresh=False)
-        self._bar.update(step - self._bar.n)
-        if step >= total:
+        self._bar.set_description_str(text, refresh=False)
+        moved = step - self._bar.n
+        self._bar.update(moved)
+        if step >= total or not moved:
             self._bar.refresh()
 
     def _numbers(self, step: int, total: int) -> str:
@@ -211,6 +233,26 @@ class Progress:
             seconds = (last_time - first_time) / (last_step - first_step) * max(0, total - step)
             parts.append(f"{duration_text(seconds)} left")
         return "  ".join(parts)
+
+
+class Countable(Protocol[_Item]):
+    """What can be gone through, and says how much it is."""
+
+    def __iter__(self) -> Iterator[_Item]: ...
+
+    def __len__(self) -> int: ...
+
+
+def counted(items: Countable[T], what: str, say: Callable[[str], None]) -> Iterator[T]:
+    """The items; every few seconds it is said how many are done and how long the others will take."""
+    started = said_at = time.monotonic()
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        if number and now - said_at >= _LINE_EVERY_SEC:
+            left = (now - started) / number * (len(items) - number)
+            say(f"{what} {number} of {len(items)}, {duration_text(left)} left")
+            said_at = now
+        yield item
 
 
 def duration_text(seconds: float) -> str:

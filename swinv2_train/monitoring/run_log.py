@@ -35,6 +35,8 @@ MOST_NAMES = 500
 """The most metrics of a run that a page is made of; ours have 30."""
 MOST_LINE_BYTES = 2**16
 _MOST_NAME = 200
+UNFINISHED = "val/unfinished"
+"""1 at a step whose evaluation a stop has cut short, 0 when it is made up for."""
 _WANDB_INIT_SEC = 30.0
 _WANDB_CLOSE_SEC = 60.0
 _RUN_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\n?")
@@ -131,6 +133,11 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(step, total, loss, images_per_sec)
 
+    def progress_within(self, step: int, total: int, number: int, count: int, seconds: float) -> None:
+        """Show that of the step after `step` micro-batch `number` of `count` is done, this long after it began."""
+        if self._progress is not None:
+            self._progress.within(step, total, number, count, seconds)
+
     def say(self, text: str) -> None:
         """One line on the console (above the bar), from rank 0 only."""
         if self.is_main:
@@ -147,6 +154,11 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.close(exit_code)
             self._wandb = None
+
+
+def scores_unfinished(run_dir: Path, step: int) -> bool:
+    """Whether a stop has cut the scores of this step short (UNFINISHED)."""
+    return any(line["step"] == step and line.get(UNFINISHED) == 1 for line in read_metrics(run_dir))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -120,21 +120,31 @@ def memory_by_phase(
     )
 
 
-def scale(trace: Trace, images: int, gradients: int) -> Trace:
-    """The peaks of one image as those of several: everything but tables grows with the images.
-
-    gradients: bytes that gradients of parameters take in the end, added whole, so the estimate is on the safe side.
+def extrapolated(few: Trace, more: Trace, times: float) -> Trace:
+    """The peaks of `times` as many images as few has, along straight lines through few and more, which has twice as
+    many.  No higher than they really are, where a peak is a highest value of straight lines.  Operations are few's.
     """
 
-    def peak(one: Peak, kept_gradients: int) -> Peak:
-        kept, workspace = ({part: n * images for part, n in parts.items()} for parts in (one.kept, one.workspace))
-        return replace(one, kept=kept, workspace=workspace, gradients=kept_gradients)
+    def number(one: int, two: int) -> int:
+        return max(0, round(one + (two - one) * (times - 1)))
+
+    def parts(one: dict[str, int], two: dict[str, int]) -> dict[str, int]:
+        return {part: number(one.get(part, 0), two.get(part, 0)) for part in one | two}
+
+    def peak(one: Peak, two: Peak) -> Peak:
+        return replace(
+            one,
+            kept=parts(one.kept, two.kept),
+            workspace=parts(one.workspace, two.workspace),
+            tables=number(one.tables, two.tables),
+            gradients=number(one.gradients, two.gradients),
+        )
 
     return replace(
-        trace,
-        forward_peaks=[peak(each, 0) for each in trace.forward_peaks],
-        backward_peaks=[peak(each, gradients) for each in trace.backward_peaks],
-        host_bytes=trace.host_bytes * images,
+        few,
+        forward_peaks=list(map(peak, few.forward_peaks, more.forward_peaks)),
+        backward_peaks=list(map(peak, few.backward_peaks, more.backward_peaks)),
+        host_bytes=number(few.host_bytes, more.host_bytes),
     )
 
 

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.engine.build import engine_memory
-from swinv2_train.planning.memory import MemoryPlan, memory_by_phase, model_sizes, plan_memory, scale
-from swinv2_train.planning.speed import SpeedPlan, pass_seconds, plan_speed
+from swinv2_train.engine.memory import EngineMemory
+from swinv2_train.monitoring.console import counted
+from swinv2_train.planning.memory import MemoryPlan, extrapolated, memory_by_phase, model_sizes
+from swinv2_train.planning.speed import PassSeconds, SpeedPlan, extrapolated_pass, pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import describe_shortfall
-from swinv2_train.planning.table import memory_table, verdict
-from swinv2_train.planning.trace import meta_task, trace_step
+from swinv2_train.planning.table import host_line, length_line, memory_table, verdict
+from swinv2_train.planning.trace import Trace, meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
 
 POLICIES = ("none", "attention", "every:2", "every:4", "every:8", "blocks", "blocks@cpu")
 """Values of model.recompute that are tried; the config's own is too."""
+FEW = 2
+"""Images of the smaller trace.  One is special: much that is copied of several is a view of one."""
+SLACK = 0.02
+"""Share by which an estimate may exceed what is real: allocations are rounded up to whole units, and the time of a
+single image is up to 1 % less than the others say."""
 
 
 @dataclass(frozen=True)
@@ -37,52 +46,123 @@ class Candidate:
     speed: SpeedPlan
 
 
-def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments: list[str]) -> str:
+def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments: list[str], steps: int | None) -> str:
     """The fastest setting that fits with plan.margin, as text with the whole command; or what is missing.
 
-    arguments: of the command, before what is recommended.  The global batch stays as it is configured.
-    Each policy is traced once with one image; what a larger micro-batch takes is scaled from that, and the winner is
-    traced as it is before it is named.
+    arguments: of the command, before what is recommended.  steps: of the run, where they are known.  The global batch
+    stays as it is configured.
     """
-    found = sorted(candidates(config, hardware, num_gpus), key=lambda each: each.speed.step_sec)
-    for candidate in (each for each in found if each.memory.fits):
-        chosen = apply(config, candidate.setting)
-        memory, trace = plan_memory(chosen, hardware, num_gpus)
-        if memory.fits:
-            speed = plan_speed(chosen, hardware, memory.sizes, pass_seconds(hardware, trace), num_gpus)
-            return _recommended(Candidate(candidate.setting, memory, speed), config, hardware, num_gpus, arguments)
-    if not found:
+    search = Search(config, hardware, num_gpus, partial(print, file=sys.stderr, flush=True))
+    best = search.fastest()
+    if best is not None:
+        return _recommended(best, config, hardware, num_gpus, arguments, steps)
+    if not search.estimates:
         pairs, least = (" in pairs, as mixup needs", "2 x ") if config.task.mixes else ("", "")
         raise ConfigError(
             f"train.global_batch_size ({config.train.global_batch_size}) cannot be divided among {num_gpus} ranks"
             f"{pairs}; set it to a multiple of {least}plan.num_gpus"
         )
-    nearest = min(found, key=lambda each: each.memory.peak)
+    nearest = search.exact(min(search.estimates, key=lambda each: each.memory.peak).setting)
+    changed = " ".join(_overrides(nearest.setting, config)) or "the setting as it is"
     return (
-        f"nothing fits on {num_gpus} x {hardware.name}; nearest is {' '.join(_overrides(nearest.setting, config))}:\n"
+        f"nothing fits on {num_gpus} x {hardware.name}; nearest is {changed}:\n"
         f"{describe_shortfall(nearest.memory)}\n{memory_table(nearest.memory)}\n{_remedy(nearest, config)}"
     )
 
 
-def candidates(config: Config, hardware: HardwareConfig, num_gpus: int) -> Iterator[Candidate]:
-    """Every setting, with its memory and speed estimated from traces of one image."""
-    on_cpu, ema = hardware.device == "cpu", config.optim.ema_decay is not None
-    sizes = model_sizes(meta_task(config), config)
-    for recompute, stages in _policies(config):
-        trace = trace_step(apply(config, Setting(config.engine.zero_stage, recompute, stages, 1)), 0, on_cpu)
-        passes = pass_seconds(hardware, trace)
-        for zero_stage in _zero_stages(config):
-            for size in micro_batch_sizes(config.train.global_batch_size, num_gpus):
-                if size % 2 and config.task.mixes:
+class Search:
+    """Settings in the order of what they take at least, until none that is left can be faster than one that fits.
+
+    Each policy is traced with a FEW images and with twice as many; what other micro-batches take is drawn out in
+    straight lines, which says exactly how long operations take, and of the memory's peaks what they are at least (a
+    highest value of straight lines bends upwards only).  What may win is traced as it is.
+    """
+
+    def __init__(
+        self, config: Config, hardware: HardwareConfig, num_gpus: int, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """say: told every few seconds how far the search is."""
+        self.config, self.hardware, self.num_gpus = config, hardware, num_gpus
+        self.on_cpu = hardware.device == "cpu"
+        self.sizes = model_sizes(meta_task(config), config)
+        self._say = say
+        self._traces: dict[tuple[str, tuple[int, ...], int, float], Trace] = {}
+        self.estimates = list(self._estimates())
+        """Every setting, taking no more memory and time than it really does."""
+
+    def fastest(self) -> Candidate | None:
+        """The fastest setting that fits; of equally fast ones the simplest.  None where none fits."""
+        best: Candidate | None = None
+        for estimate in sorted(self.estimates, key=self.preference):
+            if best is not None and self.preference(best) <= self.preference(estimate):
+                break
+            if estimate.memory.free < -SLACK * estimate.memory.peak:
+                continue
+            candidate = self.exact(estimate.setting)
+            if candidate.memory.fits and (best is None or self.preference(candidate) < self.preference(best)):
+                best = candidate
+        return best
+
+    def exact(self, setting: Setting) -> Candidate:
+        """A setting with the memory and speed that the plan of it says."""
+        engine = self._engine(setting)
+        trace = self._trace(setting, engine.kept_gradient_bytes)
+        return self._candidate(setting, engine, trace, pass_seconds(self.hardware, trace))
+
+    def preference(self, candidate: Candidate) -> tuple[float, int, bool, bool, int, int]:
+        """The smallest is the best: the fastest, and without what changes nothing."""
+        setting = candidate.setting
+        return (
+            float(f"{candidate.speed.step_sec:.9g}"),
+            len(setting.sequential_stages),
+            setting.recompute != "none",
+            setting.zero_stage != self.config.engine.zero_stage,
+            setting.zero_stage,
+            setting.micro_batch_size,
+        )
+
+    def _estimates(self) -> Iterator[Candidate]:
+        sizes = micro_batch_sizes(self.config.train.global_batch_size, self.num_gpus)
+        if self.config.task.mixes:  # in pairs
+            sizes = [size for size in sizes if size % 2 == 0]
+        if not sizes:
+            return
+        stage = self.config.engine.zero_stage
+        self._trace(Setting(stage, "none", (), FEW), 0)  # which makes the tables that all the others find made
+        self._traces.clear()
+        for recompute, all_stages in counted(list(_policies(self.config)), "tracing model.recompute", self._say):
+            known: list[Trace] = []
+            for stages in all_stages:
+                one = self._trace(Setting(stage, recompute, stages, FEW), 0)
+                if one in known:  # a kernel that never holds the scores has no use for sequential stages
                     continue
-                setting = Setting(zero_stage, recompute, stages, size)
-                chosen = apply(config, setting)
-                accumulation = config.train.global_batch_size // (size * num_gpus)
-                engine = engine_memory(chosen.engine, sizes, num_gpus, accumulation, on_cpu, ema)
-                scaled = scale(trace, size, int(engine.kept_gradient_bytes * sizes.parameters))
-                memory = memory_by_phase(chosen, hardware, engine, sizes, scaled, num_gpus)
-                speed = plan_speed(chosen, hardware, sizes, passes.times(size), num_gpus)
-                yield Candidate(setting, memory, speed)
+                known.append(one)
+                two = self._trace(Setting(stage, recompute, stages, 2 * FEW), 0)
+                for size in sizes:
+                    trace = extrapolated(one, two, size / FEW)
+                    passes = extrapolated_pass(self.hardware, one, two, size / FEW)
+                    if size == 1:
+                        passes = passes.times(1 - SLACK)
+                    for zero_stage in _zero_stages(self.config):
+                        setting = Setting(zero_stage, recompute, stages, size)
+                        yield self._candidate(setting, self._engine(setting), trace, passes)
+
+    def _candidate(self, setting: Setting, engine: EngineMemory, trace: Trace, passes: PassSeconds) -> Candidate:
+        chosen = apply(self.config, setting)
+        memory = memory_by_phase(chosen, self.hardware, engine, self.sizes, trace, self.num_gpus)
+        return Candidate(setting, memory, plan_speed(chosen, self.hardware, self.sizes, passes, self.num_gpus))
+
+    def _engine(self, setting: Setting) -> EngineMemory:
+        accumulation = self.config.train.global_batch_size // (setting.micro_batch_size * self.num_gpus)
+        ema = self.config.optim.ema_decay is not None
+        engine = apply(self.config, setting).engine
+        return engine_memory(engine, self.sizes, self.num_gpus, accumulation, self.on_cpu, ema)
+
+    def _trace(self, setting: Setting, kept_gradient_bytes: float) -> Trace:
+        key = (setting.recompute, setting.sequential_stages, setting.micro_batch_size, kept_gradient_bytes)
+        if key not in self._traces:
+            self._traces[key] = trace_step(apply(self.config, setting), kept_gradient_bytes, self.on_cpu)
+        return self._traces[key]
 
 
 def apply(config: Config, setting: Setting) -> Config:
@@ -96,19 +176,17 @@ def apply(config: Config, setting: Setting) -> Config:
 
 
 def micro_batch_sizes(global_batch_size: int, num_gpus: int) -> list[int]:
-    """Powers of two, and the whole share of a rank, that divide a rank's images of a step."""
+    """All that divide a rank's images of a step."""
     share, rest = divmod(global_batch_size, num_gpus)
-    if rest:
-        return []
-    return sorted({size for size in (2**k for k in range(12)) if share % size == 0} | {share})
+    return [] if rest else [size for size in range(1, share + 1) if share % size == 0]
 
 
-def _policies(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _policies(config: Config) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    """Values of model.recompute, each with those of model.sequential_stages, none of them first."""
     num_stages = len(config.model.pretrained_window_sizes)
     sequential = {(), tuple(range(1, min(2, num_stages) + 1)), tuple(config.model.sequential_stages)}
     for recompute in dict.fromkeys((*POLICIES, config.model.recompute)):
-        for stages in sorted(sequential):
-            yield recompute, stages
+        yield recompute, sorted(sequential, key=lambda stages: (len(stages), stages))
 
 
 def _zero_stages(config: Config) -> list[int]:
@@ -124,16 +202,31 @@ def _zero_stages(config: Config) -> list[int]:
 
 
 def _overrides(setting: Setting, config: Config) -> list[str]:
-    engine = [] if config.engine.name == "local" else [f"engine.zero_stage={setting.zero_stage}"]
-    return [
-        *engine,
-        f"model.recompute={setting.recompute}",
-        f"model.sequential_stages=[{','.join(map(str, setting.sequential_stages))}]",
-        f"train.micro_batch_size={setting.micro_batch_size}",
-    ]
+    """What of a setting is not the configuration's own."""
+    own = Setting(
+        config.engine.zero_stage,
+        config.model.recompute,
+        tuple(config.model.sequential_stages),
+        config.train.micro_batch_size,
+    )
+    keys = {
+        f"engine.zero_stage={setting.zero_stage}": setting.zero_stage != own.zero_stage,
+        f"model.recompute={setting.recompute}": setting.recompute != own.recompute,
+        f"model.sequential_stages=[{','.join(map(str, setting.sequential_stages))}]": setting.sequential_stages
+        != own.sequential_stages,
+        f"train.micro_batch_size={setting.micro_batch_size}": setting.micro_batch_size != own.micro_batch_size,
+    }
+    return [override for override, differs in keys.items() if differs]
 
 
-def _recommended(best: Candidate, config: Config, hardware: HardwareConfig, num_gpus: int, arguments: list[str]) -> str:
+def _recommended(
+    best: Candidate,
+    config: Config,
+    hardware: HardwareConfig,
+    num_gpus: int,
+    arguments: list[str],
+    steps: int | None,
+) -> str:
     accumulation = config.train.global_batch_size // (best.setting.micro_batch_size * num_gpus)
     own = [each for each in arguments if not each.startswith(("hardware=", "hardware."))]
     overrides = _overrides(best.setting, config)
@@ -143,9 +236,10 @@ def _recommended(best: Candidate, config: Config, hardware: HardwareConfig, num_
     launch = f"torchrun --nnodes {nodes} --nproc-per-node {num_gpus // nodes} -m swinv2_train.train"
     command = shlex.join([*kept, *overrides])
     return (
-        f"{verdict(best.memory, hardware, num_gpus)}\n"
+        f"{verdict(best.memory, hardware, num_gpus)}\n{host_line(best.memory, hardware, num_gpus)}\n"
         f"{best.speed.step_sec:.3g} s a step of {config.train.global_batch_size} images in {accumulation} micro-batches"
-        f" of {best.setting.micro_batch_size}, {best.speed.images_per_sec:.3g} images/s\n\n{launch} {command}"
+        f" of {best.setting.micro_batch_size}, {best.speed.images_per_sec:.3g} images/s\n"
+        f"{length_line(steps, best.speed.step_sec, num_gpus)}\n\n{launch} {command}"
     )
 
 

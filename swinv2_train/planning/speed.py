@@ -77,17 +77,9 @@ class PassSeconds:
     def total(self) -> float:
         return max(self.products + self.traffic, self.host)
 
-    def times(self, images: int) -> PassSeconds:
-        """The passes with `images` times as many images: each operation takes as many times as long, and is started
-        once.
-        """
-        return replace(
-            self,
-            products=self.products * images,
-            traffic=self.traffic * images,
-            flops=self.flops * images,
-            moved_to_host=self.moved_to_host * images,
-        )
+    def times(self, factor: float) -> PassSeconds:
+        """The same passes, faster or slower by a factor."""
+        return replace(self, products=self.products * factor, traffic=self.traffic * factor, host=self.host * factor)
 
 
 def pass_seconds(hardware: HardwareConfig, trace: Trace) -> PassSeconds:
@@ -97,6 +89,30 @@ def pass_seconds(hardware: HardwareConfig, trace: Trace) -> PassSeconds:
     host = len(trace.operations) * required(hardware.op_overhead_us) * 1e-6
     backward = 1 - forward / (products + traffic)
     return PassSeconds(products, traffic, host, backward, trace.flops, trace.host_bytes)
+
+
+def extrapolated_pass(hardware: HardwareConfig, few: Trace, more: Trace, times: float) -> PassSeconds:
+    """The passes of `times` as many images as few has, from few and more, which has twice as many.
+
+    Each operation's arithmetic and bytes grow along a straight line, so this is what a trace of as many images says;
+    where the number of operations depends on the images, the whole grows along one, and it is no more than that.
+    """
+
+    def number(one: float, two: float) -> float:
+        return one + (two - one) * (times - 1)
+
+    flops, moved = round(number(few.flops, more.flops)), round(number(few.host_bytes, more.host_bytes))
+    if len(few.operations) != len(more.operations):
+        one, two = pass_seconds(hardware, few), pass_seconds(hardware, more)
+        products, traffic, host = (
+            number(getattr(one, name), getattr(two, name)) for name in ("products", "traffic", "host")
+        )
+        return PassSeconds(products, traffic, host, two.backward, flops, moved)
+    pairs = zip(few.operations, more.operations, strict=True)
+    grown = [
+        Operation(round(number(a.flops, b.flops)), round(number(a.nbytes, b.nbytes)), a.precision) for a, b in pairs
+    ]
+    return pass_seconds(hardware, replace(few, operations=grown, host_bytes=moved))
 
 
 def measured_pass(

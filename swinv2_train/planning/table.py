@@ -38,7 +38,7 @@ def verdict(plan: MemoryPlan, hardware: HardwareConfig, num_gpus: int) -> str:
     """One line: fits or not, by how much."""
     where = f"{num_gpus} x {hardware.name}"
     if not plan.fits:
-        return f"does not fit on {where}: {describe_shortfall(plan)}"
+        return f"does not fit on {where}: {describe_shortfall(plan)}; --recommend looks for a setting that does"
     share = 1 - plan.peak / plan.available
     return (
         f"fits on {where}: peak {plan.peak / GIB:.2f} GiB in the {plan.peak_phase} of {plan.available / GIB:.1f} GiB, "
@@ -46,11 +46,29 @@ def verdict(plan: MemoryPlan, hardware: HardwareConfig, num_gpus: int) -> str:
     )
 
 
-def host_line(plan: MemoryPlan) -> str:
-    """CPU memory of one rank, and its disk."""
+def host_line(plan: MemoryPlan, hardware: HardwareConfig, num_gpus: int) -> str:
+    """CPU memory of one rank, and of a node's, and its disk."""
     parts = ", ".join(f"{part} {nbytes / GIB:.2f}" for part, nbytes in plan.host.items())
     disk = "".join(f"; on disk: {part} {nbytes / GIB:.2f}" for part, nbytes in plan.disk.items())
-    return f"CPU memory of one rank, GiB: {parts or 'nothing of size'}{disk}"
+    ranks, together = min(num_gpus, hardware.gpus_per_node or num_gpus), sum(plan.host.values()) / GIB
+    node = f"; together {together:.2f}" + (f", {ranks * together:.2f} for a node's {ranks} ranks" if ranks > 1 else "")
+    return f"CPU memory of one rank, GiB: {parts + node if parts else 'nothing of size'}{disk}"
+
+
+def length_line(steps: int | None, step_sec: float, num_gpus: int) -> str:
+    """How long the run takes, in units that a person reads, and what it costs."""
+    if steps is None:
+        return "length of the run: unknown; set plan.num_images (or train.max_steps)"
+    seconds = steps * step_sec
+    return f"{steps} steps: {time_text(seconds)}, {value_text(seconds / 86400 * num_gpus)} GPU-days"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds, minutes, hours or days, to three digits."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def speed_lines(
@@ -85,11 +103,7 @@ def speed_lines(
         source_line(config.plan.step_seconds),
         communication_line(speed, hardware, num_gpus),
     ]
-    if steps is None:
-        lines.append("length of the run: unknown; set plan.num_images (or train.max_steps)")
-    else:
-        days = steps * speed.step_sec / 86400
-        lines.append(f"{steps} steps: {days:.3g} days, {days * num_gpus:.3g} GPU-days")
+    lines.append(length_line(steps, speed.step_sec, num_gpus))
     kept = STATE_BYTES[config.engine.optimizer_states] + (EMA_BYTES if config.optim.ema_decay is not None else 0)
     size = kept * memory.sizes.parameters
     assert hardware.storage_gb_per_sec is not None, "complete"

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.config.saved import CONFIG_NAME, parse_saved_config, read_config_text
+from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, escaped, value_text
@@ -207,6 +208,8 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
     else:
         state, text = "open", f"at step {step:,}"
     facts = [f"{images:,} images seen" if isinstance(images, int) else ""]
+    classes = read_run_classes(run.run_dir)
+    facts.append(f"{len(classes)} classes ({listed(classes)})" if classes else "")
     seconds = _training_seconds(run)
     facts.append(f"{duration_text(seconds)} in training steps" if seconds else "")
     if run.starts:
@@ -214,6 +217,7 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
         facts.append(_plural(start.get("world_size"), "rank") + (f" on {_hardware(start)}" if _hardware(start) else ""))
         facts.append(f"started {len(run.starts)} times" if len(run.starts) > 1 else "")
         facts.append(f"first started {str(run.starts[0].get('started_at', ''))[:16].replace('T', ' ')} UTC")
+    slow = run.starts[-1].get("start", {}).get("slow_bf16") if run.starts else None
     setup = [
         run.value("task", "name"),
         f"SwinV2 {run.value('model', 'name')}" if run.value("model", "name") else None,
@@ -224,7 +228,9 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
     return (
         f'<header><h1>{_esc(run.run_dir.resolve().name)} <span class="state {state}">{_esc(text)}</span></h1>'
         f"<p>{_esc(' · '.join(str(part) for part in setup if part))}</p>"
-        f'<p class="soft">{_esc(" · ".join(fact for fact in facts if fact))}</p></header>'
+        f'<p class="soft">{_esc(" · ".join(fact for fact in facts if fact))}</p>'
+        + (f"<p>Slow: {_esc(str(slow))}</p>" if slow else "")
+        + "</header>"
     )
 
 

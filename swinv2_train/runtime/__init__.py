@@ -12,17 +12,25 @@ from swinv2_train.runtime.environment import (
     version_of,
 )
 from swinv2_train.runtime.run_dir_lock import RunDirLock
-from swinv2_train.runtime.seeds_and_threads import available_cores, seed_everything, set_threads, tune_allocator
-from swinv2_train.runtime.stop_request import STOP_SIGNALS, StopRequest
+from swinv2_train.runtime.seeds_and_threads import (
+    available_cores,
+    keep_random_state,
+    seed_everything,
+    set_threads,
+    tune_allocator,
+)
+from swinv2_train.runtime.stop_request import STOP_SIGNALS, StopNow, StopRequest
 
 __all__ = [
     "RECORDED_PACKAGES",
     "RunDirLock",
     "STOP_SIGNALS",
+    "StopNow",
     "StopRequest",
     "available_cores",
     "environment_record",
     "git_commit",
+    "keep_random_state",
     "read_environment",
     "record_environment",
     "seed_everything",

@@ -13,6 +13,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ _STARTS = listing(
         may={
             "started_at": text(100), "hostname": text(300), "world_size": whole(), "cpu_cores": optional(whole()),
             "gpus": optional(listing(record({}, may={"name": text(300)}))), "versions": mapping(optional(text(300))),
+            "start": record({}, may={"precision": text(100), "slow_bf16": optional(text(1000))}),
         },
     )
 )  # fmt: skip
@@ -65,13 +67,14 @@ def environment_record(world_size: int) -> dict[str, Any]:
     }
 
 
-def record_environment(run_dir: Path, world_size: int) -> dict[str, Any]:
+def record_environment(run_dir: Path, world_size: int, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Append this start's record to RUN_DIR/environment.json, a list with one entry per start.  Call it on rank 0.
 
-    The file is replaced atomically.  An unreadable file (a torn copy, say) stays beside it as environment.json.damaged.
+    start: what it computes with and expects, kept as "start".  The file is replaced
+    atomically.  An unreadable file (a torn copy, say) stays beside it as environment.json.damaged.
     """
     path = run_dir / "environment.json"
-    record = environment_record(world_size)
+    record = environment_record(world_size) | ({} if start is None else {"start": dict(start)})
     starts = read_environment(run_dir)
     if os.path.lexists(path) and not starts:
         path.replace(path.with_name("environment.json.damaged"))

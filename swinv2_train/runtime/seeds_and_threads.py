@@ -5,9 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_everything(seed: int, rank: int) -> None:
@@ -22,6 +27,23 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+def keep_random_state(device: torch.device) -> Callable[[], None]:
+    """Remember the random states of python, numpy and torch (CPU and this device); returns what puts them back."""
+    import torch
+
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return put_back
 
 
 def tune_allocator() -> bool:

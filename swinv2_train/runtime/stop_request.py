@@ -1,24 +1,41 @@
-"""Stop signals and time limits, as a flag that the training loop reads between steps."""
+"""Stop signals and time limits, as a flag that the training loop reads between micro-batches; and at once a word."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
+
+from swinv2_train.config.exit_codes import EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class StopNow(BaseException):
+    """A stop signal, whose name this is, came while something was waited for that may be given up."""
+
+    def exit_code(self, saved: bool) -> int:
+        """Of a run that ends before its first step.  saved: a complete checkpoint is there; else as a shell says it."""
+        return EXIT_STOPPED if saved else 128 + signal.Signals[str(self)]
+
+
 class StopRequest:
-    """Turns SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and a time limit into a flag that the training loop reads between steps.
+    """Turns SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and a time limit into a flag that the training loop reads between
+    micro-batches.
 
     So does the death of torchrun, which ends its ranks by a signal unless it is killed itself.  Without torchrun a
     parent that ends means nothing: the shell of a nohup or an srun may.  A further signal only sets the flag again, so
     an impatient second Ctrl-C cannot tear a checkpoint.  Each rank sees its own signals: the loop agrees over the ranks
     (``distributed.any_rank(stop.requested is not None)``).
+
+    A handler of Python's runs when the main thread comes back from what it computes, which may take minutes; a thread
+    of its own hears of the signal at once, sets the flag and calls `told`.
 
         with StopRequest() as stop:
             ...
@@ -30,7 +47,11 @@ class StopRequest:
         self._deadline = math.inf if after_sec is None else time.monotonic() + after_sec
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._signal: str | None = None
+        self._waiting = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self.told: Callable[[str, bool], None] = lambda name, again: None
+        """Called in another thread as soon as a signal arrives: its name, and whether it is not the first."""
 
     @property
     def requested(self) -> str | None:
@@ -43,6 +64,10 @@ class StopRequest:
         """Install the handlers; main thread only (a rule of Python's signal module)."""
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        read, write = self._pipe = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read,), name="stop signals", daemon=True).start()
         return self
 
     def uninstall(self) -> None:
@@ -50,9 +75,40 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
+        self._hear_no_more()
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside, a stop signal raises StopNow: for a wait that may take for ever, and whose result a stop drops."""
+        self._waiting = True
+        try:
+            if self._signal is not None:
+                raise StopNow(self._signal)
+            yield
+        finally:
+            self._waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
+        if self._waiting:
+            self._waiting = False
+            raise StopNow(self._signal)
+
+    def _listen(self, read: int) -> None:
+        """Runs in a thread, until the other end of the pipe is closed."""
+        heard = 0
+        while numbers := os.read(read, 64):
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._signal, heard = signal.Signals(number).name, heard + 1
+                    self.told(self._signal, heard > 1)
+        os.close(read)
+
+    def _hear_no_more(self) -> None:
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._pipe[1])
+            self._pipe = None
 
     def __enter__(self) -> Self:
         return self.install()
@@ -63,3 +119,4 @@ class StopRequest:
         else:  # the process is about to end, and an impatient signal must not change how
             for number in self._previous:
                 signal.signal(number, signal.SIG_IGN)
+            self._hear_no_more()

@@ -29,18 +29,19 @@ PYTORCH = {"format": "pt"}
 """The metadata without which transformers refuses a file."""
 
 
-def write_safetensors(path: Path, entries: Mapping[str, LazyTensor]) -> None:
+def write_safetensors(path: Path, entries: Mapping[str, LazyTensor], metadata: Mapping[str, str] = {}) -> None:
     """Write the tensors to one safetensors file, reading each when its turn comes.
 
-    The file appears under its name when it is complete and on disk.  Raises ConfigError when path cannot be written.
+    metadata: what else its header says.  The file appears under its name when it is complete and on disk.  Raises
+    ConfigError when path cannot be written.
     """
     with replacing_output(path) as unfinished:
-        fill_safetensors(unfinished, entries)
+        fill_safetensors(unfinished, entries, metadata)
 
 
-def fill_safetensors(file: IO[bytes], entries: Mapping[str, LazyTensor]) -> None:
+def fill_safetensors(file: IO[bytes], entries: Mapping[str, LazyTensor], metadata: Mapping[str, str] = {}) -> None:
     """Write the tensors into a file that is open, reading each when its turn comes."""
-    for chunk in safetensors_chunks(entries, PYTORCH):
+    for chunk in safetensors_chunks(entries, {**PYTORCH, **metadata}):
         file.write(chunk)
         del chunk  # before the next tensor is read
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, pair
-from swinv2_train.data.loading.loader import check_same_classes
+from swinv2_train.data.class_names import listed
 from swinv2_train.data.sample import LABEL, SampleError, Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
@@ -89,16 +89,19 @@ class ClassifyTask:
         check_augment(task.rand_augment, task.mixes)
 
     @staticmethod
-    def check_source(task: ClassifyConfig, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
-        """The model has a class for every label, and a label means one class."""
+    def check_source(task: ClassifyConfig, source: Source, key: str) -> None:
+        """The model has a class for every label and for every name."""
         labels = source.label_range
         if labels is not None and labels[1] >= task.num_classes:
             raise ConfigError(
                 f"task.num_classes ({task.num_classes}) is too small: {key} has labels from {labels[0]} to "
                 f"{labels[1]}; set task.num_classes={labels[1] + 1} or more"
             )
-        if beside is not None:
-            check_same_classes(beside[1], source, (beside[0], key))
+        if source.classes is not None and len(source.classes) > task.num_classes:
+            raise ConfigError(
+                f"task.num_classes ({task.num_classes}) is too small: {key} has {len(source.classes)} classes "
+                f"({listed(source.classes)}); set task.num_classes={len(source.classes)} or more"
+            )
 
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
         """Where the model has more classes than the images."""

@@ -63,7 +63,7 @@ class SimMIMTask:
         """Nothing more than torch is needed."""
 
     @staticmethod
-    def check_source(task: SimMIMConfig, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
+    def check_source(task: SimMIMConfig, source: Source, key: str) -> None:
         """Images are all that is needed."""
 
     def notes(self, source: Source | Stream) -> tuple[str, ...]:

@@ -48,10 +48,10 @@ class Task(Protocol):
         """Raises ConfigError for what the task needs on this machine and does not find."""
 
     @staticmethod
-    def check_source(task: Any, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
+    def check_source(task: Any, source: Source, key: str) -> None:
         """Raises ConfigError for images, named by this key, whose targets are not the task's.
 
-        beside: other images, with their key, whose targets must mean the same.
+        Labels are those of the model's classes already (data/sources/matched.py).
         """
 
     @property

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from swinv2_train.checkpoint import ema_note, load_checkpoint, newest_checkpoint
+from swinv2_train.checkpoint import checkpoint_classes, ema_note, load_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.load import config_yaml
 from swinv2_train.config.shown import tell
+from swinv2_train.data.class_names import RUN_CLASSES
 from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps
 from swinv2_train.data.loading.pipe_loader import build_train_loader
-from swinv2_train.data.shards.shard_cache import shard_cache
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, difference, matched
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
-from swinv2_train.distributed import World, gather_objects, on_main
+from swinv2_train.distributed import World, gather_objects
+from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
@@ -27,14 +31,15 @@ from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.monitoring.watchdog import RankActivity
-from swinv2_train.runtime import record_environment, seed_everything
+from swinv2_train.runtime import StopRequest, record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.initial_weights import Initial
+from swinv2_train.training.length_warnings import length_warnings
 from swinv2_train.training.loop import Run
-from swinv2_train.training.lr_schedule import total_steps, warmup_steps
+from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
@@ -109,10 +114,19 @@ def build_run(
     for note in task.notes(sources.training):
         log.say(f"note: {note}")
     log.resume_at(state["step"])
-    total = total_steps(config.train, sources.training.num_samples)
+    reached = Reached.of(state, batch)
+    length = run_length(config.train, config.optim.schedule, sources.training.num_samples, reached)
+    total = length.last_step
+    if note := batch_note(reached, config.train, total):
+        log.say(f"note: {note}")
+    for line in length_warnings(config, length, reached.step):
+        log.say(line)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     activity = activity or RankActivity()
-    position = Position(state["step"], state["images_seen"], loader, world.device, loader.bad_images_before)
+    position = Position(
+        reached.step, reached.images_seen, loader, world.device, reached.first_batch_size, batch, sources.classes,
+        loader.bad_images_before,
+    )  # fmt: skip
     saved_step = None if newest is None else position.step
     return Run(
         config=config,
@@ -125,8 +139,7 @@ def build_run(
         eval_loader=evaluation,
         probe=probe,
         accumulation_steps=accumulation,
-        total_steps=total,
-        warmup_steps=warmup_steps(config.optim.schedule, config.train, sources.training.num_samples),
+        length=length,
     )
 
 
@@ -183,10 +196,17 @@ def make_run_dir(run_dir: Path) -> None:
             )
 
 
-def write_run_files(run_dir: Path, config: Config, world: World) -> None:
-    """What is run here, and where: written when nothing can be refused any more."""
+def write_run_files(
+    run_dir: Path, config: Config, world: World, start: dict[str, Any], classes: tuple[str, ...] | None
+) -> None:
+    """What is run here, and where: written when nothing can be refused any more.
+
+    start: what is kept of this start in environment.json (planning/start_line.py).  classes: what they are called.
+    """
     replace_text(run_dir / "config.yaml", config_yaml(config))
-    record_environment(run_dir, world.world_size)
+    if classes is not None:
+        replace_text(run_dir / RUN_CLASSES, json.dumps(classes, indent=0) + "\n")
+    record_environment(run_dir, world.world_size, start)
 
 
 class Sources(NamedTuple):
@@ -194,24 +214,56 @@ class Sources(NamedTuple):
 
     training: Source | Stream
     evaluation: Source | None
+    classes: tuple[str, ...] | None = None
+    """What the labels of both are called; None where they are numbers alone, or of no use."""
 
 
-def open_sources(config: Config, world: World) -> Sources:
+def open_sources(config: Config, world: World, newest: Path | None = None, stop: StopRequest | None = None) -> Sources:
     """Where training and evaluation images come from; rank 0 lists and indexes what was not yet.  A pipe has no index.
 
-    Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's.
+    newest: the checkpoint that the run goes on from; its classes are the model's, else the training images' are.  stop:
+    may come while a server is waited for.
+    Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's; StopNow.
     """
 
-    def open_one(key: str, pattern: str, beside: tuple[str, Source] | None = None) -> Source:
-        source = open_source(pattern, key, tell, shard_cache(config.data))
-        task_class(config.task).check_source(config.task, source, key, beside)
-        return source
-
     def open_both() -> Sources:
-        keys, pattern, eval_pattern = ("data.shards", "data.eval_shards"), config.data.shards, config.data.eval_shards
-        training = open_stream(pattern) if is_pipe(pattern) else open_one(keys[0], pattern)
-        beside = None if isinstance(training, Stream) else (keys[0], training)
-        return Sources(training, None if eval_pattern is None else open_one(keys[1], eval_pattern, beside))
+        pattern = config.data.eval_shards
+        names = None if newest is None or config.task.label_classes is None else checkpoint_classes(newest)
+        training = _open_training(config, names, tell)
+        if names is None and not isinstance(training, Stream) and config.task.label_classes is not None:
+            names = training.classes
+        evaluation = None
+        if pattern is not None:
+            evaluation = open_source(pattern, "data.eval_shards", tell, shard_cache_for(pattern, config.data))
+            evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
+        return Sources(training, evaluation, names)
 
-    opened: Sources = on_main(world, open_both)
+    opened: Sources = on_main_unless_stopped(world, stop, open_both)
     return opened
+
+
+def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> Source | Stream:
+    """Where training images come from.  names: of the classes of the run that goes on; None without."""
+    pattern, labelled = config.data.shards, config.task.label_classes is not None
+    if is_pipe(pattern):
+        if labelled:
+            say(f"note: a pipe names no classes: its labels are taken as the numbers of {MODELS_CLASSES}")
+        return open_stream(pattern)
+    source = open_source(pattern, "data.shards", say, shard_cache_for(pattern, config.data))
+    if labelled and names is not None and source.classes is not None and set(names) != set(source.classes):
+        raise ConfigError(
+            f"run_dir ({config.run_dir}) holds a run of {len(names)} classes, but data.shards has {len(source.classes)}"
+            f" ({difference(source.classes, names)}); name images of the same classes, or start a new run_dir "
+            "from its weights (task.init_from)"
+        )
+    if labelled and names is None and source.classes is not None:
+        names = source.classes  # the model's first images say what its classes are
+    return _checked(config, source, "data.shards", names, say)
+
+
+def _checked(config: Config, source: Source, key: str, names: tuple[str, ...] | None, say: Say) -> Source:
+    """The source with the model's own labels, which a task's check has looked at."""
+    if config.task.label_classes is not None:
+        source = matched(source, key, names, config.task.label_classes, MODELS_CLASSES, say)
+    task_class(config.task).check_source(config.task, source, key)
+    return source

@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import load_run_config
+from swinv2_train.data.class_names import are_wordnet
+from swinv2_train.data.sources.matched import difference
 from swinv2_train.distributed import World, on_main
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.initial import on_meta
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.task import Task
-from swinv2_train.weights import Head, LoadReport, match_weights, read_weights, trained_windows
+from swinv2_train.weights import Head, LoadReport, match_weights, read_weights, trained_windows, weights_classes
 
 
 class Initial(NamedTuple):
@@ -27,10 +29,11 @@ class Initial(NamedTuple):
     """What to warn of once the weights were read: those that hold NaN or infinity; "" for none."""
 
 
-def initial_weights(config: Config, task: Task, world: World) -> Initial | None:
+def initial_weights(config: Config, task: Task, world: World, classes: tuple[str, ...] | None = None) -> Initial | None:
     """The weights of task.init_from as the task's module wants them; nothing is read yet but names and shapes.
 
-    Raises ConfigError on every rank when they cannot be read or do not fit.
+    classes: what the rows of the module's head are to be called; None where they have numbers alone.  Raises
+    ConfigError on every rank when the weights cannot be read or do not fit.
     """
     init_from, init_head = config.task.init_from, config.task.init_head
     matched: list[tuple[LazyTensors, LoadReport]] = []
@@ -40,19 +43,45 @@ def initial_weights(config: Config, task: Task, world: World) -> Initial | None:
     def match() -> str:
         shapes = {name: tuple(tensor.shape) for name, tensor in task.module.state_dict().items()}
         fixed: dict[str, Head] = {"auto": "auto", "fresh": "fresh"}
-        head = fixed.get(init_head, Path(init_head))
+        head: Head = fixed.get(init_head, Path(init_head))
+        said: list[str] = []
         try:
             source = read_weights(init_from, config.task.init_format)
+            if head == "auto" and "head.weight" in source.entries and "head.weight" in shapes:
+                rows = source.entries["head.weight"].shape[0], shapes["head.weight"][0]
+                head, said = head_by_name(weights_classes(init_from), classes, rows)
             weights, report = match_weights(source, shapes, head=head)
         except ConfigError as error:
             raise ConfigError(f"task.init_from: {error}") from error
         matched.append((weights, report))
-        return "\n".join([f"weights from {source.origin}: {report}", *other_windows(config, task.encoder)])
+        return "\n".join([f"weights from {source.origin}: {report}", *said, *other_windows(config, task.encoder)])
 
     text = on_main(world, match)
     if not matched:  # another rank than 0
         return Initial(None, text, str)
     return Initial(matched[0][0], text, matched[0][1].not_finite_text)
+
+
+def head_by_name(
+    theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None, rows: tuple[int, int]
+) -> tuple[Head, list[str]]:
+    """How the head of weights with these classes serves a model with these, and what to say of it.
+
+    rows: of their head, and of ours.
+    """
+    if theirs is None and ours is None:
+        return "auto", []
+    if theirs is None or ours is None:
+        unnamed = "their classes have" if theirs is None else "the training images' classes have"
+        return "auto", [f"note: {unnamed} no names: the head's rows are taken by their numbers"]
+    if theirs == ours or (are_wordnet(ours) and len(theirs) == len(ours) and not are_wordnet(theirs[:1])):
+        return "auto", []
+    place = {name: number for number, name in enumerate(theirs)}
+    order = [*(place.get(name, -1) for name in ours), *range(len(theirs), rows[0])][: rows[1]]
+    if -1 in order or len(order) < rows[1]:
+        return "fresh", [f"note: the head starts anew, for theirs is of other classes ({difference(theirs, ours)})"]
+    how = difference(theirs, ours)
+    return order, [f"note: their head has these classes {how}: its rows are put into our order, by name"]
 
 
 def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:

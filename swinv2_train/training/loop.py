@@ -11,15 +11,16 @@ import torch
 
 from swinv2_train.config import Config, averaged_score
 from swinv2_train.data.loading.loader import EvalLoader
-from swinv2_train.distributed import World, all_reduce_sum
+from swinv2_train.distributed import World, all_reduce_sum, on_main
+from swinv2_train.distributed.front import Front
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.evaluation.probe import Probe
-from swinv2_train.evaluation.scoring import Batch, evaluate_loader, in_lockstep
+from swinv2_train.evaluation.scoring import Batch, StoppedError, evaluate_loader, in_lockstep
 from swinv2_train.monitoring.metrics import BadSteps, LossWatch, Means, ranks_where
 from swinv2_train.monitoring.profiling import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, label
-from swinv2_train.runtime import StopRequest
+from swinv2_train.runtime import StopRequest, keep_random_state
 from swinv2_train.tasks.task import Task
-from swinv2_train.training.lr_schedule import lr_at
+from swinv2_train.training.lr_schedule import RunLength, lr_at
 from swinv2_train.training.monitor import Monitor, Outcome, is_due
 from swinv2_train.training.position import Position
 from swinv2_train.training.prefetch import STOP, StepPrefetcher
@@ -41,56 +42,70 @@ class Run:
     probe: Probe | None
     """What probe.methods asks for."""
     accumulation_steps: int
-    total_steps: int
-    warmup_steps: int
+    length: RunLength
 
 
 def fit(run: Run, stop: StopRequest) -> bool:
-    """Train from the run's position to run.total_steps, log, evaluate and save on the way.
+    """Train from the run's position to run.length.last_step, log, evaluate and save on the way.
 
     Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way and
-    the loaders are closed.  Raises BadStepError on all ranks, with the weights as they were, for a step that must not
-    be taken and that train.on_bad_step does not get over.
+    the loaders are closed.  A stop within a step drops the step's work, and one within an evaluation drops the scores,
+    which the next start makes up for.  Raises BadStepError on all ranks, with the weights as they were, for a step that
+    must not be taken and that train.on_bad_step does not get over.
     """
     train, optim, position, saver, monitor = run.config.train, run.config.optim, run.position, run.saver, run.monitor
-    watch, bad_steps = LossWatch(train.loss_spike_factor), BadSteps()
+    watch, bad_steps, length = LossWatch(train.loss_spike_factor), BadSteps(), run.length
     monitor.start(saver.saved_step)
-    prefetcher = open_prefetcher(run, stop)
-    while position.step < run.total_steps:
+    prefetcher, front = open_prefetcher(run, stop), Front()
+    stopped = not make_up_for_scores(run, stop)
+    while not stopped and position.step < length.last_step:
         monitor.step_begins()
         ready = prefetcher.take()
         if ready.state == STOP:
-            saver.save_if_new()
+            stopped = True
             break
-        lr = lr_at(position.step, run.total_steps, optim.schedule, run.warmup_steps, optim.lr)
+        curve_step = length.curve_step(position.step, position.images_seen)
+        lr = lr_at(curve_step, length.curve_steps, optim.schedule, length.warmup_steps, optim.lr)
         outcome: Outcome | None = None
+        before = keep_random_state(run.world.device)
         try:
             with monitor.own_time():
                 shares = loss_shares(run, ready.micro_batches)
-                outcome = take_step(run, ready.copies, shares, lr, watch, prefetcher)
+                outcome = take_step(run, ready.copies, shares, lr, watch, prefetcher, front, stop)
+        except StoppedError:
+            before()
+            stopped = True
+            break
         except BadStepError as bad:
             get_over(run, bad, bad_steps)
             if train.on_bad_step == "rollback":
                 prefetcher = open_prefetcher(run, stop)
                 continue
-        position.advance(train.global_batch_size, ready.micro_batches)
+        position.advance(ready.micro_batches)
         monitor.step_done(ready.micro_batches, outcome, bad_steps.skipped)
         if is_due(position.step, train.log_every_steps):
             saver.poll()
         with monitor.between_steps():
-            last = position.step == run.total_steps
+            last = position.step == length.last_step
             if is_due(position.step, train.picture_every_steps) or last:
                 save_picture(run, ready.micro_batches[-1])
-            scores = measure(run, last)
+            try:
+                scores = measure(run, last, stop)
+            except StoppedError:
+                monitor.scores_are_due(True)
+                stopped = True
+                break
             score = scores.get(train.keep_best) if train.keep_best else None
             if is_due(position.step, train.checkpoint_every_steps) or last or score is not None:
                 saver.save(score)
                 prefetcher.recheck_stop()  # evaluation and save take their time, and now nothing would be left to save
         monitor.manual_gc.after_step(position.step)
+    if stopped:
+        saver.save_if_new()
     saver.finish()
     monitor.close()
     close_loaders(run)
-    return position.step == run.total_steps
+    return not stopped and position.step == length.last_step
 
 
 class BadStepError(RuntimeError):
@@ -106,16 +121,26 @@ def open_prefetcher(run: Run, stop: StopRequest) -> StepPrefetcher:
 
 
 def take_step(
-    run: Run, copies: Iterable[Batch], shares: list[float], lr: float, watch: LossWatch, prefetcher: StepPrefetcher
+    run: Run,
+    copies: Iterable[Batch],
+    shares: list[float],
+    lr: float,
+    watch: LossWatch,
+    prefetcher: StepPrefetcher,
+    front: Front,
+    stop: StopRequest,
 ) -> Outcome:
     """Forward, backward and the optimizer's step.
 
     copies: micro-batches on the device; shares: what each counts.  The prefetcher prepares the next step meanwhile.
     The device is waited for once, for the gradient norm (engine/deepspeed/grad_norm.py).
-    Raises BadStepError on every rank, and nothing has moved.
+    Raises BadStepError on every rank, and nothing has moved.  Of several micro-batches, StoppedError before one of them
+    where any rank is to stop; the engine may then only be saved.
     """
     losses, problem = Means(), None
     for number, (batch, share) in enumerate(zip(copies, shares, strict=True), start=1):
+        if len(shares) > 1 and not front.may_begin(stop.requested is not None):
+            raise StoppedError
         with label(FORWARD):
             loss = run.task.loss(run.engine.forward, batch)
         losses.add({"train/loss": loss}, weight=share)
@@ -127,8 +152,8 @@ def take_step(
                 loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
         with label(BACKWARD):
             run.engine.backward(loss * share)
-        run.monitor.activity.mark_progress()
-    if run.position.step + 1 < run.total_steps:
+        run.monitor.micro_batch_done(number, len(shares))
+    if run.position.step + 1 < run.length.last_step:
         prefetcher.prepare()
     run.saver.wait_for_copy()
     try:
@@ -183,12 +208,27 @@ def save_picture(run: Run, batch: Batch) -> None:
         run.monitor.log.picture(run.config.task.name, run.position.step, picture(run.engine.evaluate, batch))
 
 
-def measure(run: Run, last: bool) -> dict[str, float]:
-    """The scores that are due at this step, logged: those of the evaluation images, and of the frozen encoder."""
+def make_up_for_scores(run: Run, stop: StopRequest) -> bool:
+    """Take the scores that a stop has cut short at the step from which the run goes on; False where it stops again."""
+    if run.saver.saved_step is None or not on_main(run.world, run.monitor.scores_were_cut_short):
+        return True
+    try:
+        measure(run, run.position.step == run.length.last_step, stop)
+    except StoppedError:
+        return False
+    run.monitor.scores_are_due(False)
+    return True
+
+
+def measure(run: Run, last: bool, stop: StopRequest) -> dict[str, float]:
+    """The scores that are due at this step, logged: those of the evaluation images, and of the frozen encoder.
+
+    Raises StoppedError on all ranks where any is to stop.
+    """
     step, activity, scores = run.position.step, run.monitor.activity, {}
     if run.eval_loader is not None and (is_due(step, run.config.train.eval_every_steps) or last):
         with activity.doing("evaluating"), label(EVALUATION):
-            scores = scores_of(run, run.eval_loader)
+            scores = scores_of(run, run.eval_loader, stop)
         run.monitor.log_scores(scores)
     if run.probe is not None and (is_due(step, run.config.probe.every_steps) or last):
         with activity.doing("probing"), label(EVALUATION):
@@ -198,13 +238,17 @@ def measure(run: Run, last: bool) -> dict[str, float]:
     return scores
 
 
-def scores_of(run: Run, loader: EvalLoader) -> dict[str, float]:
+def scores_of(run: Run, loader: EvalLoader, stop: StopRequest) -> dict[str, float]:
     """The scores of the weights and, with optim.ema_decay, those of their averages."""
     score = partial(run.task.scores, run.engine.evaluate)
-    scores = evaluate_loader(score, run.monitor.marking_progress(loader))
+
+    def requested() -> bool:
+        return stop.requested is not None
+
+    scores = evaluate_loader(score, run.monitor.marking_progress(loader), requested)
     if run.config.optim.ema_decay is not None:
         with run.engine.ema_weights():
-            averaged = evaluate_loader(score, run.monitor.marking_progress(loader))
+            averaged = evaluate_loader(score, run.monitor.marking_progress(loader), requested)
         scores |= {averaged_score(name): value for name, value in averaged.items()}
     return scores
 

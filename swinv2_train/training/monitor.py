@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
+from swinv2_train.monitoring.console import Countable, counted
 from swinv2_train.monitoring.metrics import (
     Means,
     Throughput,
@@ -18,7 +20,7 @@ from swinv2_train.monitoring.metrics import (
     peak_memory_gib,
 )
 from swinv2_train.monitoring.profiling import DATA, StepProfiler, label
-from swinv2_train.monitoring.run_log import RunLog
+from swinv2_train.monitoring.run_log import UNFINISHED, RunLog, scores_unfinished
 from swinv2_train.monitoring.step_records import Records, StepRecord
 from swinv2_train.monitoring.stragglers import ComputeTimer, StragglerStreak, slowest
 from swinv2_train.monitoring.watchdog import DATA_WAIT, FIRST_STEP, RankActivity
@@ -60,6 +62,7 @@ class Monitor:
         self._speed = Throughput(config.train.global_batch_size)
         self._compute_timer = ComputeTimer(world.device)
         self._streak = StragglerStreak()
+        self._step_began = 0.0
         self._profiler = (
             StepProfiler(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None
         )
@@ -86,8 +89,16 @@ class Monitor:
             StepRecord(run_dir / "bad_samples", *where) if data.on_bad_sample == "replace" else None,
         )
 
+    def micro_batch_done(self, number: int, count: int) -> None:
+        """Micro-batch number 1 .. count of the next step is computed, or is about to be on the device."""
+        self.activity.mark_progress()
+        if number < count:
+            seconds = time.monotonic() - self._step_began
+            self.log.progress_within(self._position.step, self._total_steps, number, count, seconds)
+
     def step_begins(self) -> None:
         """Start or stop the profiler; that is no part of any step's time."""
+        self._step_began = time.monotonic()
         if self._profiler is not None:
             with self._speed.paused():
                 self._say_trace(self._profiler.next_step(self._position.step + 1))
@@ -150,11 +161,21 @@ class Monitor:
         said = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.log.say(f"step {self._position.step}: {said}")
 
-    def marking_progress(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The batches; each is a sign that the run does not hang."""
-        for batch in batches:
+    def marking_progress(self, batches: Countable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The batches; each is a sign that the run does not hang.  Where they take long, they are counted."""
+        for batch in counted(batches, "evaluating: batch", self.log.say):
             self.activity.mark_progress()
             yield batch
+
+    def scores_are_due(self, due: bool) -> None:
+        """Write down that this step's scores were cut short by a stop, or that they are made up for."""
+        self.log_metrics({UNFINISHED: int(due)})
+        if due:
+            self.log.say(f"step {self._position.step}: its evaluation is cut short; the next start makes up for it")
+
+    def scores_were_cut_short(self) -> bool:
+        """Whether a stop has left this step without its scores.  On rank 0."""
+        return scores_unfinished(Path(self._config.run_dir), self._position.step)
 
     def _log_step(self, values: dict[str, float], speed: dict[str, float], own_sec: float) -> None:
         """This step's loss over all ranks, the slowest rank's times and the fullest rank's memory.

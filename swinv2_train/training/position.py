@@ -25,14 +25,20 @@ class Position:
     """This rank's micro-batches from here on."""
     device: torch.device
     """Where the ranks' numbers are added up."""
+    first_batch_size: int
+    """Images of the run's first step: the unit of its schedule (training/lr_schedule.py)."""
+    batch_size: int
+    """Images of a step of this start."""
+    classes: tuple[str, ...] | None = None
+    """What the rows of the model's head are called; None where they have numbers alone, or there is no head."""
     bad_images: int = 0
     """Damaged samples of the run over all ranks and starts, when they were last counted."""
     _uncounted: int = 0  # those of this rank since then
 
-    def advance(self, num_images: int, micro_batches: Sequence[dict[str, Any]]) -> None:
-        """A step was completed: num_images of all ranks, of which micro_batches were this rank's."""
+    def advance(self, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """A step was completed: batch_size images of all ranks, of which micro_batches were this rank's."""
         self.step += 1
-        self.images_seen += num_images
+        self.images_seen += self.batch_size
         self._uncounted += sum(batch["num_bad"] for batch in micro_batches)
 
     def count_bad_images(self) -> None:
@@ -49,7 +55,14 @@ class Position:
         """JSON-able, for a checkpoint.  Collective, as the damaged samples are counted first."""
         self.count_bad_images()
         data = self.loader.state_dict(self.images_seen, self.bad_images)
-        return {"step": self.step, "images_seen": self.images_seen, "data": data}
+        return {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "first_batch_size": self.first_batch_size,
+            "batch_size": self.batch_size,
+            "data": data,
+            "classes": self.classes,
+        }
 
     def go_back(self, state: dict[str, Any]) -> None:
         """Return to what state_dict() gave at an earlier step."""

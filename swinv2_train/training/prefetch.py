@@ -12,7 +12,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.distributed import all_reduce_max, raise_together
 from swinv2_train.evaluation.scoring import Batch, next_batches
 from swinv2_train.monitoring.watchdog import RANK_WAIT, RankActivity
-from swinv2_train.runtime import StopRequest
+from swinv2_train.runtime import StopNow, StopRequest
 
 GO, STOP, FAILED = 0, 1, 2
 
@@ -56,11 +56,19 @@ class StepPrefetcher:
     def prepare(self) -> None:
         """Make the next step ready.  Collective."""
         with self._waiting():
-            micro_batches, problem = next_batches(self._batches, self._accumulation_steps)
+            micro_batches, problem = self._next_batches()
         copies = iter(micro_batches) if self._stream is None else Copies(micro_batches, self._device, self._stream)
         with self._activity.doing(RANK_WAIT):
             state = all_reduce_max(FAILED if problem else STOP if self._stop.requested else GO)
         self._ready = PreparedStep(state, micro_batches, copies, problem)
+
+    def _next_batches(self) -> tuple[list[Batch], ConfigError | None]:
+        """The step's batches; none where a stop is asked for, which need not wait for data that may never come."""
+        try:
+            with self._stop.interrupting():
+                return next_batches(self._batches, self._accumulation_steps)
+        except StopNow:
+            return [], None
 
     def take(self) -> PreparedStep:
         """The step that is ready; where none is, it is made so.  Every rank must have prepared equally often.

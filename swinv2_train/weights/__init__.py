@@ -9,22 +9,27 @@ Tensors are read, converted and written one at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from swinv2_train.checkpoint import COMPLETE, find_checkpoint, read_checkpoint_weights
+from swinv2_train.checkpoint import COMPLETE, checkpoint_classes, find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
-from swinv2_train.storage.safetensors_files import write_safetensors
 from swinv2_train.weights.files import open_weights
-from swinv2_train.weights.huggingface import Preprocessing, check_huggingface, trained_windows, write_huggingface
+from swinv2_train.weights.huggingface import (
+    Preprocessing,
+    check_huggingface,
+    huggingface_classes,
+    trained_windows,
+    write_huggingface,
+)
 from swinv2_train.weights.matching import Head, LoadReport, match_weights
 from swinv2_train.weights.names import FLOATS, FORMATS, ConvertedWeights, from_official, to_official
-from swinv2_train.weights.writing import write_torch
+from swinv2_train.weights.writing import write_named_safetensors, write_torch
 
 __all__ = [
     "FORMATS",
@@ -38,11 +43,12 @@ __all__ = [
     "read_weights",
     "save_weights",
     "trained_windows",
+    "weights_classes",
 ]
 
 WRITTEN_FORMATS = ("microsoft", "timm", "huggingface")
 
-_WRITERS = {".safetensors": write_safetensors, ".pth": write_torch, ".pt": write_torch, ".bin": write_torch}
+_WRITERS = {".safetensors": write_named_safetensors, ".pth": write_torch, ".pt": write_torch, ".bin": write_torch}
 
 
 def read_weights(path: str | Path, format: str | None = None, *, averaged: bool = False) -> ConvertedWeights:
@@ -66,6 +72,19 @@ def read_weights(path: str | Path, format: str | None = None, *, averaged: bool 
         raise ConfigError(f"{path} is no run or checkpoint of our own, whose averages ema=true takes; leave it out")
     file = open_weights(path)
     return to_official(file.entries, format, str(path), file.left_out)
+
+
+def weights_classes(path: str | Path) -> tuple[str, ...] | None:
+    """What the rows of the head of the weights at path are called; None where nothing says it.
+
+    path: as read_weights takes it.  A run and what save_weights wrote say it, and a Hugging Face directory in its
+    config.json (id2label, or timm's label_names).  Raises ConfigError for what is no weight file.
+    """
+    path = Path(path)
+    if _is_run(path):
+        return checkpoint_classes(find_checkpoint(path))
+    named = open_weights(path).classes
+    return huggingface_classes(path) if named is None else named
 
 
 def _is_run(path: Path) -> bool:
@@ -113,13 +132,16 @@ def save_weights(
     *,
     weights: Mapping[str, Tensor] | None = None,
     preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write a model's weights in a format, one tensor at a time; returns the files written, the weights first.
 
     format: microsoft or timm, one file, by its suffix: .safetensors, or .pth, .pt, .bin for ``{"model": ...}`` as
     torch.save writes it; huggingface, a directory.  module tells the sizes and may be on the meta device.  weights: the
     values by the module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes
-    with the SimMIM model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.
+    with the SimMIM model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.  classes:
+    what the head's rows are called, the first ones at least; they go to id2label of huggingface's config.json, into the
+    metadata of a .safetensors (class_names, a JSON list), and beside "model" in other files (class_names, a list).
 
     An existing file is replaced when the new one is complete.  Raises, before anything is written, ConfigError when the
     format cannot hold the model or the weights are not the module's, ValueError when there are no values.
@@ -136,12 +158,12 @@ def save_weights(
     if format == "huggingface":
         if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{path} is a file; format=huggingface writes a directory, name one")
-        return write_huggingface(path, renamed, module, preprocessing)
+        return write_huggingface(path, renamed, module, preprocessing, classes)
     if os.path.isdir(path):
         raise ConfigError(f"{path} is a directory; format={format} writes one file, name it (.safetensors or .pth)")
     if path.suffix.lower() not in _WRITERS:
         raise ConfigError(f"{path}: format={format} writes a file that ends in one of {', '.join(_WRITERS)}; name one")
-    _WRITERS[path.suffix.lower()](path, renamed)
+    _WRITERS[path.suffix.lower()](path, renamed, classes)
     return [path]
 
 

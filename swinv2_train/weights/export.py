@@ -13,7 +13,7 @@ from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.models.initial import on_meta
 from swinv2_train.tasks import build_task
-from swinv2_train.weights import read_weights, save_weights
+from swinv2_train.weights import read_weights, save_weights, weights_classes
 from swinv2_train.weights.huggingface import Preprocessing
 from swinv2_train.weights.matching import match_weights
 
@@ -55,6 +55,9 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights, report = match_weights(source, shapes)
+    classes = weights_classes(path) if config.task.label_classes is not None else None
+    if classes is not None and len(classes) > (config.task.label_classes or 0):
+        classes = None
     data = config.data
     preprocessing = Preprocessing(
         mean=(data.mean[0], data.mean[1], data.mean[2]),
@@ -64,7 +67,9 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
         squash=data.eval_crop == "squash",
         interpolation=data.interpolation,
     )
-    files = save_weights(module, request.out, request.format, weights=weights, preprocessing=preprocessing)
+    files = save_weights(
+        module, request.out, request.format, weights=weights, preprocessing=preprocessing, classes=classes
+    )
     if warning := report.not_finite_text():
         print(f"warning: {warning}", file=sys.stderr)
     line = {

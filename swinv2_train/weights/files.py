@@ -24,6 +24,7 @@ from torch import Tensor
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.config.shown import shown
+from swinv2_train.data.class_names import canonical
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import DTYPES
 
@@ -55,11 +56,25 @@ _REPEATED_BYTES = 2**31
 """What a tensor may hold by repeating few values of the file; more would be memory that nobody paid for."""
 
 
+CLASS_NAMES = "class_names"
+"""Where files of ours keep the names of the classes."""
+
+
 class WeightFile(NamedTuple):
     """The tensors of a file or directory, and the containers in it that were not read."""
 
     entries: dict[str, LazyTensor]
     left_out: tuple[str, ...]
+    classes: tuple[str, ...] | None = None
+    """What the rows of its head are called, where the file itself says it."""
+
+
+def names_of(value: object) -> tuple[str, ...] | None:
+    """A list of names as a tuple; None for anything else, a list without any, and one with a name twice."""
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+        return None
+    names = tuple(map(canonical, value))
+    return names if len(set(names)) == len(names) else None
 
 
 def open_weights(path: Path) -> WeightFile:
@@ -95,7 +110,7 @@ def _open_file(path: Path) -> WeightFile:
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return _open_torch(path, zipped=start.startswith(b"PK"))
     if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return WeightFile(_open_safetensors(path), ())
+        return WeightFile(_open_safetensors(path), (), _safetensors_classes(path))
     if start.startswith(b"version https://git-lfs"):
         raise ConfigError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with git lfs pull")
     raise ConfigError(f"{path}: neither a safetensors nor a torch file (it begins with {start[:16]!r}); fetch it again")
@@ -186,6 +201,17 @@ def _check_header(path: Path) -> None:
         raise ConfigError(f"{path}: {shown(twice[0])} stands twice in its header; save the weights again")
     if len(content) > MOST_TENSORS:
         raise ConfigError(f"{path}: holds {len(content):,} tensors, more than {MOST_TENSORS:,}; name a model's weights")
+
+
+def _safetensors_classes(path: Path) -> tuple[str, ...] | None:
+    from safetensors import safe_open
+
+    with _safetensors_errors(path), safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get(CLASS_NAMES, "null")
+    try:
+        return names_of(json.loads(said))
+    except (ValueError, RecursionError):
+        return None
 
 
 @contextlib.contextmanager
@@ -297,7 +323,8 @@ def _open_torch(path: Path, zipped: bool) -> WeightFile:
     entries = {name: _entry(path, name, value) for name, value in dict.items(tensors)}
     if not entries:
         raise ConfigError(f"{path}: holds no tensors; name a file with a model's weights")
-    return WeightFile(entries, tuple(f"{key}.*" for key in containers[1:]))
+    classes = names_of(dict.get(content, CLASS_NAMES)) if containers else None
+    return WeightFile(entries, tuple(f"{key}.*" for key in containers[1:]), classes)
 
 
 def _entry(path: Path, name: object, value: object) -> LazyTensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.storage.json_files import LARGEST, anything, mapping, read_json
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import fill_safetensors
-from swinv2_train.weights.files import HUGGINGFACE_FILES
+from swinv2_train.weights.files import HUGGINGFACE_FILES, names_of
 
 _CONFIG_DEFAULTS = {
     "image_size": 224, "patch_size": 4, "window_size": 7, "depths": (2, 2, 6, 2), "pretrained_window_sizes": (0,) * 4,
 }  # fmt: skip
 """What config.json need not say."""
 
+_CONFIG_BYTES = 2**25
 _MOST_STAGES = 16
+_UNNAMED = "LABEL_"
+"""Begins what transformers calls a class that has no name."""
+
 _PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
 
@@ -86,6 +90,7 @@ def write_huggingface(
     entries: Mapping[str, LazyTensor],
     module: SwinTransformerV2 | SimMIM,
     preprocessing: Preprocessing | None,
+    classes: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write model.safetensors (entries by transformers' names), config.json and, from preprocessing, the third file.
 
@@ -93,7 +98,7 @@ def write_huggingface(
     before stays until then.
     """
     weights = directory / "model.safetensors"
-    texts = {"config.json": huggingface_config(module, entries)}
+    texts = {"config.json": huggingface_config(module, entries, classes)}
     if preprocessing is not None:
         texts["preprocessor_config.json"] = preprocessor_config(preprocessing)
     with contextlib.ExitStack() as stack:  # which ends in reverse: the weights take their name last
@@ -106,15 +111,21 @@ def write_huggingface(
     return [weights, *(directory / name for name in texts)]
 
 
-def huggingface_config(module: SwinTransformerV2 | SimMIM, entries: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    """config.json of a model whose weights, by transformers' names, are entries."""
+def huggingface_config(
+    module: SwinTransformerV2 | SimMIM, entries: Mapping[str, LazyTensor], classes: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """config.json of a model whose weights, by transformers' names, are entries.
+
+    classes: what the head's first rows are called; transformers' own names stand for the others.
+    """
     model = encoder_of(module)
     height, width = model.img_size
     if isinstance(module, SimMIM):
         architecture = "Swinv2ForMaskedImageModeling"
     else:
         architecture = "Swinv2ForImageClassification" if model.num_classes else "Swinv2Model"
-    labels = [f"LABEL_{index}" for index in range(model.num_classes)]
+    named = classes or ()
+    labels = [named[index] if index < len(named) else f"{_UNNAMED}{index}" for index in range(model.num_classes)]
     config = {
         "architectures": [architecture],
         "model_type": "swinv2",
@@ -142,6 +153,32 @@ def huggingface_config(module: SwinTransformerV2 | SimMIM, entries: Mapping[str,
     return config
 
 
+def huggingface_classes(path: str | Path) -> tuple[str, ...] | None:
+    """What the rows of a Hugging Face model's head are called: id2label of its config.json, or timm's label_names.
+
+    path: its directory, or its weight file or index in there.  None for everything else, and where the names are those
+    that transformers gives of itself.
+    """
+    path = Path(path)
+    try:
+        directory = path.parent if path.name in HUGGINGFACE_FILES and path.is_file() else path
+        config = _read_config(directory)
+        labels = config.get("id2label")
+        if not labels:
+            return names_of(config.get("label_names"))
+        names = [labels[str(index)] for index in range(len(labels))]
+        while names and names[-1] == f"{_UNNAMED}{len(names) - 1}":
+            names.pop()
+        return names_of(names)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = read_json(directory / "config.json", _CONFIG_BYTES, mapping(anything()))
+    return config
+
+
 def trained_windows(path: str | Path) -> tuple[tuple[int, int], ...] | None:
     """Per stage, the window in tokens at which the position bias of a Hugging Face model is normalised.
 
@@ -152,7 +189,7 @@ def trained_windows(path: str | Path) -> tuple[tuple[int, int], ...] | None:
     path = Path(path)
     try:
         directory = path.parent if path.name in HUGGINGFACE_FILES and path.is_file() else path
-        config = {**_CONFIG_DEFAULTS, **read_json(directory / "config.json", 2**24, mapping(anything()))}
+        config = {**_CONFIG_DEFAULTS, **_read_config(directory)}
         if config["model_type"] != "swinv2":
             return None
         patch, window = _pair(config["patch_size"], 1), _pair(config["window_size"], 1)

@@ -102,7 +102,7 @@ def match_weights(
         raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, backbone, none_fits))
 
     if not isinstance(head, str):
-        theirs |= _gathered(theirs, shapes, _read_indices(head), origin)
+        theirs |= _gathered(theirs, shapes, read_indices(head), origin)
     if head == "fresh" or _absent_by_choice(head, added, theirs):
         missing += added
     else:
@@ -196,7 +196,8 @@ def _check_task_part(
 # Rows of a head
 
 
-def _read_indices(head: Path | Sequence[int]) -> list[int]:
+def read_indices(head: Path | Sequence[int]) -> list[int]:
+    """The rows of a head that a file lists, one a line, or that are given; ConfigError for another file."""
     if not isinstance(head, Path):
         return [int(row) for row in head]
     try:

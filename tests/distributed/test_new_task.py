@@ -116,9 +116,9 @@ class BrightnessTask:
             raise ConfigError("task.levels (99) needs what is not installed")
 
     @staticmethod
-    def check_source(task: BrightnessConfig, source: Source, key: str, beside: tuple[str, Source] | None) -> None:
+    def check_source(task: BrightnessConfig, source: Source, key: str) -> None:
         if source.label_range is not None and source.label_range[1] >= task.levels:
-            raise ConfigError(f"task.levels ({task.levels}) is too small for {key}, beside {beside and beside[0]}")
+            raise ConfigError(f"task.levels ({task.levels}) is too small for {key}")
 
     def notes(self, source: Source | Stream) -> Iterable[str]:
         return [f"levels {source.label_range}"]
@@ -197,7 +197,7 @@ def test_a_task_from_outside_trains_under_zero_3_and_is_planned_and_evaluated(re
         ("run", "task.levels=1", "task.levels (1) must be at least 2"),
         ("run", "task.levels=99", "task.levels (99) needs what is not installed"),
         ("run", "+task.num_classes=3", "unknown key task.num_classes: it belongs to task=classify"),
-        ("new", "task.levels=2", "task.levels (2) is too small for data.shards, beside None"),
+        ("new", "task.levels=2", "task.levels (2) is too small for data.shards"),
     ):
         overrides = [*OVERRIDES, *shards, f"run_dir={tmp_path / run}", "engine=local", wrong]
         command = lambda _, own=overrides: guarded(lambda: train.train(compose_overrides(own)))  # noqa: E731

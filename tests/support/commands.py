@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from swinv2_train.config.arguments import last_of_each
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.processes import forked_command, forked_torchrun
 
@@ -31,8 +32,10 @@ def start(
 ) -> subprocess.Popen[str]:
     """The command in a session of its own, as a terminal or scheduler would start it: under torchrun, or alone.
 
+    overrides: of a key that is there twice, the last one, as the command itself wants it once.
     interpreter: whether Python itself starts too, for torchrun and each rank; without it all processes are forks.
     """
+    overrides = tuple(last_of_each(overrides))
     if not interpreter:
         forks = forked_command if ranks == 1 else functools.partial(forked_torchrun, ranks)
         return forks(module, *overrides, **OWN_SESSION)
@@ -45,6 +48,7 @@ def start_ranks(*overrides: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    overrides = tuple(last_of_each(overrides))
     all_ranks = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     each = (all_ranks | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks))
     environments = ({name: str(value) for name, value in variables.items()} for variables in each)
@@ -98,7 +102,9 @@ def keys_per_step(run_dir: Path) -> dict[int, list[str]]:
 
 
 def command(run_dir: Path, *overrides: str) -> tuple[str, ...]:
-    return ("experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=40", *SMALL, *overrides)
+    return tuple(
+        last_of_each(["experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=40", *SMALL, *overrides])
+    )
 
 
 def alone(run_dir: Path, *overrides: str, interpreter: bool = False) -> subprocess.Popen[str]:

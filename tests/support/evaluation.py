@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from swinv2_train import evaluate
+from swinv2_train.config.arguments import last_of_each
 from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.distributed import World
 from swinv2_train.models import SwinTransformerV2
@@ -91,7 +92,7 @@ def evaluate_command(capfd: Any, *arguments: str, ranks: int = 1) -> tuple[int, 
     """The command in ranks of its own: rank 0's exit code, and what all of them wrote to stdout and stderr."""
 
     def command(world: World) -> int:
-        sys.argv = ["evaluate", *arguments]
+        sys.argv = ["evaluate", *last_of_each(arguments)]
         try:
             evaluate.main()
         except SystemExit as left:

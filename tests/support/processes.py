@@ -127,7 +127,7 @@ def _look_new(environment: dict[str, str]) -> None:
     for logger in logging.root.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", []):
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stdout)
+                handler.stream = sys.stdout  # setStream would flush a capture that may be closed by now
     warnings.showwarning = _show_warning  # pytest would keep them for its summary
     warnings.resetwarnings()
     for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):

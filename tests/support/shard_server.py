@@ -13,12 +13,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+Fault = int | str | tuple[int, dict[str, str]]
+
 
 class ShardServer(ThreadingHTTPServer):
     """Serves a folder; `faults[name]` are what happens to the next GETs of a file, one after the other.
 
-    Faults: an int (that HTTP status), "cut" (half of the bytes, then the connection ends), "stall" (half, then
-    nothing), "slow start" (nothing for 0.6 s, then all), "wrong" (a flipped bit).  A fault "always ..." stays.
+    Faults: an int (that HTTP status), or (status, headers), "cut" (half of the bytes, then the connection ends),
+    "unannounced" (half of the bytes, whose number is not said), "page" (a web page, with status 200), "stall" (half,
+    then nothing), "slow start" (nothing for 0.6 s, then all), "wrong" (a flipped bit).  A fault "always ..." stays.
+    `head_faults[name]` are the same for HEADs, and `listing_faults` for listings.  `absent` is the status of what is
+    not there, or "page".
     """
 
     daemon_threads = True
@@ -28,7 +33,11 @@ class ShardServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.bytes_per_sec = folder, bytes_per_sec
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.faults: dict[str, list[int | str]] = defaultdict(list)
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.head_faults: dict[str, list[Fault]] = defaultdict(list)
+        self.listing_faults: list[Fault] = []
+        self.absent: Fault = 404
+        self.asked_at: list[float] = []
         self.gets: Counter[str] = Counter()
         self.heads: Counter[str] = Counter()
         self.lists = True
@@ -72,13 +81,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._list_bucket(name.strip("/"), query.get("prefix", [""])[0])
             return
         path = self.server.folder / name
+        self.server.asked_at.append(time.monotonic())
         if path.is_dir():
-            self._list_folder(path)
+            fault = self._next(self.server.listing_faults)
+            if fault is None:
+                self._list_folder(path)
+            else:
+                self._refuse(fault)
             return
         (self.server.gets if body else self.server.heads)[path.name] += 1
-        fault = self._fault(path.name) if body else None
-        if isinstance(fault, int) or not path.is_file():
-            self._send(fault if isinstance(fault, int) else 404, b"", "text/plain")
+        fault = self._next((self.server.faults if body else self.server.head_faults)[path.name])
+        if not path.is_file():
+            fault = self.server.absent
+        if fault == "page" or isinstance(fault, int | tuple):
+            self._refuse(fault)
             return
         data = path.read_bytes()
         if fault == "slow start":
@@ -86,7 +102,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "wrong":
             data = data[:600] + bytes([data[600] ^ 1]) + data[601:]
         self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        if fault == "unannounced":
+            data, self.close_connection = data[: len(data) // 2], True
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", "application/x-tar")
         self.send_header("ETag", f'"{hashlib.md5(data).hexdigest()}"')
         self.send_header("Last-Modified", email.utils.formatdate(path.stat().st_mtime, usegmt=True))
@@ -105,8 +125,15 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.bytes_per_sec is not None:
                 time.sleep(8192 / self.server.bytes_per_sec)
 
-    def _fault(self, name: str) -> int | str | None:
-        waiting = self.server.faults[name]
+    def _refuse(self, fault: Fault) -> None:
+        if fault == "page":
+            self._send(200, b"<!DOCTYPE html>\n<html><body>Please log in</body></html>\n" * 40, "text/html")
+        elif isinstance(fault, tuple):
+            self._send(fault[0], b"", "text/plain", fault[1])
+        else:
+            self._send(int(fault), b"", "text/plain")
+
+    def _next(self, waiting: list[Fault]) -> Fault | None:
         if not waiting:
             return None
         first = waiting[0]
@@ -135,8 +162,10 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self._send(200, text.encode(), "application/xml")
 
-    def _send(self, status: int, data: bytes, kind: str) -> None:
+    def _send(self, status: int, data: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Content-Type", kind)
         self.end_headers()

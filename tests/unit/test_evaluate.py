@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ import torch
 from PIL import Image
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.exit_codes import EXIT_STOPPED
 from swinv2_train.config.load import config_yaml
+from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.evaluation.splits import open_splits
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.monitoring import console
 from swinv2_train.weights import save_weights
 from tests.support.configs import composed
 from tests.support.evaluation import (
@@ -181,21 +187,31 @@ def test_each_split_has_its_own_images_labels_and_scores(base, files, tmp_path, 
     assert tree(tmp_path / "out") == ["confusion.png", "confusion_v2.png", "evaluation.json"]
 
 
-def test_a_folder_split_with_other_classes_is_refused(tmp_path):
+def test_a_folder_split_is_read_by_the_names_of_its_classes(tmp_path, capsys):
     """ImageNet-V2's folders are called 0 to 999, ImageNet-A lacks 800: their places in sorted order mean others."""
-    for name in ("val/n01", "val/n02", "v2/0", "v2/1"):
+    for name in ("val/n01", "val/n02", "v2/0", "v2/1", "a/n02", "b/n02", "b/n03"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
     known = (f"data.eval_shards={tmp_path}/val", "run_dir=unused", "data.shards=unused")
     arguments = [*CLASSIFY, *MODEL, *known]
-    with pytest.raises(
-        ConfigError, match=r"data.eval_shards has 2 classes, data.eval_splits.v2.shards 2 \(they differ in: 0, 1, n01"
-    ):
-        open_splits(composed([*arguments, f"+data.eval_splits.v2.shards={tmp_path}/v2"]))
-    assert len(open_splits(composed([*arguments, f"+data.eval_splits.same.shards={tmp_path}/val"]))) == 2
+
+    def split(folder: str, names: tuple[str, ...] | None = None) -> Any:
+        return open_splits(composed([*arguments, f"+data.eval_splits.v2.shards={tmp_path}/{folder}"]), names, print)[
+            "v2"
+        ]
+
+    with pytest.raises(ConfigError, match=r"has 1 classes that are none of the classes of data.eval_shards .n03"):
+        split("b")
+    with pytest.raises(ConfigError, match=r"v2.shards has 1 classes that are none of the model's classes \(n03"):
+        split("b", ("n02", "n01"))
+    assert split("a").source.label_range == (1, 1) and split("a", ("n02", "n01")).source.label_range == (0, 0)
+    capsys.readouterr()
+    assert split("v2").source.label_range == (0, 1)
+    assert "data.eval_splits.v2.shards calls its classes by numbers (0, 1): they are taken" in capsys.readouterr().out
+    assert split("val").source.label_range == (0, 1)
     labels = answers_file(tmp_path, {"0/1": [0], "1/1": [1]})  # say what the images are, whatever the folders do
     files = (f"+data.eval_splits.v2.shards={tmp_path}/v2", f"+data.eval_splits.v2.labels={labels}")
-    assert open_splits(composed([*arguments, *files]))["v2"].label_overrides == {"0/1": (0,), "1/1": (1,)}
+    assert open_splits(composed([*arguments, *files]), None, print)["v2"].label_overrides == {"0/1": (0,), "1/1": (1,)}
 
 
 def test_labels_by_key_serve_shards_without_any(base, files, tmp_path, capfd):
@@ -333,3 +349,23 @@ def _as_pth(path: str, folder: Path) -> Path:
 
     torch.save({"model": load_file(path)}, folder / "weights.pth")
     return folder / "weights.pth"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_ends_an_evaluation_with_a_line_after_it_said_how_far_it_was(
+    name: str, base: tuple[str, ...], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation of hours was silent, and Ctrl-C answered with sixty lines of traceback."""
+    batches = EvalLoader.__iter__
+
+    def interrupted(loader: EvalLoader) -> Iterator[Any]:
+        for number, batch in enumerate(batches(loader)):
+            if number == 2:
+                os.kill(os.getpid(), getattr(signal, name))
+            yield batch
+
+    monkeypatch.setattr(EvalLoader, "__iter__", interrupted)
+    monkeypatch.setattr(console, "_LINE_EVERY_SEC", 0.0)
+    code, out, err = evaluate_command(capfd, *base, "train.micro_batch_size=2")
+    assert code == EXIT_STOPPED and "Traceback" not in err and out == ""
+    assert "evaluating data.eval_shards: batch 1 of 6, 0:" in err and f"stopped by {name}" in err

@@ -13,6 +13,7 @@ import torch
 from swinv2_train import export
 from swinv2_train.checkpoint import find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import ConfigError
+from swinv2_train.config.arguments import last_of_each
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.weights import load_weights
 from swinv2_train.weights import read_weights as read_file
@@ -129,7 +130,7 @@ def test_wrong_input_is_one_message_and_writes_nothing(arguments, message, tmp_p
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     model = () if any(argument.startswith("run_dir") for argument in arguments) else (*CLASSIFY, *MODEL)
     filled = [argument.format(exists=tmp_path / "exists.pth") for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["export", *model, *filled])
+    monkeypatch.setattr(sys, "argv", ["export", *last_of_each([*model, *filled])])
     with pytest.raises(SystemExit) as stopped:
         export.main()
     assert stopped.value.code == EXIT_USER_ERROR

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +22,14 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED,
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.distributed import World
+from swinv2_train.engine.local import LocalEngine
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
 from swinv2_train.training import build as building
 from swinv2_train.training import loop
 from swinv2_train.training.initial_weights import initial_weights
 from swinv2_train.weights import save_weights
+from tests.support.commands import keys_per_step
 from tests.support.harness import run_distributed
 from tests.support.one_rank import ONE
 from tests.support.small_run import run_alone, weights_of
@@ -43,6 +47,36 @@ def test_seed_decides_the_initial_weights(settings, tmp_path):
         found.append(weights_of(config))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert not torch.equal(found[0]["head.weight"], found[2]["head.weight"])
+
+
+def test_a_run_that_is_stopped_within_a_step_goes_on_bit_for_bit(settings, tmp_path, capfd):
+    """The step's first micro-batch has drawn which paths to drop; it draws them again."""
+    few = ("train.max_steps=4", "model.drop_path_rate=0.5", "train.micro_batch_size=2")
+
+    def stop_within_step_3():
+        backward, calls = LocalEngine.backward, []
+
+        def counting(engine, loss):
+            backward(engine, loss)
+            calls.append(1)
+            if len(calls) == 10:  # of four a step
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        LocalEngine.backward = counting
+        return lambda: len(calls)
+
+    assert run_alone(settings(*few, f"run_dir={tmp_path / 'whole'}")) == EXIT_DONE
+    config = settings(*few)
+    capfd.readouterr()
+    assert run_alone(config, stop_within_step_3) == (EXIT_STOPPED, 10)
+    said = capfd.readouterr().out
+    assert "SIGTERM: stopping after this micro-batch; the step's work so far is dropped" in said
+    assert "stopped by SIGTERM after step 2" in said
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000002"
+    assert run_alone(config) == EXIT_DONE
+    whole, resumed = (read_metrics(tmp_path / name) for name in ("whole", "run"))
+    assert [line["train/loss"] for line in resumed] == [line["train/loss"] for line in whole]
+    assert [line["train/grad_norm"] for line in resumed] == [line["train/grad_norm"] for line in whole]
 
 
 def test_resumed_run_writes_each_step_once_and_is_the_same_run(settings, tmp_path):
@@ -64,6 +98,81 @@ def test_resumed_run_writes_each_step_once_and_is_the_same_run(settings, tmp_pat
     (run_dir / "report.html").unlink()
     assert run_alone(config) == EXIT_DONE
     assert (run_dir / "report.html").exists(), "a report that a kill prevented is written by the next call"
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """As if the run had been killed after the checkpoint of this step."""
+    for path in (run_dir / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            (path / "COMPLETE").unlink()
+
+
+@pytest.mark.parametrize("batch", [16, 4])
+def test_a_run_whose_batch_changes_has_its_epochs_and_its_rates_by_images(batch, settings, tmp_path, capfd):
+    """5 epochs of 16 images: 80 are seen, each image once in every epoch, and the rate is the undisturbed run's there.
+
+    Counted in steps, a batch of 16 at step 6 "was done" with 48 images, and one of 4 went on for 104.
+    """
+    more = ("train.max_steps=null", "train.epochs=5", "optim.schedule.warmup_epochs=1", "data.record_keys=true")
+    config = settings(*more, "train.checkpoint_every_steps=6", "train.keep_checkpoints=9")
+    run_dir = tmp_path / "run"
+    assert run_alone(config) == EXIT_DONE
+    quiet = {line["images_seen"] - 8: line["train/lr"] for line in read_metrics(run_dir)}  # images before the step
+    rewind(run_dir, 6)
+    capfd.readouterr()
+    assert run_alone(settings(*more, f"train.global_batch_size={batch}", "train.checkpoint_every_steps=1")) == EXIT_DONE
+    said = capfd.readouterr().out
+    assert f"train.global_batch_size is {batch} and was 8 until step 6 (48 images)" in said
+    lines = read_metrics(run_dir)
+    assert [line["images_seen"] for line in lines] == [*range(8, 49, 8), *range(48 + batch, 81, batch)]
+    for before, line in zip([0, *(line["images_seen"] for line in lines)], lines, strict=False):
+        assert before not in quiet or line["train/lr"] == quiet[before], before
+    rates = [line["train/lr"] for line in lines[2:]]
+    assert rates == sorted(rates, reverse=True)
+    keys = [key for step, used in sorted(keys_per_step(run_dir).items()) for key in used]
+    for epoch in range(5):
+        assert len(set(keys[16 * epoch : 16 * epoch + 16])) == 16, epoch
+    rewind(run_dir, 6)  # and back again, from a checkpoint of before
+    assert run_alone(settings(*more)) == EXIT_DONE
+    assert {line["images_seen"] - 8: line["train/lr"] for line in read_metrics(run_dir)} == quiet
+    capfd.readouterr()
+    assert run_alone(settings(*more, "train.global_batch_size=16")) == EXIT_DONE
+    assert "all 10 steps are done" in capfd.readouterr().out
+
+
+def test_a_length_in_steps_stays_one_when_the_batch_changes(settings, tmp_path, capfd):
+    """train.max_steps is a number of optimizer steps: the run ends there, with the same rates, and says the images."""
+    more = ("train.max_steps=6", "train.epochs=null", "optim.schedule.warmup_epochs=1")
+    assert run_alone(settings(*more, "train.checkpoint_every_steps=3", "train.keep_checkpoints=9")) == EXIT_DONE
+    run_dir = tmp_path / "run"
+    quiet = [line["train/lr"] for line in read_metrics(run_dir)]
+    rewind(run_dir, 3)
+    assert run_alone(settings(*more, "train.global_batch_size=16")) == EXIT_DONE
+    said = capfd.readouterr().out
+    assert "train.max_steps (6) and the learning rate count steps, so the run ends at 72 images" in said
+    assert [line["images_seen"] for line in read_metrics(run_dir)] == [8, 16, 24, 40, 56, 72]
+    assert [line["train/lr"] for line in read_metrics(run_dir)] == quiet
+    assert run_alone(settings("train.max_steps=4")) == EXIT_DONE
+    assert "its 6 steps (72 images) are past train.max_steps (4)" in capfd.readouterr().out
+
+
+def test_a_start_that_waited_for_another_goes_on_from_what_that_one_left(settings, tmp_path, capfd, monkeypatch):
+    """Two starts at one moment in a directory that is not there yet: the second trained over the finished first.
+
+    It had looked for checkpoints before the first made the directory, and did not look again when it had the lock.
+    """
+    config = settings("train.max_steps=3")
+    assert run_alone(config) == EXIT_DONE
+    (tmp_path / "run").rename(tmp_path / "aside")
+
+    def other_first(run_dir: Path) -> None:  # the moment between the look and the lock
+        (tmp_path / "aside").rename(run_dir)
+
+    monkeypatch.setattr(train, "make_run_dir", other_first)  # ranks are forks
+    assert run_alone(config) == EXIT_DONE
+    assert "all 3 steps are done" in capfd.readouterr().out
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert len(starts) == 1 and len(read_metrics(tmp_path / "run")) == 3
 
 
 def test_best_checkpoint_by_the_configured_score_stays(settings, tmp_path):
@@ -215,7 +324,7 @@ def build(settings, shards, monkeypatch):
 def test_lengths_of_a_run_come_from_its_epochs(build):
     """16 images in batches of 16: 3 steps, 2 of them (1.5 rounded up) warm-up; 2 ranks of 4 accumulate twice."""
     run, log = build(World(1, 1, 2, 2, torch.device("cpu")))
-    assert (run.total_steps, run.warmup_steps, run.accumulation_steps) == (3, 2, 2)
+    assert (run.length.last_step, run.length.warmup_steps, run.accumulation_steps) == (3, 2, 2)
     assert (run.position.step, run.position.images_seen, run.saver.saved_step, log.resumed) == (0, 0, None, [0])
     assert run.engine.settings[4] == 2
 

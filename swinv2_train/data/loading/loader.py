@@ -138,8 +138,10 @@ class TrainLoader:
         self.bad_images_before = state.get("bad_images", 0)  # older checkpoints have none
         mine = self._identity()
         if state["manifest"] != mine["manifest"]:
+            theirs = state.get("num_samples")  # older checkpoints have none
+            held = "" if theirs is None else f": {mine['num_samples']} images now, {theirs} then"
             raise ConfigError(
-                "data.shards are not the shards of the checkpoint (another number, order or content); "
+                f"data.shards are not the shards of the checkpoint (another number, order or content){held}; "
                 "name the same shards, or start a new run_dir"
             )
         for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
@@ -167,6 +169,7 @@ class TrainLoader:
             "lanes": self.config.lanes,
             "window_shards": self.config.window_shards,
             "manifest": self.manifest.digest,
+            "num_samples": self.manifest.num_samples,
         }
 
 
@@ -221,17 +224,6 @@ class EvalLoader:
         self._workers.close()
 
 
-def check_same_classes(first: Source, second: Source, keys: tuple[str, str]) -> None:
-    """Raises ConfigError when both name their classes, and not alike: the same label would mean two things."""
-    mine, theirs = first.classes, second.classes
-    if mine is not None and theirs is not None and mine != theirs:
-        differ = sorted(set(mine) ^ set(theirs))[:5] or ["their order"]
-        raise ConfigError(
-            f"{keys[0]} has {len(mine)} classes, {keys[1]} {len(theirs)} (they differ in: {', '.join(differ)}), so the "
-            "same label would mean two things; give both the same classes"
-        )
-
-
 def check_labels(manifest: Source, config: DataConfig, key: str, remedy: str) -> None:
     """Raises ShardError, from the index alone, when more samples have no label than may be damaged."""
     missing = sum(manifest.unlabelled)
@@ -278,6 +270,16 @@ def _check_room(
 # Fetching: runs in the worker processes
 
 
+def memory_of(transform: Transform, rows: int, slots: int) -> BatchMemory | None:
+    """Memory for so many batches of so many of the transform's rows; None where it makes none of a plain image."""
+    nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
+    try:
+        row = transform(nothing, example_targets(transform.needs), np.random.default_rng(0))
+    except SampleError:
+        return None
+    return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, rows, slots)
+
+
 class _Fetcher(Fetch):
     """Reads, decodes and transforms one micro-batch.  Picklable; holds no random state and no position.
 
@@ -309,12 +311,7 @@ class _Fetcher(Fetch):
             return error
 
     def memory(self, ahead: int) -> BatchMemory | None:
-        nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
-        try:
-            row = self.transform(nothing, example_targets(self.transform.needs), np.random.default_rng(0))
-        except SampleError:
-            return None
-        return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, self.rows, ahead + self.held + 1)
+        return memory_of(self.transform, self.rows, ahead + self.held + 1)
 
     def batch(self, request: BatchRequest) -> Batch:
         if request.upcoming_shards is not None:

@@ -17,8 +17,8 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from swinv2_train.config import ConfigError, DataConfig
-from swinv2_train.data.loading.loader import TrainLoader, Transform, accumulation_steps, check_bad_fraction
-from swinv2_train.data.loading.shared_memory import Batch
+from swinv2_train.data.loading.loader import TrainLoader, Transform, accumulation_steps, check_bad_fraction, memory_of
+from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers
 from swinv2_train.data.sample import MEMBERS, Sample, SampleError, ShardError
 from swinv2_train.data.sources.base import Source
@@ -67,7 +67,7 @@ class StreamLoader:
         world_size: int,
         start_images: int,
     ) -> None:
-        accumulation_steps(global_batch_size, micro_batch_size, world_size)
+        passes = accumulation_steps(global_batch_size, micro_batch_size, world_size)
         mine = stream.commands[rank::world_size]
         if not mine:
             raise ConfigError(
@@ -80,7 +80,7 @@ class StreamLoader:
         self._start_images, self._images_per_batch = start_images, micro_batch_size * world_size
         self._max_bad_fraction = config.max_bad_fraction
         self._config = replace(config, num_workers=min(config.num_workers, len(mine)))
-        self._fetch = _Fetcher(mine, config, transform, micro_batch_size, (seed, start_images, rank))
+        self._fetch = _Fetcher(mine, config, transform, micro_batch_size, (seed, start_images, rank), 2 * passes)
         self._workers = Workers(self)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -134,9 +134,16 @@ class _Fetcher(Fetch):
     """The next micro-batch of this process's share of the commands, whatever it is asked for.  Picklable."""
 
     def __init__(
-        self, commands: Sequence[str], config: DataConfig, transform: Transform, size: int, key: tuple[int, int, int]
+        self,
+        commands: Sequence[str],
+        config: DataConfig,
+        transform: Transform,
+        size: int,
+        key: tuple[int, int, int],
+        held: int,
     ) -> None:
         self.commands, self.transform, self.size, self.key = commands, transform, size, key
+        self.held = held
         self.on_bad_sample, self.buffer = config.on_bad_sample, config.shuffle_buffer_images
         self._samples: Iterator[Sample] | None = None
         self._filler: Row | None = None
@@ -146,6 +153,9 @@ class _Fetcher(Fetch):
             return self.batch()
         except ConfigError as error:
             return error
+
+    def memory(self, ahead: int) -> BatchMemory | None:
+        return memory_of(self.transform, self.size, ahead + self.held + 1)
 
     def batch(self) -> Batch:
         if self._samples is None:

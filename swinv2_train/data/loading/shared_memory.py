@@ -75,6 +75,23 @@ class PlacedBatch:
         return _arrived, self._content
 
 
+class SentBatch:
+    """A batch that has no slot; pickled as plain arrays, for torch would ask for shared memory of its own, in a thread
+    whose errors nobody hears.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensors = {name: value.numpy() for name, value in self._batch.items() if isinstance(value, Tensor)}
+        return _sent, (tensors, {name: value for name, value in self._batch.items() if name not in tensors})
+
+
+def _sent(arrays: dict[str, np.ndarray], rest: Batch) -> Batch:
+    return {**{name: torch.from_numpy(array) for name, array in arrays.items()}, **rest}
+
+
 def _arrived(memory: int, slot: int, rest: Batch) -> Batch:
     there = _memories.get(memory)  # None when the loader was closed meanwhile
     return rest if there is None else {**there.received(slot), **rest}

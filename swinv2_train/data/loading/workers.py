@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
+import multiprocessing
+import os
+import re
 import signal
+import sys
+import time
+import traceback
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
-from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.config import ConfigError, DataConfig, MachineError
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
-from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, fits
+from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch, fits
 
 _WORDS = "{shard}: sample '{key}': {cause}"
 _log = getLogger(__name__)
 _ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_LEAVE = signal.SIGALRM
+"""Ends a worker that waits for something: it lets go of its command, its files and its locks."""
+_PATIENCE_SEC = 1.0
+"""For a worker to end of itself, and again when it was told to."""
+_PR_SET_PDEATHSIG = 1
+
+
+class WorkerError(MachineError):
+    """A worker process failed or died; the text holds its traceback, where there is one."""
 
 
 Row = dict[str, Any]
@@ -37,7 +56,7 @@ class Fetch(ABC):
 
     @abstractmethod
     def __getitems__(self, request: Any) -> Batch | ConfigError:
-        """The batch, or the error to raise in the main process (DataLoader would wrap it into a traceback)."""
+        """The batch, or the error to raise in the main process."""
 
     def memory(self, ahead: int) -> BatchMemory | None:
         """For all batches under way, of which `ahead` have not arrived yet; None: each is sent in memory of its own."""
@@ -48,8 +67,7 @@ class Fetch(ABC):
         weight, tensors = torch.tensor(weights), tensors_of(rows[0])
         plain = {name: [row[name] for row in rows] for name in rows[0] if name not in tensors}
         if not fits(self.out, {**tensors, "weight": weight[0]}, len(rows)):
-            # in a worker default_collate stacks into new shared memory at once, which saves a copy
-            stacked = {name: default_collate([row[name] for row in rows]) for name in tensors}
+            stacked = {name: torch.stack([row[name] for row in rows]) for name in tensors}
             return {**stacked, **plain, "weight": weight}
         for name in tensors:
             torch.stack([row[name] for row in rows], out=self.out[name])
@@ -92,28 +110,102 @@ class Workers:
                     pin_memory=torch.cuda.is_available(),
                     generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from
                 )
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED_BY_MAIN)  # a new worker ignores them too late
-            try:
-                results = iter(self._running["loader"])
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for result in results:
-            if isinstance(result, ConfigError):
+            results = self._started()
+        for result in _told(results):
+            if isinstance(result, Exception):
                 self.close()
                 raise result
             for problem in result["problems"]:
                 _log.warning("damaged sample replaced: %s", shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
             yield result
 
+    def _started(self) -> Iterator[Any]:
+        """The batches of the worker processes, which are started where they are not yet."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED_BY_MAIN)  # a new worker ignores them too late
+        try:
+            return iter(self._running["loader"])
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # semaphores lie there
+                raise MachineError(f"data.num_workers: no data worker can be started ({error}); {_room()}") from error
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
     def close(self) -> None:
         _stop(self._running)
 
 
+def _told(results: Iterator[Any]) -> Iterator[Any]:
+    """The results; the death of a worker process is told in our words."""
+    while True:
+        try:
+            result = next(results)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise worker_death(error) or error from error
+        yield result
+
+
+def worker_death(error: BaseException) -> WorkerError | None:
+    """What torch says of a worker process that has ended, in our words; None for another error.
+
+    torch notices it wherever the training process happens to be.
+    """
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+    if found is None:
+        return None
+    how = found[2].split(".")[0].strip()
+    if "Bus error" in how:
+        return WorkerError(
+            f"a data worker (pid {found[1]}) {how}: its shared memory or a file under it is gone; {_room()}"
+        )
+    return WorkerError(
+        f"a data worker (pid {found[1]}) {how}; where nobody killed it, the machine ran out of memory (see dmesg): "
+        "lower data.num_workers, data.prefetch_batches or train.micro_batch_size; the same command resumes"
+    )
+
+
+def _room() -> str:
+    try:
+        shared = os.statvfs("/dev/shm")
+        size, free = (blocks * shared.f_frsize / 2**20 for blocks in (shared.f_blocks, shared.f_bavail))
+        has = f"the shared memory /dev/shm has {size:,.0f} MiB, {free:,.0f} of them free"
+    except OSError:
+        has = "there is no shared memory, /dev/shm"
+    return (
+        f"{has}: enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm), or set data.num_workers=0"
+    )
+
+
 def _stop(running: dict[str, Any]) -> None:
+    """End the workers: of themselves, or, where they wait for a command or a server, by force."""
     loader: DataLoader[Any] | None = running.pop("loader", None)
-    stop: Callable[[], None] | None = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
-    if stop is not None:
-        stop()
+    iterator: Any = getattr(loader, "_iterator", None)
+    if iterator is None:
+        return
+    workers = iterator._workers
+    iterator._workers_done_event.set()
+    for requests in iterator._index_queues:
+        requests.put(None)
+    for number in (_LEAVE, signal.SIGKILL):
+        if _ended(workers):
+            break
+        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]  # or it would be an error
+        iterator._worker_pids_set = False
+        for worker in workers:
+            if worker.is_alive():
+                os.kill(worker.pid, number)
+    iterator._shutdown_workers()
+
+
+def _ended(workers: Sequence[Any]) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SEC
+    while any(worker.is_alive() for worker in workers):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 @dataclass(frozen=True)
@@ -134,15 +226,23 @@ class _InWorker(Dataset[Any]):
     def __init__(self, fetch: Fetch, memory: BatchMemory | None) -> None:
         self.fetch, self.memory = fetch, memory
 
-    def __getitems__(self, asked: tuple[Any, int | None]) -> Batch | PlacedBatch | ConfigError:
-        request, slot = asked
-        if self.memory is None or slot is None:
-            self.fetch.out = {}
-            return self.fetch.__getitems__(request)
-        self.fetch.out = self.memory.tensors(slot)
+    def __getitems__(self, asked: tuple[Any, int | None]) -> Batch | PlacedBatch | SentBatch | Exception:
+        try:
+            return self._batch(*asked)
+        except Exception as error:  # noqa: BLE001  one that cannot be pickled would never arrive, and be waited for
+            text = "".join(traceback.format_exception(error)).rstrip()
+            first = " ".join(str(error).split())[:500]
+            if isinstance(error, OSError | RuntimeError) and ("shared memory" in first or "/torch_" in first):
+                first = f"{first}; {_room()}"
+            return WorkerError(f"a data worker failed: {type(error).__name__}: {first}\n{text}")
+
+    def _batch(self, request: Any, slot: int | None) -> Batch | PlacedBatch | SentBatch | Exception:
+        self.fetch.out = {} if self.memory is None or slot is None else self.memory.tensors(slot)
         batch = self.fetch.__getitems__(request)
-        if isinstance(batch, ConfigError) or batch["weight"] is not self.fetch.out["weight"]:
+        if isinstance(batch, Exception):
             return batch
+        if self.memory is None or slot is None or batch["weight"] is not self.fetch.out.get("weight"):
+            return SentBatch(batch)
         return self.memory.placed(slot, {name: value for name, value in batch.items() if name not in self.fetch.out})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,4 +258,15 @@ def _init_worker(worker: int) -> None:
     gc.enable()  # where the training process collects between steps alone (training/garbage_collection.py)
     for number in _ANSWERED_BY_MAIN:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED_BY_MAIN)
+    signal.signal(_LEAVE, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_ANSWERED_BY_MAIN, _LEAVE})
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):  # a worker that waits does not see that the training process was killed
+        libc.prctl(_PR_SET_PDEATHSIG, int(_LEAVE), 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # before it could be told
+        _leave(_LEAVE, None)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(0)

@@ -43,8 +43,14 @@ def index_folder(path: str) -> Path:
 
 
 def user_cache() -> Path:
-    """The user's own cache folder for this package ($XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swinv2_train"
+    """The user's own cache folder for this package ($XDG_CACHE_HOME).  Raises ShardError for who has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swinv2_train"
+    except RuntimeError as error:  # a container's user that the system does not know
+        raise ShardError(
+            "no folder for caches: HOME is not set, and the system knows no home of this user; set XDG_CACHE_HOME, or "
+            "data.cache_dir for shards at an address, to a folder of a local disk"
+        ) from error
 
 
 def index_shard(path: str, index_path: Path, name: str | None = None) -> dict[str, Any]:

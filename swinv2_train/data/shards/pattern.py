@@ -10,16 +10,18 @@ from pathlib import Path
 from swinv2_train.config import PIPE, is_pipe
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.manifest import MANIFEST_NAME, read_entries
-from swinv2_train.data.shards.transfers import is_remote, list_matching, redacted
+from swinv2_train.data.shards.transfers import ONCE, RetryPolicy, is_remote, list_matching, redacted
 
 
-def expand_pattern(pattern: str, key: str = "data.shards", complete: bool = True) -> list[str]:
+def expand_pattern(
+    pattern: str, key: str = "data.shards", complete: bool = True, retry_policy: RetryPolicy = ONCE
+) -> list[str]:
     """Paths of a pattern: ``{00..11}`` and ``{a,b}`` braces, ``* ? [..]`` wildcards (sorted), parts joined by ``::``.
 
-    A part may be an address that fsspec knows (https://, s3://, ...); there wildcards need a file system that can
-    list, and whether the named shards exist is found out by who opens them.  Raises ShardError naming `key` when a part
-    matches no file, when (`complete`) a local wildcard misses shards that the manifest beside them lists, or for a
-    pipe.
+    A part may be an address that fsspec knows (https://, s3://, ...); there wildcards need a file system that can list
+    (asked as retry_policy says), and whether the named shards exist is found out by who opens them.  Raises ShardError
+    naming `key` when a part matches no file, when (`complete`) a local wildcard misses shards that the manifest beside
+    them lists, or for a pipe.
     """
     paths: list[str] = []
     for part in pattern.split("::"):
@@ -29,7 +31,7 @@ def expand_pattern(pattern: str, key: str = "data.shards", complete: bool = True
                 "may be a pipe; write it to a folder, or name an address (https://, s3://, ...)"
             )
         for candidate in _candidates(part, key):
-            paths += _remote(candidate, key) if is_remote(candidate) else _local(candidate, key, complete)
+            paths += _remote(candidate, key, retry_policy) if is_remote(candidate) else _local(candidate, key, complete)
     doubled = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if doubled:
         raise ShardError(f"{key} names {redacted(doubled[0])} twice; every shard may appear once")
@@ -96,10 +98,10 @@ def _local(candidate: str, key: str, complete: bool) -> list[str]:
     return found
 
 
-def _remote(candidate: str, key: str) -> list[str]:
+def _remote(candidate: str, key: str, retry_policy: RetryPolicy) -> list[str]:
     if not _has_wildcard(candidate):
         return [candidate]
-    found = list_matching(candidate)
+    found = list_matching(candidate, retry_policy)
     if not found:
         raise ShardError(
             f"{key} '{redacted(candidate)}' matches nothing; not every server lists its files: name them by braces, "

@@ -8,9 +8,16 @@ import time
 
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.shard_cache import TRANSFERS, RemoteShard, ShardCache
+from swinv2_train.data.shards.transfers import redacted
 
 _AGAIN_SEC = 0.5
 """Delay before a shard is tried again that another process was fetching, or for which there was no space."""
+
+
+def _told(shard: RemoteShard, error: Exception) -> ShardError:
+    said = ShardError(f"{redacted(shard.url)}: cannot be fetched ahead: {type(error).__name__}: {error}")
+    said.__cause__ = error
+    return said
 
 
 class ShardPrefetcher:
@@ -76,9 +83,10 @@ class ShardPrefetcher:
     def _fetch(self, shard: RemoteShard) -> None:
         try:
             found = self._cache.open(shard, wait=False)
-        except ShardError as error:
+        except Exception as error:  # noqa: BLE001  nobody else hears a thread
             with self._changed:
-                self._failed[shard] = error
+                said = error if isinstance(error, ShardError) else _told(shard, error)
+                self._failed[shard] = said
             return
         if found is not None:
             os.close(found[0])

@@ -24,15 +24,18 @@ import hashlib
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from swinv2_train.config import DataConfig
+from swinv2_train.data.class_names import CLASSES_BYTES, CLASSES_NAME, read_class_names
 from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.answers import Kind, MismatchError, PageError, answer_of, is_page, text_of
 from swinv2_train.data.shards.cache_files import (
     PRIVATE,
     Compared,
@@ -55,11 +58,11 @@ from swinv2_train.data.shards.manifest import (
     user_cache,
 )
 from swinv2_train.data.shards.transfers import (
-    MismatchError,
     RetryPolicy,
     base_name,
     download,
     folder_of,
+    is_remote,
     redacted,
     retry,
     sibling_url,
@@ -67,6 +70,10 @@ from swinv2_train.data.shards.transfers import (
 )
 from swinv2_train.storage.atomic import sha256_of
 
+Content = TypeVar("Content")
+PAGE_BYTES = 512
+"""By its beginning a web page is told from a file."""
+_PAGE_CAME = "a web page came in the place of the file"
 TRANSFERS = 4
 """Transfers of one process at a time."""
 
@@ -84,6 +91,11 @@ def shard_cache(config: DataConfig) -> ShardCache:
     folder = Path(config.cache_dir).expanduser() if config.cache_dir is not None else user_cache() / "shards"
     retry_policy = RetryPolicy(config.fetch_stall_sec, config.fetch_give_up_sec)
     return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), retry_policy)
+
+
+def shard_cache_for(pattern: str, config: DataConfig) -> ShardCache | None:
+    """The same for a value of data.shards and its like; None, and no folder is asked for, where nothing is far away."""
+    return shard_cache(config) if is_remote(pattern) else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class ShardCache:
         found: dict[str, dict[str, Any]] = {}
         for folder in dict.fromkeys(map(folder_of, urls)):
             group = [url for url in urls if folder_of(url) == folder]
-            theirs = self._their_entries(group[0])
+            theirs = self._their_entries(group[0], progress)
             with self._cache_errors():
                 known = {**read_entries(self._place(group[0])), **theirs}
             lost = {name for wildcard in wildcards for name in _expected_names(wildcard, folder, theirs or known)}
@@ -118,10 +130,14 @@ class ShardCache:
                     f"{redacted(folder)}{min(lost)} is missing, {where} lists it ({len(lost)} such shards); put it "
                     "there again, or delete its entry to go on without it"
                 )
-            for url, size in zip(group, sizes(group, self.retry_policy), strict=True):
+            for url, (size, page) in zip(group, sizes(group, self.retry_policy), strict=True):
                 entry = known.get(base_name(url))
                 if entry is None:
                     continue
+                if size is not None and size != entry["bytes"] and page:
+                    raise ShardError(
+                        f"{redacted(url)}: {_PAGE_CAME}: {Kind.PAGE.value}; check the address and your access"
+                    )
                 if size is not None and size != entry["bytes"]:
                     where = (
                         redacted(folder) + MANIFEST_NAME
@@ -140,7 +156,6 @@ class ShardCache:
                 )
             for url, entry in zip(unknown, self._index_all(unknown), strict=True):
                 found[url] = entry
-                merge_entries(self._place(url), {base_name(url): entry})
                 if progress is not None:
                     progress(f"indexed {redacted(url)}: {entry['samples']} samples")
         return found
@@ -187,26 +202,64 @@ class ShardCache:
             take_away(each)
         return None
 
-    def _their_entries(self, url: str) -> dict[str, Any]:
+    def class_names(self, url: str, progress: Callable[[str], None] | None = None) -> tuple[str, ...] | None:
+        """What the labels mean, of classes.txt beside the shard; None where there is none."""
+        shown_as = redacted(sibling_url(url, CLASSES_NAME))
+        return self._read_beside(
+            url, CLASSES_NAME, CLASSES_BYTES, lambda path: read_class_names(path, shown_as), progress
+        )
+
+    def _their_entries(self, url: str, progress: Callable[[str], None] | None) -> dict[str, Any]:
         """What the manifest beside the shard says; nothing where there is none."""
-        address = sibling_url(url, MANIFEST_NAME)
+        shown_as = redacted(sibling_url(url, MANIFEST_NAME))
+
+        def read(path: Path) -> dict[str, Any]:
+            return parse_entries(path.read_text(encoding="utf-8", errors="replace"), shown_as)
+
+        return self._read_beside(url, MANIFEST_NAME, MANIFEST_BYTES, read, progress) or {}
+
+    def _read_beside(
+        self,
+        url: str,
+        name: str,
+        most_bytes: int,
+        read: Callable[[Path], Content],
+        progress: Callable[[str], None] | None,
+    ) -> Content | None:
+        """What a file of this name that lies beside the shard says, as read understands it; None where there is none.
+
+        Many servers forbid what is not there (S3, to who may not list), or answer with a page: the shards themselves,
+        which are asked for next, decide whether that is an error.  progress: is told then.
+        """
+        address, came = sibling_url(url, name), set[str]()
+
+        def attempt(path: Path) -> tuple[Content | None, str]:
+            try:
+                download(address, str(path), self.retry_policy, most_bytes)
+            except Exception as error:
+                if answer_of(error).kind not in (Kind.MISSING, Kind.FORBIDDEN, Kind.REFUSED):
+                    raise
+                return None, "" if answer_of(error).kind is Kind.MISSING else text_of(error)
+            with path.open("rb") as file:
+                if is_page(file.read(PAGE_BYTES)):
+                    return None, "a web page"
+            try:
+                return read(path), ""
+            except ShardError as error:
+                _raise_again(error, sha256_of(str(path)), came)
+                raise
+
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / MANIFEST_NAME
-
-            def attempt() -> bool:
-                try:
-                    download(address, str(path), self.retry_policy, MANIFEST_BYTES)
-                except (FileNotFoundError, PermissionError):  # S3 forbids what is not there to who may not list
-                    return False
-                return True
-
-            if not retry(redacted(address), attempt, self.retry_policy):
-                return {}
-            return parse_entries(path.read_text(encoding="utf-8"), redacted(address))
+            content, why = retry(redacted(address), lambda: attempt(Path(folder) / name), self.retry_policy)
+        if why and progress is not None:
+            progress(f"{redacted(address)}: the server answers {why}; it is taken as not there")
+        return content
 
     def _index_all(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+        abandon = threading.Event()
+
         def bring(url: str) -> dict[str, Any]:
-            entry = self._fetch(url, 0, None, True, time.monotonic())
+            entry = self._fetch(url, 0, None, True, time.monotonic(), abandon)
             assert entry is not None
             return entry
 
@@ -214,6 +267,7 @@ class ShardCache:
             try:
                 yield from pool.map(bring, urls)
             finally:
+                abandon.set()  # a thread that goes on trying would be waited for
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _place(self, url: str) -> Path:
@@ -222,10 +276,18 @@ class ShardCache:
     def _path(self, url: str, sha256: str) -> Path:
         return self._place(url) / f"{base_name(url)}.{sha256[:16]}.shard"
 
-    def _fetch(self, url: str, size: int, sha256: str | None, wait: bool, started: float) -> dict[str, Any] | None:
+    def _fetch(
+        self,
+        url: str,
+        size: int,
+        sha256: str | None,
+        wait: bool,
+        started: float,
+        abandon: threading.Event | None = None,
+    ) -> dict[str, Any] | None:
         """Fetch one shard of `size` bytes (0: not known), unless it is there; its manifest entry ({} if it was there).
 
-        None where it would have to wait and may not.
+        abandon: another thread sets it to end this.  None where it would have to wait and may not.
         """
         place = self._place(url)
         lock = self._lock(place / f"{base_name(url)}.lock", wait)
@@ -234,6 +296,8 @@ class ShardCache:
         try:
             if sha256 is not None and self._path(url, sha256).exists():
                 return {}
+            if sha256 is None and (entry := self._indexed_meanwhile(url)) is not None:
+                return entry
             for left in glob.glob(f"{glob.escape(str(place / base_name(url)))}.*.part*"):
                 Path(left).unlink(missing_ok=True)  # of a process that was killed, or its lock would not be free
             while not self._reserve(lock, size, redacted(url)):
@@ -246,13 +310,25 @@ class ShardCache:
                         "or data.fetch_ahead_shards"
                     )
                 time.sleep(0.2)
+            damaged: set[str] = set()
             try:
                 waited = time.monotonic() - started
-                return retry(redacted(url), lambda: self._attempt(url, size, sha256, lock), self.retry_policy, waited)
+
+                def attempt() -> dict[str, Any]:
+                    return self._attempt(url, size, sha256, lock, damaged, abandon)
+
+                entry = retry(redacted(url), attempt, self.retry_policy, waited, abandon=abandon)
+                if sha256 is None:  # before the lock is let go, so that who waits for it finds the entry
+                    merge_entries(place, {base_name(url): entry})
+                return entry
             finally:
                 os.ftruncate(lock, 0)
         finally:
             os.close(lock)
+
+    def _indexed_meanwhile(self, url: str) -> dict[str, Any] | None:
+        """The entry of a shard that another process has fetched and indexed while this one waited for the lock."""
+        return read_entries(self._place(url)).get(base_name(url))
 
     def _lock(self, path: Path, wait: bool) -> int | None:
         """A descriptor that alone holds the lock file; None when another one does and wait is false."""
@@ -275,17 +351,34 @@ class ShardCache:
                 f"data.cache_dir ({self.folder}) cannot be used: {error}; name a folder of a local disk"
             ) from error
 
-    def _attempt(self, url: str, size: int, sha256: str | None, lock: int) -> dict[str, Any]:
+    def _attempt(
+        self,
+        url: str,
+        size: int,
+        sha256: str | None,
+        lock: int,
+        damaged: set[str],
+        abandon: threading.Event | None,
+    ) -> dict[str, Any]:
+        """damaged: checksums of what has come of a shard without a manifest, and is none."""
         part = self._place(url) / f"{base_name(url)}.{os.getpid()}-{time.monotonic_ns()}.part"
         index = Path(f"{part}{INDEX_SUFFIX}")
         try:
             os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, PRIVATE))
-            download(url, str(part), self.retry_policy, size or self.max_bytes)
+            download(url, str(part), self.retry_policy, size or self.max_bytes, abandon)
+            with open(part, "rb") as file:
+                if is_page(file.read(PAGE_BYTES)):
+                    raise PageError(_PAGE_CAME)
             if size and (came := part.stat().st_size) != size:
                 raise MismatchError(f"{came} bytes came, the manifest says {size}")
             if sha256 is not None and sha256_of(str(part)) != sha256:
                 raise MismatchError("the bytes that came have another checksum than the manifest says")
-            entry = index_shard(str(part), index, redacted(url))
+            try:
+                entry = index_shard(str(part), index, redacted(url))
+            except ShardError as error:
+                if sha256 is None:
+                    _raise_again(error, sha256_of(str(part)), damaged)
+                raise
             with open(part, "rb") as file:
                 os.fsync(file.fileno())  # a machine that fails must not leave the name without the bytes
             path = self._path(url, entry["sha256"])
@@ -301,6 +394,8 @@ class ShardCache:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ShardError(f"data.cache_dir ({self.folder}): {error.strerror}; lower data.cache_gib") from error
+            if error.filename is not None and str(error.filename).startswith(self.folder):  # and not the server's
+                raise ShardError(f"data.cache_dir ({self.folder}) cannot be used: {error}; mend the disk") from error
             raise
         finally:
             part.unlink(missing_ok=True)
@@ -349,6 +444,15 @@ class ShardCache:
                 return False
             os.ftruncate(lock, size)
             return True
+
+
+def _raise_again(error: ShardError, sha256: str, came: set[str]) -> None:
+    """Damage that came for the first time may be a transfer that ended early: MismatchError, so that it is fetched
+    again.  What comes twice alike is the file itself.
+    """
+    if sha256 not in came:
+        came.add(sha256)
+        raise MismatchError(str(error)) from error
 
 
 def _expected_names(wildcard: str, folder: str, names: Iterable[str]) -> list[str]:

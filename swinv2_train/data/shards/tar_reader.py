@@ -2,7 +2,8 @@
 
 A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie its index
 (tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by scripts/make_shards.py or on
-first use.  Shards at an address are read through a cache on this machine (shard_cache.py).
+first use.  ``classes.txt``, which make_shards.py puts there too, says what the labels mean.  Shards at an address are
+read through a cache on this machine (shard_cache.py).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from swinv2_train.data.class_names import CLASSES_NAME, read_class_names
 from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
@@ -33,7 +35,7 @@ from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
 from swinv2_train.data.shards.tar_index import is_sample_member, load_index
-from swinv2_train.data.shards.transfers import base_name, is_remote, redacted
+from swinv2_train.data.shards.transfers import ONCE, base_name, folder_of, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
 __all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "shard_files"]
@@ -62,12 +64,40 @@ class Manifest:
     """sha256 over the names, counts and checksums of the shards in order; a resumed run compares it."""
     cache: ShardCache | None
     """Where shards at an address are kept on this machine; None when all are local."""
+    classes: tuple[str, ...] | None = None
+    """Name of each label, of classes.txt beside the shards; None without one."""
+    numbers: tuple[int, ...] | None = None
+    """What each label of the shards counts as; None = as itself."""
     labels_from = ".cls"
-    classes = None
 
     @property
     def num_samples(self) -> int:
         return sum(self.counts)
+
+    @property
+    def used_labels(self) -> frozenset[int]:
+        """The labels that images have; of shards at an address, whose index is not here yet, all of the range."""
+        if self.label_range is None:
+            return frozenset()
+        if self.cache is not None:
+            return frozenset(range(self.label_range[0], self.label_range[1] + 1))
+        found: set[int] = set()
+        for path in self.index_paths:
+            found.update(np.unique(np.load(path, mmap_mode="r")["label"]).tolist())
+        return frozenset(self.number(label) for label in found if label >= 0)
+
+    def number(self, label: int) -> int:
+        """What a label of the shards counts as."""
+        return label if self.numbers is None or label < 0 else self.numbers[label]
+
+    def relabelled(self, numbers: Sequence[int], classes: tuple[str, ...] | None) -> Self:
+        """The same images with numbers[label] for each label, and names of these."""
+        assert self.label_range is not None, "labels are there"
+        low, high = self.label_range
+        within = [number for number in numbers[low : high + 1] if number >= 0]
+        if self.numbers is not None:
+            numbers = [number if number < 0 else numbers[number] for number in self.numbers]
+        return replace(self, numbers=tuple(numbers), classes=classes, label_range=(min(within), max(within)))
 
     def name(self, shard: int) -> str:
         """What messages call the shard: its path, or its address without anything secret."""
@@ -99,7 +129,7 @@ def open_manifest(
     shards at an address are kept on this machine; None allows local ones alone.  Several processes may do this at
     once.  Raises ShardError.
     """
-    paths = expand_pattern(pattern, key)
+    paths = expand_pattern(pattern, key, retry_policy=ONCE if cache is None else cache.retry_policy)
     remote = [path for path in paths if is_remote(path)]
     found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress)
     if remote:
@@ -112,6 +142,7 @@ def open_manifest(
     if not any(entry["samples"] for entry in entries):
         raise ShardError(f"{key} '{pattern}': all {len(paths)} shards are empty; name shards that hold samples")
     ranges = [entry["label_range"] for entry in entries if entry["label_range"] is not None]
+    label_range = (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
     digest = hashlib.sha256()
     for path, entry in zip(paths, entries, strict=True):
         digest.update(f"{base_name(path)}\0{entry['samples']}\0{entry['sha256']}\n".encode())
@@ -122,10 +153,46 @@ def open_manifest(
         counts=tuple(entry["samples"] for entry in entries),
         sizes=tuple(entry["bytes"] for entry in entries),
         unlabelled=tuple(entry["unlabelled"] for entry in entries),
-        label_range=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
+        label_range=label_range,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
+        classes=None if label_range is None else _class_names(paths, label_range[1], key, cache, progress),
     )
+
+
+def _class_names(
+    paths: Sequence[str], last: int, key: str, cache: ShardCache | None, progress: Callable[[str], None] | None
+) -> tuple[str, ...] | None:
+    """The names of the labels 0 .. last, of the classes.txt beside the shards; None where some have none.
+
+    Raises ShardError for a list that is too short, and for shards of several folders whose lists differ.
+    """
+    found: dict[str, tuple[str, ...] | None] = {}
+    for path in paths:
+        place = folder_of(path) if is_remote(path) else os.path.dirname(path)
+        if place in found:
+            continue
+        if is_remote(path):
+            assert cache is not None, path
+            found[place] = cache.class_names(path, progress)
+        else:
+            beside = read_class_names(Path(place, CLASSES_NAME))
+            found[place] = beside or read_class_names(Path(path).resolve().with_name(CLASSES_NAME))
+    names = dict.fromkeys(found.values())
+    if len(names) > 1 and None not in names:
+        first, second = (next(place for place in found if found[place] == each) for each in list(names)[:2])
+        raise ShardError(
+            f"{key}: {redacted(os.path.join(first, CLASSES_NAME))} and {redacted(os.path.join(second, CLASSES_NAME))} "
+            "name other classes, so the same label would mean two things; pack both with the same classes"
+        )
+    classes = None if None in names else next(iter(names))
+    if classes is not None and len(classes) <= last:
+        place = next(iter(found))
+        raise ShardError(
+            f"{redacted(os.path.join(place, CLASSES_NAME))} names {len(classes)} classes, but {key} has labels up to "
+            f"{last}; it is not the list of these shards: put theirs there, or remove it"
+        )
+    return classes
 
 
 def _local_entries(
@@ -241,7 +308,7 @@ class TarReader:
             raise ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk") from error
         if len(image) != size:
             raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
-        return Sample(key, image, extension.decode(), labelled(label), name)
+        return Sample(key, image, extension.decode(), labelled(self.manifest.number(label)), name)
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key, without reading it."""

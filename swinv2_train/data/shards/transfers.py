@@ -1,8 +1,9 @@
 """Files at addresses that fsspec knows (https://, s3://, ...): listed, measured and fetched whole, in spite of faults.
 
-Every fault of the network or the server is tried again, with growing pauses, until a time limit; what retrying
-cannot fix (not there, not allowed) is an error at once.  Clients are opened in the process that uses them: fsspec's
-event loop does not survive a fork, and its instance cache starts empty in a child.
+What the server said decides (answers.py): every fault of the network or the server is tried again, with growing pauses
+or as long as it asked for, until a time limit; what retrying cannot fix (not there, not allowed) is an error at once.
+Clients are opened in the process that uses them: fsspec's event loop does not survive a fork, and its instance cache
+starts empty in a child.
 """
 
 from __future__ import annotations
@@ -11,22 +12,21 @@ import asyncio
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.answers import Kind, MismatchError, answer_of, text_of
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 0.5, 60.0
+_WEB = ("http", "https")
 _MISMATCHES = 3
 """How often wrong bytes are taken for a bad transfer; after that the file itself is wrong."""
-
-
-class MismatchError(Exception):
-    """The bytes that came are not those of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class RetryPolicy:
     """A transfer that brings no byte for this long is cut off and tried again."""
     give_up_sec: float
     """After this long, over all attempts, the error is final."""
+
+
+ONCE = RetryPolicy(stall_sec=30.0, give_up_sec=0.0)
+"""For who has no policy: a question, and its answer."""
 
 
 def is_remote(path: str) -> bool:
@@ -66,31 +70,62 @@ def sibling_url(url: str, name: str) -> str:
     return folder_of(url) + name + (f"?{query[1]}" if len(query) > 1 else "")
 
 
-def list_matching(url: str) -> list[str]:
-    """The addresses that a wildcard matches, sorted; empty where the server does not list."""
-    fs, path = _filesystem(url, stall_sec=30.0)
-    try:
-        return sorted(str(fs.unstrip_protocol(found)) for found in fs.glob(path))
-    except FileNotFoundError:
-        return []
-    except Exception as error:  # noqa: BLE001  every client has its own errors
-        raise ShardError(f"{redacted(url)}: cannot be listed: {_text(error)}; check the address") from error
+def list_matching(url: str, retry_policy: RetryPolicy) -> list[str]:
+    """The addresses that a wildcard matches, sorted; empty where the server does not list.  Raises ShardError."""
+
+    def attempt() -> list[str]:
+        fs, path = _filesystem(url, retry_policy.stall_sec)
+        if not fs.async_impl:
+            return [str(fs.unstrip_protocol(found)) for found in fs.glob(path)]
+        started, limit_sec = time.monotonic(), max(retry_policy.stall_sec, retry_policy.give_up_sec)
+
+        async def ask() -> list[str]:
+            if urlsplit(url).scheme in _WEB:  # its glob takes a server that cannot be reached for an empty folder
+                await fs._ls_real(path[: re.search(r"[*\[]", path).start()].rpartition("/")[0] + "/")  # type: ignore[union-attr]
+            return [str(fs.unstrip_protocol(found)) for found in await fs._glob(path)]
+
+        try:
+            listed: list[str] = _wait(fs, ask(), lambda: time.monotonic() - started > limit_sec)
+            return listed
+        except Exception as error:
+            if answer_of(error).kind is Kind.MISSING:
+                return []
+            raise
+
+    return sorted(retry(redacted(url), attempt, retry_policy, failed="cannot be listed"))
 
 
-def sizes(urls: Sequence[str], retry_policy: RetryPolicy) -> list[int | None]:
-    """Bytes of each file, None where the server does not say.  Raises ShardError naming the first that is missing."""
-    found: list[int | None] = []
+class Found(NamedTuple):
+    """What a server says of a file."""
+
+    size: int | None
+    """Bytes; None where it does not say."""
+    page: bool
+    """Whether it says that it is a web page."""
+
+
+class _OneFailed(Exception):
+    """What was the matter with one of several files."""
+
+    def __init__(self, url: str, error: BaseException) -> None:
+        super().__init__(url, error)
+        self.url, self.error = url, error
+
+
+def sizes(urls: Sequence[str], retry_policy: RetryPolicy) -> list[Found]:
+    """What the server says of each file.  Raises ShardError naming the first that is missing."""
+    found: list[Found] = []
     for first in range(0, len(urls), 256):  # a server that fails in between is not asked for everything again
         part = list(urls[first : first + 256])
         found += retry(redacted(part[0]), lambda part=part: _sizes(part, retry_policy), retry_policy)  # type: ignore[misc]
     return found
 
 
-def _sizes(urls: list[str], retry_policy: RetryPolicy) -> list[int | None]:
+def _sizes(urls: list[str], retry_policy: RetryPolicy) -> list[Found]:
     fs, _ = _filesystem(urls[0], retry_policy.stall_sec)
     paths = [fs._strip_protocol(url) for url in urls]
     if not fs.async_impl:
-        return [fs.info(path)["size"] for path in paths]
+        return [Found(fs.info(path)["size"], False) for path in paths]
 
     async def ask() -> list[Any]:
         gate = asyncio.Semaphore(16)
@@ -102,19 +137,22 @@ def _sizes(urls: list[str], retry_policy: RetryPolicy) -> list[int | None]:
         return await asyncio.gather(*(one(path) for path in paths), return_exceptions=True)
 
     answers = _wait(fs, ask(), lambda: False)
-    for url, answer in zip(urls, answers, strict=True):
-        if isinstance(answer, FileNotFoundError):
+    failed = [(url, answer) for url, answer in zip(urls, answers, strict=True) if isinstance(answer, BaseException)]
+    for url, answer in failed:
+        if answer_of(answer).kind is Kind.MISSING:
             raise ShardError(f"{redacted(url)} does not exist; name the shards that are there, or put it there again")
-        if isinstance(answer, BaseException):
-            raise answer
-    return [answer["size"] for answer in answers]
+    for url, answer in sorted(failed, key=lambda each: answer_of(each[1]).again):  # what stays as it is comes first
+        raise _OneFailed(url, answer)
+    return [Found(answer["size"], str(answer.get("mimetype", "")).startswith("text/html")) for answer in answers]
 
 
-def download(url: str, destination: str, retry_policy: RetryPolicy, most_bytes: int) -> None:
+def download(
+    url: str, destination: str, retry_policy: RetryPolicy, most_bytes: int, abandon: threading.Event | None = None
+) -> None:
     """One attempt to copy the whole file at `url`, of at most most_bytes, to the local path `destination`.
 
-    Raises what the client raises, TimeoutError when no byte comes for retry_policy.stall_sec, MismatchError as soon as
-    more bytes have come: a server may send without end.
+    Raises what the client raises, TimeoutError when no byte comes for retry_policy.stall_sec or abandon is set,
+    MismatchError as soon as more bytes have come: a server may send without end.
     """
     from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
@@ -136,14 +174,23 @@ def download(url: str, destination: str, retry_policy: RetryPolicy, most_bytes: 
     _wait(
         fs,
         fs._get_file(path, destination, callback=Watch()),
-        lambda: time.monotonic() - moved[0] > retry_policy.stall_sec,
+        lambda: time.monotonic() - moved[0] > retry_policy.stall_sec or (abandon is not None and abandon.is_set()),
     )
 
 
-def retry(what: str, attempt: Callable[[], Result], retry_policy: RetryPolicy, waited_sec: float = 0.0) -> Result:
+def retry(
+    what: str,
+    attempt: Callable[[], Result],
+    retry_policy: RetryPolicy,
+    waited_sec: float = 0.0,
+    failed: str = "cannot be fetched",
+    abandon: threading.Event | None = None,
+) -> Result:
     """The result of `attempt`, repeated with growing, randomly shortened pauses until retry_policy.give_up_sec is over.
 
-    what: the redacted address, for the error.  waited_sec: counts as already spent.  Raises ShardError.
+    A server that says how long it is busy (Retry-After) is left alone that long.  what: the redacted address, for the
+    error; failed: what could not be done with it.  waited_sec: counts as already spent.  abandon: another thread sets
+    it to end this.  Raises ShardError.
     """
     started = time.monotonic() - waited_sec
     jitter = random.Random()  # its own: the global generator belongs to the training
@@ -154,41 +201,26 @@ def retry(what: str, attempt: Callable[[], Result], retry_policy: RetryPolicy, w
             return attempt()
         except ShardError:
             raise
-        except Exception as error:  # noqa: BLE001  every client has its own errors
-            mismatches += isinstance(error, MismatchError)
+        except Exception as raised:  # noqa: BLE001  every client has its own errors
+            error: BaseException = raised
+            if isinstance(raised, _OneFailed):
+                what, error = redacted(raised.url), raised.error
+            answer = answer_of(error)
+            mismatches += answer.kind in (Kind.MISMATCH, Kind.PAGE)
             spent = time.monotonic() - started
             pause = min(_FIRST_PAUSE_SEC * 2 ** (attempts - 1), _LONGEST_PAUSE_SEC) * jitter.uniform(0.5, 1.0)
-            if _final(error) or mismatches >= _MISMATCHES or spent + pause > retry_policy.give_up_sec:
+            pause = max(pause, answer.wait_sec or 0.0)
+            abandoned = abandon is not None and abandon.is_set()
+            if abandoned or not answer.again or mismatches >= _MISMATCHES or spent + pause > retry_policy.give_up_sec:
+                asked = f" and asks to be left alone for {answer.wait_sec:.0f} s" if answer.wait_sec else ""
                 raise ShardError(
-                    f"{what}: cannot be fetched, {attempts} attempt{'s' * (attempts > 1)} in {spent:.0f} s, the last "
-                    f"ended with: {_text(error)}; {_remedy(error)}"
+                    f"{what}: {failed}, {attempts} attempt{'s' * (attempts > 1)} in {spent:.0f} s, the last "
+                    f"ended with: {text_of(error)}: {answer.kind.value}{asked}; {answer.remedy}"
                 ) from error
-        time.sleep(pause)
-
-
-def _final(error: Exception) -> bool:
-    """Whether retrying cannot help."""
-    status = getattr(error, "status", None)
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-    return refused or isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError))
-
-
-def _remedy(error: Exception) -> str:
-    if isinstance(error, MismatchError):
-        return "the file is not the one that was indexed: put it there again, or make its manifest again"
-    if isinstance(error, ImportError):
-        return "install the client that it names"
-    if _final(error):
-        return "check the address and your access to it"
-    return "check the server and the network, or raise data.fetch_give_up_sec"
-
-
-def _text(error: BaseException) -> str:
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {re.sub(r'[?][^ ]*', '', text)}" if text else type(error).__name__
+        if abandon is None:
+            time.sleep(pause)
+        else:
+            abandon.wait(pause)
 
 
 def _filesystem(url: str, stall_sec: float) -> tuple[Any, str]:
@@ -197,7 +229,7 @@ def _filesystem(url: str, stall_sec: float) -> tuple[Any, str]:
 
     options: dict[str, Any] = {}
     scheme = urlsplit(url).scheme
-    if scheme in ("http", "https"):
+    if scheme in _WEB:
         from aiohttp import ClientTimeout
 
         # aiohttp's own limit is 5 minutes for everything together, too little for a large shard

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from swinv2_train.data.sample import Sample
 from swinv2_train.data.shards.shard_cache import ShardCache
@@ -61,6 +61,16 @@ class Source(Protocol):
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Name of each label; None where the source knows none."""
+
+    @property
+    def used_labels(self) -> frozenset[int]:
+        """The labels that images have, or may have where only their range is known."""
+
+    def relabelled(self, numbers: Sequence[int], classes: tuple[str, ...] | None) -> Self:
+        """The same images with numbers[label] for each label, and names of these; the digest stays.
+
+        numbers: one for each label of label_range at least; of no meaning for a label that no image has.
+        """
 
     @property
     def digest(self) -> str:

@@ -1,8 +1,8 @@
 """A folder of image files as it is: which of them are images, what their classes are, and reading one by position.
 
 The layout is ImageNet's, as torchvision's ImageFolder reads it: ``FOLDER/<class>/.../<image>``, labels 0, 1, ... for
-the classes in sorted order; images directly in the folder have no labels.  scripts/make_shards.py packs by the same
-rules.
+the classes in sorted order (numbers by their value); images directly in the folder have no labels.  make_shards packs
+by the same rules.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from swinv2_train.data.class_names import canonical, in_order, is_left_out, listed
 from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
@@ -36,6 +37,8 @@ class Listing:
     """Bytes of each image."""
     left_out: int
     """Files that are no images, and hidden files and folders."""
+    empty: list[str]
+    """Class folders without an image, sorted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,37 +66,39 @@ def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], N
     """List the images below `path`, with the size of each file.
 
     key: the config key that error messages name.  progress: receives a line now and then.  Raises ShardError for a
-    folder without images, with a class that has none, that cannot be read through, or with two files of one name.
+    folder without images, that cannot be read through, or with two files of one name.
     """
     path = os.path.abspath(path)
     listing = list_folder(path, f"{key} '{path}'", progress)
     if listing.left_out and progress is not None:
         progress(f"{listing.left_out} files and hidden folders of {path} are not images and are left out")
-    classes = class_names(listing.names, f"{key} '{path}'")
+    classes = class_names(listing.names, f"{key} '{path}'", listing.empty)
+    if classes and listing.empty and progress is not None:
+        progress(empty_warning(path, listing.empty))
     _check_unique(listing.names, f"{key} '{path}'")
-    label_of = {name: label for label, name in enumerate(classes or ())}
+    label_of = label_numbers(classes or ())
     order = packing_order(len(listing.names))
     ordered = [listing.names[number] for number in order]
-    labels = np.array([label_of.get(name.partition("/")[0], LABEL_MISSING) for name in ordered], "<i8")
+    labels = np.array([label_of(name) for name in ordered], "<i8")
     encoded = [name.encode("utf-8", "surrogateescape") for name in ordered]
     names, ends = b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype="<i8")
     sizes = np.array(listing.sizes, "<i8")[order]
     digest = hashlib.sha256(b"folder\0")
     for part in (names, ends.tobytes(), sizes.tobytes()):
         digest.update(part)
-    return Folder(path, labels, None if classes is None else tuple(classes), digest.hexdigest(), names, ends, sizes)
+    return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes)
 
 
 def is_image(name: str) -> bool:
-    """By extension; what is hidden, or macOS adds to an archive, is no image.  name: with / between folders."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    return not hidden and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+    """By extension; what is hidden, or a system adds of itself, is no image.  name: with / between folders."""
+    return not any(map(is_left_out, name.split("/"))) and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
-def class_names(names: Iterable[str], source: str) -> list[str] | None:
-    """The classes of images by their paths: the uppermost folders, sorted; None when there are none.
+def class_names(names: Iterable[str], source: str, empty: Iterable[str] = ()) -> tuple[str, ...] | None:
+    """The classes of images by their paths: the uppermost folders, in order; None when there are none.
 
-    source: what errors call the place.  Raises ShardError when some images are in such a folder and others are not.
+    source: what errors call the place.  empty: class folders without an image, which are classes too.  Raises
+    ShardError when some images are in such a folder and others are not.
     """
     names = list(names)
     loose = [name for name in names if "/" not in name]
@@ -102,14 +107,36 @@ def class_names(names: Iterable[str], source: str) -> list[str] | None:
             f"{source} holds {len(names) - len(loose)} images in class folders and {len(loose)} outside of them (e.g. "
             f"{loose[0]}); move them into their classes, or keep them apart"
         )
-    return None if loose else sorted({name.partition("/")[0] for name in names})
+    return None if loose else in_order((*(name.partition("/")[0] for name in names), *empty))
+
+
+def label_numbers(classes: Sequence[str]) -> Callable[[str], int]:
+    """The label of an image by its path: its class's place, LABEL_MISSING without a class."""
+    number = {name: label for label, name in enumerate(classes)}
+    known: dict[str, int] = {}  # canonical() for each folder and not for each image
+
+    def label_of(path: str) -> int:
+        folder, slash, _ = path.partition("/")
+        if folder not in known:
+            known[folder] = number.get(canonical(folder), LABEL_MISSING) if slash else LABEL_MISSING
+        return known[folder]
+
+    return label_of
+
+
+def empty_warning(path: str, empty: Sequence[str]) -> str:
+    """What is said of class folders without an image."""
+    return (
+        f"warning: {path}: no image in the class folders {listed(empty)}; they count as classes (the model never sees "
+        "one of them): fill or delete them"
+    )
 
 
 def list_folder(path: str, source: str, progress: Callable[[str], None] | None = None) -> Listing:
     """Every image below `path`, links followed.  source: what errors call it.
 
-    Raises ShardError when there is none, a class folder has none, or a folder or file cannot be looked at: a link to
-    nothing, or one that leads back to a folder above it.
+    Raises ShardError when there is none, or a folder or file cannot be looked at: a link to nothing, or one that leads
+    back to a folder above it.
     """
     found, said = _Found(), time.monotonic()
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -127,8 +154,10 @@ def list_folder(path: str, source: str, progress: Callable[[str], None] | None =
     if not found.images:
         raise ShardError(f"{source} holds no images ({_what_instead(path, found)})")
     found.images.sort()
-    _check_classes_filled(found, source)
-    return Listing([name for name, _ in found.images], [size for _, size in found.images], found.left_out)
+    filled = {name.partition("/")[0] for name, _ in found.images}
+    empty = sorted({folder.name.partition("/")[0] for folder in found.folders} - filled)
+    names, sizes = [name for name, _ in found.images], [size for _, size in found.images]
+    return Listing(names, sizes, found.left_out, empty)
 
 
 @dataclass(frozen=True)
@@ -173,7 +202,7 @@ def _scan(root: str, folder: _Open) -> _Found:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = folder.name + entry.name
-                if entry.name.startswith((".", "__MACOSX")):
+                if is_left_out(entry.name):
                     found.left_out += 1
                 elif entry.is_dir():
                     found.folders.append(_Open(f"{name}/", (*folder.above, mine)))
@@ -205,19 +234,6 @@ def _what_instead(path: str, found: _Found) -> str:
     if ".arrow" in found.extensions:
         return "but Arrow files: have `datasets` save them by save_to_disk, and name that directory"
     return f"{found.left_out} files, none named *.{', *.'.join(IMAGE_EXTENSIONS)}"
-
-
-def _check_classes_filled(found: _Found, source: str) -> None:
-    """An empty class would shift the labels of all that follow, or, left out silently, mean that it has none."""
-    if any("/" not in name for name, _ in found.images):
-        return
-    filled = {name.partition("/")[0] for name, _ in found.images}
-    empty = sorted({folder.name.partition("/")[0] for folder in found.folders} - filled)
-    if empty:
-        raise ShardError(
-            f"{source}: the class folder {empty[0]} holds no image ({len(empty)} such folders); fill or delete it, for "
-            "labels are the places of the folders in sorted order"
-        )
 
 
 def _check_unique(names: Sequence[str], source: str) -> None:

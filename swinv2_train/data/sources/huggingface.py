@@ -19,6 +19,8 @@ import numpy as np
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import open_regular, read_bytes
+from swinv2_train.config.shown import shown
+from swinv2_train.data.class_names import canonical
 from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
@@ -89,18 +91,14 @@ def open_saved_dataset(
         raise ShardError(f"{source} holds no rows; name a data set that has some")
     rows = np.array(packing_order(sum(file_rows)), "<i8")
     in_order = np.concatenate(labels)[rows]
-    classes = None if label is None else features[label].get("names")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ShardError(f"{path}: {_INFO}: the names of the classes in '{label}' are no list of names; {_AGAIN}")
+    classes = None if label is None else _class_names(features[label], in_order, source)
     digest = hashlib.sha256(f"{state['_fingerprint']}\0{image}\0{label}\0".encode())
     for part in (rows, in_order):
         digest.update(part.tobytes())
     if progress is not None:
         told = "none" if label is None else f"'{label}'"
         progress(f"{path}: {len(rows)} rows; images in the column '{image}', labels in {told}")
-    return SavedDataset(
-        path, in_order, tuple(classes) if classes else None, digest.hexdigest(), files, tuple(file_rows), image, rows
-    )
+    return SavedDataset(path, in_order, classes, digest.hexdigest(), files, tuple(file_rows), image, rows)
 
 
 def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | None]:
@@ -131,6 +129,24 @@ def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | N
                 "keep one of them (select_columns([...])) and save it again"
             )
     return images[0], labels[0] if labels else None
+
+
+def _class_names(feature: Mapping[str, Any], labels: np.ndarray, source: str) -> tuple[str, ...] | None:
+    """The names of a column of class labels, label by label; None where it has none."""
+    names = feature.get("names")
+    if not names:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ShardError(f"{source}: the names of its classes are not a list of texts; {_AGAIN}")
+    classes = tuple(map(canonical, names))
+    if len(set(classes)) < len(classes):
+        doubled = next(name for name in classes if classes.count(name) > 1)
+        raise ShardError(f"{source} has two classes called '{shown(doubled)}'; give each its own name")
+    if len(labels) and labels.max() >= len(classes):
+        raise ShardError(
+            f"{source} has labels up to {labels.max()}, but names {len(classes)} classes; name each, and save it again"
+        )
+    return classes
 
 
 def _type_name(kind: Any) -> str:

@@ -7,12 +7,14 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import read_bytes
+from swinv2_train.config.shown import shown
+from swinv2_train.data.class_names import canonical, listed
 from swinv2_train.data.sources.base import Source
 
 LabelOverrides = Mapping[str, tuple[int, ...]]
@@ -26,14 +28,29 @@ _FORMS = (
 )
 
 
-def read_label_overrides(path: str, source: Source, num_classes: int, key: str) -> tuple[LabelOverrides, int]:
-    """The right classes of every sample of the shards, and how many entries of the file belong to none of them.
+class LabelFile(NamedTuple):
+    """What a file of labels says of a source."""
+
+    labels: LabelOverrides
+    unused: int
+    """Entries that belong to none of its samples."""
+    by_number: bool
+    """Whether any class is given by its number."""
+
+
+def read_label_overrides(
+    path: str, source: Source, num_classes: int, key: str, names: tuple[str, ...] | None = None
+) -> LabelFile:
+    """The right classes of every sample of the shards.
 
     path: JSON, a list of lists of classes, whose entry n - 1 belongs to the sample key ILSVRC2012_val_0000000n (with or
-    without folders before it), or an object from sample key to list of classes.  key: the config key that errors name.
-    Raises ConfigError for a file of another form, a sample without entry, a class outside 0 .. num_classes - 1, two
-    samples of the same key, or when no image has a class.
+    without folders before it), or an object from sample key to list of classes, each a number or, where names has
+    those of the model, a name.  key: the config key that errors name.
+    Raises ConfigError for a file of another form, a sample without entry, a class outside 0 .. num_classes - 1 or of
+    another name, two samples of the same key, or when no image has a class.
     """
+    place = {name: number for number, name in enumerate(names or ())}
+    by_number = False
     entries = _read_entries(path, key)
     overrides: dict[str, tuple[int, ...]] = {}
     reader = source.open_reader()
@@ -49,11 +66,12 @@ def read_label_overrides(path: str, source: Source, num_classes: int, key: str) 
                     f"{key} ({path}) has no entry for the sample '{sample}' (the file has {len(entries)}, the shards "
                     f"{source.num_samples}); name the file that belongs to these shards"
                 )
-            overrides[sample] = _checked(classes, sample, num_classes, path, key)
+            by_number |= isinstance(classes, list) and any(type(each) is int for each in classes)
+            overrides[sample] = _checked(_numbered(classes, place, sample, path, key), sample, num_classes, path, key)
     reader.close()
     if not any(overrides.values()):
         raise ConfigError(f"{key} ({path}): no image has a right class; name the file that belongs to these shards")
-    return overrides, len(entries) - len(overrides)
+    return LabelFile(overrides, len(entries) - len(overrides), by_number)
 
 
 def with_labels(batch: dict[str, Any], overrides: LabelOverrides) -> dict[str, Any]:
@@ -96,6 +114,19 @@ def _entry(entries: list[Any] | dict[str, Any], name: int | str) -> Any:
     if isinstance(entries, dict):
         return entries.get(str(name))
     return entries[name] if isinstance(name, int) and 0 <= name < len(entries) else None
+
+
+def _numbered(classes: Any, place: Mapping[str, int], sample: str, path: str, key: str) -> Any:
+    """An entry with the numbers of the classes that it names."""
+    if not isinstance(classes, list):
+        return classes
+    unknown = [name for name in classes if isinstance(name, str) and canonical(name) not in place]
+    if unknown:
+        there = f"; there are {listed(tuple(place))}" if place else ", for the model's classes have no names"
+        raise ConfigError(
+            f"{key} ({path}): the class '{shown(unknown[0])}' of '{shown(sample)}' is none of the model's{there}"
+        )
+    return [place[canonical(each)] if isinstance(each, str) else each for each in classes]
 
 
 def _checked(classes: Any, sample: str, num_classes: int, path: str, key: str) -> tuple[int, ...]:

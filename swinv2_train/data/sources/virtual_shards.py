@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -64,6 +65,18 @@ class VirtualShards:
         """Lowest and highest label; None without any."""
         known = self.labels[self.labels >= 0]
         return (int(known.min()), int(known.max())) if len(known) else None
+
+    @cached_property
+    def used_labels(self) -> frozenset[int]:
+        """The labels that images have."""
+        return frozenset(np.unique(self.labels[self.labels >= 0]).tolist())
+
+    def relabelled(self, numbers: Sequence[int], classes: tuple[str, ...] | None) -> Self:
+        """The same images with numbers[label] for each label, and names of these."""
+        known = self.labels >= 0
+        labels = self.labels.copy()
+        labels[known] = np.asarray(numbers, "<i8")[self.labels[known]]
+        return replace(self, labels=labels, classes=classes)
 
     def name(self, shard: int) -> str:
         """What messages call the shard: the directory, for the shard itself is nowhere."""

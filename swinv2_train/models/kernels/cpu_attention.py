@@ -47,7 +47,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if not compiler:
         return None, "there is no C++ compiler (g++, clang++, or what CXX names)"
     try:
-        directory, name = _cache_directory(), f"fused_cpu_{_fingerprint(compiler)}.so"
+        directory, name = cache_directory(), f"fused_cpu_{_fingerprint(compiler)}.so"
         library = None if directory is None else _kept(directory / name)
         if library is None:
             with tempfile.TemporaryDirectory() as private:
@@ -63,7 +63,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{' '.join(compiler)} could not compile it: {said[-1]}"
 
 
-def _cache_directory() -> Path | None:
+def cache_directory() -> Path | None:
     """Where compiled kernels are kept: $XDG_CACHE_HOME/swinv2_train, or in ~/.cache; None where others could write."""
     try:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swinv2_train"

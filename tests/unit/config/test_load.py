@@ -51,10 +51,10 @@ def test_command_line_beats_experiment_beats_defaults(compose):
 
 
 def test_what_tests_compose_is_what_a_command_line_does(compose):
-    """tests/support/configs.composed, values on top of files and on top of each other."""
+    """tests/support/configs.composed, values on top of files."""
     overrides = (
         "experiment=cifar10_finetune", "seed=3", "run_dir='my run'", "model.depths=[1,1]", "optim.ema_decay=null",
-        "+engine.deepspeed_overrides.comms_logger.enabled=true", "model.window_size=4", "model.window_size=2",
+        "+engine.deepspeed_overrides.comms_logger.enabled=true", "model.window_size=4",
     )  # fmt: skip
     assert composed(overrides) == compose(*overrides)
 

@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from swinv2_train.config import LogConfig
-from swinv2_train.monitoring.console import duration_text, open_console
+from swinv2_train.monitoring.console import Progress, counted, duration_text, open_console
 from swinv2_train.monitoring.run_log import RunLog, read_metrics
 from swinv2_train.runtime import git_commit
 from tests.support.processes import finished, forked_code
@@ -26,6 +27,7 @@ from tests.support.processes import finished, forked_code
 PRELUDE = """
 import os, sys, time, warnings, logging
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 from swinv2_train.config import LogConfig
 from swinv2_train.monitoring.console import open_console
@@ -465,6 +467,28 @@ log.close()
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines == ["step 1/100  loss 2.5000  812 images/s", "step 100/100  loss 1.2500  812 images/s  0:00 left"]
+
+
+def test_a_long_step_shows_its_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 16 micro-batches that takes two hours was silent for two hours."""
+    said: list[str] = []
+    progress = Progress("lines", SimpleNamespace(say=said.append))
+    clock = iter(range(0, 10_000, 4))
+    monkeypatch.setattr("time.monotonic", lambda: 1000.0 + next(clock))
+    for number in range(1, 4):
+        progress.within(0, 30, number, 16, 450.0 * number)
+    assert said[0] == "step 0/30  micro-batch 1/16  450 s each, 2:00:00 a step  2 days 11 h left"
+    assert len(said) == 2 and "micro-batch 3/16" in said[1]  # not more often than every few seconds
+    progress.within(0, 30, 1, 16, 0.1)
+    assert len(said) == 2, "short steps have their own lines"
+
+
+def test_a_long_pass_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    assert list(counted(range(5), "evaluating: batch", said.append)) == list(range(5))
+    assert said == ["evaluating: batch 1 of 5, 0:24 left", "evaluating: batch 3 of 5, 0:08 left"]
 
 
 def test_progress_bar_on_a_terminal_and_lines_above_it(tmp_path: Path) -> None:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from itertools import islice
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from swinv2_train.config import Config
+from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.conf_dir import conf_dir
+from swinv2_train.config.load import config_yaml
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning import trace as trace_module
 from swinv2_train.planning.hardware import fill_from_machine
-from swinv2_train.planning.memory import BACKWARD, FORWARD, model_sizes, plan_memory, scale
-from swinv2_train.planning.search import candidates
-from swinv2_train.planning.speed import pass_seconds, plan_speed
+from swinv2_train.planning.memory import BACKWARD, FORWARD, extrapolated, model_sizes, plan_memory
+from swinv2_train.planning.search import Search, Setting
+from swinv2_train.planning.speed import extrapolated_pass, pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import memory_warning, rough_bytes
+from swinv2_train.planning.table import time_text
 from swinv2_train.planning.trace import meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks import build_task
@@ -170,13 +173,18 @@ def test_fused_attention_is_counted_as_it_runs() -> None:
     assert without.backward.total < 0.8 * plain.backward.total
 
 
-def test_several_images_take_as_many_times_one() -> None:
-    """The search scales one trace; the rest are tensors of parameters, which do not grow."""
-    reference = [*TINY[:-1], "model.attention=reference"]
-    one, four = (trace_step(composed(*reference, f"train.micro_batch_size={n}"), 0) for n in (1, 4))
-    scaled = scale(one, 4, 0)
-    assert four.backward.total <= scaled.backward.total < 1.08 * four.backward.total  # measured 1.06
-    assert 4 * one.flops == pytest.approx(four.flops, rel=0.02)
+@pytest.mark.parametrize("attention", ["reference", "fused"])
+def test_many_images_are_foretold_from_two_and_four(attention: str) -> None:
+    """The search draws straight lines: operations take exactly as long, and no peak is higher than it is."""
+    hardware = fill_from_machine(composed("hardware=rtx4090").hardware, 1)
+    reference = [*TINY[:-1], f"model.attention={attention}"]
+    trace_step(composed(*reference, "train.micro_batch_size=1"), 0)  # makes the tables
+    two, four, eight = (trace_step(composed(*reference, f"train.micro_batch_size={n}"), 0) for n in (2, 4, 8))
+    foretold, real = extrapolated_pass(hardware, two, four, 4), pass_seconds(hardware, eight)
+    assert foretold.total == pytest.approx(real.total, rel=1e-6) and foretold.flops == real.flops
+    assert foretold.backward == pytest.approx(real.backward, rel=1e-6)
+    scaled = extrapolated(two, four, 4)
+    assert 0.99 * eight.backward.total <= scaled.backward.total <= 1.001 * eight.backward.total
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "hardware").glob("*.yaml")), ids=lambda path: path.stem)
@@ -269,28 +277,95 @@ def test_the_recommended_command_composes_and_fits(capsys: pytest.CaptureFixture
     assert times[0] <= times[1]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "share"),
+    [(["engine=local", "model.attention=reference"], 1, 0.8), (["model.attention=fused"], 2, 0.7)],
+)
+def test_nothing_that_fits_is_faster_than_what_is_recommended(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], gpus: int, share: float
+) -> None:
+    """By the planner's own numbers for every setting; estimates from single images once hid the large micro-batches."""
+    monkeypatch.setattr("swinv2_train.planning.search.POLICIES", ("none", "blocks"))
+    shallow = ["model.depths=[1,1]", "model.num_heads=[2,4]", "model.pretrained_window_sizes=[0,0]"]
+    config = composed(
+        *ASKED, *shallow, *overrides, f"plan.num_gpus={gpus}", f"train.global_batch_size={6 * gpus}",
+        "train.micro_batch_size=6", "hardware.op_overhead_us=1",
+    )  # fmt: skip
+    hardware = fill_from_machine(config.hardware, gpus)
+    largest = plan_memory(config, hardware, gpus)[0].peak
+    search = Search(config, dataclasses.replace(hardware, memory_gib=share * largest / GIB), gpus)
+    best = search.fastest()
+    tried = [search.exact(each.setting) for each in search.estimates]
+    fitting = [each for each in tried if each.memory.fits]
+    assert {each.setting.micro_batch_size for each in tried} == {1, 2, 3, 6} and 0 < len(fitting) < len(tried)
+    assert best is not None and best.speed.step_sec == min(each.speed.step_sec for each in fitting)
+    plain = search.exact(dataclasses.replace(best.setting, sequential_stages=()))
+    if plain.setting != best.setting:  # they are there for something
+        assert not plain.memory.fits or plain.speed.step_sec > best.speed.step_sec
+
+
+def test_a_recommendation_says_only_what_differs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that holds no scores has no use for sequential stages; and what is configured need not be said again."""
+    monkeypatch.setattr("swinv2_train.planning.search.POLICIES", ("none", "blocks"))
+    text = planned(capsys, *ASKED, "--recommend", "run_dir=runs/x", "plan.num_images=640", "model.attention=fused")
+    command = text.strip().splitlines()[-1]
+    assert "sequential_stages" not in command and "recompute" not in command
+    assert "train.micro_batch_size=1 " not in f"{command} "  # replaced, not given twice
+    for part in ("CPU memory of one rank, GiB: ", "for a node's 4 ranks", "1000 steps: ", "GPU-days"):
+        assert part in text, part
+
+
+def test_a_run_is_planned_by_its_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Its own model, batch and ranks, not the defaults that the command line would compose without them."""
+    run = tmp_path / "run"
+    config = composed(*SMALL[:7], "engine=zero3", "train.global_batch_size=64", "train.micro_batch_size=4")
+    run.mkdir()
+    (run / "config.yaml").write_text(config_yaml(config))
+    start = {"argv": ["train", "model=demo", "train.global_batch_size=64", f"run_dir={run}"], "world_size": 2}
+    (run / "environment.json").write_text(json.dumps([start]))
+    text = planned(capsys, f"run_dir={run}", "hardware=a100_40gb", "train.micro_batch_size=8", "plan.num_images=640")
+    assert "demo, 64 px" in text and "64 images a step, 8 at a time on each of 2 ranks" in text
+    assert "fits on 2 x A100" in text
+    _, repeated = parse([f"run_dir={run}", "train.micro_batch_size=8", "--recommend"])
+    assert repeated == ["model=demo", "train.global_batch_size=64", f"run_dir={run}", "train.micro_batch_size=8"]
+    with pytest.raises(ConfigError, match="micro_batch"):
+        parse([f"run_dir={run}", "train.micro_batch_size=0"])
+    config, _ = parse([f"run_dir={tmp_path / 'new'}"])
+    assert config.model.name == "base" and "holds no run yet" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     config = composed(*ASKED)
     hardware = fill_from_machine(config.hardware, 4)
-    found = [each for each in candidates(config, hardware, 4) if each.setting.micro_batch_size == 16]
-    peaks = {(each.setting.recompute, each.setting.zero_stage): each.memory.peak for each in found}
-    assert peaks["blocks", 3] < peaks["attention", 3] < peaks["none", 3]
-    text = planned(capsys, *ASKED, f"hardware.memory_gib={0.9 * peaks['none', 3] / GIB}", "--recommend")
+    search = Search(config, hardware, 4)
+    peaks = {policy: search.exact(Setting(3, policy, (), 16)).memory.peak for policy in ("none", "attention", "blocks")}
+    assert peaks["blocks"] < peaks["attention"] < peaks["none"]
+    text = planned(capsys, *ASKED, f"hardware.memory_gib={0.9 * peaks['none'] / GIB}", "--recommend")
     assert "fits on 4 x RTX 4090" in text
-    assert "train.micro_batch_size=16" not in text or "model.recompute=none" not in text
+    assert "train.micro_batch_size=16" not in text or "model.recompute=" in text
     text = planned(capsys, *ASKED, "hardware.memory_gib=0.01", "--recommend")
     assert text.startswith("nothing fits on 4 x RTX 4090") and "GiB more than" in text and "largest part is" in text
     text = planned(capsys, *ASKED, "hardware.memory_gib=0.01")
-    assert "does not fit on 4 x RTX 4090" in text
+    assert "does not fit on 4 x RTX 4090" in text and "--recommend" in text
 
 
-def test_no_odd_micro_batch_is_recommended_where_images_are_mixed_in_pairs() -> None:
+def test_no_odd_micro_batch_is_recommended_where_images_are_mixed_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recommended command would be refused."""
+    monkeypatch.setattr("swinv2_train.planning.search.POLICIES", ("none",))
     for mixing, smallest in (("task.mixup_alpha=0.8", 2), ("task.mixup_alpha=0", 1)):
-        config = composed(*ASKED, "train.micro_batch_size=2", mixing)
-        tried = islice(candidates(config, fill_from_machine(config.hardware, 4), 4), 5)  # of one trace
+        config = composed(*ASKED, "train.micro_batch_size=2", "model.attention=fused", mixing)
+        tried = Search(config, fill_from_machine(config.hardware, 4), 4).estimates
         assert min(each.setting.micro_batch_size for each in tried) == smallest
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(30, "30 s"), (300, "5 minutes"), (7260, "2.02 hours"), (864000, "10 days")]
+)
+def test_a_length_is_in_units_that_a_person_reads(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
 
 
 def test_phases_hold_what_belongs_to_them() -> None:

@@ -22,13 +22,14 @@ from swinv2_train.runtime import (
     available_cores,
     environment,
     environment_record,
+    keep_random_state,
     read_environment,
     record_environment,
     seed_everything,
     set_threads,
 )
 from swinv2_train.storage.atomic import replace_text
-from tests.support.processes import forked_code
+from tests.support.processes import finished, forked_code
 
 
 def draw() -> tuple[float, float, float]:
@@ -79,6 +80,49 @@ def test_a_stop_signal_only_sets_a_flag_also_the_second_time(name: str) -> None:
     assert signal.getsignal(signal.Signals[name]) is before
 
 
+def test_a_signal_is_heard_while_the_main_thread_computes() -> None:
+    """A handler of Python's waits for the end of a backward pass, which may take minutes."""
+    code = """
+import hashlib, os, signal, threading
+from swinv2_train.runtime import StopRequest
+with StopRequest() as stop:
+    stop.told = lambda name, again: print(name, again, flush=True)
+    threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(0.15, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    hashlib.pbkdf2_hmac("sha256", b"x" * 50, b"y", 3_000_000)  # without Python's lock, as torch computes
+    print("computed", stop.requested, flush=True)
+"""
+    done = finished(forked_code(code, stdout=subprocess.PIPE))
+    assert done.returncode == 0 and done.stdout.startswith("SIGTERM False\nSIGINT True\ncomputed SIG"), done.stdout
+
+
+@pytest.mark.parametrize(("saved", "code"), [(True, 3), (False, 128 + signal.SIGTERM)])
+def test_a_wait_whose_result_a_stop_drops_ends_at_once(saved: bool, code: int) -> None:
+    """Listing a slow disk may take long; exit code 3 is for a run that has a checkpoint."""
+    body = f"""
+import os, signal, time
+from swinv2_train.runtime import StopNow, StopRequest
+with StopRequest() as stop:
+    try:
+        with stop.interrupting():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+    except StopNow as stopped:
+        print("stopped by", stopped, flush=True)
+        code = stopped.exit_code({saved})
+os._exit(code)
+"""
+    done = finished(forked_code(body, stdout=subprocess.PIPE))
+    assert done.returncode == code and done.stdout == "stopped by SIGTERM\n"
+
+
+def test_random_states_are_put_back() -> None:
+    put_back = keep_random_state(torch.device("cpu"))
+    first = draw()
+    put_back()
+    assert draw() == first
+
+
 def test_handlers_are_put_back_when_nobody_asked_to_stop() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest():
@@ -123,9 +167,9 @@ time.sleep(60)
             lock.acquire()
         process.kill()
         process.wait()
-        lock.acquire()
-        lock.acquire()  # a second time is no harm
-        assert list(tmp_path.iterdir()) == []
+        assert lock.acquire()
+        assert not lock.acquire()  # a second time is no harm
+    assert list(tmp_path.iterdir()) == []
     nowhere = RunDirLock(tmp_path / "nowhere")
     nowhere.acquire()
     assert not (tmp_path / "nowhere").exists()

@@ -13,6 +13,7 @@ import pytest
 
 from scripts import make_shards
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+from swinv2_train.data.sources.base import open_source
 from tests.support.images import image_bytes
 
 SCRIPTS = Path(make_shards.__file__).parent
@@ -118,13 +119,49 @@ def test_the_shuffle_mixes_classes_and_follows_the_seed(tmp_path):
     assert 4 <= sum(label or 0 for label in first) <= 16
 
 
-def test_a_second_split_with_other_classes_is_refused(tmp_path, capsys):
-    """Its labels would silently mean other classes than the training split's."""
+def test_a_second_split_gets_the_numbers_of_the_first_ones_classes(tmp_path, capsys):
+    """A class that it lacks is fine; one that it has alone would mean something else, or nothing."""
     assert make_shards.main([str(folder(tmp_path / "tr", FILES)), str(tmp_path / "out" / "train")]) == 0
     val = folder(tmp_path / "va", {name: data for name, data in FILES.items() if not name.startswith("cat")})
-    assert make_shards.main([str(val), str(tmp_path / "out" / "val")]) == 2
-    assert "lists 3 classes, SOURCE has 2 (they differ in: cat)" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("val*"))
+    assert make_shards.main([str(val), str(tmp_path / "out" / "val")]) == 0
+    found = {name.split("/")[0]: label for name, (_, label, _) in packed(f"{tmp_path}/out/val-*.tar").items()}
+    assert found == {"ape.big": 0, "dog": 2} and open_manifest(f"{tmp_path}/out/val-*.tar").classes == (
+        "ape.big", "cat", "dog",
+    )  # fmt: skip
+    other = folder(tmp_path / "ot", {"cow/1.jpg": image(1), "dog/2.jpg": image(2)})
+    assert make_shards.main([str(other), str(tmp_path / "out" / "other")]) == 2
+    assert "lists 3 classes, and not SOURCE's cow (1 such classes)" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("other*"))
+
+
+def test_a_pack_that_fails_leaves_no_list_of_classes_behind(tmp_path, capsys):
+    """The next source may have others."""
+    bad = folder(tmp_path / "bad", {"__meta__/a.jpg": image(0), "cat/b.jpg": image(1)})
+    assert make_shards.main([str(bad), str(tmp_path / "out" / "t")]) == 2
+    assert not (tmp_path / "out" / "classes.txt").exists()
+    assert make_shards.main([str(folder(tmp_path / "tr", FILES)), str(tmp_path / "out" / "t")]) == 0
+    for path in (tmp_path / "out").glob("t-*"):
+        path.unlink()
+    new = folder(tmp_path / "new", {"cow/1.jpg": image(1), "dog/2.jpg": image(2)})
+    assert make_shards.main([str(new), str(tmp_path / "out" / "t")]) == 0
+    assert (tmp_path / "out" / "classes.txt").read_text() == "cow\ndog\n"
+
+
+def test_numeric_classes_junk_and_empty_folders_are_packed_as_a_folder_is_read(tmp_path, capsys):
+    """A run on a folder is the run on its shards: "2" comes before "10", and an empty class keeps its place."""
+    names = [f"{number}/{number}.jpg" for number in (0, 1, 2, 9, 10, 11)]
+    source = folder(tmp_path / "src", {name: image(number) for number, name in enumerate(names)})
+    folder(source, {"@eaDir/a.jpg": b"x", "lost+found/a.jpg": b"x", "2/@eaDir/x/t.jpg": b"x", "#recycle/b.jpg": b"x"})
+    (source / "3").mkdir()
+    assert make_shards.main([str(source), str(tmp_path / "out" / "t")]) == 0
+    assert "no image in the class folders 3; they count as classes" in capsys.readouterr().out
+    manifest, unpacked = open_manifest(f"{tmp_path}/out/t-*.tar"), open_source(str(source))
+    assert manifest.classes == unpacked.classes == ("0", "1", "2", "3", "9", "10", "11")
+    labels = {key: label for key, (_, label, _) in packed(f"{tmp_path}/out/t-*.tar").items()}
+    assert labels == {name[:-4]: place for name, place in zip(names, (0, 1, 2, 4, 5, 6), strict=True)}
+    reader = unpacked.open_reader()
+    read = [reader.read(0, index) for index in range(unpacked.num_samples)]
+    assert {sample.key: sample.targets.get("label") for sample in read} == labels
 
 
 @pytest.mark.parametrize(

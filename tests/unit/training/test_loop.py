@@ -21,6 +21,7 @@ from swinv2_train.engine import NonFiniteError
 from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop, saver
+from swinv2_train.training.lr_schedule import RunLength
 from swinv2_train.training.monitor import Monitor
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
@@ -114,6 +115,8 @@ class Log:
 
     def progress(self, *numbers: Any) -> None: ...
 
+    def progress_within(self, *numbers: float) -> None: ...
+
     def say(self, text: str) -> None: ...
 
     def steps_with(self, name: str) -> list[int]:
@@ -147,26 +150,26 @@ def make_run(
     for key, value in (settings | train).items():
         setattr(config.train, key, value)
     losses = Loader(batch_of(float(i + 1), f"train{i}", i % 2) for i in range(accumulation * (total - step)))
-    position = Position(step, 16 * step, losses, world.device)
+    position = Position(step, 16 * step, losses, world.device, 16, 16)
     log, activity, engine, task = Log(), RankActivity(), Engine(), Task()
     return loop.Run(
         config=config, world=world, task=task, engine=engine, position=position,
         saver=Saver(config, world, engine, position, log, activity, step or None),
         monitor=Monitor(config, world, position, total, task.multiply_adds, log, activity),
         eval_loader=Loader([batch_of(3.0, "eval0"), batch_of(5.0, "eval1")]) if evaluation else None, probe=None,
-        accumulation_steps=accumulation, total_steps=total, warmup_steps=0,
+        accumulation_steps=accumulation, length=RunLength(total, total, 0, None),
     )  # fmt: skip
 
 
 def test_each_step_is_taken_and_logged_with_the_rate_of_the_steps_before_it(saved):
     """Step 0 has warmup_lr, the first step after the warm-up the peak: lr_at of the completed steps."""
-    run = replace(make_run(6, log_every_steps=1), warmup_steps=2)
+    run = replace(make_run(6, log_every_steps=1), length=RunLength(6, 6, 2, None))
     run.config.optim.lr = 1.0
     run.config.optim.schedule.name, run.config.optim.schedule.warmup_lr = "linear", 0.2
     assert loop.fit(run, StopRequest())
     assert run.engine.rates == pytest.approx([0.2, 0.6, 1.0, 0.75, 0.5, 0.25])
     assert [run.monitor.log.lines[step]["train/lr"] for step in range(1, 7)] == run.engine.rates
-    again = replace(make_run(6, step=4), warmup_steps=2)
+    again = replace(make_run(6, step=4), length=RunLength(6, 6, 2, None))
     again.config.optim = run.config.optim
     loop.fit(again, StopRequest())
     assert again.engine.rates == pytest.approx([0.5, 0.25])
@@ -309,6 +312,75 @@ def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
         return run.position.step, steps
 
     assert run_distributed(stopped_at, 2, timeout_sec=30) == [(3, [3]), (3, [3])]
+
+
+def test_a_stop_within_a_step_drops_its_work_and_saves_the_step_before(saved):
+    """A step of hours is not waited for.  The random states are those of before it, or the step would be another one
+    when it is taken again."""
+    stop, run, states = StopRequest(), make_run(9, accumulation=4), []
+    run.position.loader = Loader(batch_of(1.0, f"train{i}") for i in range(36))
+
+    def draw(number: int) -> None:
+        states.append((torch.rand(()), np.random.rand()))
+        stop_at(stop, len(run.engine.losses), 9)
+
+    run.engine.before_backward = draw
+    run.engine.before_step = lambda number: states.append((torch.get_rng_state(), np.random.get_state()[1:3]))
+    assert loop.fit(run, stop) is False
+    assert run.position.step == 2 and run.position.images_seen == 32 and [step for step, _, _ in saved] == [2]
+    assert len(run.engine.losses) == 10 and run.position.loader.closed
+    (torch_state, (words, place)) = states[-3]  # after step 2, before two micro-batches
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], words) and np.random.get_state()[2] == place
+
+
+def test_ranks_stop_before_the_same_micro_batch_when_the_signal_reaches_one():
+    """Also between micro-batches, where they do not wait for each other."""
+
+    def stopped_at(world: World) -> tuple[int, list[int], int]:
+        steps: list[int] = []
+        Saver.save = lambda saver, score: steps.append(run.position.step)  # a fork's own
+        stop, run = StopRequest(), make_run(9, accumulation=8, world=world)
+        run.position.loader = Loader(batch_of(1.0, f"train{i}") for i in range(72))
+        if world.rank == 1:
+            run.engine.before_backward = lambda number: stop_at(stop, len(run.engine.losses), 19)
+        loop.fit(run, stop)
+        return run.position.step, steps, len(run.engine.losses)
+
+    (one, other) = run_distributed(stopped_at, 2, timeout_sec=30)
+    assert one == other and one[:2] in ((2, [2]), (3, [3])) and 20 <= one[2] <= 24
+
+
+class Scoring(Loader):
+    """Asks for a stop while its second batch is scored."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__([batch_of(3.0, "eval0"), batch_of(5.0, "eval1"), batch_of(7.0, "eval2")])
+        self.stop, self.given = stop, 0
+
+    def __iter__(self) -> Any:
+        for number in range(3):
+            self.given += 1
+            stop_at(self.stop, number, 1)
+            yield self[number]
+
+
+@pytest.mark.parametrize(("total", "every"), [(6, 2), (2, None)])
+def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(total, every, saved, tmp_path):
+    """Its step is saved; the scores are taken when the run goes on, also where nothing but them is left."""
+    stop = StopRequest()
+    run = make_run(total, eval_every_steps=every)
+    run = replace(run, eval_loader=Scoring(stop))
+    assert loop.fit(run, stop) is False
+    assert [step for step, _, _ in saved] == [2] and run.eval_loader.given < 4
+    assert run.monitor.log.lines[2] == {"images_seen": 32, "val/unfinished": 1, **run.monitor.log.lines[2]}
+    assert run.monitor.log.steps_with("val/loss") == []
+    again = make_run(total, eval_every_steps=every, step=2)
+    again.config.run_dir = str(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "images_seen": 32, "val/unfinished": 1}\n')
+    assert loop.fit(again, StopRequest())
+    assert again.monitor.log.lines[2]["val/loss"] == 4.0 and again.monitor.log.lines[2]["val/unfinished"] == 0
+    assert again.monitor.log.steps_with("val/loss") == ([2, 4, 6] if every else [2])
 
 
 def test_a_step_that_is_not_finite_is_named_and_leaves_no_trace(saved):

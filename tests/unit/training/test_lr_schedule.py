@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from swinv2_train.config import ConfigError, ScheduleConfig
-from swinv2_train.training.lr_schedule import lr_at, total_steps, warmup_steps
+from swinv2_train.training.lr_schedule import Reached, RunLength, lr_at, run_length, total_steps, warmup_steps
 from tests.support.configs import make_config
 
 
@@ -68,3 +68,34 @@ def test_warm_up_in_epochs_becomes_steps_rounded_up():
 
 def test_run_that_ends_inside_its_warm_up_still_warms_up():
     assert lr_at(5, 6, schedule(warmup_steps=10), 10, 1.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("reached", "batch", "last_step"),
+    [
+        (Reached(0, 0, 8, 8), 8, 13),  # 100 images
+        (Reached(6, 48, 8, 8), 8, 13),
+        (Reached(6, 48, 8, 8), 16, 10),  # 52 images left: 4 steps of 16
+        (Reached(6, 48, 8, 8), 4, 19),
+        (Reached(19, 100, 8, 4), 8, 19),  # nothing is left
+        (Reached(20, 160, 8, 8), 8, 20),  # train.epochs was more
+    ],
+)
+def test_a_run_in_epochs_ends_by_images_whatever_the_batches_were(reached, batch, last_step):
+    """The curve stays the one of the run as it began, so that no change of the batch moves the rate."""
+    length = run_length(train(None, 1, batch), schedule(warmup_steps=None, warmup_epochs=0.2), 100, reached)
+    assert length == RunLength(last_step, curve_steps=13, warmup_steps=3, images_per_curve_step=8)
+    assert length.curve_step(reached.step, reached.images_seen) == reached.images_seen / 8
+
+
+def test_a_run_in_steps_counts_steps_and_its_warm_up_in_epochs_does_not_move():
+    length = run_length(train(20, 1, 50), schedule(warmup_steps=None, warmup_epochs=0.5), 100, Reached(6, 60, 10, 10))
+    assert length == RunLength(20, curve_steps=20, warmup_steps=5, images_per_curve_step=None)
+    assert length.curve_step(7, 110) == 7
+
+
+def test_old_checkpoints_say_no_batch_sizes_and_the_mean_stands_for_them():
+    assert Reached.of({"step": 0, "images_seen": 0}, 32) == Reached(0, 0, 32, 32)
+    assert Reached.of({"step": 6, "images_seen": 48}, 32) == Reached(6, 48, 8, 8)
+    new = {"step": 6, "images_seen": 48, "first_batch_size": 16, "batch_size": 4}
+    assert Reached.of(new, 32) == Reached(6, 48, 16, 4)

@@ -171,10 +171,11 @@ def test_a_loader_refuses_batches_that_do_not_divide(tmp_path):
 def test_state_is_one_position_one_count_and_the_identity_of_the_data(tmp_path):
     loader = train_loader(make_shards(tmp_path, 20))
     state = loader.state_dict(36, 2)
-    order = {"seed": 5, "lanes": 4, "window_shards": 2, "manifest": loader.manifest.digest}
+    order = {"seed": 5, "lanes": 4, "window_shards": 2, "manifest": loader.manifest.digest, "num_samples": 20}
     assert state == {"images_seen": 36, "bad_images": 2, **order}
     loader.check_state(state)
-    with pytest.raises(ConfigError, match="data.shards are not the shards of the checkpoint"):
+    refused = r"data.shards are not the shards of the checkpoint \(.*\): 20 images now, 20 then; name the same"
+    with pytest.raises(ConfigError, match=refused):
         loader.check_state({**state, "manifest": "0" * 64})
     with pytest.raises(ConfigError, match=r"data.lanes \(4\) differs from the checkpoint's \(64\)"):
         loader.check_state({**state, "lanes": 64})

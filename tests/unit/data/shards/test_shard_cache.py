@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -21,7 +22,7 @@ from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
-from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache
+from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache, shard_cache_for
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
 from swinv2_train.data.shards.transfers import RetryPolicy
 from tests.support import loaders
@@ -143,6 +144,20 @@ def test_the_cache_is_the_data_sections(tmp_path, monkeypatch):
     assert shard_cache(replace(CONFIG, cache_dir="rel")).folder == f"{os.getcwd()}/rel"
 
 
+def test_local_data_needs_no_cache_and_no_home(tmp_path, monkeypatch):
+    """HOME unset and a user that the system does not know, as in many containers: Path.home() raised, for no need."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert shard_cache_for(f"{tmp_path}/t-*.tar", CONFIG) is None
+    with pytest.raises(ShardError, match="HOME is not set.*set XDG_CACHE_HOME, or data.cache_dir"):
+        shard_cache_for("https://host/t-0.tar", CONFIG)
+    assert shard_cache_for("https://host/t-0.tar", replace(CONFIG, cache_dir=str(tmp_path))) is not None
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Processes
 
@@ -163,6 +178,18 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(tmp_path, server):
         results = pool.map(_read_everything, [(manifest, first) for first in (0, 0, 5, 9)], chunksize=1)
     assert results == [[image_bytes(4 * shard + 3, size=(40, 40)) for shard in range(12)]] * 4
     assert fetched(server) == {f"t-{number:06d}.tar": 1 for number in range(12)}
+
+
+def test_starts_at_one_moment_index_shards_without_a_manifest_once(tmp_path, server):
+    """Whoever waited for another's fetch looks again, and does not fetch what is known by now."""
+    (server.folder / "manifest.json").unlink()
+    server.bytes_per_sec = 200_000  # so that both look before any is there
+    cache = ShardCache(str(tmp_path / "cache"), 2**30, PATIENT)
+    urls = [f"{server.url}/t-{number:06d}.tar" for number in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: cache.entries(urls), range(2))
+    assert first == second and set(first) == set(urls)
+    assert set(fetched(server).values()) == {1}
 
 
 def test_processes_under_a_tight_bound_take_turns(tmp_path, server):

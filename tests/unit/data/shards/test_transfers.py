@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.answers import without_secrets
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
 from swinv2_train.data.shards.transfers import RetryPolicy, base_name, folder_of, redacted, retry, sibling_url
@@ -63,7 +64,7 @@ def test_shards_of_an_address_are_those_of_the_folder_behind_it(tmp_path, server
     """The digest too, so that a run may go on where its shards moved to."""
     manifest = open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
     assert manifest.digest == open_manifest(f"{tmp_path}/served/t-*.tar").digest
-    assert server.gets == {"manifest.json": 1}, "with a manifest nothing else is fetched at the start"
+    assert server.gets == {"manifest.json": 1, "classes.txt": 1}, "with a manifest no shard is fetched at the start"
     assert read_all(manifest) == samples(10)
     assert read_all(manifest) == samples(10)
     assert all(server.gets[f"t-00000{number}.tar"] == 1 for number in range(4)), "fetched once, then kept"
@@ -201,7 +202,7 @@ def test_s3(tmp_path, bucket, pattern):
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("always 404", "1 attempt in 0 s.*FileNotFoundError"), ("always 403", "1 attempt in 0 s.*PermissionError")],
+    [("always 404", "1 attempt in 0 s.*it is not there"), ("always 403", "1 attempt in 0 s.*the server forbids it")],
 )
 def test_s3_errors_are_told_alike(tmp_path, bucket, fault, message):
     bucket.faults["t-000002.tar"] = [fault]
@@ -261,3 +262,137 @@ def test_a_cache_folder_that_cannot_be_used_is_named(tmp_path, server):
     manifest = open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
     with pytest.raises(ShardError, match=message):  # on another host
         read_all(replace(manifest, cache=cache_in(tmp_path / "file")))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the server said decides, from the first request on
+
+
+@pytest.mark.parametrize("absent", [403, 401, 404, 410, 405, 400, "page"])
+def test_a_bucket_that_forbids_what_is_not_there_has_no_manifest(tmp_path, server, absent):
+    """An https bucket says 403 for a name that is not there to who may not list; others answer with a page."""
+    (tmp_path / "served" / "manifest.json").unlink()
+    server.absent, said = absent, []
+    manifest = open_manifest(f"{server.url}/{SHARDS}?sig=secret", progress=said.append, cache=cache_in(tmp_path / "c"))
+    assert read_all(manifest) == samples(10) and manifest.classes is None
+    told = [line for line in said if "manifest.json: the server answers" in line]
+    assert len(told) == (0 if absent in (404, 410) else 1) and "secret" not in " ".join(said)
+
+
+BUSY, ENDED = (500, 503, 429, (503, {"Retry-After": "1"})), ("cut", "stall", "unannounced")
+
+
+@pytest.mark.parametrize(
+    ("file", "fault"),
+    [(file, fault) for file in ("manifest.json", "t-000001.tar") for fault in (*BUSY, *ENDED)]
+    + [(question, fault) for question in ("heads", "listing") for fault in BUSY],
+)
+def test_every_request_is_tried_again_from_the_first_one_on(tmp_path, server, file, fault):
+    """docs/data.md promises it of each: the manifest, the sizes, the listing of a wildcard, the shards."""
+    if file == "heads":
+        server.head_faults["t-000001.tar"] = [fault]
+        server.faults["t-000001.tar"] = [fault]  # its size is asked for by GET then
+    elif file == "listing":
+        server.listing_faults = [fault]
+    else:
+        server.faults[file] = [fault]
+    pattern = "t-*.tar" if file == "listing" else SHARDS
+    cache = cache_in(tmp_path / "cache", RetryPolicy(stall_sec=0.5, give_up_sec=20.0))
+    assert read_all(open_manifest(f"{server.url}/{pattern}", cache=cache)) == samples(10)
+
+
+def test_a_head_that_is_forbidden_is_no_missing_shard(tmp_path, server):
+    """Signed addresses are often for GET alone."""
+    server.head_faults = dict.fromkeys([f"t-00000{number}.tar" for number in range(4)], ["always 403"])
+    assert read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))) == samples(10)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("always 403", r"1 attempt in 0 s, .*HTTP 403 Forbidden: the server forbids it; check your access"),
+        ("always 503", r"\d attempts in \d s, .*HTTP 503 .*: the server is busy; start again later"),
+        ("always 500", r"\d attempts in \d s, .*HTTP 500 .*: the server fails; check the server"),
+        ("always 418", r"1 attempt in 0 s, .*HTTP 418 .*: the server refuses the request; check the address"),
+    ],
+)
+def test_a_size_that_cannot_be_asked_for_is_told_by_what_the_server_said(tmp_path, server, fault, message):
+    """fsspec makes "not found" of all of them; the one at fault is named, not the first of the list."""
+    server.head_faults["t-000002.tar"] = [fault]
+    server.faults["t-000002.tar"] = [fault]
+    with pytest.raises(ShardError, match=f"^{re.escape(server.url)}/t-000002.tar: cannot be fetched, {message}"):
+        open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache", HASTY))
+
+
+def test_a_server_that_says_how_long_it_is_busy_is_left_alone_that_long(tmp_path, server):
+    server.faults["manifest.json"] = [(503, {"Retry-After": "2"})]
+    started = time.monotonic()
+    open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
+    first, second = server.asked_at[:2]
+    assert second - first >= 2 and time.monotonic() - started < 8
+
+
+def test_a_server_that_is_busy_for_longer_than_the_run_waits_is_an_error_at_once(tmp_path, server):
+    """And a date that nobody can read is none."""
+    server.faults["manifest.json"] = [(429, {"Retry-After": "yesterday"}), (429, {"Retry-After": "3600"})]
+    with pytest.raises(
+        ShardError, match="2 attempts .*HTTP 429 .*: the server is busy and asks to be left alone for 3600"
+    ):
+        open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_page_in_the_place_of_a_shard_is_told(tmp_path, server, manifest):
+    """A proxy's page to log in has status 200."""
+    if not manifest:
+        (tmp_path / "served" / "manifest.json").unlink()
+    server.faults["t-000001.tar"] = ["always page"]
+    cache = cache_in(tmp_path / "cache", RetryPolicy(stall_sec=1.0, give_up_sec=8.0))
+    with pytest.raises(ShardError, match="t-000001.tar: cannot be fetched, 3 attempts .*a web page came .*to log in"):
+        read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache))
+    server.head_faults["t-000001.tar"] = ["always page"]
+    if manifest:
+        with pytest.raises(ShardError, match="t-000001.tar: a web page came in the place of the file"):
+            open_manifest(f"{server.url}/{SHARDS}", cache=cache)
+
+
+def test_a_shard_without_a_manifest_that_ended_early_is_fetched_again(tmp_path, server):
+    """Without a length nobody but the tar itself can tell; what comes twice alike is the file."""
+    (tmp_path / "served" / "manifest.json").unlink()
+    server.faults["t-000001.tar"] = ["unannounced"]
+    assert read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))) == samples(10)
+
+
+def test_redirects_are_followed_and_a_circle_of_them_is_told(tmp_path, server):
+    """Release pages and buckets redirect; the address that is asked for stays the shard's name."""
+    (tmp_path / "served" / "far.tar").write_bytes((tmp_path / "served" / "t-000001.tar").read_bytes())
+    far = (302, {"Location": f"{server.url}/far.tar"})
+    server.faults["t-000001.tar"], server.head_faults["t-000001.tar"] = [far], [far]
+    assert read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache"))) == samples(10)
+    circle = (302, {"Location": f"{server.url}/t-000002.tar"})
+    server.faults["t-000002.tar"] = [circle] * 30
+    with pytest.raises(ShardError, match="1 attempt .*TooManyRedirects.*it redirects in a circle"):
+        read_all(open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "other")))
+
+
+def test_a_listing_is_told_by_what_the_server_said(tmp_path, server):
+    server.listing_faults = ["always 403"]
+    with pytest.raises(ShardError, match=r"cannot be listed, 1 attempt .*HTTP 403 Forbidden: the server forbids it"):
+        open_manifest(f"{server.url}/t-*.tar", cache=cache_in(tmp_path / "cache"))
+    with pytest.raises(ShardError, match=r"127.0.0.1:9/t-\*.tar: cannot be listed, .*cannot be reached"):
+        open_manifest("http://127.0.0.1:9/t-*.tar", cache=cache_in(tmp_path / "cache", RetryPolicy(0.4, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "Cannot connect to https://me:pw@host/a/b.tar?X-Amz-Signature=s&x=1: no",
+            "Cannot connect to https://host/a/b.tar no",
+        ),
+        ("url='https://h/x?token=s'", "url='https://h/x'"),
+        ("no address", "no address"),
+    ],
+)
+def test_addresses_within_a_text_lose_their_secrets(text, shown):
+    assert without_secrets(text) == shown

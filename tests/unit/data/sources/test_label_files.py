@@ -36,15 +36,26 @@ def write(folder: Path, content: Any) -> str:
 def test_a_list_is_in_the_order_of_imagenets_validation_images(shards, tmp_path):
     """Entry n - 1 belongs to ILSVRC2012_val_0000000n, in whatever folder or shard; the rest belongs to none."""
     path = write(tmp_path, [[3], [], [1, 2], [0], [4], [9], [9]])
-    overrides, unused = read_label_overrides(path, shards(IMAGENET), 5, "labels")
+    overrides, unused, by_number = read_label_overrides(path, shards(IMAGENET), 5, "labels")
     keys = [IMAGENET.format(number) for number in range(1, 6)]
-    assert overrides == dict(zip(keys, [(3,), (), (1, 2), (0,), (4,)], strict=True)) and unused == 2
+    assert overrides == dict(zip(keys, [(3,), (), (1, 2), (0,), (4,)], strict=True)) and unused == 2 and by_number
 
 
 def test_an_object_is_by_sample_key(shards, tmp_path):
     path = write(tmp_path, {"005": [0], "001": [3], "002": [], "003": [1, 2], "004": [2], "other": [99]})
-    overrides, unused = read_label_overrides(path, shards(), 5, "labels")
+    overrides, unused, _ = read_label_overrides(path, shards(), 5, "labels")
     assert overrides == {"001": (3,), "002": (), "003": (1, 2), "004": (2,), "005": (0,)} and unused == 1
+
+
+def test_classes_may_be_named_where_the_models_names_are_known(shards, tmp_path):
+    """Names mean the same for every model; an unknown one is no class, and is named."""
+    path = write(tmp_path, {"001": ["dog"], "002": [0], "003": [], "004": ["cat", "e\u0301t\u00e9"], "005": ["cat"]})
+    names = ("cat", "dog", "\u00e9t\u00e9")
+    source = shards()
+    overrides, _, by_number = read_label_overrides(path, source, 3, "labels", names)
+    assert overrides == {"001": (1,), "002": (0,), "003": (), "004": (0, 2), "005": (0,)} and by_number
+    with pytest.raises(ConfigError, match=r"the class 'dog' of '001' is none of the model's; there are cat, cow"):
+        read_label_overrides(path, source, 2, "labels", ("cat", "cow"))
 
 
 WRONG = {
@@ -56,7 +67,7 @@ WRONG = {
     "a class of another model": ([[1]] * 4 + [[5]], r"the class 5 of '.*_00000005' is not within 0..4"),
     "a negative class": ([[1]] * 4 + [[-1]], r"the class -1 of"),
     "numbers for lists": ([1] * 5, r"the entry of '.*_00000001' is 1; it must be a list of classes"),
-    "text for numbers": ([["1"]] * 5, r"is \['1'\]; it must be a list"),
+    "a name where there are none": ([["1"]] * 5, r"the class '1' of .* is none of the model's, for .* have no names"),
     "true for a number": ([[True]] * 5, r"is \[True\]; it must be a list"),
     "nothing right at all": ([[]] * 5, r"no image has a right class"),
 }
