@@ -28,6 +28,7 @@ CASES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "stage", "precision", "persistence"), CASES)
 def test_resume_in_fresh_processes_is_bit_exact(name, stage, precision, persistence, tmp_path):
     """Losses, norms, weights and the drop path's random numbers, with accumulation and clipping; and saving does not

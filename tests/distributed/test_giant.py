@@ -3,8 +3,8 @@
 DeepSpeed's own ZeRO-3 engine runs on rank 0 of 16, over torch's fake process group, with the model at its full width
 and input, and of its third stage one period of its extra norms: 6 blocks and the first of the next, instead of 42.
 Tensors are fake (torch's FakeTensorMode: shapes, dtypes and devices without memory), so every operation of forward,
-loss, backward, reduction and AdamW checks its operands, and none computes.  What is asked of a value (is the norm
-finite?) is answered with 1.  What the numbers are is the matter of test_construct.py and test_swin_engines.py.
+loss, backward, reduction and AdamW checks its operands, and none computes.  What is asked of a value (is the
+norm finite?) is answered with 1.  What the numbers are is the matter of test_construct.py and test_swin_engines.py.
 """
 
 from __future__ import annotations

@@ -22,13 +22,17 @@ import torch
 
 from swinv2_train.distributed import World, init_distributed, shutdown_distributed
 
-IMPORTED_BY_INITIALIZE = [
+IMPORTED_BY_A_RUN = [
     "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "swinv2_train.engine.deepspeed.engine",
     "swinv2_train.engine.local",
+    "swinv2_train.report.plots",
+    "swinv2_train.tasks.simmim",
     "swinv2_train.training.param_groups",
 ]
 
@@ -85,7 +89,7 @@ def warm_up() -> None:
 
     import_deepspeed()
     with quick_initialize():
-        for name in IMPORTED_BY_INITIALIZE:
+        for name in IMPORTED_BY_A_RUN:
             importlib.import_module(name)
     make_config()
 

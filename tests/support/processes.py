@@ -63,7 +63,7 @@ def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.P
 
 
 def forked_torchrun(ranks: int, module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`torchrun --standalone --nproc-per-node ranks -m module arguments`: its agent a fork, its ranks forks of it."""
+    """`torchrun --standalone --nproc-per-node ranks -m module arguments`: the agent a fork, ranks forks of that."""
     warm_up()
     main = importlib.import_module(module).main
 

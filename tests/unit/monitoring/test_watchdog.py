@@ -99,6 +99,7 @@ console.say("done")
     assert status_of(tmp_path)["state"] == "done" and not (tmp_path / "stacks").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_time_in_which_the_process_was_stopped_or_debugged_does_not_count(tmp_path):
     """Ctrl-Z and fg; a scheduler that suspends; a person at a breakpoint."""
