@@ -24,10 +24,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train import __version__
-from swinv2_train.config.arguments import check_once, prepared
+from swinv2_train.config.arguments import check_once, prepared, without_launchers
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, exit_code_of
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, home_expanded, load_config, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
@@ -71,7 +71,9 @@ def run_on_weights(
             print(key_help(arguments) or usage)
             return EXIT_DONE
         check_once(arguments)
-        config, request = parse([argument for argument in arguments if argument not in ("--cfg", "job")])
+        config, request = parse(
+            [argument for argument in without_launchers(arguments) if argument not in ("--cfg", "job")]
+        )
         if "--cfg" in arguments:
             print(config_yaml(config), end="")
         else:
@@ -88,13 +90,15 @@ def say_version() -> int:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback."""
+    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback or one
+    line about an outage.
+    """
     try:
         return command()
     except ConfigError as error:
         if (speaker := _speaker()) is not None:
             print(f"error: {speaker}{error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return exit_code_of(error)
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED

@@ -149,6 +149,14 @@ class ShardCache:
             if self._fetch(shard.url, shard.size, shard.sha256, wait, started) is None:
                 return None
 
+    def incoming(self) -> int:
+        """A number that changes while any process of this host fetches something: the bytes of what has come so far."""
+        total = 0
+        for part in Path(self.folder).glob("*/*.part"):
+            with contextlib.suppress(OSError):
+                total += part.stat().st_size
+        return total
+
     def _their_entries(self, url: str) -> dict[str, Any]:
         """What the manifest beside the shard says; nothing where there is none."""
         address = sibling_url(url, MANIFEST_NAME)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from swinv2_train.data.sample import ShardError
+from swinv2_train.data.sample import ShardError, ShardOutageError
 
 Result = TypeVar("Result")
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 0.5, 60.0
@@ -137,7 +137,8 @@ def download(url: str, destination: str, retry_policy: RetryPolicy) -> None:
 def retry(what: str, attempt: Callable[[], Result], retry_policy: RetryPolicy, waited_sec: float = 0.0) -> Result:
     """The result of `attempt`, repeated with growing, randomly shortened pauses until retry_policy.give_up_sec is over.
 
-    what: the redacted address, for the error.  waited_sec: counts as already spent.  Raises ShardError.
+    what: the redacted address, for the error.  waited_sec: counts as already spent.  Raises ShardError, and
+    ShardOutageError where another time may do.
     """
     started = time.monotonic() - waited_sec
     jitter = random.Random()  # its own: the global generator belongs to the training
@@ -152,8 +153,9 @@ def retry(what: str, attempt: Callable[[], Result], retry_policy: RetryPolicy, w
             mismatches += isinstance(error, MismatchError)
             spent = time.monotonic() - started
             pause = min(_FIRST_PAUSE_SEC * 2 ** (attempts - 1), _LONGEST_PAUSE_SEC) * jitter.uniform(0.5, 1.0)
+            wrong = _final(error) or isinstance(error, MismatchError)
             if _final(error) or mismatches >= _MISMATCHES or spent + pause > retry_policy.give_up_sec:
-                raise ShardError(
+                raise (ShardError if wrong else ShardOutageError)(
                     f"{what}: cannot be fetched, {attempts} attempt{'s' * (attempts > 1)} in {spent:.0f} s, the last "
                     f"ended with: {_text(error)}; {_remedy(error)}"
                 ) from error
