@@ -36,7 +36,7 @@ def load_config(composed: DictConfig) -> Config:
     schema.task = OmegaConf.structured(TASKS[task_name])
     _check_keys(composed, TASKS[task_name])
     try:
-        merged = OmegaConf.merge(schema, composed)
+        merged = typing.cast(DictConfig, OmegaConf.merge(schema, composed))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(_missing(missing))
         _expand_homes(merged, TASKS[task_name])
