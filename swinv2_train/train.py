@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_sta
 from swinv2_train.checkpoint.finding import step_of
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import run_command
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, exit_code_of
 from swinv2_train.config.shown import shown
 from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.data.loading.workers import worker_death
+from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.distributed import World, init_distributed, on_main, shutdown_distributed
 from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.evaluation.probe import Probe, build_probe
@@ -88,7 +90,9 @@ def train(config: Config) -> int:
         with open_console(run_dir, world.rank) as console:
             activity = RankActivity()
             stop.told = partial(acknowledge, console, activity, accumulation)
-            heartbeat = Heartbeat(activity, run_dir, world.rank, world.world_size, config.runtime, console).start()
+            heartbeat = Heartbeat(
+                activity, run_dir, world.rank, world.world_size, config.runtime, console, incoming_data(config)
+            ).start()
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
             exit_code, reason = EXIT_FAILED, None
             try:
@@ -108,7 +112,7 @@ def train(config: Config) -> int:
                     with activity.doing(ENDING):
                         log_artifacts(config, log)
             except ConfigError as error:
-                exit_code, reason = EXIT_USER_ERROR, str(error)
+                exit_code, reason = exit_code_of(error), str(error)
                 raise
             except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
                 told = worker_death(raised) or raised
@@ -187,6 +191,12 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
     groups = build_param_groups(task.module, config.optim)
     initial = initial_weights(config, task, world, sources.classes) if newest is None else None
     return Start(newest, reached, length, sources, probe, task, groups, initial)
+
+
+def incoming_data(config: Config) -> Callable[[], object]:
+    """What changes while shards of an address are on their way to this host."""
+    cache = shard_cache_for(f"{config.data.shards}::{config.data.eval_shards}", config.data)
+    return (lambda: None) if cache is None else cache.incoming
 
 
 def log_artifacts(config: Config, log: RunLog) -> None:

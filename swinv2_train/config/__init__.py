@@ -3,7 +3,7 @@
 Knows nothing else of the project, and is the only package that knows Hydra.
 """
 
-from swinv2_train.config.errors import ConfigError, MachineError
+from swinv2_train.config.errors import ConfigError, MachineError, OutageError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.planner import HardwareConfig, PlanConfig
@@ -51,6 +51,7 @@ __all__ = [
     "MachineError",
     "ModelConfig",
     "OptimConfig",
+    "OutageError",
     "PIPE",
     "PROBE_SCORES",
     "PlanConfig",

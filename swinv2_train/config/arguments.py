@@ -26,6 +26,8 @@ _WITH_VALUE = {
     "--info",
 }  # fmt: skip
 """Flags of Hydra's that take the next word."""
+_OF_LAUNCHER = re.compile(r"--local[-_]rank=\d+")
+"""What deepspeed and torch.distributed.launch add for each process; its environment says the same."""
 _QUOTE = "quote the whole word, so that the shell leaves braces, *, spaces and ~ alone"
 _EXAMPLE = "'data.shards=DIR/train-{000000..000009}.tar'"
 
@@ -69,6 +71,11 @@ def check_once(arguments: Sequence[str]) -> None:
                 raise ConfigError(f"{above}={value} and {_said(one)} set the same section; give its keys in one way")
 
 
+def without_launchers(arguments: Sequence[str]) -> list[str]:
+    """What the user has typed, without the words that a launcher adds for each of its processes."""
+    return [word for word in arguments if not _OF_LAUNCHER.fullmatch(word)]
+
+
 def last_of_each(arguments: Sequence[str]) -> list[str]:
     """A program's own overrides with others laid over them: of each key the last one."""
     words = {word if isinstance(word, str) else word.key: word for word in _parsed(arguments)}
@@ -78,7 +85,7 @@ def last_of_each(arguments: Sequence[str]) -> list[str]:
 def _parsed(arguments: Sequence[str]) -> Iterator[str | _Given]:
     """Flags, with the words that belong to them, as they are; the others taken apart."""
     takes_next, before = False, ""
-    for word in arguments:
+    for word in without_launchers(arguments):
         if takes_next or (word.startswith("-") and "=" not in word) or word.startswith("--"):
             takes_next = word in _WITH_VALUE
             yield word

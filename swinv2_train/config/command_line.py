@@ -27,10 +27,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train import __version__
-from swinv2_train.config.arguments import check_once, prepared
+from swinv2_train.config.arguments import check_once, prepared, without_launchers
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError, MachineError
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, exit_code_of
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, home_expanded, load_config, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
@@ -82,7 +82,9 @@ def run_on_weights(
             print(key_help(arguments) or usage)
             return EXIT_DONE
         check_once(arguments)
-        config, request = parse([argument for argument in arguments if argument not in ("--cfg", "job")])
+        config, request = parse(
+            [argument for argument in without_launchers(arguments) if argument not in ("--cfg", "job")]
+        )
         if "--cfg" in arguments:
             print(config_yaml(config), end="")
         else:
@@ -106,7 +108,7 @@ def say_version() -> int:
 
 def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) -> int:
     """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1: after one line about the
-    machine, or a traceback.
+    machine or an outage, or a traceback.
 
     interrupted: the exit code after Ctrl-C, where the command itself does not answer it.
     """
@@ -116,7 +118,7 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
     except ConfigError as error:
         if (speaker := _speaker()) is not None:
             print(f"error: {speaker}{str(error).replace(chr(10), _NEXT_LINE)}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return exit_code_of(error)
     except MachineError as error:  # of this rank alone
         print(f"error: {_speaker() or ''}{error}", file=sys.stderr)
         return EXIT_FAILED

@@ -21,8 +21,13 @@ class MachineError(RuntimeError):
     process of ours was killed.
 
     It says nothing of the input, so no policy for damaged input applies: the command stops with one message and exit
-    code 1, and may be started again.  Its message is escaped and cut as that of a ConfigError is.
+    code 1, for a scheduler starts no run again whose input is wrong.  Its message is escaped and cut as that of a
+    ConfigError is.
     """
 
     def __init__(self, message: object = "") -> None:
         super().__init__(shown(message, TRACEBACK_CHARACTERS, lines=True))
+
+
+class OutageError(ConfigError, MachineError):
+    """A MachineError that every rank raises alike, as a ConfigError is raised: rank 0 alone says it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from swinv2_train.config.errors import ConfigError, MachineError
+
 EXIT_DONE = 0
 
 
@@ -12,3 +14,8 @@ EXIT_USER_ERROR = 2
 
 
 EXIT_STOPPED = 3
+
+
+def exit_code_of(error: ConfigError) -> int:
+    """2 for wrong input, and 1 for an outage, after which the same command may succeed."""
+    return EXIT_FAILED if isinstance(error, MachineError) else EXIT_USER_ERROR

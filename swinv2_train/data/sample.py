@@ -13,11 +13,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, cast
 
-from swinv2_train.config import ConfigError, MachineError
+from swinv2_train.config import ConfigError, MachineError, OutageError
 
 
 class ShardError(ConfigError):
     """A shard, or the pattern that names shards, is wrong; never swallowed by the policy for damaged samples."""
+
+
+class ShardOutageError(ShardError, OutageError):
+    """A shard cannot be fetched for now: its server or the network does not answer, or says that it is busy."""
 
 
 class SampleError(ConfigError):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, MachineError, OutageError
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def raise_together(error: BaseException | None) -> None:
         if error is not None:
             raise error
         return
-    mine = None if error is None else (isinstance(error, ConfigError), _text_of(error))
+    mine = None if error is None else (_kind_of(error), _text_of(error))
     everyone = gather_objects(mine)
     ranks_by_text: dict[str, list[int]] = {}
     for rank, entry in enumerate(everyone):
@@ -127,9 +127,11 @@ def raise_together(error: BaseException | None) -> None:
     if not ranks_by_text:
         return
     if all(entry is None or entry[0] for entry in everyone):
+        kinds = {entry[0] for entry in everyone if entry is not None}
+        kind = OutageError if kinds == {OutageError} else ConfigError
         if len(ranks_by_text) == 1 and all(entry is not None for entry in everyone):
-            raise ConfigError(next(iter(ranks_by_text))) from error
-        raise ConfigError(_listed(ranks_by_text)) from error
+            raise kind(next(iter(ranks_by_text))) from error
+        raise kind(_listed(ranks_by_text)) from error
     raise RankError(_listed(ranks_by_text)) from error
 
 
@@ -145,8 +147,15 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
+def _kind_of(error: BaseException) -> type[ConfigError] | None:
+    """What it is to all ranks: a ConfigError, among these what is the machine's, or neither."""
+    if isinstance(error, MachineError):
+        return OutageError
+    return ConfigError if isinstance(error, ConfigError) else None
+
+
 def _text_of(error: BaseException) -> str:
-    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ConfigError | MachineError) else f"{type(error).__name__}: {error}"
 
 
 def _listed(ranks_by_text: dict[str, list[int]]) -> str:
@@ -163,15 +172,16 @@ def on_main(world: World, function: Callable[[], Any]) -> Any:
     """
     result: Any = None
     problem: str | None = None
+    kind: type[ConfigError] | None = ConfigError
     if world.is_main:
         try:
             result = function()
-        except (ConfigError, OSError) as error:
-            problem = str(error)
+        except (ConfigError, MachineError, OSError) as error:
+            problem, kind = str(error), _kind_of(error) or ConfigError
         except Exception:
-            broadcast_object((None, f"rank 0 failed:\n{traceback.format_exc()}", False))
+            broadcast_object((None, f"rank 0 failed:\n{traceback.format_exc()}", None))
             raise
-    result, problem, expected = broadcast_object((result, problem, True))
+    result, problem, kind = broadcast_object((result, problem, kind))
     if problem is not None:
-        raise ConfigError(problem) if expected else RuntimeError(problem)
+        raise RuntimeError(problem) if kind is None else kind(problem)
     return result

@@ -91,7 +91,9 @@ def _announced_ranks() -> dict[str, int]:
     except ValueError as error:
         raise ConfigError(f"{sorted(names)} in the environment must be whole numbers: {error}") from error
     found.setdefault("LOCAL_RANK", 0)
-    found.setdefault("LOCAL_WORLD_SIZE", found["LOCAL_RANK"] + 1)
+    of_deepspeed = os.environ.get("LOCAL_SIZE", "")  # its launcher's name for it
+    here = int(of_deepspeed) if of_deepspeed.isdigit() else found["LOCAL_RANK"] + 1
+    found.setdefault("LOCAL_WORLD_SIZE", here)
     return found
 
 

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -136,7 +136,10 @@ class Heartbeat:
         world_size: int,
         config: RuntimeConfig,
         console: Console,
+        incoming: Callable[[], object] = lambda: None,
     ) -> None:
+        """incoming: what it gives changes while data is on its way to this host; a wait for it is no hang."""
+        self._incoming, self._came = incoming, incoming()
         self.activity, self.run_dir, self.rank, self.world_size = activity, run_dir, rank, world_size
         self.hang_timeout_sec, self.console = config.hang_timeout_sec, console
         self._patience_sec = max(config.hang_timeout_sec or 0, config.process_group_timeout_sec)
@@ -221,13 +224,18 @@ class Heartbeat:
         """
         assert self.hang_timeout_sec is not None
         awake_at, progress, idle_sec = time.monotonic(), -1, 0.0
+        moves: dict[int, int] | None = None
         while not self._closed.wait(self.every_sec):
             faulthandler.dump_traceback_later(3 * self.hang_timeout_sec, exit=True, file=2)
             now = time.monotonic()
             idle_sec += min(now - awake_at, self.every_sec)  # more, and the whole process was stopped meanwhile
             awake_at = now
+            self._look_for_data()
             if self.activity.progress_count != progress or self._in_debugger():
                 progress, idle_sec = self.activity.progress_count, 0.0
+            before, moves = moves, self._moves_of_waiting() if idle_sec > self._limit_sec() / 2 else None
+            if before is not None and moves is not None and moves != before:
+                idle_sec = 0.0
             if idle_sec > self._limit_sec():
                 self._closed.set()  # the last word is the report's
                 self.activity.changed.set()
@@ -238,6 +246,17 @@ class Heartbeat:
                 reporter.join(self.every_sec + _REPORT_SEC)
                 os._exit(EXIT_FAILED)
         faulthandler.cancel_dump_traceback_later()
+
+    def _look_for_data(self) -> None:
+        """Data that comes, however slowly, is a move of who waits for it."""
+        if self.activity.current == DATA_WAIT and (came := self._incoming()) != self._came:
+            self._came = came
+            self.activity.mark_progress()
+
+    def _moves_of_waiting(self) -> dict[int, int]:
+        """The moves of other ranks that wait for data, for whom this one waits; by their signs of life."""
+        others = read_ranks(self.run_dir) if self.activity.current in STEP else {}
+        return {rank: sign["moves"] for rank, sign in others.items() if sign.get("doing") == DATA_WAIT}
 
     def _limit_sec(self) -> float:
         assert self.hang_timeout_sec is not None

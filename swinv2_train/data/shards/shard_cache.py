@@ -176,6 +176,14 @@ class ShardCache:
             if self._fetch(shard.url, shard.size, shard.sha256, wait, started) is None:
                 return None
 
+    def incoming(self) -> int:
+        """A number that changes while any process of this host fetches something: the bytes of what has come so far."""
+        total = 0
+        for part in Path(self.folder).glob("*/*.part"):
+            with contextlib.suppress(OSError):
+                total += part.lstat().st_size
+        return total
+
     def _open_compared(self, path: Path, shard: RemoteShard) -> int | None:
         """A descriptor of a shard that is the one its manifest knows, and has its index; None when it is to be fetched.
 

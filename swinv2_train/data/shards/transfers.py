@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from swinv2_train.data.sample import ShardError
+from swinv2_train.data.sample import ShardError, ShardOutageError
 from swinv2_train.data.shards.answers import Kind, MismatchError, answer_of, text_of
 
 Result = TypeVar("Result")
@@ -190,7 +190,7 @@ def retry(
 
     A server that says how long it is busy (Retry-After) is left alone that long.  what: the redacted address, for the
     error; failed: what could not be done with it.  waited_sec: counts as already spent.  abandon: another thread sets
-    it to end this.  Raises ShardError.
+    it to end this.  Raises ShardError, and ShardOutageError where another time may do.
     """
     started = time.monotonic() - waited_sec
     jitter = random.Random()  # its own: the global generator belongs to the training
@@ -211,9 +211,10 @@ def retry(
             pause = min(_FIRST_PAUSE_SEC * 2 ** (attempts - 1), _LONGEST_PAUSE_SEC) * jitter.uniform(0.5, 1.0)
             pause = max(pause, answer.wait_sec or 0.0)
             abandoned = abandon is not None and abandon.is_set()
+            wrong = not answer.again or answer.kind in (Kind.MISMATCH, Kind.PAGE)
             if abandoned or not answer.again or mismatches >= _MISMATCHES or spent + pause > retry_policy.give_up_sec:
                 asked = f" and asks to be left alone for {answer.wait_sec:.0f} s" if answer.wait_sec else ""
-                raise ShardError(
+                raise (ShardError if wrong else ShardOutageError)(
                     f"{what}: {failed}, {attempts} attempt{'s' * (attempts > 1)} in {spent:.0f} s, the last "
                     f"ended with: {text_of(error)}: {answer.kind.value}{asked}; {answer.remedy}"
                 ) from error

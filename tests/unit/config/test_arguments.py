@@ -172,3 +172,16 @@ def test_the_version_is_ours(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         run_command(lambda config: pytest.fail("nothing runs"))
     assert left.value.code == 0 and re.fullmatch(r"swinv2_train \S+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("word", ["--local_rank=1", "--local-rank=0"])
+def test_the_words_of_other_launchers_are_let_by(word, monkeypatch, capsys):
+    """deepspeed and torch.distributed.launch put them before what the user typed; the environment says the same."""
+    monkeypatch.setattr(sys, "argv", ["train", word, *NEEDED])
+    assert compose_argv() == compose_overrides(list(NEEDED))
+    monkeypatch.setattr(
+        sys, "argv", ["export", word, "weights=w", "format=timm", "out=o.pth", "task=classify", "--cfg", "job"]
+    )
+    with pytest.raises(SystemExit) as left:
+        export.main()
+    assert left.value.code == 0 and "num_classes" in capsys.readouterr().out

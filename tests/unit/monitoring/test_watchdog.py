@@ -25,7 +25,8 @@ from swinv2_train.monitoring.watchdog import FIRST_STEP, TRAINING, Heartbeat, Ra
 run_dir, timeout = Path(sys.argv[1]), float(sys.argv[2])
 config = make_config(runtime={"hang_timeout_sec": timeout, "process_group_timeout_sec": 3 * timeout}).runtime
 console, activity = open_console(run_dir, 0), RankActivity()
-heartbeat = Heartbeat(activity, run_dir, 0, 1, config, console).start()
+came = [0]
+heartbeat = Heartbeat(activity, run_dir, 0, 1, config, console, lambda: came[0]).start()
 """
 
 
@@ -232,3 +233,39 @@ def test_a_limit_that_would_end_a_healthy_run_is_refused(overrides, message):
         composed(["run_dir=r", "data.shards=s.tar", *overrides])
     composed(["run_dir=r", "data.shards=s.tar", "runtime.hang_timeout_sec=600"])
     composed(["run_dir=r", "data.shards='s3://b/s.tar'", "runtime.hang_timeout_sec=null"])
+
+
+WAITING = """
+activity.step_done(1)
+activity.enter("waiting for data")
+deadline = time.monotonic() + 2.5
+while time.monotonic() < deadline:
+    time.sleep(0.05)
+    came[0] += MOVES
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("moves", "code"), [("1", 0), ("0", 1)])
+def test_a_download_that_moves_is_no_hang_and_one_that_stands_still_is(moves, code, tmp_path):
+    """A large shard on a slow line takes longer than runtime.hang_timeout_sec; main only waits for it meanwhile."""
+    process = start(tmp_path, WAITING.replace("MOVES", moves), timeout_sec=0.8)
+    out, _ = process.communicate(timeout=40)
+    assert process.returncode == code, out
+
+
+@pytest.mark.parametrize(("doing", "code"), [("waiting for data", 0), ("training", 1)])
+def test_a_rank_waits_for_another_whose_download_moves(doing, code, tmp_path):
+    """It sees the other's moves in its signs of life, as long as that one says that it waits for data."""
+    body = WAITING.replace("waiting for data", "training").replace(
+        "came[0] += MOVES",
+        "other['moves'] += 1; (run_dir / 'health' / 'rank_00001.json').write_text(json.dumps(other))",
+    )
+    sign = {
+        "rank": 1, "moves": 0, "doing": doing, "doing_since": 0.0, "updated_at": time.time() + 100, "step": 1,
+        "host": "other", "pid": 1, "state": "running", "reason": None,
+    }  # fmt: skip
+    other = f"import json\nother = {sign!r}\n"
+    process = start(tmp_path, other + body, timeout_sec=0.8)
+    out, _ = process.communicate(timeout=40)
+    assert process.returncode == code, out

@@ -161,6 +161,22 @@ def test_the_cache_is_the_data_sections(tmp_path, monkeypatch):
     assert shard_cache(replace(CONFIG, cache_dir="rel")).folder == f"{os.getcwd()}/rel"
 
 
+def test_what_comes_in_slowly_changes_a_number(tmp_path, server):
+    """The watchdog's sign that a shard which is still being fetched is no hang."""
+    server.bytes_per_sec = 40_000
+    cache = ShardCache(str(tmp_path / "cache"), 2**30, PATIENT)
+    assert cache.incoming() == 0
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(cache.entries, [f"{server.url}/t-000000.tar"])
+        (server.folder / "manifest.json").unlink()
+        seen = set()
+        while not fetching.done():
+            seen.add(cache.incoming())
+            time.sleep(0.05)
+        fetching.result()
+    assert len(seen) > 2 and cache.incoming() == 0
+
+
 def test_local_data_needs_no_cache_and_no_home(tmp_path, monkeypatch):
     """HOME unset and a user that the system does not know, as in many containers: Path.home() raised, for no need."""
 

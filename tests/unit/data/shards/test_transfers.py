@@ -11,11 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.answers import without_secrets
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import guarded
+from swinv2_train.data.sample import ShardError, ShardOutageError
+from swinv2_train.data.shards.answers import MismatchError, without_secrets
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
-from swinv2_train.data.shards.transfers import RetryPolicy, base_name, folder_of, redacted, retry, sibling_url
+from swinv2_train.data.shards.transfers import (
+    RetryPolicy,
+    base_name,
+    folder_of,
+    redacted,
+    retry,
+    sibling_url,
+)
+from swinv2_train.distributed import on_main, raise_together
 from tests.support.images import image_bytes
 from tests.support.shard_files import samples, write_plain_tar
 from tests.support.shard_server import serve
@@ -396,3 +406,50 @@ def test_a_listing_is_told_by_what_the_server_said(tmp_path, server):
 )
 def test_addresses_within_a_text_lose_their_secrets(text, shown):
     assert without_secrets(text) == shown
+
+
+class Busy(Exception):
+    status = 503
+
+
+class Gone(Exception):
+    status = 404
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(Busy(), 1), (TimeoutError("no byte came"), 1), (Gone(), 2), (MismatchError("other bytes"), 2)]
+)
+def test_an_outage_is_no_wrong_input(error, code, capsys, monkeypatch):
+    """Exit code 2 tells a scheduler never to try again; a server that was busy for a while deserves another start."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def attempt() -> None:
+        raise error
+
+    def command() -> int:
+        retry("https://host/a.tar", attempt, RetryPolicy(stall_sec=1.0, give_up_sec=0.0))
+        return 0
+
+    assert guarded(command) == code
+    assert capsys.readouterr().err.startswith("error: https://host/a.tar: cannot be fetched, 1 attempt in 0 s")
+
+
+def test_an_outage_is_one_on_every_rank(run_distributed):
+    """srun's exit code is the largest of its tasks': one rank's 2 for another's outage would end the requeueing."""
+
+    def command(world) -> tuple[str, str]:
+        def fails() -> None:
+            raise ShardOutageError("busy")
+
+        found = []
+        for ask in (
+            lambda: on_main(world, fails),
+            lambda: raise_together(ShardOutageError("busy") if world.rank else None),
+        ):
+            try:
+                ask()
+            except ConfigError as error:
+                found.append(type(error).__name__)
+        return tuple(found)
+
+    assert run_distributed(command, 2, timeout_sec=30) == [("OutageError", "OutageError")] * 2
