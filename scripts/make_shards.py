@@ -13,22 +13,34 @@ once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-import tarfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from swinv2_train.config import EXIT_FAILED, EXIT_USER_ERROR, MachineError
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
 from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import CLASSES_NAME, class_names_text, listed, read_class_names
-from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS
+from swinv2_train.data.sample import ShardError, lacking
 from swinv2_train.data.shards.tar_reader import Manifest, reindex, shard_files, verify_shards, write_shards
-from swinv2_train.data.sources.folder import class_names, empty_warning, is_image, label_numbers, list_folder
+from swinv2_train.data.sources.archives import Read, open_archive
+from swinv2_train.data.sources.folder import (
+    check_separators,
+    class_names,
+    empty_warning,
+    ending,
+    is_hidden,
+    is_image,
+    label_numbers,
+    list_folder,
+    no_image_named,
+    say_left_out,
+)
 from swinv2_train.data.sources.virtual_shards import PACKING_SEED, SAMPLES_PER_SHARD, packing_order
 
 
@@ -43,28 +55,51 @@ class Entry:
 
 
 def pack(
-    entries: Sequence[Entry], out_prefix: str, samples_per_shard: int, seed: int, classes: Sequence[str] | None = None
+    entries: Sequence[Entry],
+    out_prefix: str,
+    samples_per_shard: int,
+    seed: int,
+    classes: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> Manifest:
     """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and, if given, classes.txt.
 
     Where the folder has a classes.txt already, its classes' numbers are taken for those of the same names.  Raises
-    ShardError when shards of that prefix exist, or when that classes.txt lacks one of the classes.
+    ShardError when shards of that prefix exist (overwrite: they are replaced, once all images are packed), or when that
+    classes.txt lacks one of the classes and speaks of shards that stay.
     """
     order = [entries[number] for number in packing_order(len(entries), seed)]
-    if classes is None:
-        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
     path = Path(out_prefix).parent / CLASSES_NAME
-    numbers = _numbers_there(path, classes, {entry.label for entry in entries if entry.label is not None})
+
+    def write() -> Manifest:
+        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard, overwrite)
+
+    if classes is None:
+        return write()
+    stay = not {*map(str, path.parent.glob("*.tar"))} <= {*map(str, shard_files(out_prefix) if overwrite else ())}
+    numbers = _numbers_there(path, classes, {entry.label for entry in entries if entry.label is not None}, stay)
     if numbers is not None:
         order = [entry if entry.label is None else replace(entry, label=numbers[entry.label]) for entry in order]
-        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
+        return write()
+    if path.exists():  # it speaks of shards that are gone, or go when the new ones are there
+        packed = write()
+        _write_classes(path, classes)
+        return packed
+    made = [each for each in (path.parent, *path.parent.parents) if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(class_names_text(classes), "utf-8", "surrogateescape")  # first: no shard is ever without its names
+    _write_classes(path, classes)  # first: no shard is ever without its names
     try:
-        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard)
+        return write()
     except BaseException:
         path.unlink()
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
         raise
+
+
+def _write_classes(path: Path, classes: Sequence[str]) -> None:
+    path.write_text(class_names_text(classes), "utf-8", "surrogateescape")
 
 
 def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple[str, bytes, str, int | None]]:
@@ -76,10 +111,10 @@ def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple
             tell(f"{out_prefix}: {number} of {len(entries)} images packed")
 
 
-def _numbers_there(path: Path, classes: Sequence[str], used: set[int]) -> list[int] | None:
+def _numbers_there(path: Path, classes: Sequence[str], used: set[int], shards_stay: bool) -> list[int] | None:
     """What each class counts as by the folder's classes.txt, -1 for one of no use; None where that is to be written.
 
-    used: the labels that images have.
+    used: the labels that images have.  shards_stay: whether it speaks of shards that stay there.
     """
     known = read_class_names(path)
     if known is None:
@@ -88,7 +123,7 @@ def _numbers_there(path: Path, classes: Sequence[str], used: set[int]) -> list[i
     unknown = [name for label, name in enumerate(classes) if label in used and name not in place]
     if not unknown:
         return [place.get(name, -1) for name in classes]
-    if not any(path.parent.glob("*.tar")):  # it speaks of shards that are gone
+    if not shards_stay:
         return None
     raise ShardError(
         f"{path} lists {len(known)} classes, and not SOURCE's {listed(unknown)} ({len(unknown)} such classes), whose "
@@ -99,48 +134,39 @@ def _numbers_there(path: Path, classes: Sequence[str], used: set[int]) -> list[i
 def read_source(source: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
-    Raises ShardError for a source that does not exist, is compressed, holds no images, mixes the two layouts, or cannot
-    be read through.
+    Raises ShardError for a source that does not exist, is compressed, damaged (data/sources/archives.py), holds no
+    images, mixes the two layouts, or cannot be read through.
     """
     if source.is_dir():
         listing = list_folder(str(source), f"SOURCE {source}")
+        check_separators(listing.names, f"SOURCE {source}")
         images = {name: partial(_read_file, source / name) for name in listing.names}
         return _entries(source, images, listing.left_out, listing.empty)
     if not source.is_file():
         raise ShardError(f"SOURCE {source} does not exist; name a folder, zip or tar of images")
-    if zipfile.is_zipfile(source):
-        archive = zipfile.ZipFile(source)
-        files = sorted(info.filename for info in archive.infolist() if not info.is_dir())
-        return _archive_entries(source, {name: partial(archive.read, name) for name in files})
-    try:
-        with tarfile.open(source, "r:") as tar:
-            members = sorted((member.name, member.offset_data, member.size) for member in tar if member.isreg())
-    except tarfile.TarError as error:
-        raise ShardError(
-            f"SOURCE {source} is not a folder, zip or uncompressed tar ({error}); unpack it and name the folder"
-        ) from error
-    return _archive_entries(
-        source, {name: partial(_read_slice, source, offset, size) for name, offset, size in members}
-    )
-
-
-def _archive_entries(source: Path, files: dict[str, Callable[[], bytes]]) -> tuple[list[Entry], tuple[str, ...] | None]:
-    paths = {PurePosixPath(name): read for name, read in files.items()}
-    images = {path: read for path, read in paths.items() if is_image(str(path))}
+    archive = open_archive(source, f"SOURCE {source}")
+    names = {PurePosixPath(name): name for name in archive.files}
+    images = {path: name for path, name in names.items() if is_image(name)}
+    left_out = Counter(ending(name) for name in archive.files if not is_image(name))
     if not images:
-        raise ShardError(
-            f"SOURCE {source} holds no images ({len(files)} files, none named *.{', *.'.join(IMAGE_EXTENSIONS)})"
-        )
+        raise ShardError(f"SOURCE {source} holds no images ({no_image_named(left_out)})")
+    folders = {PurePosixPath(name) for name in archive.folders if not is_hidden(name)}
+    folders |= {path.parent for path, name in names.items() if not is_hidden(name)}
     while len({path.parts[0] for path in images}) == 1 and all(len(path.parts) > 1 for path in images):
-        images = {PurePosixPath(*path.parts[1:]): read for path, read in images.items()}  # the archive's own folder
-    return _entries(source, {str(path): read for path, read in images.items()}, len(files) - len(images))
+        top = next(iter(images)).parts[:1]
+        images = {PurePosixPath(*path.parts[1:]): name for path, name in images.items()}  # the archive's own folder
+        folders = {PurePosixPath(*path.parts[1:]) for path in folders if path.parts[:1] == top}
+    filled = {path.parts[0] for path in images if len(path.parts) > 1}
+    empty = sorted({path.parts[0] for path in folders if path.parts} - filled)
+    reads = {name: archive.files[images[PurePosixPath(name)]] for name in sorted(map(str, images))}
+    return _entries(source, reads, left_out, empty)
 
 
 def _entries(
-    source: Path, images: dict[str, Callable[[], bytes]], left_out: int, empty: Sequence[str] = ()
+    source: Path, images: Mapping[str, Read], left_out: Counter[str], empty: Sequence[str] = ()
 ) -> tuple[list[Entry], tuple[str, ...] | None]:
     if left_out:
-        tell(f"{left_out} files and hidden folders of {source} are not images and are left out")
+        tell(say_left_out(left_out, str(source)))
     classes = class_names(images, f"SOURCE {source}", empty)
     if classes and empty:
         tell(empty_warning(str(source), empty))
@@ -160,14 +186,14 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_slice(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def _of_the_machine(error: Exception) -> bool:
+    """Whether the same command may work at another time; a permission is the user's to give."""
+    forbidden = isinstance(error, PermissionError)
+    return isinstance(error, MachineError) or (lacking(error) is not None and not forbidden)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code (2: wrong input, with one message)."""
+    """The command; returns its exit code (2: wrong input, 1: the machine lacks something, each with one message)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="folder, zip or tar of images; a shard pattern with --reindex")
     parser.add_argument("out", metavar="OUT", nargs="?", help="prefix of the shards, e.g. data/my/train")
@@ -175,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="aim at 100 to 500 MB each (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=PACKING_SEED, help="of the shuffle (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="delete shards of that prefix first")
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards of that prefix")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
     hold_standard_streams()
@@ -192,14 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.out is None:
                 parser.error("OUT is missing: the prefix of the shards, e.g. data/my/train")
             entries, classes = read_source(Path(options.source))
-            if options.overwrite:
-                for path in shard_files(options.out):
-                    path.unlink()
-            manifest = pack(entries, options.out, options.samples_per_shard, options.seed, classes)
+            manifest = pack(
+                entries, options.out, options.samples_per_shard, options.seed, classes, overwrite=options.overwrite
+            )
             print(f"{len(classes)} classes, see {CLASSES_NAME}" if classes else "no class folders, so no labels")
-    except (ShardError, OSError) as error:
-        print(f"make_shards: {shown(error, MESSAGE_CHARACTERS)}", file=sys.stderr)
-        return 2
+    except (ShardError, OSError, MemoryError, MachineError) as error:
+        print(f"make_shards: {shown(error or 'no memory is left', MESSAGE_CHARACTERS)}", file=sys.stderr)
+        return EXIT_FAILED if _of_the_machine(error) else EXIT_USER_ERROR
     size = sum(manifest.sizes) / 1e6
     tell(f"{manifest.num_samples} images in {len(manifest.paths)} shards, {size:.1f} MB; {manifest.paths[0]} ...")
     return 0

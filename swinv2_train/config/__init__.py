@@ -48,6 +48,7 @@ __all__ = [
     "EvalSplitConfig",
     "HardwareConfig",
     "LogConfig",
+    "MachineError",
     "ModelConfig",
     "OptimConfig",
     "PIPE",

@@ -16,6 +16,7 @@ def check_config(config: Config) -> None:
     """Check every range and every relation between keys that needs no file, model or process group."""
     check_values(config)
     _check_lengths(config)
+    _check_checksums(config)
     _check_model(config)
     config.task.check(config)
     _check_labels(config)
@@ -39,6 +40,13 @@ def _check_lengths(config: Config) -> None:
                 f"{other} has no length where data.shards is a pipe ({config.data.shards}), whose images cannot be "
                 f"counted beforehand; set {key}"
             )
+
+
+def _check_checksums(config: Config) -> None:
+    if config.data.verify and is_pipe(config.data.shards):
+        raise ConfigError(
+            "data.verify=true, but data.shards is a pipe, which has no index to compare with; set data.verify=false"
+        )
 
 
 def _check_model(config: Config) -> None:

@@ -105,7 +105,8 @@ def say_version() -> int:
 
 
 def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) -> int:
-    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1 after a traceback.
+    """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1: after one line about the
+    machine, or a traceback.
 
     interrupted: the exit code after Ctrl-C, where the command itself does not answer it.
     """

@@ -1,8 +1,8 @@
-"""The errors that are told in a message of their own: the user's to fix, and the machine's."""
+"""The error that is the user's to fix, and the one that is the machine's."""
 
 from __future__ import annotations
 
-from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, TRACEBACK_CHARACTERS, shown
 
 
 class ConfigError(ValueError):
@@ -17,4 +17,12 @@ class ConfigError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """Something of this machine gave way: a process that was killed, memory that ran out.  The message says what."""
+    """The machine lacks what the work takes: memory, open files, a disk or network that answers, a permission; or a
+    process of ours was killed.
+
+    It says nothing of the input, so no policy for damaged input applies: the command stops with one message and exit
+    code 1, and may be started again.  Its message is escaped and cut as that of a ConfigError is.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shown(message, TRACEBACK_CHARACTERS, lines=True))

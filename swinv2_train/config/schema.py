@@ -284,6 +284,8 @@ class DataConfig:
     """error: a damaged sample stops the run and is named; replace: it is replaced, with loss weight 0."""
     max_bad_fraction: Annotated[float, between(0, 1)]
     """replace stops the run above this share of damaged samples, over all ranks and starts."""
+    verify: bool
+    """Compare every image that is read with its checksum in the shard's index: a flipped bit is a damaged sample."""
     cache_dir: Annotated[str | None, PATH]
     """Local folder for shards of an address, shared by all runs of a host; null = ~/.cache/swinv2_train/shards."""
     cache_gib: Annotated[float, positive()]

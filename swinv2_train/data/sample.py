@@ -1,4 +1,4 @@
-"""What every source yields, and the two ways in which it can be wrong.
+"""What every source yields, and the ways in which it can be wrong: the shard, the sample, or the machine.
 
 A sample is a key, the bytes of an image, and typed targets by name.  A new kind of target is a field of Targets and an
 entry of MEMBERS.
@@ -6,11 +6,14 @@ entry of MEMBERS.
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, cast
 
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, MachineError
 
 
 class ShardError(ConfigError):
@@ -29,6 +32,57 @@ class SampleError(ConfigError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SampleError, (self.cause, self.shard, self.key)
+
+
+_OF_THE_FILE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL
+}  # fmt: skip
+"""What the system says of a file that is gone, or is none any more."""
+_REMEDIES = {
+    errno.EMFILE: "raise the limit (ulimit -n)",
+    errno.ENFILE: "close what holds files on this machine",
+    errno.EACCES: "give this user the permission to read it",
+    errno.EPERM: "give this user the permission to read it",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room on the disk",
+    errno.ENOMEM: "give the run more memory, or lower data.num_workers or train.micro_batch_size",
+}
+_PAUSES_SEC = (0.1, 0.3, 1.0)
+_NO_MEMORY = ("out of memory", "insufficient memory", "memory allocation", "allocate memory", "not enough memory")
+
+
+def lacking(error: BaseException) -> str | None:
+    """What the machine lacked, and the remedy, where that is why something failed; None where the bytes or the file
+    themselves were the reason.
+
+    Decoders report a lack of memory by exceptions of their own, in words.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or (number is None and any(word in str(error).lower() for word in _NO_MEMORY)):
+        return f"no memory is left; {_REMEDIES[errno.ENOMEM]}"
+    if number is None or number in _OF_THE_FILE:
+        return None
+    return f"{os.strerror(number)}; {_REMEDIES.get(number, 'look to the disk or the network behind it')}"
+
+
+def again(read: Callable[[], bytes]) -> bytes:
+    """What read gives, tried again after pauses where the machine could not just now (too many open files, a network
+    file system that does not answer); its last OSError where that does not help.
+    """
+    for pause_sec in _PAUSES_SEC:
+        try:
+            return read()
+        except OSError as error:
+            if lacking(error) is None or error.errno in (errno.EACCES, errno.EPERM):
+                raise
+        time.sleep(pause_sec)
+    return read()
+
+
+def unreadable(error: OSError, path: str, otherwise: Exception) -> Exception:
+    """What to raise for a file that could not be opened or read: the machine's fault where it was one."""
+    fault = lacking(error)
+    return otherwise if fault is None else MachineError(f"{path} cannot be read: {fault}")
 
 
 class Targets(TypedDict, total=False):

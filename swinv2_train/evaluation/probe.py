@@ -63,7 +63,7 @@ def open_probe(
         remedy = f"probe.methods needs labelled images: name some by {own_key}=PATTERN, or set probe.methods=[]"
         try:
             source = known.get(str(pattern)) or open_source(
-                str(pattern), key, progress, shard_cache_for(str(pattern), config.data)
+                str(pattern), key, progress, shard_cache_for(str(pattern), config.data), config.data.verify
             )
         except ConfigError as error:
             raise ConfigError(f"{error} ({remedy})") from error

@@ -91,7 +91,8 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
         named[name] = (f"{SPLITS}{name}.shards", split.shards, split.labels)
     splits: dict[str, Split] = {}
     for name, (key, pattern, labels) in named.items():
-        source = open_source(str(pattern), key, cache=shard_cache_for(str(pattern), config.data))
+        data = config.data
+        source = open_source(str(pattern), key, cache=shard_cache_for(str(pattern), data), verify=data.verify)
         label_overrides = None
         if labels is not None:
             label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels", names, say)

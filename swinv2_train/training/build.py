@@ -227,14 +227,15 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
     """
 
     def open_both() -> Sources:
-        pattern = config.data.eval_shards
+        data, pattern = config.data, config.data.eval_shards
         names = None if newest is None or config.task.label_classes is None else checkpoint_classes(newest)
         training = _open_training(config, names, tell)
         if names is None and not isinstance(training, Stream) and config.task.label_classes is not None:
             names = training.classes
         evaluation = None
         if pattern is not None:
-            evaluation = open_source(pattern, "data.eval_shards", tell, shard_cache_for(pattern, config.data))
+            cache = shard_cache_for(pattern, data)
+            evaluation = open_source(pattern, "data.eval_shards", tell, cache, data.verify)
             evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
         return Sources(training, evaluation, names)
 
@@ -249,7 +250,7 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
         if labelled:
             say(f"note: a pipe names no classes: its labels are taken as the numbers of {MODELS_CLASSES}")
         return open_stream(pattern)
-    source = open_source(pattern, "data.shards", say, shard_cache_for(pattern, config.data))
+    source = open_source(pattern, "data.shards", say, shard_cache_for(pattern, config.data), config.data.verify)
     if labelled and names is not None and source.classes is not None and set(names) != set(source.classes):
         raise ConfigError(
             f"run_dir ({config.run_dir}) holds a run of {len(names)} classes, but data.shards has {len(source.classes)}"

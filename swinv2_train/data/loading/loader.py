@@ -22,7 +22,7 @@ from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
 from swinv2_train.data.sample import LABEL, Sample, SampleError, ShardError, Targets, example_targets
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.sources.base import Source
-from swinv2_train.data.transforms.decode import DecodeError, decode_image
+from swinv2_train.data.transforms.decode import DecodeError
 
 _log = logging.getLogger(__name__)
 _SAMPLE_STREAM = 2  # spawn key of the per-sample random numbers; order.py uses 0 and 1
@@ -296,6 +296,7 @@ class _Fetcher(Fetch):
         rows: int,
         held: int,
     ) -> None:
+        super().__init__()
         # within the usual limit of 1024 file descriptors: one for a shard that is open, one for one that is at hand
         self.source, self.reader = manifest, manifest.open_reader(min(max_open, 256))
         self.transform, self.seed = transform, seed
@@ -303,12 +304,6 @@ class _Fetcher(Fetch):
         self.on_bad_sample = config.on_bad_sample
         self.first_sample = np.cumsum([0, *manifest.counts]).tolist()
         self._filler: Row | None = None
-
-    def __getitems__(self, request: BatchRequest) -> Batch | ConfigError:
-        try:
-            return self.batch(request)
-        except ConfigError as error:
-            return error
 
     def memory(self, ahead: int) -> BatchMemory | None:
         return memory_of(self.transform, self.rows, ahead + self.held + 1)
@@ -341,7 +336,7 @@ class _Fetcher(Fetch):
         batch["keys"] = keys
         batch["num_bad"] = len(problems)
         batch["problems"] = problems
-        return batch
+        return batch | self.noted()
 
     def _rng(self, location: Location) -> np.random.Generator:
         epoch, shard, index = location
@@ -354,7 +349,7 @@ class _Fetcher(Fetch):
             for name in self.transform.needs:
                 if name not in sample.targets:
                     raise SampleError(f"no readable {name} ({self.source.labels_from})")
-            return self.transform(decode_image(sample.image, sample.extension), sample.targets, rng)
+            return self.transform(self.decoded(sample), sample.targets, rng)
         except DecodeError as error:
             cause = f"{error}{self.reader.place(shard, index)}"
             raise SampleError(cause, sample.shard, sample.key) from error

@@ -23,7 +23,7 @@ from swinv2_train.data.loading.workers import Fetch, Row, Workers
 from swinv2_train.data.sample import MEMBERS, Sample, SampleError, ShardError
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream, read_command
-from swinv2_train.data.transforms.decode import DecodeError, decode_image
+from swinv2_train.data.transforms.decode import DecodeError
 
 _STREAM = 3  # spawn key of a stream's random numbers; order.py uses 0 and 1, loader.py 2
 _COUNTED_AT_LEAST = 10_000
@@ -142,22 +142,17 @@ class _Fetcher(Fetch):
         key: tuple[int, int, int],
         held: int,
     ) -> None:
+        super().__init__()
         self.commands, self.transform, self.size, self.key = commands, transform, size, key
         self.held = held
         self.on_bad_sample, self.buffer = config.on_bad_sample, config.shuffle_buffer_images
         self._samples: Iterator[Sample] | None = None
         self._filler: Row | None = None
 
-    def __getitems__(self, request: None) -> Batch | ConfigError:
-        try:
-            return self.batch()
-        except ConfigError as error:
-            return error
-
     def memory(self, ahead: int) -> BatchMemory | None:
         return memory_of(self.transform, self.size, ahead + self.held + 1)
 
-    def batch(self) -> Batch:
+    def batch(self, request: None) -> Batch:
         if self._samples is None:
             worker = get_worker_info()
             number, of = (worker.id, worker.num_workers) if worker is not None else (0, 1)
@@ -182,7 +177,7 @@ class _Fetcher(Fetch):
             raise ShardError(f"{problems[0]['shard']}: none of its first {self.size} samples is readable; mend it")
         filled = [self._filler if row is None else row for row in rows]
         batch = self.stacked(filled, [float(row is not None) for row in rows])
-        return batch | {"keys": keys, "num_bad": len(problems), "problems": problems}
+        return batch | {"keys": keys, "num_bad": len(problems), "problems": problems} | self.noted()
 
     def _row(self, sample: Sample) -> Row:
         if not sample.image:
@@ -191,7 +186,7 @@ class _Fetcher(Fetch):
             if name not in sample.targets:
                 raise SampleError(f"no readable {name} (.{MEMBERS[name].suffix})")
         try:
-            return self.transform(decode_image(sample.image, sample.extension), sample.targets, self._rng)
+            return self.transform(self.decoded(sample), sample.targets, self._rng)
         except DecodeError as error:
             raise SampleError(str(error)) from error
 

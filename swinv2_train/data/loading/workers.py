@@ -29,6 +29,8 @@ from torch.utils.data._utils import signal_handling
 from swinv2_train.config import ConfigError, DataConfig, MachineError
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch, fits
+from swinv2_train.data.sample import Sample, lacking
+from swinv2_train.data.transforms.decode import decode_image
 
 _WORDS = "{shard}: sample '{key}': {cause}"
 _log = getLogger(__name__)
@@ -54,9 +56,38 @@ class Fetch(ABC):
     out: Mapping[str, Tensor] = {}
     """Where stacked() is to put the next batch; empty: anywhere."""
 
-    @abstractmethod
-    def __getitems__(self, request: Any) -> Batch | ConfigError:
+    def __init__(self) -> None:
+        self._notes: set[str] = set()
+        self._said: set[str] = set()
+
+    def __getitems__(self, request: Any) -> Batch | ConfigError | MachineError:
         """The batch, or the error to raise in the main process."""
+        try:
+            return self.batch(request)
+        except (ConfigError, MachineError) as error:
+            return error
+        except Exception as error:
+            fault = lacking(error)
+            if fault is None:
+                raise
+            return MachineError(f"a batch cannot be made: {fault}")
+
+    @abstractmethod
+    def batch(self, request: Any) -> Batch:
+        """The batch that is asked for, with "keys", "num_bad" and "problems"; "notes" is what is to be said once."""
+
+    def decoded(self, sample: Sample) -> Tensor:
+        """The image, uint8 (3, H, W).  Raises DecodeError; MachineError, which names the sample."""
+        try:
+            return decode_image(sample.image, sample.extension, notes=self._notes)
+        except MachineError as error:
+            raise MachineError(f"{sample.shard}: sample '{sample.key}': {error}") from error
+
+    def noted(self) -> Batch:
+        """The entry "notes" of a batch: what this process has not said before; nothing where there is none."""
+        new = sorted(self._notes - self._said)
+        self._said.update(new)
+        return {"notes": new} if new else {}
 
     def memory(self, ahead: int) -> BatchMemory | None:
         """For all batches under way, of which `ahead` have not arrived yet; None: each is sent in memory of its own."""
@@ -85,6 +116,7 @@ class Workers:
 
     def __init__(self, owner: object) -> None:
         self._running: dict[str, Any] = {}
+        self._said: set[str] = set()
         # Workers ignore SIGTERM, so they must be told to end before multiprocessing's own exit handler joins them.
         # The registry keeps `_running` alive: nothing in it may lead back to `owner`, or that would never be freed.
         weakref.finalize(owner, _stop, self._running)
@@ -115,6 +147,10 @@ class Workers:
             if isinstance(result, Exception):
                 self.close()
                 raise result
+            for note in result.pop("notes", ()):
+                if note not in self._said:
+                    self._said.add(note)
+                    _log.warning("%s", shown(note, MESSAGE_CHARACTERS))
             for problem in result["problems"]:
                 _log.warning("damaged sample replaced: %s", shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
             yield result

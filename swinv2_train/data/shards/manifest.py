@@ -21,7 +21,7 @@ import numpy as np
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_index import build_index
+from swinv2_train.data.shards.tar_index import CHECKSUM, build_index
 from swinv2_train.storage.atomic import replace_text, replacing, sha256_of
 from swinv2_train.storage.json_files import file_name, mapping, optional, record, row, whole
 from swinv2_train.storage.json_files import text as text_of
@@ -53,9 +53,9 @@ def user_cache() -> Path:
         ) from error
 
 
-def index_shard(path: str, index_path: Path, name: str | None = None) -> dict[str, Any]:
-    """Write the index of one shard; return its manifest entry.  name: what errors call it, else its path."""
-    index = build_index(path, name)
+def index_shard(path: str, index_path: Path, name: str | None = None, checksums: bool = True) -> dict[str, Any]:
+    """Write the index of one shard; return its manifest entry.  Arguments as build_index's."""
+    index = build_index(path, name, checksums)
     index_path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(index_path) as file:
         np.save(file, index)
@@ -67,6 +67,14 @@ def index_shard(path: str, index_path: Path, name: str | None = None) -> dict[st
         "label_range": [int(labels.min()), int(labels.max())] if len(labels) else None,
         "unlabelled": len(index) - len(labels),
     }
+
+
+def has_checksums(index_path: Path) -> bool:
+    """Whether the index holds a checksum of every image; those of version 0.2 and before do not."""
+    try:
+        return CHECKSUM in (np.load(index_path, mmap_mode="r").dtype.names or ())
+    except (OSError, ValueError):  # damaged: it is made again
+        return False
 
 
 def check_content(path: str, index_path: Path, entry: Mapping[str, Any]) -> None:

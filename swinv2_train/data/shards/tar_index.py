@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,53 +21,77 @@ from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import LABEL, LABEL_BYTES, MEMBERS, ShardError, read_label
 
 BLOCK = 512
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""In order of preference when one sample holds several (as webdataset's "jpg;jpeg;png;webp")."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "tif", "tiff", "gif")
+"""In order of preference when one sample holds several (first as webdataset's "jpg;jpeg;png;webp")."""
 LABEL_MISSING = -1
 """The sample has no .cls member."""
 LABEL_UNREADABLE = -2
 """The .cls member is not a non-negative integer."""
 
+CHECKSUM = "crc32"
+"""The index's field with a checksum of the image."""
+
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 _REGULAR = (b"0", b"\0", b"7")
+_HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders, pipes."""
+_RECORDS = (b"x", b"L", b"K", b"g")
+"""Members that say something of the next one, or of all that follow."""
 _RECORD_BYTES = 2**20
-"""The most that a PAX header or a GNU long name may hold."""
+"""Of one such member; a name or a link has some thousands at most, and more would only be read into memory."""
 _NAME_CHARACTERS = 1024
+_ASCII = bytes(range(128))
 _REMEDY = "fetch or write it again"
 
 
-def index_dtype(key_bytes: int) -> np.dtype:
-    """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key."""
-    return np.dtype(
-        [("offset", "<i8"), ("size", "<i8"), ("label", "<i8"), ("extension", "S4"), ("key", f"S{max(key_bytes, 1)}")]
-    )
+def index_dtype(key_bytes: int, checksums: bool) -> np.dtype:
+    """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key.
+
+    checksums: and the CRC-32 of the image's bytes (0 where there is none).
+    """
+    fields = [
+        ("offset", "<i8"),
+        ("size", "<i8"),
+        ("label", "<i8"),
+        ("extension", "S4"),
+        ("key", f"S{max(key_bytes, 1)}"),
+    ]
+    return np.dtype([*fields, (CHECKSUM, "<u4")] if checksums else fields)
 
 
-def is_sample_member(name: str) -> bool:
-    """Whether webdataset's readers, and so this index, take a member of this name; they pass over others silently."""
-    return _KEY_AND_EXTENSION.match(name) is not None and _META_MEMBER.match(name) is None
+def sample_member(name: str) -> tuple[str, str] | None:
+    """The key and the ending (small letters) of a member; None for one that webdataset's readers, and so this index
+    and pipes, pass over.
+    """
+    match = _KEY_AND_EXTENSION.match(name)
+    return None if match is None or _META_MEMBER.match(name) else (match[1], match[2].lower())
 
 
-def build_index(path: str, name: str | None = None) -> np.ndarray:
+def build_index(path: str, name: str | None = None, checksums: bool = True) -> np.ndarray:
     """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
 
-    name: what errors call the tar, else its path.  Raises ShardError, naming the byte, for a file that is compressed
-    or not a tar, is cut off, has a damaged header, no end mark, non-zero bytes after the end mark, the same member
-    twice, or members but no image.  A tar without any member is legal (an index of length 0) and warned about.
+    name: what errors call the tar, else its path.  checksums: read every image too, and keep its checksum.
+    Raises ShardError, naming the byte, for a file that is compressed or not a tar, is cut off, has a damaged header, no
+    end mark, non-zero bytes after the end mark, the same member twice, or members but no image.  A tar without any
+    member is legal (an index of length 0) and warned about.
     """
-    images: dict[str, tuple[int, int, int]] = {}  # key -> (rank of the extension, offset, size)
+    images: dict[str, tuple[int, int, int, int]] = {}  # key -> (rank of the extension, offset, size, checksum)
     labels: dict[str, int] = {}
     keys: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
+    passed_over = PassedOver()
     shard = name or path
     fd = os.open(path, os.O_RDONLY)
     try:
-        for member, offset, size in tar_members(_File(fd), shard):
-            match = _KEY_AND_EXTENSION.match(member)
-            if match is None or _META_MEMBER.match(member):
+        for entry in tar_entries(TarFile(fd), shard):
+            member, offset, size = entry.name, entry.offset, entry.size
+            named = sample_member(member) if entry.is_file else None
+            if named is None:
+                passed_over.note(entry)
                 continue
-            key, extension = match[1], match[2].lower()
+            key, extension = named
             if (key, extension) in seen:
                 raise ShardError(
                     f"{shard}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
@@ -77,12 +102,13 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
             if extension in IMAGE_EXTENSIONS:
                 preference = IMAGE_EXTENSIONS.index(extension)
                 if key not in images or preference < images[key][0]:
-                    images[key] = (preference, offset, size)
+                    images[key] = (preference, offset, size, _checksum(fd, offset, size) if checksums else 0)
             elif extension == MEMBERS[LABEL].suffix:
                 label = read_label(os.pread(fd, min(size, LABEL_BYTES + 1), offset))
                 labels[key] = LABEL_UNREADABLE if label is None else label
     finally:
         os.close(fd)
+    passed_over.warn(shard)
     if not keys:
         warnings.warn(f"{shown(shard)}: the shard holds no samples", stacklevel=2)
     elif not images:
@@ -90,11 +116,12 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
         raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
 
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1)))
+    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1), checksums))
     for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
-        preference, offset, size = images.get(key, (-1, -1, -1))
+        preference, offset, size, checksum = images.get(key, (-1, -1, -1, 0))
         extension = IMAGE_EXTENSIONS[preference] if preference >= 0 else ""
-        index[row] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+        record = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+        index[row] = (*record, checksum) if checksums else record
     return index
 
 
@@ -110,7 +137,7 @@ def load_index(path: str, shard_bytes: int) -> np.ndarray:
         raise ValueError(f"not an index ({error})") from error
     names = rows.dtype.names or ()
     key = rows.dtype.fields["key"][0].itemsize if "key" in names and rows.dtype.fields is not None else 0
-    if rows.ndim != 1 or rows.dtype != index_dtype(key):
+    if rows.ndim != 1 or rows.dtype not in (index_dtype(key, checksums=False), index_dtype(key, checksums=True)):
         raise ValueError(f"not an index (it holds {rows.dtype} {rows.shape})")
     has = rows["size"] >= 0
     offset, size = rows["offset"][has], rows["size"][has]
@@ -121,8 +148,15 @@ def load_index(path: str, shard_bytes: int) -> np.ndarray:
     return rows
 
 
+def _checksum(fd: int, offset: int, size: int) -> int:
+    checksum = 0
+    for start in range(offset, offset + size, 1 << 20):
+        checksum = zlib.crc32(os.pread(fd, min(1 << 20, offset + size - start), start), checksum)
+    return checksum
+
+
 class TarBytes(Protocol):
-    """The bytes of a tar.  tar_members asks for them in rising order alone, so that they may come out of a pipe."""
+    """The bytes of a tar.  tar_entries asks for them in rising order alone, so that they may come out of a pipe."""
 
     def read_at(self, size: int, position: int) -> bytes:
         """Fewer at the end."""
@@ -134,7 +168,9 @@ class TarBytes(Protocol):
         """All there are; asked only when the end has been met."""
 
 
-class _File:
+class TarFile:
+    """The bytes of a tar behind a descriptor, which its caller closes."""
+
     def __init__(self, fd: int) -> None:
         self._fd, self._size = fd, os.fstat(fd).st_size
 
@@ -148,13 +184,64 @@ class _File:
         return self._size
 
 
-def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, byte offset and size of every regular file, in order (ustar, GNU and PAX headers).
+class TarEntry(NamedTuple):
+    """A member of a tar."""
+
+    name: str
+    offset: int
+    """The first byte of its content."""
+    size: int
+    """Bytes of its content; 0 for a link."""
+    kind: bytes
+    """The type flag of its header."""
+    target: str
+    """What a link points to; "" for others."""
+
+    @property
+    def is_file(self) -> bool:
+        return self.kind in _REGULAR and not self.name.endswith("/")  # before ustar that slash was what made a folder
+
+    @property
+    def is_link(self) -> bool:
+        return self.kind in (_HARD_LINK, _SYMBOLIC_LINK)
+
+    @property
+    def is_hard_link(self) -> bool:
+        """Its target is a name of the archive; a symbolic link's is a path from its own folder on."""
+        return self.kind == _HARD_LINK
+
+
+class PassedOver:
+    """Members that no reader of webdataset takes, though they may have been meant as images: they are counted and said.
+
+    What its writers put there for themselves (``__meta__``) and folders are not.
+    """
+
+    def __init__(self) -> None:
+        self._counts = {"without an ending": 0, "links": 0}
+
+    def note(self, entry: TarEntry) -> None:
+        """Count a member, if it is one."""
+        if entry.is_link:
+            self._counts["links"] += 1
+        elif entry.is_file and _META_MEMBER.match(entry.name) is None:
+            self._counts["without an ending"] += 1
+
+    def warn(self, shard: str) -> None:
+        """One line that names them, where there are any."""
+        found = [f"{count} {kind}" for kind, count in self._counts.items() if count]
+        if found:
+            warnings.warn(f"{shard}: members are passed over: {', '.join(found)}", stacklevel=3)
+
+
+def tar_entries(source: TarBytes, path: str) -> Iterator[TarEntry]:
+    """Every member, in order (ustar, GNU and PAX headers).
 
     path: what errors call the tar.  Raises ShardError, naming the byte, where the tar is damaged.
     """
     position = 0
     long_name: str | None = None
+    long_target: str | None = None
     pax: dict[str, str] = {}
     while True:
         header = source.read_at(BLOCK, position)
@@ -170,53 +257,81 @@ def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
         size = _check_header(header, path, position)
         kind = header[156:157]
         start = position + BLOCK
-        if kind in (b"x", b"L") and size > _RECORD_BYTES:  # before anything of that size is asked for
-            raise ShardError(
-                f"{path}: a name or PAX record of {size} bytes at byte {position}, more than {_RECORD_BYTES}; {_REMEDY}"
-            )
-        if kind == b"x":
-            pax = _pax_records(source.read_at(size, start), path, position)
-        elif kind == b"L":
-            long_name = source.read_at(size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        if kind not in (b"x", b"L", b"K", b"g"):  # a real member: the records before it speak of it
+        if kind in _RECORDS:
+            if size > _RECORD_BYTES:  # before anything of that size is asked for
+                raise ShardError(
+                    f"{path}: a name or PAX record of {size} bytes at byte {position}, more than {_RECORD_BYTES}: a "
+                    f"damaged header; {_REMEDY}"
+                )
+            record = source.read_at(size, start)
+            if kind == b"x":
+                pax = _pax_records(record, path, position)
+            elif kind == b"L":
+                long_name = _text(record.rstrip(b"\0"))
+            elif kind == b"K":
+                long_target = _text(record.rstrip(b"\0"))
+            elif {"path", "size", "linkpath"} & _pax_records(record, path, position).keys():
+                raise ShardError(f"{path}: the PAX header at byte {position} names all members alike; {_REMEDY}")
+        else:  # a real member: the records before it speak of it
             if not re.fullmatch(r"[0-9]{1,18}", pax.get("size", "0")):
                 raise ShardError(f"{path}: damaged PAX header before byte {position}; {_REMEDY}")
             size = int(pax.get("size", size))
+            if kind in _WITHOUT_CONTENT:  # some writers give a link its target's size
+                size = 0
         if not source.reaches(start + size):
             raise ShardError(
                 f"{path}: cut off at byte {source.size()}: the member at byte {position} ends at {start + size}; "
                 f"{_REMEDY}"
             )
         position = start + -(-size // BLOCK) * BLOCK
-        if kind in (b"x", b"L", b"K", b"g"):
+        if kind in _RECORDS:
             continue
         if kind == b"S" or any(record.startswith("GNU.sparse") for record in pax):
             raise ShardError(f"{path}: sparse member at byte {start - BLOCK}; write the shard without --sparse")
+        if kind == b"M":
+            raise ShardError(f"{path}: a piece of a member at byte {start - BLOCK}; join the volumes to one tar")
         name = pax.get("path") or long_name or _header_name(header)
-        long_name, pax = None, {}
+        target = pax.get("linkpath") or long_target or _text(header[157:257].split(b"\0", 1)[0])
+        long_name, long_target, pax = None, None, {}
         if len(name) > _NAME_CHARACTERS:  # the index has as much room for every key as the longest takes
             raise ShardError(
                 f"{path}: a name of {len(name)} characters at byte {start - BLOCK}, more than {_NAME_CHARACTERS}; "
                 "write it again with shorter ones"
             )
-        if kind in _REGULAR:
-            yield name, start, size
+        yield TarEntry(name, start, size, kind, target if kind in (_HARD_LINK, _SYMBOLIC_LINK) else "")
+
+
+def is_tar_header(block: bytes) -> bool:
+    """Whether a tar can begin with this block."""
+    return len(block) == BLOCK and _header_size(block) is not None
 
 
 def _check_header(header: bytes, path: str, position: int) -> int:
     """Verify the checksum; return the size field."""
-    try:
-        stored = _number(header[148:156])
-        size = _number(header[124:136])
-    except ValueError:
-        stored, size = -1, 0
-    if stored == sum(header) - sum(header[148:156]) + 8 * 32 and size >= 0:
+    size = _header_size(header)
+    if size is not None:
         return size
     if position > 0:
         raise ShardError(f"{path}: damaged header at byte {position}: the samples after it are lost; {_REMEDY}")
     if header[:2] == b"\x1f\x8b" or header[:3] == b"BZh" or header[:6] == b"\xfd7zXZ\0" or header[:4] == b"(\xb5/\xfd":
         raise ShardError(f"{path}: a compressed tar has no random access; unpack it to a plain .tar")
+    if header[:4] == b"PK\x03\x04":
+        raise ShardError(
+            f"{path}: a zip is no shard; pack it (scripts/make_shards.py SOURCE OUT), or unpack it to a folder"
+        )
     raise ShardError(f"{path}: not a tar file (no valid header at byte 0); {_REMEDY}")
+
+
+def _header_size(header: bytes) -> int | None:
+    """The size field; None where the checksum is wrong."""
+    try:
+        stored, size = _number(header[148:156]), _number(header[124:136])
+    except ValueError:
+        return None
+    rest = header[:148] + header[156:]
+    unsigned = sum(rest) + 8 * 32
+    signed = unsigned - 256 * len(rest.translate(None, _ASCII))  # what some old tars wrote
+    return size if stored in (unsigned, signed) and size >= 0 else None
 
 
 def _check_tail(source: TarBytes, path: str, position: int) -> None:
@@ -236,7 +351,11 @@ def _header_name(header: bytes) -> str:
     if header[257:263] == b"ustar\0":  # GNU's own format keeps other things in the prefix field
         prefix = header[345:500].split(b"\0", 1)[0]
         name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", "surrogateescape")
+    return _text(name)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")  # names may be any bytes
 
 
 def _number(field: bytes) -> int:
@@ -252,10 +371,10 @@ def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
     while start < len(data) and data[start] != 0:
         space = data.find(b" ", start)
         length = data[start:space]
-        if space < 0 or not re.fullmatch(rb"[0-9]{1,18}", length) or int(length) <= len(length):
+        if space < 0 or not re.fullmatch(rb"[0-9]{1,8}", length) or int(length) <= len(length):
             raise ShardError(f"{path}: damaged PAX header at byte {position}; {_REMEDY}")
         record = data[space + 1 : start + int(length) - 1]
         name, _, value = record.partition(b"=")
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        records[name.decode("utf-8", "replace")] = _text(value)
         start += int(length)
     return records

@@ -8,11 +8,13 @@ read through a cache on this machine (shard_cache.py).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import glob
 import hashlib
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +24,11 @@ from typing import Any, Self
 import numpy as np
 
 from swinv2_train.data.class_names import CLASSES_NAME, read_class_names
-from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
+from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
     check_content,
+    has_checksums,
     index_folder,
     index_shard,
     merge_entries,
@@ -34,7 +37,7 @@ from swinv2_train.data.shards.manifest import (
 from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
-from swinv2_train.data.shards.tar_index import is_sample_member, load_index
+from swinv2_train.data.shards.tar_index import CHECKSUM, build_index, load_index, sample_member
 from swinv2_train.data.shards.transfers import ONCE, base_name, folder_of, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
@@ -68,6 +71,8 @@ class Manifest:
     """Name of each label, of classes.txt beside the shards; None without one."""
     numbers: tuple[int, ...] | None = None
     """What each label of the shards counts as; None = as itself."""
+    verify: bool = False
+    """Compare every image that is read with its checksum in the index."""
     labels_from = ".cls"
 
     @property
@@ -122,16 +127,18 @@ def open_manifest(
     key: str = "data.shards",
     progress: Callable[[str], None] | None = None,
     cache: ShardCache | None = None,
+    verify: bool = False,
 ) -> Manifest:
     """Index what has no index yet, and compare every shard's size with the manifest (a stat each).
 
     key: the config key that error messages name.  progress: receives one line per shard that is indexed.  cache: where
-    shards at an address are kept on this machine; None allows local ones alone.  Several processes may do this at
+    shards at an address are kept on this machine; None allows local ones alone.  verify:
+    compare every image that is read with the checksum that the index has of it.  Several processes may do this at
     once.  Raises ShardError.
     """
     paths = expand_pattern(pattern, key, retry_policy=ONCE if cache is None else cache.retry_policy)
     remote = [path for path in paths if is_remote(path)]
-    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress)
+    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress, verify)
     if remote:
         if cache is None:
             raise ShardError(
@@ -157,6 +164,7 @@ def open_manifest(
         digest=digest.hexdigest(),
         cache=cache if remote else None,
         classes=None if label_range is None else _class_names(paths, label_range[1], key, cache, progress),
+        verify=verify,
     )
 
 
@@ -196,7 +204,7 @@ def _class_names(
 
 
 def _local_entries(
-    paths: Sequence[str], progress: Callable[[str], None] | None
+    paths: Sequence[str], progress: Callable[[str], None] | None, verify: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The manifest entry and the index path of every shard, made where they are not there yet."""
     entries: dict[str, dict[str, Any]] = {}
@@ -213,7 +221,7 @@ def _local_entries(
             entry = known[folder].get(name)
             if entry is not None:
                 check_content(path, index_path, entry)
-            if entry is None or not index_path.is_file():
+            if entry is None or not index_path.is_file() or (verify and not has_checksums(index_path)):
                 made = index_shard(path, index_path)
                 if entry is not None and entry["sha256"] != made["sha256"]:
                     index_path.unlink()
@@ -295,19 +303,26 @@ class TarReader:
                 os.close(self._open.pop(shard)[0])
 
     def read(self, shard: int, index: int) -> Sample:
-        """The sample's bytes.  Raises SampleError where the sample is damaged, ShardError where the shard is."""
+        """The sample's bytes.
+
+        Raises SampleError where the sample is damaged, ShardError where the shard is, MachineError where the machine
+        cannot read it.
+        """
         fd, rows = self._shard(shard)
-        offset, size, label, extension, key_bytes = rows[index].tolist()
+        offset, size, label, extension, key_bytes, *checksum = rows[index].tolist()
         name = self.manifest.name(shard)
         key = key_bytes.decode("utf-8", "surrogateescape")
         if size <= 0:
             raise SampleError("no image" if size < 0 else "an empty image", name, key)
         try:
-            image = os.pread(fd, size, offset)
+            image = again(lambda: os.pread(fd, size, offset))
         except OSError as error:
-            raise ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk") from error
+            problem = ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk")
+            raise unreadable(error, f"{name}: {size} bytes at {offset}", problem) from error
         if len(image) != size:
             raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
+        if self.manifest.verify and zlib.crc32(image) != checksum[0]:
+            raise SampleError(f"its checksum is another than the index has, at byte {offset}", name, key)
         return Sample(key, image, extension.decode(), labelled(self.manifest.number(label)), name)
 
     def key(self, shard: int, index: int) -> str:
@@ -349,15 +364,24 @@ class TarReader:
             except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno == errno.EMFILE:
                     raise
-                raise ShardError(
+                problem = ShardError(
                     f"{name}: its index cannot be opened: {error}; delete {index_path}, it is made again"
-                ) from error
+                )
+                raise unreadable(error, index_path, problem) if isinstance(error, OSError) else problem from error
+            if self.manifest.verify and CHECKSUM not in (rows.dtype.names or ()):  # a cached shard's
+                rows = self._indexed_anew(shard, index_path.removesuffix(INDEX_SUFFIX))
             if len(rows) != self.manifest.counts[shard]:
                 raise ShardError(changed)
-        except (ShardError, OSError):
+        except BaseException:
             os.close(fd)
             raise
         return fd, rows
+
+    def _indexed_anew(self, shard: int, path: str) -> np.ndarray:
+        """The index, with checksums, of a shard that is the one in the manifest: all of it is read."""
+        if sha256_of(path) != self.manifest.checksums[shard]:
+            raise ShardError(f"{path}: its checksum differs from the manifest; delete it, it is fetched again")
+        return build_index(path, self.manifest.name(shard))
 
     def _open_file(self, shard: int) -> tuple[int, str]:
         """A descriptor of the shard on this machine, and the path of its index."""
@@ -375,7 +399,7 @@ class TarReader:
         except OSError as error:
             if error.errno == errno.EMFILE:
                 raise
-            raise ShardError(f"{path}: the shard cannot be opened: {error}") from error
+            raise unreadable(error, path, ShardError(f"{path}: the shard cannot be opened: {error}")) from error
 
     def close(self) -> None:
         """Close the open shards and stop fetching ahead; the next read opens them again."""
@@ -398,21 +422,26 @@ class TarReader:
 
 
 def write_shards(
-    samples: Iterable[tuple[str, bytes, str, int | None]], out_prefix: str, samples_per_shard: int
+    samples: Iterable[tuple[str, bytes, str, int | None]],
+    out_prefix: str,
+    samples_per_shard: int,
+    overwrite: bool = False,
 ) -> Manifest:
     """Write (key, image bytes, extension, label) samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
 
-    The tars appear under their names only when all of them are written, and in the manifest last.  Raises ShardError
-    when shards of that prefix exist, a key comes twice or is none to webdataset, or there are no samples.
+    The tars appear under their names only when all of them are written, and in the manifest last; when anything fails,
+    nothing is left of them, and what was there is as it was.  Raises ShardError when shards of that prefix exist
+    (overwrite: they are replaced), a key comes twice or is none to webdataset, or there are no samples.
     """
     from webdataset import TarWriter
 
     assert samples_per_shard > 0, samples_per_shard
     folder, stem = Path(out_prefix).parent, Path(out_prefix).name
-    folder.mkdir(parents=True, exist_ok=True)
     existing = shard_files(out_prefix)
-    if existing:
+    if existing and not overwrite:
         raise ShardError(f"{existing[0]} exists already ({len(existing)} shards); delete them or choose another OUT")
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{stem}-[0-9]*.tar.part"):
         leftover.unlink()
     parts: list[Path] = []
@@ -423,7 +452,7 @@ def write_shards(
             if key in keys:
                 raise ShardError(f"the key '{key}' comes twice; sample keys must be unique")
             keys.add(key)
-            if not is_sample_member(f"{key}.{extension}"):
+            if sample_member(f"{key}.{extension}") is None:
                 raise ShardError(
                     f"webdataset's readers would pass over the key {key!r} (a line break in it, or __ around its first "
                     "part); rename the file or its folder"
@@ -444,13 +473,19 @@ def write_shards(
         writer.close()
     except BaseException:
         if writer is not None:
-            writer.close()
+            with contextlib.suppress(OSError):  # a full disk fails here again
+                writer.close()
         for part in parts:
             part.unlink(missing_ok=True)
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
         raise
+    for path in {*existing} - {part.with_suffix("") for part in parts}:
+        path.unlink()
     for part in parts:
         part.with_name(f"{part.name.removesuffix('.part')}{INDEX_SUFFIX}").unlink(missing_ok=True)
-    deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand
+    deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand, or to be replaced
     merge_entries(folder, dict.fromkeys(deleted))
     paths = [part.rename(part.with_suffix("")) for part in parts]
     return open_manifest("::".join(map(str, paths)))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
-from swinv2_train.data.sample import Sample
+from swinv2_train.data.sample import Sample, ShardError
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.data.sources.folder import open_folder
@@ -92,14 +92,20 @@ def open_source(
     key: str = "data.shards",
     progress: Callable[[str], None] | None = None,
     cache: ShardCache | None = None,
+    verify: bool = False,
 ) -> Source:
     """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
 
-    Arguments as tar_reader.open_manifest's.  Raises ShardError.
+    Arguments as tar_reader.open_manifest's; what has no checksums cannot be verified.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
     if not os.path.isdir(directory):
-        return open_manifest(pattern, key, progress, cache)
+        return open_manifest(pattern, key, progress, cache, verify)
+    if verify:
+        raise ShardError(
+            f"data.verify=true, but {key} '{directory}' is a directory, whose files have no checksums to compare; pack "
+            "it (scripts/make_shards.py SOURCE OUT), or set data.verify=false"
+        )
     if is_saved_dataset(directory):
         return open_saved_dataset(directory, key, progress)
     return open_folder(directory, key, progress)

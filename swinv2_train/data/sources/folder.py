@@ -11,20 +11,24 @@ import hashlib
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from swinv2_train.config import MachineError
 from swinv2_train.data.class_names import canonical, in_order, is_left_out, listed
-from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
+from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, lacking, unreadable
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 
 _THREADS = 16
 """How many folders are listed at a time: on a network file system every file's size is a question to the server."""
 _SAY_SEC = 10.0
+_NO_ENDING = "without an ending"
+_ENDING_CHARS, _ENDINGS_LISTED = 12, 8
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Listing:
     """Paths from the folder on, sorted."""
     sizes: list[int]
     """Bytes of each image."""
-    left_out: int
-    """Files that are no images, and hidden files and folders."""
+    left_out: Counter[str]
+    """Files that are no images, by the ending of their names, and hidden files and folders."""
     empty: list[str]
     """Class folders without an image, sorted."""
 
@@ -71,7 +75,8 @@ def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], N
     path = os.path.abspath(path)
     listing = list_folder(path, f"{key} '{path}'", progress)
     if listing.left_out and progress is not None:
-        progress(f"{listing.left_out} files and hidden folders of {path} are not images and are left out")
+        progress(say_left_out(listing.left_out, path))
+    check_separators(listing.names, f"{key} '{path}'")
     classes = class_names(listing.names, f"{key} '{path}'", listing.empty)
     if classes and listing.empty and progress is not None:
         progress(empty_warning(path, listing.empty))
@@ -91,7 +96,47 @@ def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], N
 
 def is_image(name: str) -> bool:
     """By extension; what is hidden, or a system adds of itself, is no image.  name: with / between folders."""
-    return not any(map(is_left_out, name.split("/"))) and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+    return not is_hidden(name) and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the file or a folder above it is, or was added by a system of itself.  name: with / between folders."""
+    return any(map(is_left_out, name.split("/")))
+
+
+def ending(name: str) -> str:
+    """What tells of which kind a file is that is no image; name: as is_image's."""
+    return "hidden" if is_hidden(name) else os.path.splitext(name)[1].lower()[:_ENDING_CHARS] or _NO_ENDING
+
+
+def say_left_out(left_out: Counter[str], source: str) -> str:
+    """A line that names what is no image, by ending and count."""
+    return (
+        f"{left_out.total()} files and hidden folders of {source} are not images and are left out ({_listed(left_out)})"
+    )
+
+
+def no_image_named(left_out: Counter[str]) -> str:
+    """What there is where there are no images."""
+    wanted = sorted(IMAGE_EXTENSIONS, key=lambda each: (each != "jpg", each))
+    found = f": {_listed(left_out)};" if left_out else ","
+    return f"{left_out.total()} files{found} none named *.{', *.'.join(wanted)}"
+
+
+def _listed(left_out: Counter[str]) -> str:
+    common = left_out.most_common(_ENDINGS_LISTED)
+    rest = left_out.total() - sum(count for _, count in common)
+    return ", ".join([*(f"{count} {name}" for name, count in common), *([f"{rest} others"] if rest else [])])
+
+
+def check_separators(names: Sequence[str], source: str) -> None:
+    """Raises ShardError for Windows' folders in the names of files, which would all be one folder without classes."""
+    wrong = [name for name in names if "\\" in name]
+    if wrong and not any("/" in name for name in names):
+        raise ShardError(
+            f"{source}: {len(wrong)} file names hold backslashes (e.g. {wrong[0]}): whatever unpacked them made no "
+            "folders of them; unpack the archive by unzip, or give make_shards.py the zip itself"
+        )
 
 
 def class_names(names: Iterable[str], source: str, empty: Iterable[str] = ()) -> tuple[str, ...] | None:
@@ -136,7 +181,7 @@ def list_folder(path: str, source: str, progress: Callable[[str], None] | None =
     """Every image below `path`, links followed.  source: what errors call it.
 
     Raises ShardError when there is none, or a folder or file cannot be looked at: a link to nothing, or one that leads
-    back to a folder above it.
+    back to a folder above it; MachineError where the machine cannot list them.
     """
     found, said = _Found(), time.monotonic()
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -174,20 +219,17 @@ class _Open:
 class _Found:
     images: list[tuple[str, int]] = field(default_factory=list)
     folders: list[_Open] = field(default_factory=list)
-    left_out: int = 0
-    extensions: set[str] = field(default_factory=set)
+    left_out: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: _Found) -> None:
         self.images += other.images
         self.folders += other.folders
-        self.left_out += other.left_out
-        self.extensions |= other.extensions
+        self.left_out.update(other.left_out)
         self.problems += other.problems
 
     def leave_out(self, name: str) -> None:
-        self.left_out += 1
-        self.extensions.add(os.path.splitext(name)[1].lower())
+        self.left_out[ending(name)] += 1
 
 
 def _scan(root: str, folder: _Open) -> _Found:
@@ -203,7 +245,7 @@ def _scan(root: str, folder: _Open) -> _Found:
             for entry in entries:
                 name = folder.name + entry.name
                 if is_left_out(entry.name):
-                    found.left_out += 1
+                    found.leave_out(entry.name)
                 elif entry.is_dir():
                     found.folders.append(_Open(f"{name}/", (*folder.above, mine)))
                 elif is_image(entry.name) or entry.is_symlink():  # a link to nothing may have been to a class
@@ -211,6 +253,7 @@ def _scan(root: str, folder: _Open) -> _Found:
                 else:
                     found.leave_out(entry.name)
     except OSError as error:
+        _check_machine(error, path)
         found.problems.append(f"{error.filename or path} cannot be listed: {error.strerror}")
     return found
 
@@ -219,6 +262,7 @@ def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
     try:
         status = entry.stat()
     except OSError as error:
+        _check_machine(error, entry.path)
         link = "a link to nothing" if entry.is_symlink() else f"cannot be looked at: {error.strerror}"
         found.problems.append(f"{entry.path}: {link}")
         return
@@ -228,12 +272,19 @@ def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
         found.leave_out(entry.name)
 
 
+def _check_machine(error: OSError, path: str) -> None:
+    """Raises MachineError where nothing of the folder is to be mended; a permission is, by its owner."""
+    fault = lacking(error)
+    if fault is not None and not isinstance(error, PermissionError):
+        raise MachineError(f"{path} cannot be listed: {fault}") from error
+
+
 def _what_instead(path: str, found: _Found) -> str:
-    if ".tar" in found.extensions:
+    if ".tar" in found.left_out:
         return f"it holds shards: name them, {os.path.join(path, '*.tar')}"
-    if ".arrow" in found.extensions:
+    if ".arrow" in found.left_out:
         return "but Arrow files: have `datasets` save them by save_to_disk, and name that directory"
-    return f"{found.left_out} files, none named *.{', *.'.join(IMAGE_EXTENSIONS)}"
+    return no_image_named(found.left_out)
 
 
 def _check_unique(names: Sequence[str], source: str) -> None:
@@ -263,7 +314,9 @@ class FolderReader(VirtualShardsReader):
         self._root = os.fsencode(folder.path) + b"/"
 
     def read(self, shard: int, index: int) -> Sample:
-        """The file's bytes.  Raises SampleError where it is gone, cannot be read or has another size than listed."""
+        """The file's bytes.  Raises SampleError where it is gone, no file any more or of another size than listed,
+        MachineError where the machine cannot read it.
+        """
         place = packed_index(shard, index)
         name, size, label = self.folder.image_name(place), int(self.folder.sizes[place]), int(self.folder.labels[place])
         text = name.decode("utf-8", "surrogateescape")
@@ -271,12 +324,10 @@ class FolderReader(VirtualShardsReader):
         if size == 0:
             raise SampleError("an empty image", self.folder.path, key)
         try:
-            with open(self._root + name, "rb", buffering=0) as file:
-                image = file.read(size + 1)
-                while 0 < len(image) < size and (more := file.read(size + 1 - len(image))):
-                    image += more  # some network file systems give less than they are asked for
+            image = again(lambda: _read(self._root + name, size))
         except OSError as error:
-            raise SampleError(f"cannot be read: {error.strerror}", self.folder.path, key) from error
+            gone = SampleError(f"cannot be read: {error.strerror}", self.folder.path, key)
+            raise unreadable(error, f"{self.folder.path}/{text}", gone) from error
         if len(image) != size:
             found = f"more than {size}" if len(image) > size else str(len(image))
             raise SampleError(f"{found} bytes, but {size} when the run started", self.folder.path, key)
@@ -285,3 +336,12 @@ class FolderReader(VirtualShardsReader):
     def key(self, shard: int, index: int) -> str:
         """The path from the folder on, without the extension."""
         return _key_of(self.folder.image_name(packed_index(shard, index)).decode("utf-8", "surrogateescape"))
+
+
+def _read(path: bytes, size: int) -> bytes:
+    """The file's bytes, at most one more than `size`."""
+    with open(path, "rb", buffering=0) as file:
+        image = file.read(size + 1)
+        while 0 < len(image) < size and (more := file.read(size + 1 - len(image))):
+            image += more  # some network file systems give less than they are asked for
+    return image

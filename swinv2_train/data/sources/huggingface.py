@@ -21,7 +21,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import open_regular, read_bytes
 from swinv2_train.config.shown import shown
 from swinv2_train.data.class_names import canonical
-from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
+from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 from swinv2_train.storage.json_files import Shape, anything, file_name, listing, mapping, record, text
@@ -166,7 +166,10 @@ def _read_json(path: str, name: str) -> dict[str, Any]:
         content = json.loads(read_bytes(Path(path, name), _JSON_BYTES))
     except FileNotFoundError as error:
         raise ShardError(f"{path}: {name} is missing; {_AGAIN}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        problem = ShardError(f"{path}: {name} cannot be read ({error}); {_AGAIN}")
+        raise unreadable(error, f"{path}/{name}", problem) from error
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: {name} cannot be read ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ShardError(f"{path}: {name} is not what `datasets` writes; {_AGAIN}")
@@ -209,7 +212,8 @@ def _open_table(path: str, image: str, label: str | None) -> Any:
     except ShardError:
         raise
     except (OSError, ValueError, KeyError, OverflowError, arrow.ArrowException) as error:
-        raise ShardError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+        problem = ShardError(f"{path} cannot be read: {error}; {_AGAIN}")
+        raise unreadable(error, path, problem) if isinstance(error, OSError) else problem from error
     if not complete:
         raise ShardError(f"{path}: cut off: there is no end mark, so rows are missing; {_AGAIN}")
     return table
@@ -314,10 +318,11 @@ def _read_file(file: str | None, path: str, key: str) -> bytes:
                 path,
                 key,
             )
-        return read_bytes(Path(found), _IMAGE_BYTES)
+        return again(lambda: read_bytes(Path(found), _IMAGE_BYTES))
     except SampleError:
         raise
     except (ConfigError, ValueError) as error:
         raise SampleError(f"its file {file} cannot be read: {error}", path, key) from error
     except OSError as error:
-        raise SampleError(f"its file {file} cannot be read: {error.strerror}", path, key) from error
+        gone = SampleError(f"its file {file} cannot be read: {error.strerror}", path, key)
+        raise unreadable(error, file, gone) from error

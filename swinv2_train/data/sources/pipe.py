@@ -8,12 +8,11 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import Sample, ShardError, read_targets
 from swinv2_train.data.shards.pattern import expand_commands
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, tar_members
+from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, PassedOver, TarEntry, sample_member, tar_entries
 
 NOT_ELASTIC = (
     "warning: data.shards is a pipe, so this run is not elastic: a resume, on whatever number of processes, starts the "
@@ -43,41 +42,63 @@ def open_stream(pattern: str, key: str = "data.shards") -> Stream:
 
 
 def read_command(command: str) -> Iterator[Sample]:
-    """The samples of the tar that a shell command prints, in order.
+    """The samples of the tar that a shell command prints, in order, each as the index would choose its members.
 
     Raises ShardError, naming the command, when it fails, or prints a tar that is cut off or damaged in any way; the
-    last sample before that is not given, as it may be half of one.
+    last sample before that is not given, as it may be half of one.  An index finds a sample's members wherever they
+    lie; here they must be neighbours, so a key that comes again after others is an error too.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
     output = _CommandOutput(command)
-    last: dict[str, Any] | None = None
     try:
-        try:
-            for raw in group_by_keys(tar_file_expander([{"url": output.name, "stream": output}])):
-                if last is not None:
-                    yield _sample(last, output.name)
-                last = raw
-        except Exception as error:
-            output.check()  # knows better what is wrong
-            raise ShardError(f"{output.name}: {error.args[0] if error.args else type(error).__name__}") from error
-        output.check()
-        if last is not None:
-            yield _sample(last, output.name)
+        whole: Sample | None = None
+        for sample in _grouped(output):
+            if whole is not None:
+                yield whole
+            whole = sample
+        if whole is not None:
+            yield whole
         else:
             warnings.warn(f"{shown(output.name)}: the shard holds no samples", stacklevel=2)
     finally:
         output.close()
 
 
-def _sample(raw: dict[str, Any], name: str) -> Sample:
-    """The members that the index would choose."""
-    extension = next((each for each in IMAGE_EXTENSIONS if each in raw), "")
-    return Sample(raw["__key__"], raw.get(extension, b""), extension, read_targets(raw), name)
+def _grouped(output: _CommandOutput) -> Iterator[Sample]:
+    key, members = "", dict[str, bytes]()
+    earlier: set[str] = set()
+    passed_over = PassedOver()
+    for entry in output.entries():
+        named = sample_member(entry.name) if entry.is_file else None
+        if named is None:
+            passed_over.note(entry)
+            continue
+        if named[0] != key:
+            if members:
+                yield _sample(key, members, output.name)
+            earlier.add(key)
+            key, members = named[0], {}
+            if key in earlier:
+                raise ShardError(
+                    f"{output.name}: the key '{key}' comes again after others; a pipe can be read once only, so write "
+                    "a sample's members side by side (tar --sort=name)"
+                )
+        if named[1] in members:
+            raise ShardError(
+                f"{output.name}: {entry.name}: duplicate; keys must be unique within a shard: write it again"
+            )
+        members[named[1]] = output.read_at(entry.size, entry.offset)
+    passed_over.warn(output.name)
+    if members:
+        yield _sample(key, members, output.name)
+
+
+def _sample(key: str, members: dict[str, bytes], name: str) -> Sample:
+    extension = next((each for each in IMAGE_EXTENSIONS if each in members), "")
+    return Sample(key, members.get(extension, b""), extension, read_targets(members), name)
 
 
 class _CommandOutput:
-    """What a command prints.  tar_members walks it and is the one to read; webdataset is given what that has passed."""
+    """What a command prints, walked by the index's own reader of tars."""
 
     def __init__(self, command: str) -> None:
         self.name = f"pipe:{command}"
@@ -88,27 +109,19 @@ class _CommandOutput:
             bufsize=1 << 18,
             start_new_session=True,
         )
-        self._window, self._given, self._passed, self._arrived = bytearray(), 0, 0, 0
+        self._window, self._start, self._arrived = bytearray(), 0, 0
         self._at_end = False
-        self._members = tar_members(self, self.name)
-        self._problem: ShardError | None = None
-        self._walked = False
 
-    def read(self, size: int) -> bytes:
-        """For webdataset: at most `size` bytes, none at the end or where damage begins."""
-        while self._passed == self._given and not self._walked:
-            self._walk()
-        data = bytes(self._window[: min(size, self._passed - self._given)])
-        del self._window[: len(data)]
-        self._given += len(data)
-        return data
+    def entries(self) -> Iterator[TarEntry]:
+        """Every member; its content can be read until the next one is asked for.
 
-    def check(self) -> None:
-        """Walk to the end; raises ShardError when the command failed or the tar is damaged."""
-        while not self._walked:
-            self._walk()
-            del self._window[: self._passed - self._given]
-            self._given = self._passed
+        Raises ShardError when the command failed or the tar is damaged.
+        """
+        problem: ShardError | None = None
+        try:
+            yield from tar_entries(self, self.name)
+        except ShardError as error:
+            problem = error
         if self._at_end:
             status = self._process.wait()
             if status != 0:
@@ -117,8 +130,8 @@ class _CommandOutput:
                     f"{self.name}: the command failed ({how}, after {self._arrived} bytes); its own words are in the "
                     "rank's log: mend the command or what it reads"
                 )
-        if self._problem is not None:
-            raise self._problem
+        if problem is not None:
+            raise problem
 
     def close(self) -> None:
         """End the command, if it runs, with all that it started."""
@@ -130,8 +143,9 @@ class _CommandOutput:
 
     def read_at(self, size: int, position: int) -> bytes:
         self._fill(position + size)
-        first = position - self._given
-        return bytes(self._window[first : first + size])
+        del self._window[: position - self._start]  # nobody asks for what lies before
+        self._start = position
+        return bytes(self._window[:size])
 
     def reaches(self, end: int) -> bool:
         self._fill(end)
@@ -148,13 +162,3 @@ class _CommandOutput:
             self._at_end = len(data) < end - self._arrived
             self._window += data
             self._arrived += len(data)
-
-    def _walk(self) -> None:
-        """To the end of the next member, or of all."""
-        try:
-            _, start, size = next(self._members)
-            self._passed = start + size
-        except StopIteration:
-            self._passed, self._walked = self._arrived, True
-        except ShardError as error:
-            self._problem, self._walked = error, True

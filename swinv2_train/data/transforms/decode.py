@@ -1,81 +1,142 @@
-"""Image bytes to uint8 pixels: simplejpeg (strict) for JPEG, Pillow for everything else.
+"""Image bytes to uint8 pixels: libjpeg-turbo for JPEG (jpeg.py), Pillow for everything else.
 
-Strict matters: of the decoders measured only simplejpeg notices zeros inside a scan.
+What is not whole is damage, whichever decoder is at work; what the machine lacks is none.
 """
 
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from swinv2_train.config import MachineError
+from swinv2_train.data.sample import lacking
+from swinv2_train.data.transforms.gif import count_frames
+from swinv2_train.data.transforms.jpeg import decode_jpeg
+from swinv2_train.data.transforms.png import SIGNATURE, Png, check_rows, read_png
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 89_478_485
 """Largest height x width that is decoded; Pillow's own warning limit (a quarter of a GiB as RGB)."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's names of what it may be asked for: of the others some run programs, and some do not miss their own end."""
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""TIFF tags."""
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 
 
 class DecodeError(ValueError):
     """The bytes are not a complete image that may be decoded; the message says why."""
 
 
-def decode_image(data: bytes, extension: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+def decode_image(
+    data: bytes, extension: str, max_pixels: int = MAX_PIXELS, notes: set[str] | None = None
+) -> torch.Tensor:
     """Decode one image file to RGB, whatever its own colours are.
 
-    data: the file's bytes; extension: its name's end, for the error text only (the bytes decide).
-    Grey is repeated, CMYK converted, alpha dropped, 16 bit scaled to 8, the palette resolved; EXIF rotation is not
-    applied (ImageNet's convention).  Returns uint8 (3, H, W), possibly a channels-last view.  Raises DecodeError.
+    data: the file's bytes; extension: its name's end, for the error text only (the bytes decide).  notes: receives what
+    is worth saying once of such files.  Grey is repeated, CMYK converted, alpha dropped, 12 and 16 bit scaled to 8, the
+    palette resolved; EXIF rotation is not applied (ImageNet's convention; a TIFF's own is, as part of its format).  Of
+    several frames the first is decoded.  Returns uint8 (3, H, W), possibly a channels-last view.
+    Raises DecodeError for damaged bytes, MachineError where the machine cannot decode any.
     """
     from PIL import UnidentifiedImageError
 
+    check_pixels = partial(_check_pixels, max_pixels=max_pixels)
     try:
-        pixels = _decode_jpeg(data, max_pixels) if data[:2] == b"\xff\xd8" else None
-        if pixels is None:
-            pixels = _decode_with_pillow(data, max_pixels)
+        if data[:2] == b"\xff\xd8":
+            pixels = decode_jpeg(data, check_pixels)
+        elif data[:8] == SIGNATURE:
+            pixels = _decode_png(read_png(data, check_pixels), notes)
+        else:
+            pixels = _decode_with_pillow(data, max_pixels, notes)
     except DecodeError:
         raise
-    except UnidentifiedImageError as error:  # its own text holds a memory address
-        raise DecodeError(f"not a readable .{extension} image (no known format)") from error
     except Exception as error:  # Pillow raises half a dozen types on damaged files; all mean the same to the caller
+        fault = lacking(error) or (lacking(MemoryError()) if _short_of_memory(data) else None)
+        if fault is not None:
+            raise MachineError(f"an image of {len(data)} bytes cannot be decoded: {fault}") from error
+        if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
+            raise DecodeError(f"not a readable .{extension} image (no known format)") from error
         raise DecodeError(f"not a readable .{extension} image ({type(error).__name__}: {error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """uint8 (H, W, 3), or None for the colour spaces that libjpeg cannot turn into RGB (CMYK, YCCK)."""
-    import simplejpeg
-
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(height, width, max_pixels)
-    if colorspace in ("CMYK", "YCCK"):
-        return None
-    pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    return pixels
-
-
-def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+def _short_of_memory(data: bytes) -> bool:
+    """Whether there is no room to decode the image in: some decoders say the same of that and of damage."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                pixels = min(image.height * image.width, MAX_PIXELS)
+        except Exception as error:  # noqa: BLE001  damaged, most likely; the room for a small one is looked for
+            if lacking(error) is not None:
+                return True
+            pixels = 0
+        np.empty(8 * pixels + 2 * len(data) + (16 << 20), np.uint8)  # asked for and not touched
+    except MemoryError:
+        return True
+    return False
+
+
+def _decode_png(png: Png, notes: set[str] | None) -> np.ndarray:
+    from PIL import Image
+
+    if png.animated:
+        _note(notes, "PNG")
+    with Image.open(io.BytesIO(png.data), formats=["PNG"]) as image:
+        image.load()
+        last_row = image.crop((0, png.height - 1, png.width, png.height)).tobytes()
+        if png.interlaced or last_row.count(0) == len(last_row):  # as black as what never came
+            check_rows(png)
+        return _rgb(image)
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int, notes: set[str] | None) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check_pixels(image.height, image.width, max_pixels)
-        if image.mode.startswith(("I", "F")):
-            return _deep_grey(image)
-        if image.mode == "P" and "transparency" in image.info:
-            rgb = image.convert("RGBA").convert("RGB")  # straight to RGB warns when the transparency is per entry
-        else:
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-        return np.array(rgb)  # a copy: torch wants writable memory
+        frames = count_frames(data) if image.format == "GIF" else getattr(image, "n_frames", 1)
+        if frames > 1:
+            _note(notes, str(image.format))
+        if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):  # type: ignore[attr-defined]
+            raise ValueError("signed samples have no defined black and white")
+        return _rgb(image)
+
+
+def _note(notes: set[str] | None, kind: str) -> None:
+    if notes is not None:
+        notes.add(f"some {kind} files hold several frames or pages; the first of each is used")
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3)"""
+    if image.mode.startswith(("I", "F")):
+        return _deep_grey(image)
+    if image.mode == "P" and "transparency" in image.info:
+        rgb = image.convert("RGBA").convert("RGB")  # straight to RGB warns when the transparency is per entry
+    else:
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return np.array(rgb)  # a copy: torch wants writable memory
 
 
 def _deep_grey(image: Image.Image) -> np.ndarray:
-    """16-bit grey: Pillow's own convert("RGB") clips at 255 instead of scaling."""
-    values = np.asarray(image)
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
-        raise DecodeError(f"pixels of Pillow mode {image.mode} outside 0..65535 have no defined range")
-    return np.repeat((values.astype(np.uint32) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    """12- and 16-bit grey: Pillow's own convert("RGB") clips at 255 instead of scaling, and leaves white-is-zero so."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS, (16,))[0]
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
+        raise ValueError(f"pixels of {bits} bits (Pillow's mode {image.mode}) have no defined black and white")
+    values = np.asarray(image).astype(np.uint32) >> (bits - 8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = 255 - values
+    return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:

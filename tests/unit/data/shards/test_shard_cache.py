@@ -109,6 +109,23 @@ def test_the_cache_keeps_its_bound_and_lets_the_least_recently_used_go(tmp_path,
     assert server.gets["t-000000.tar"] == 1
 
 
+def test_a_cached_shard_is_compared_with_its_checksum_when_that_is_asked_for(tmp_path, server):
+    """A disk loses bits in the cache too; its index has no checksums, so the whole shard is compared when opened."""
+    pattern, cache = f"{server.url}/t-000003.tar", ShardCache(str(tmp_path / "cache"), 2**30, PATIENT)
+    manifest = open_manifest(pattern, cache=cache, verify=True)
+    image = TarReader(manifest).read(0, 1).image
+    assert TarReader(open_manifest(f"{tmp_path}/served/t-000003.tar")).read(0, 1).image == image
+    (shard,) = (tmp_path / "cache").rglob("*.shard")
+    data = bytearray(shard.read_bytes())
+    data[data.index(image) + len(image) // 2] ^= 1
+    shard.write_bytes(data)
+    assert TarReader(replace(manifest, verify=False)).read(0, 1).image != image
+    with pytest.raises(
+        ShardError, match=r"\.shard: its checksum differs from the manifest; delete it, it is fetched again"
+    ):
+        TarReader(manifest).read(0, 0)
+
+
 def test_a_shard_that_is_read_is_not_evicted(tmp_path, server):
     manifest = remote(server, tmp_path / "cache", 3 * 40_000)
     reader = TarReader(manifest, max_open=1)

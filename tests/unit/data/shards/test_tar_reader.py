@@ -10,13 +10,19 @@ import pickle
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.pattern import expand_pattern
 from swinv2_train.data.shards.tar_index import build_index
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest, reindex, verify_shards, write_shards
-from tests.support.images import image_bytes
+from swinv2_train.data.sources.base import open_source
+from swinv2_train.data.sources.pipe import read_command
+from swinv2_train.data.transforms.decode import DecodeError, decode_image
+from tests.support.configs import composed
+from tests.support.images import encoded, image_bytes
 from tests.support.shard_files import samples, write_plain_tar
 
 
@@ -92,6 +98,18 @@ def test_directories_links_and_webdatasets_meta_members_are_passed_over(tmp_path
             info.size = 4
             tar.addfile(info, io.BytesIO(b"abcd"))
     assert [key.decode() for key in build_index(str(path))["key"]] == ["cat/a"]
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_members_that_may_have_been_meant_as_images_are_said(tmp_path, piped):
+    """Whoever packs links, or files without an ending, trains on fewer images than there are, and hears nothing."""
+    path = write_plain_tar(tmp_path / "t.tar", [(name, b"abcd") for name in ("a.png", "0001", "b/0002", "__meta__")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("c.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+    with pytest.warns(UserWarning, match=r"t.tar: members are passed over: 2 without an ending, 1 links"):
+        assert len(list(read_command(f"cat {path}")) if piped else build_index(str(path))) == 1
 
 
 def _damage(name: str, path: Path) -> None:
@@ -395,3 +413,94 @@ def test_a_process_that_may_open_few_files_reads_on_with_fewer_shards_open(tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         reader.close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# data.verify
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit, as a disk or a transfer does: size and date stay."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 16
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def jpeg_shard(folder: Path) -> Path:
+    picture = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = encoded(np.kron(picture, np.ones((8, 8, 1), np.uint8)), "JPEG", quality=95)
+    write_shards([(f"k{i}", image, "jpg", i) for i in range(4)], str(folder / "t"), 4)
+    return folder / "t-000000.tar"
+
+
+def test_a_flipped_bit_that_no_format_notices_is_a_damaged_sample_with_verify(tmp_path):
+    """Of the flips in a JPEG's pixels most give another picture and no error."""
+    path = jpeg_shard(tmp_path)
+    offset, size = (int(open_index(path)[field][2]) for field in ("offset", "size"))
+    for at in range(offset + size - 200, offset + size - 100):
+        flip(path, at)
+        trusting, comparing = (TarReader(open_manifest(str(path), verify=verify)) for verify in (False, True))
+        image = trusting.read(0, 2).image
+        with pytest.raises(
+            SampleError, match=rf"t-000000.tar: sample 'k\d': its checksum is another .* at byte {offset}"
+        ):
+            comparing.read(0, 2)
+        assert len(comparing.read(0, 1).image) == size
+        if decodes(image):
+            return
+        flip(path, at)
+    raise AssertionError("no flip of this picture goes unnoticed")
+
+
+def decodes(image: bytes) -> bool:
+    try:
+        decode_image(image, "jpg")
+    except DecodeError:
+        return False
+    return True
+
+
+def open_index(path: Path) -> np.ndarray:
+    return np.load(f"{path}.idx.npy")
+
+
+def without_checksums(path: Path) -> None:
+    """The index as version 0.2 made it."""
+    index = open_index(path)
+    old = np.zeros(len(index), [each for each in index.dtype.descr if each[0] != "crc32"])
+    for field in old.dtype.names:
+        old[field] = index[field]
+    np.save(f"{path}.idx.npy", old)
+
+
+def test_an_index_without_checksums_is_read_and_made_again_where_they_are_asked_for(tmp_path):
+    path = jpeg_shard(tmp_path)
+    plain = [TarReader(open_manifest(str(path))).read(0, i) for i in range(4)]
+    without_checksums(path)
+    assert [TarReader(open_manifest(str(path))).read(0, i) for i in range(4)] == plain
+    assert "crc32" not in open_index(path).dtype.names
+    assert [TarReader(open_manifest(str(path), verify=True)).read(0, i) for i in range(4)] == plain
+    assert "crc32" in open_index(path).dtype.names
+    without_checksums(path)
+    flip(path, int(open_index(path)["offset"][1]) + 100)
+    with pytest.raises(ShardError, match="its checksum differs from the manifest"):
+        open_manifest(str(path), verify=True)
+
+
+def test_what_has_no_checksums_cannot_be_verified(tmp_path):
+    """A key that did nothing would be a promise."""
+    (tmp_path / "1.png").write_bytes(image_bytes(0))
+    with pytest.raises(ShardError, match=r"data.verify=true, but data.eval_shards '.*' is a directory.*; pack it"):
+        open_source(str(tmp_path), "data.eval_shards", verify=True)
+    with pytest.raises(ConfigError, match="data.verify=true, but data.shards is a pipe"):
+        composed(
+            [
+                "run_dir=x",
+                "data.shards='pipe:cat x.tar'",
+                "data.verify=true",
+                "train.max_steps=9",
+                "optim.schedule.warmup_steps=1",
+            ]
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from scripts import make_shards
 from swinv2_train.config import ConfigError
@@ -261,3 +262,16 @@ def test_the_train_command_opens_folders_and_refuses_other_classes_before_it_tra
     write(tmp_path / "train", ["c/4.png"])
     with pytest.raises(ConfigError, match="task.num_classes .2. is too small: data.shards"):
         open_sources(composed(task), alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_of_several_frames_are_said_once(tmp_path, caplog, workers):
+    """Their first frame is used, in every batch of every worker; a line for each would be thousands."""
+    (tmp_path / "a").mkdir()
+    frames = [Image.fromarray(np.full((9, 9), 50 * i, np.uint8)) for i in range(3)]
+    for i in range(12):
+        frames[0].save(tmp_path / "a" / f"{i}.gif", save_all=True, append_images=frames[1:])
+    rows(train_loader(open_folder(str(tmp_path)), replace(CONFIG, num_workers=workers)), 6)
+    assert [record.getMessage() for record in caplog.records] == [
+        "some GIF files hold several frames or pages; the first of each is used"
+    ]

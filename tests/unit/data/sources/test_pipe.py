@@ -145,6 +145,14 @@ def test_the_same_key_twice_in_a_row_is_an_error(tmp_path):
         list(read_command(f"cat {path}"))
 
 
+def test_a_key_that_comes_again_after_others_is_an_error(tmp_path):
+    """The index joins such members to one sample; a pipe made two of them, one without its label."""
+    path = write_plain_tar(tmp_path / "t.tar", [("a.png", b"1"), ("b.png", b"2"), ("b.cls", b"1"), ("a.cls", b"0")])
+    assert open_manifest(str(path)).counts == (2,)
+    with pytest.raises(ShardError, match=r"^pipe:cat .*t.tar: the key 'a' comes again after others"):
+        list(read_command(f"cat {path}"))
+
+
 @pytest.mark.parametrize(
     ("end", "message"),
     [
