@@ -156,15 +156,18 @@ def compose_argv() -> Config | None:
             "--multirun starts one run after another in one process; start each with its own run_dir, on a cluster as "
             "a job array: SWEEP=FILE sbatch --array=1-N launch/train.sbatch ... (docs/cluster.md)"
         )
-    if _HELP & set(sys.argv[1:]) and (text := key_help(sys.argv[1:])):
-        print(text)
-        return None
+    words = sys.argv[1:]
+    if _HELP & set(words):
+        if text := key_help(words):
+            print(text)
+            return None
+    else:
+        check_once(words)
+        if not any(word.startswith("-") for word in words):
+            return compose_overrides(words)  # hydra.main composes twice, to look for its mode
+        words = prepared(words)
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
-    words = sys.argv[1:]
-    if not _HELP & set(words):
-        check_once(words)
-        words = prepared(words)
     with _composition_errors(), _arguments(words):
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(composed.append)()
     return load_config(composed[0]) if composed else None
