@@ -112,3 +112,10 @@ def test_overrides_of_ones_own_may_still_refer_to_other_keys(tmp_path, monkeypat
     config = load_run_config(run_dir, ["data.eval_shards=${oc.env:OF_MY_OWN}", "optim.eps=${optim.lr}"])
     assert config.data.eval_shards == "z.tar"
     assert config.optim.eps == config.optim.lr
+
+
+def test_a_list_for_the_task_is_refused(tmp_path):
+    """Found by the fuzz suite: OmegaConf's own error, with a traceback."""
+    text = BASE.replace("task:\n", "task: []\nx:\n")
+    with pytest.raises(ConfigError, match="task"):
+        load_run_config(saved(tmp_path, text))

@@ -259,3 +259,10 @@ def test_an_index_names_files_beside_it_alone(tmp_path, name):
     with pytest.raises(ConfigError, match="which is not beside it|File name too long") as caught:
         read_weights(index)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_name_of_mmpretrain_without_any_stage_is_refused(tmp_path):
+    """Found by the fuzz suite: "max() arg is an empty sequence"."""
+    save_file({"norm.attn.w_msa.norm": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match="has names of mmpretrain and official ones"):
+        read_weights(tmp_path / "a.safetensors")
