@@ -119,3 +119,12 @@ def test_a_list_for_the_task_is_refused(tmp_path):
     text = BASE.replace("task:\n", "task: []\nx:\n")
     with pytest.raises(ConfigError, match="task"):
         load_run_config(saved(tmp_path, text))
+
+
+def test_files_that_a_saved_plan_would_write_are_forgotten(tmp_path):
+    """plan.json and plan.picture name files to write; a saved run's own would be anybody's choice of a file of yours."""
+    text = BASE.replace("  json: null", "  json: /home/me/.bashrc").replace("  picture: null", "  picture: x.png")
+    assert text.count("/home/me/.bashrc") == text.count("x.png") == 1
+    plan = load_run_config(saved(tmp_path, text)).plan
+    assert plan.json is None and plan.picture is None
+    assert load_run_config(tmp_path, ["plan.json=mine.json", "plan.num_gpus=8"]).plan.json == "mine.json"
