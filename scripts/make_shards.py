@@ -91,8 +91,11 @@ def read_source(source: Path) -> tuple[list[Entry], list[str] | None]:
     if not source.is_file():
         raise ShardError(f"SOURCE {source} does not exist; name a folder, zip or tar of images")
     if zipfile.is_zipfile(source):
-        archive = zipfile.ZipFile(source)
-        files = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+        try:
+            archive = zipfile.ZipFile(source)
+            files = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+        except Exception as error:  # noqa: BLE001  zipfile has no common class for what is wrong with a list
+            raise ShardError(f"SOURCE {source} is a damaged zip ({error}); fetch it again") from error
         return _archive_entries(source, {name: partial(archive.read, name) for name in files})
     try:
         with tarfile.open(source, "r:") as tar:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.shown import shown
 from tests.fuzz.mutation import mutated
 from tests.fuzz.targets import Target, targets
 
@@ -160,7 +161,7 @@ def _child(
                 refused += 1
                 message = str(error)
                 assert len(message) <= MOST_CHARACTERS, f"a message of {len(message)} characters"
-                assert message.replace("\n", "").replace("\t", "").isprintable(), f"a message that acts: {message!r}"
+                assert shown(message, len(message), lines=True) == message, f"a message that acts: {message!r}"
                 assert number >= len(target.seeds), f"a sound file was refused: {message}"
             finally:
                 watch.folder = None

@@ -28,6 +28,7 @@ from swinv2_train.checkpoint.random_states import restore_random_states
 from swinv2_train.checkpoint.saved_state import read_state
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import load_run_config
+from swinv2_train.config.shown import shown
 from swinv2_train.data.shards.manifest import MANIFEST_NAME, index_shard
 from swinv2_train.data.shards.tar_index import load_index
 from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
@@ -262,7 +263,8 @@ def _runs() -> list[Target]:
             raise problem
 
     def status(run_dir: Path) -> None:
-        assert status_text(read_status(run_dir)).replace("\n", "").isprintable()
+        text = status_text(read_status(run_dir))
+        assert shown(text, len(text), lines=True) == text
 
     def page(run_dir: Path) -> None:  # without the picture of the curves, which takes a second
         assert "\x1b" not in page_of(read_run_record(run_dir))

@@ -122,7 +122,7 @@ def test_a_list_for_the_task_is_refused(tmp_path):
 
 
 def test_files_that_a_saved_plan_would_write_are_forgotten(tmp_path):
-    """plan.json and plan.picture name files to write; a saved run's own would be anybody's choice of a file of yours."""
+    """plan.json and plan.picture name files to write; a saved run's would be anybody's choice of a file of yours."""
     text = BASE.replace("  json: null", "  json: /home/me/.bashrc").replace("  picture: null", "  picture: x.png")
     assert text.count("/home/me/.bashrc") == text.count("x.png") == 1
     plan = load_run_config(saved(tmp_path, text)).plan
