@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     path.unlink()
             manifest = pack(entries, options.out, options.samples_per_shard, options.seed, classes)
             print(f"{len(classes)} classes, see {CLASSES_NAME}" if classes else "no class folders, so no labels")
-    except (ShardError, OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (ShardError, OSError, zipfile.BadZipFile, zlib.error, EOFError, UnicodeError, RuntimeError) as error:
         print(f"make_shards: {shown(error, MESSAGE_CHARACTERS)}", file=sys.stderr)
         return 2
     size = sum(manifest.sizes) / 1e6

@@ -128,3 +128,11 @@ def test_files_that_a_saved_plan_would_write_are_forgotten(tmp_path):
     plan = load_run_config(saved(tmp_path, text)).plan
     assert plan.json is None and plan.picture is None
     assert load_run_config(tmp_path, ["plan.json=mine.json", "plan.num_gpus=8"]).plan.json == "mine.json"
+
+
+def test_a_section_in_a_list_of_numbers_is_refused(tmp_path):
+    """Found by the fuzz suite: OmegaConf takes it for a number, and a rule compared the two."""
+    text = BASE.replace("  depths: null", "  depths:\n  - a: 1")
+    assert text != BASE
+    with pytest.raises(ConfigError, match=r"model.depths \(\[\{'a': 1\}\]\) must be a list of values of type int"):
+        load_run_config(saved(tmp_path, text))
