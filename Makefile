@@ -6,10 +6,12 @@ PYTEST := $(BIN)/python -m pytest
 QUICK := -m "not slow" -n auto --dist worksteal
 SLOW := -m "slow and not serial" -n 2 --dist loadfile
 DEMO_ARGS ?=
+FUZZ_SECONDS ?= 3600
+FUZZ_SEED ?= 0
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo proof ablations test test-fast test-slurm bench lint format types clean
+.PHONY: help setup demo proof ablations test test-fast test-slurm fuzz bench lint format types clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +38,9 @@ test-fast: setup  ## the quick part of the tests
 
 test-slurm: setup  ## the launch files on a real SLURM (Debian: apt-get install slurm-wlm munge)
 	$(PYTEST) tests/slurm
+
+fuzz: setup  ## strangers' files, mutated, for an hour; FUZZ_SECONDS=N FUZZ_SEED=N; inputs that fail stay in fuzz-failures/
+	@$(BIN)/python -m tests.fuzz.campaign --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 bench: setup  ## the training step beside other implementations of SwinV2; BENCH_ARGS="--quick ..."
 	@$(BIN)/python scripts/benchmark.py $(BENCH_ARGS)

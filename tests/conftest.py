@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 # Before torch is imported: forked ranks must not inherit a pool of OpenMP threads that exists in the parent only.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,6 +23,15 @@ def pytest_collection_finish() -> None:
     """What the imports have left stays: Python's collector need not look at it again, in any test."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the fuzz suite has tried, at the end, whichever worker process tried it."""
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "tried" and report.when == "call":
+                terminalreporter.section("fuzzed")
+                terminalreporter.write_line(text)
 
 
 @pytest.fixture(autouse=True)

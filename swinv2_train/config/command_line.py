@@ -243,6 +243,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     if not os.path.lexists(path):
         raise ConfigError(f"run_dir ({run_dir}) holds no config.yaml; name the directory of a run")
     has = read_saved_config(path)
+    has.pop("plan", None)  # belongs to a command line alone: it names files to write
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         newer = [key for key in known_keys() if OmegaConf.select(has, key, default=MISSING) == MISSING]
         plus = [f"+{each}" if each.partition("=")[0] in newer else each for each in overrides]

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.rules import Place, Rule
 from swinv2_train.config.schema import TASKS, Config, TaskConfig
 
@@ -66,8 +67,17 @@ def check_values(section: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_values(value, f"{prefix}{key.name}.")
         elif value is not None:
+            _check_elements(f"{prefix}{key.name}", key.kind, value)
             for rule in key.rules:
                 rule.check(f"{prefix}{key.name}", value)
+
+
+def _check_elements(key: str, kind: Any, value: Any) -> None:
+    """A list of numbers or texts holds no section or list, which OmegaConf lets pass."""
+    lists = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is list]
+    element = typing.get_args(lists[0])[0] if lists else Any
+    if element is not Any and isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+        raise ConfigError(f"{key} ({value}) must be a list of values of type {element.__name__}")
 
 
 def _below(section: type, prefix: str, task: type[TaskConfig] | None) -> Iterator[Key]:

@@ -29,7 +29,10 @@ def load_config(composed: DictConfig) -> Config:
 
     Raises ConfigError naming the key, what is wrong with its value and the remedy.
     """
-    task_name = OmegaConf.select(composed, "task.name")
+    try:
+        task_name = OmegaConf.select(composed, "task.name")
+    except OmegaConfBaseException as error:  # task is a list
+        raise ConfigError(_merge_error(error)) from error
     if task_name not in TASKS:
         options = " or ".join(f"task={name}" for name in TASKS)
         raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose {options}")

@@ -205,7 +205,11 @@ def _is_value(value: object) -> bool:
 
 
 def _open_append(path: Path) -> TextIO:
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    torn = False
+    if path.exists() and (size := path.stat().st_size):
+        with open(open_regular(path), "rb") as whole:
+            whole.seek(size - 1)
+            torn = whole.read(1) != b"\n"
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
     if torn:
         file.write("\n")

@@ -150,9 +150,17 @@ def write_report(run_dir: Path, total_steps: int | None = None) -> Path:
     total_steps: planned optimizer steps; None = train.max_steps of config.yaml (a run by epochs then shows no target).
     """
     run = read_run_record(run_dir)
+    path = run_dir / "report.html"
+    replace_text(path, page_of(run, total_steps))
+    write_curves(run)
+    return path
+
+
+def page_of(run: RunRecord, total_steps: int | None = None) -> str:
+    """The page of a run.  total_steps: as write_report's."""
     parent_dir = find_parent(run)
     parent = read_run_record(parent_dir) if parent_dir is not None else None
-    name = run_dir.resolve().name
+    name = run.run_dir.resolve().name
     sections = [
         _header(run, total_steps),
         _tiles(run),
@@ -163,7 +171,7 @@ def write_report(run_dir: Path, total_steps: int | None = None) -> Path:
         _section("Configuration", _folded("config.yaml", run.config_text)),
         _section("Environment", _environment(run)),
     ]
-    page = (
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
@@ -171,10 +179,6 @@ def write_report(run_dir: Path, total_steps: int | None = None) -> Path:
         + "".join(sections)
         + f"</main><script>{CHART_JS}</script></body></html>\n"
     )
-    path = run_dir / "report.html"
-    replace_text(path, page)
-    write_curves(run)
-    return path
 
 
 def write_curves(run: RunRecord) -> Path | None:

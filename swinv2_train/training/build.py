@@ -194,6 +194,8 @@ def make_run_dir(run_dir: Path) -> None:
                 f"{path} is a link (to {os.readlink(path)}), and a run writes nothing outside of its run_dir; put what "
                 "it leads to in its place, or choose a run_dir on the disk that it leads to"
             )
+        if os.path.lexists(path) and not (path.is_dir() or path.is_file()):
+            raise ConfigError(f"{path} is no regular file, so that a run would wait for it; remove it")
 
 
 def write_run_files(

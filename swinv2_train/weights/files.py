@@ -33,6 +33,8 @@ CONTAINERS = (
     *("model_ema", "state_dict_ema"),
 )
 """Keys under which training programs keep the weights, the first that is there is read."""
+_CONTAINERS_DEEP = 3
+"""Inside of each other, as {"state_dict": {"model": ...}}."""
 
 HUGGINGFACE_FILES = (
     "model.safetensors",
@@ -44,7 +46,7 @@ HUGGINGFACE_FILES = (
 
 
 _INDEX_BYTES = 2**25
-MOST_TENSORS = 50_000
+MOST_TENSORS = 10_000
 """The most tensors in a file; the largest Swin V2 has about 1,500."""
 _HEADER_BYTES = 2**25
 """The most that the header of a safetensors file may hold."""
@@ -316,15 +318,20 @@ def _open_torch(path: Path, zipped: bool) -> WeightFile:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, not named tensors; save the model's state_dict")
     # dict.items, dict.get, Tensor.detach: a file may give its objects attributes, which would stand before the methods
-    containers = [key for key in CONTAINERS if isinstance(dict.get(content, key), dict)]
-    tensors = dict.__getitem__(content, containers[0]) if containers else content
+    tensors, left_out, where = content, [], ""
+    for _ in range(_CONTAINERS_DEEP):
+        containers = [key for key in CONTAINERS if isinstance(dict.get(tensors, key), dict)]
+        if not containers:
+            break
+        left_out += [f"{where}{key}.*" for key in containers[1:]]
+        tensors, where = dict.__getitem__(tensors, containers[0]), f"{where}{containers[0]}."
     if dict.__len__(tensors) > MOST_TENSORS:
         raise ConfigError(f"{path}: holds more than {MOST_TENSORS:,} entries; name a model's weights")
     entries = {name: _entry(path, name, value) for name, value in dict.items(tensors)}
     if not entries:
         raise ConfigError(f"{path}: holds no tensors; name a file with a model's weights")
-    classes = names_of(dict.get(content, CLASS_NAMES)) if containers else None
-    return WeightFile(entries, tuple(f"{key}.*" for key in containers[1:]), classes)
+    classes = names_of(dict.get(content, CLASS_NAMES)) if where else None
+    return WeightFile(entries, tuple(left_out), classes)
 
 
 def _entry(path: Path, name: object, value: object) -> LazyTensor:

@@ -278,7 +278,7 @@ def _naming(format: str, entries: Mapping[str, LazyTensor]) -> Naming:
         return HUGGINGFACE
     if format == "mmpretrain":
         stages = [int(match[1]) for name in entries if (match := re.search(r"(?:^|\.)stages\.([0-9]+)\.", name))]
-        return mmpretrain_naming(max(stages) + 1)
+        return mmpretrain_naming(max(stages, default=0) + 1)
     return TIMM if format == "timm" and _has_timm_layout(entries) else OFFICIAL
 
 

@@ -59,15 +59,18 @@ def unwrap(entries: Mapping[str, LazyTensor], known_outside: Iterable[str], orig
         plain[name] = source
     roots = {name[: match.start() + (name[match.start()] == ".")] for name in plain if (match := _BLOCK.search(name))}
     prefix = min(roots, key=_rank, default="")
-    kept = {name[len(prefix) :]: source for name, source in plain.items() if name.startswith(prefix)}
-    beside = [name for name in plain if not name.startswith(prefix)] if prefix else _others(plain, roots)
-    for name in [name for name in beside if prefix and name.startswith(tuple(known_outside))]:
-        if name not in kept:  # a head beside its backbone
-            kept[name] = plain[name]
-            beside.remove(name)
-    if not prefix:
-        for name in beside:
-            kept.pop(name)
+    if prefix:
+        kept = {name[len(prefix) :]: source for name, source in plain.items() if name.startswith(prefix)}
+        heads = tuple(known_outside)  # of a backbone, beside it
+        beside = [
+            name for name in plain if not name.startswith(prefix) and (name in kept or not name.startswith(heads))
+        ]
+        told = set(beside)
+        kept |= {name: source for name, source in plain.items() if not name.startswith(prefix) and name not in told}
+    else:
+        beside = [name for name in plain if _below(name, roots)]
+        told = set(beside)
+        kept = {name: source for name, source in plain.items() if name not in told}
     return Unwrapped({name: entries[source] for name, source in kept.items()}, kept, prefix, _patterns(beside))
 
 
@@ -88,10 +91,9 @@ def _rank(root: str) -> tuple[int, int, str]:
     return (_FIRST.index(root) if root in _FIRST else len(_FIRST), len(root), root)
 
 
-def _others(plain: Mapping[str, str], roots: set[str]) -> list[str]:
-    """Of a model without a prefix, the names of further copies that have one."""
-    prefixes = tuple(root for root in roots if root)
-    return [name for name in plain if prefixes and name.startswith(prefixes)]
+def _below(name: str, roots: set[str]) -> bool:
+    """Whether a name is of a copy of the model that has a prefix, beside one that has none."""
+    return any(char == "." and name[: i + 1] in roots for i, char in enumerate(name))
 
 
 def _patterns(names: Iterable[str]) -> tuple[str, ...]:

@@ -133,8 +133,10 @@ def load_index(path: str, shard_bytes: int) -> np.ndarray:
     os.close(open_regular(Path(path)))
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    except (EOFError, SyntaxError, TypeError, OverflowError) as error:  # an empty file; a header that is no header
-        raise ValueError(f"not an index ({error})") from error
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001  numpy parses the header as Python, and raises what that raises
+        raise ValueError(f"not an index ({error or type(error).__name__})") from error
     names = rows.dtype.names or ()
     key = rows.dtype.fields["key"][0].itemsize if "key" in names and rows.dtype.fields is not None else 0
     if rows.ndim != 1 or rows.dtype not in (index_dtype(key, checksums=False), index_dtype(key, checksums=True)):

@@ -241,8 +241,8 @@ class StateFiles:
         }
         self.ema_decay: float | None = metadata.get("ema_decay")
         """Decay of the weights' averages that are in it; None = none are."""
-        self._check_sizes()
         self._order = sorted(range(metadata["world_size"]), key=lambda rank: rank != first)
+        self._stored = sum(path.stat().st_size for path in directory.glob("rank_*.safetensors"))
         self._files: dict[int, tuple[Any, dict[str, int], dict[str, float]]] = {}
 
     def check_files(self) -> None:
@@ -250,22 +250,18 @@ class StateFiles:
         for rank in self._order:
             self._open(rank)
 
-    def _check_sizes(self) -> None:
-        """No tensor is larger than all files together: nothing of a size that is only said is ever allocated."""
-        stored = sum(path.stat().st_size for path in self.directory.glob("rank_*.safetensors"))
-        for name, spec in self.specs.items():
-            if math.prod(spec.shape) > stored:
-                raise ConfigError(
-                    f"{self.directory / METADATA_FILE}: {name} has shape {spec.shape}, which is more than the "
-                    f"{stored:,} bytes of all its files; {_ANOTHER}"
-                )
-
     def read(self, name: str, averaged: bool = False) -> Tensor:
         """A whole tensor: float32 for every floating point tensor, else in its own dtype.  In memory of its own.
 
         averaged: its average, where it was trained.
         """
         shape, dtype, trained = self.specs[name]
+        self.check_files()  # what is missing is said, before what does not fit
+        if math.prod(shape) > self._stored:  # nothing of a size that is only said is ever allocated
+            raise ConfigError(
+                f"{self.directory / METADATA_FILE}: {name} has shape {shape}, which is more than the "
+                f"{self._stored:,} bytes of all its files; {_ANOTHER}"
+            )
         flat = torch.empty(math.prod(shape), dtype=dtype_of(dtype))
         self.fill(flat, EMA_KIND if averaged and trained else "weight", name, 0)
         return flat.view(shape)

@@ -158,6 +158,16 @@ def test_a_run_directory_that_leads_elsewhere_is_refused_at_the_start(tmp_path, 
         make_run_dir(run_dir)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank_00000.log", "health/rank_00000.json", "stacks"])
+def test_a_pipe_in_a_run_directory_is_refused_at_the_start(tmp_path, name):
+    """To open one for writing waits until somebody reads."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=f"{path} is no regular file, so that a run would wait for it"):
+        make_run_dir(tmp_path)
+
+
 def test_a_linked_folder_of_checkpoints_is_not_written_to(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").mkdir()

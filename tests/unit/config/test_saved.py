@@ -112,3 +112,27 @@ def test_overrides_of_ones_own_may_still_refer_to_other_keys(tmp_path, monkeypat
     config = load_run_config(run_dir, ["data.eval_shards=${oc.env:OF_MY_OWN}", "optim.eps=${optim.lr}"])
     assert config.data.eval_shards == "z.tar"
     assert config.optim.eps == config.optim.lr
+
+
+def test_a_list_for_the_task_is_refused(tmp_path):
+    """Found by the fuzz suite: OmegaConf's own error, with a traceback."""
+    text = BASE.replace("task:\n", "task: []\nx:\n")
+    with pytest.raises(ConfigError, match="task"):
+        load_run_config(saved(tmp_path, text))
+
+
+def test_files_that_a_saved_plan_would_write_are_forgotten(tmp_path):
+    """plan.json and plan.picture name files to write; a saved run's would be anybody's choice of a file of yours."""
+    text = BASE.replace("  json: null", "  json: /home/me/.bashrc").replace("  picture: null", "  picture: x.png")
+    assert text.count("/home/me/.bashrc") == text.count("x.png") == 1
+    plan = load_run_config(saved(tmp_path, text)).plan
+    assert plan.json is None and plan.picture is None
+    assert load_run_config(tmp_path, ["plan.json=mine.json", "plan.num_gpus=8"]).plan.json == "mine.json"
+
+
+def test_a_section_in_a_list_of_numbers_is_refused(tmp_path):
+    """Found by the fuzz suite: OmegaConf takes it for a number, and a rule compared the two."""
+    text = BASE.replace("  depths: null", "  depths:\n  - a: 1")
+    assert text != BASE
+    with pytest.raises(ConfigError, match=r"model.depths \(\[\{'a': 1\}\]\) must be a list of values of type int"):
+        load_run_config(saved(tmp_path, text))

@@ -263,9 +263,9 @@ def test_a_rank_waits_for_another_whose_download_moves(doing, code, tmp_path):
     )
     sign = {
         "rank": 1, "moves": 0, "doing": doing, "doing_since": 0.0, "updated_at": time.time() + 100, "step": 1,
-        "host": "other", "pid": 1, "state": "running", "reason": None,
+        "host": "other", "pid": 1, "state": "running", "reason": None, "place": None,
     }  # fmt: skip
     other = f"import json\nother = {sign!r}\n"
     process = start(tmp_path, other + body, timeout_sec=0.8)
-    out, _ = process.communicate(timeout=40)
-    assert process.returncode == code, out
+    out, error = process.communicate(timeout=40)
+    assert process.returncode == code, (out, error)

@@ -441,6 +441,21 @@ def test_workers_end_with_the_main_process_even_when_it_is_killed_or_exits_in_mi
     assert _all_end(pids)
 
 
+def test_a_killed_worker_is_named(tmp_path):
+    """The out-of-memory killer takes data workers first; to wait for its batches would be to wait for ever."""
+    loader = train_loader(make_shards(tmp_path, 20), replace(CONFIG, num_workers=1))
+    stream = iter(loader)
+    next(stream)
+    (worker,) = loader._workers._running["loader"]._iterator._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(
+        RuntimeError, match=rf"worker .*{worker.pid}.* (is killed by signal: Killed|exited unexpectedly)"
+    ):
+        for _ in stream:
+            pass
+    loader.close()
+
+
 def test_a_dropped_loader_ends_its_workers(tmp_path):
     loader = train_loader(make_shards(tmp_path, 20), replace(CONFIG, num_workers=1))
     stream = iter(loader)

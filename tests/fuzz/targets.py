@@ -1,0 +1,338 @@
+"""What is fuzzed: a file of somebody else's, and what our commands do with it.
+
+A target gets bytes and an empty folder of its own.  It may raise an error of ours (ConfigError and its kinds); anything
+else, a second too many, a byte beyond a bound of memory, or a file touched outside is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from scripts import make_shards
+from swinv2_train.checkpoint import find_checkpoint
+from swinv2_train.checkpoint.random_states import restore_random_states
+from swinv2_train.checkpoint.saved_state import read_state
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import load_run_config
+from swinv2_train.config.shown import shown
+from swinv2_train.data.shards.manifest import MANIFEST_NAME, index_shard
+from swinv2_train.data.shards.tar_index import load_index
+from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.sources.base import open_source
+from swinv2_train.data.transforms.decode import DecodeError, decode_image
+from swinv2_train.monitoring.watchdog import read_ranks
+from swinv2_train.report.page import page_of, read_run_record
+from swinv2_train.status import read_status, status_text
+from swinv2_train.weights import match_weights, read_weights, trained_windows
+from tests.fuzz.mutation import TEXT_TOKENS
+from tests.support.images import image_bytes
+from tests.support.one_rank import ONE
+from tests.support.weights_samples import classifier, state_of
+
+OLD_RUN = Path(__file__).parents[1] / "golden" / "old_run" / "run"
+_CHECKPOINT = Path("checkpoints", "step_00000002")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of file."""
+
+    name: str
+    seeds: Sequence[bytes]
+    """Sound files, which must be accepted."""
+    run: Callable[[bytes, Path], None]
+    tokens: Sequence[bytes] = ()
+
+
+def targets() -> list[Target]:
+    """All of them; makes their seeds."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [
+            *_weights(Path(folder)), *_archives(Path(folder)), _images(), *_shards(Path(folder)), *_runs(),
+            *_saved_data_sets(Path(folder)),
+        ]  # fmt: skip
+
+
+# --- weights
+
+
+def _read_all(path: Path) -> None:
+    weights = read_weights(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _model_state().items()}
+    matched, report = match_weights(weights, shapes, head="auto")
+    for name in matched:
+        matched[name]
+    assert len(str(report)) < 10_000
+
+
+@functools.cache
+def _model_state() -> dict[str, torch.Tensor]:
+    return state_of(classifier(depths=(1, 1), num_heads=(1, 2), img_size=32, pretrained_window_sizes=(0, 0)))
+
+
+def _weights(folder: Path) -> list[Target]:
+    state = _model_state()
+    save_file(state, folder / "a.safetensors")
+    safe = (folder / "a.safetensors").read_bytes()
+    save_file({f"net.{name}": value for name, value in state.items()}, folder / "b.safetensors")
+    pickles = []
+    for content, zipped in (({"model": state}, True), (state, False), ({"state_dict": state, "epoch": 3}, True)):
+        torch.save(content, folder / "a.pth", _use_new_zipfile_serialization=zipped)
+        pickles.append((folder / "a.pth").read_bytes())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "model-1.safetensors")}
+    config = {"model_type": "swinv2", "image_size": 32, "patch_size": 4, "window_size": 4, "depths": [1, 1],
+              "pretrained_window_sizes": [0, 0]}  # fmt: skip
+
+    def in_file(name: str) -> Callable[[bytes, Path], None]:
+        def run(data: bytes, place: Path) -> None:
+            (place / name).write_bytes(data)
+            _read_all(place / name)
+
+        return run
+
+    def in_index(data: bytes, place: Path) -> None:
+        (place / "model-1.safetensors").write_bytes(safe)
+        (place / "model.safetensors.index.json").write_bytes(data)
+        _read_all(place)
+
+    def in_config(data: bytes, place: Path) -> None:
+        (place / "config.json").write_bytes(data)
+        trained_windows(place)
+
+    names = tuple(name.encode() for name in list(state)[:20])
+    return [
+        Target("weights: safetensors", [safe, (folder / "b.safetensors").read_bytes()], in_file("a.safetensors"),
+               (*TEXT_TOKENS, *names)),
+        Target("weights: torch files", pickles, in_file("a.pth"), names),
+        Target("weights: index", [json.dumps(index).encode()], in_index, TEXT_TOKENS),
+        Target("weights: config.json", [json.dumps(config).encode()], in_config, TEXT_TOKENS),
+    ]  # fmt: skip
+
+
+# --- archives and images
+
+
+def _archives(folder: Path) -> list[Target]:
+    images = {f"{name}/{i}.png": image_bytes(i, size=(8, 8)) for name in ("ape", "cat") for i in range(2)}
+    zips, tars = [], []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", method) as archive:
+            for name, data in images.items():
+                archive.writestr(name, data)
+        zips.append(buffer.getvalue())
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
+            for name, data in images.items():
+                info = tarfile.TarInfo(name if kind == tarfile.USTAR_FORMAT else f"{'é' * 60}/{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        tars.append(buffer.getvalue())
+
+    def pack(ending: str) -> Callable[[bytes, Path], None]:
+        def run(data: bytes, place: Path) -> None:
+            (place / f"a.{ending}").write_bytes(data)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+                code = make_shards.main([str(place / f"a.{ending}"), str(place / "out" / "t")])
+            assert code in (0, 2) and len(said.getvalue()) < 10_000, (code, said.getvalue()[:1000])
+            if code:
+                raise ConfigError(said.getvalue())
+
+        return run
+
+    def read_tar(data: bytes, place: Path) -> None:
+        (place / "t-000000.tar").write_bytes(data)
+        manifest = open_manifest(str(place / "t-*.tar"))
+        reader = manifest.open_reader()
+        for index in range(manifest.counts[0]):
+            with contextlib.suppress(ConfigError):
+                reader.read(0, index)
+        reader.close()
+
+    tokens = (b"ustar\x0000", b"ustar  \x00", b"L", b"x", b"30 path=../../%OUTSIDE%\n", b"\x00" * 512, b"../")
+    return [
+        Target("archives: zip, packed", zips, pack("zip"), (b"PK\x01\x02", b"PK\x03\x04", b"../", b"..\\")),
+        Target("archives: tar, packed", tars, pack("tar"), tokens),
+        Target("archives: tar, read", tars, read_tar, tokens),
+    ]
+
+
+def _images() -> Target:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 20, 3), np.uint8)
+    seeds = []
+    for mode, form, more in (
+        ("RGB", "PNG", {}), ("L", "PNG", {}), ("P", "PNG", {}), ("RGBA", "PNG", {}), ("RGB", "JPEG", {"quality": 80}),
+        ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "WEBP", {}),
+    ):  # fmt: skip
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).convert(mode).save(buffer, form, **more)
+        seeds.append(buffer.getvalue())
+
+    def run(data: bytes, place: Path) -> None:
+        try:
+            assert decode_image(data, "png", max_pixels=2**22).shape[0] == 3
+        except DecodeError as error:
+            raise ConfigError(error) from error
+
+    return Target("images", seeds, run, (b"IHDR", b"IDAT", b"\xff\xd8\xff", b"\xff\xc4", b"RIFF", b"GIF89a", b"BM"))
+
+
+# --- shards
+
+
+def _shards(folder: Path) -> list[Target]:
+    samples = [(f"k{i}", image_bytes(i, size=(8, 8)), "png", i % 2) for i in range(4)]
+    write_shards(samples, str(folder / "s" / "t"), 2)
+    files = {path.name: path.read_bytes() for path in (folder / "s").iterdir()}
+    index_name = next(name for name in files if name.endswith("000000.tar.idx.npy"))
+
+    def placed(name: str) -> Callable[[bytes, Path], None]:
+        def run(data: bytes, place: Path) -> None:
+            for each, content in files.items():
+                (place / each).write_bytes(content)
+            (place / name).write_bytes(data)
+            manifest = open_manifest(str(place / "t-*.tar"))
+            reader = manifest.open_reader()
+            for shard, count in enumerate(manifest.counts):
+                for index in range(count):
+                    with contextlib.suppress(ConfigError):
+                        reader.read(shard, index)
+            reader.close()
+
+        return run
+
+    def index_alone(data: bytes, place: Path) -> None:
+        (place / "a.npy").write_bytes(data)
+        try:
+            load_index(str(place / "a.npy"), 10_240).tolist()
+        except ValueError as error:
+            raise ConfigError(error) from error
+
+    index_shard(str(folder / "s" / "t-000000.tar"), folder / "a.npy")
+    return [
+        Target("manifests", [files[MANIFEST_NAME]], placed(MANIFEST_NAME), TEXT_TOKENS),
+        Target("indexes", [files[index_name]], placed(index_name), (b"'descr'", b"|O", b"<i8", b"(", b"True")),
+        Target("indexes alone", [(folder / "a.npy").read_bytes()], index_alone, (b"|O", b"S9", b"(", b"fortran")),
+    ]
+
+
+# --- runs
+
+
+def _runs() -> list[Target]:
+    def replaced(name: Path, read: Callable[[Path], object]) -> Callable[[bytes, Path], None]:
+        def run(data: bytes, place: Path) -> None:
+            run_dir = Path(shutil.copytree(OLD_RUN, place / "run"))
+            (run_dir / name).parent.mkdir(exist_ok=True)
+            (run_dir / name).write_bytes(data)
+            read(run_dir)
+
+        return run
+
+    def weights(run_dir: Path) -> None:
+        read_state(find_checkpoint(run_dir))
+        found = read_weights(run_dir)
+        for name in found:
+            found[name]
+
+    def engine(run_dir: Path) -> None:  # as one does who made the sizes in COMPLETE agree
+        found = read_weights_of(run_dir / _CHECKPOINT)
+        for name in found:
+            found[name]
+
+    def rng(run_dir: Path) -> None:
+        problem = restore_random_states(run_dir / _CHECKPOINT / "rng", ONE)
+        if problem is not None:
+            raise problem
+
+    def status(run_dir: Path) -> None:
+        text = status_text(read_status(run_dir))
+        assert shown(text, len(text), lines=True) == text
+
+    def page(run_dir: Path) -> None:  # without the picture of the curves, which takes a second
+        assert "\x1b" not in page_of(read_run_record(run_dir))
+
+    def state(run_dir: Path) -> None:
+        read_state(run_dir / _CHECKPOINT)
+
+    def seed(name: Path) -> list[bytes]:
+        return [(OLD_RUN / name).read_bytes()]
+
+    sign = {"host": "h", "pid": 1, "state": "failed", "reason": "x", "doing": "y", "doing_since": 1.0, "step": 1,
+            "updated_at": 2.0}  # fmt: skip
+    whole = json.dumps({**sign, "world_size": 1, "heartbeat_sec": 1.0, "total_steps": 5, "loss": 1.5}).encode()
+    rank = json.dumps({**sign, "rank": 0, "moves": 1, "place": None}).encode()
+    json_files = {
+        "checkpoints: COMPLETE": (_CHECKPOINT / "COMPLETE", weights),
+        "checkpoints: state.json": (_CHECKPOINT / "state.json", state),
+        "checkpoints: engine.json": (_CHECKPOINT / "engine" / "engine.json", engine),
+        "checkpoints: a rank's file": (_CHECKPOINT / "engine" / "rank_0000.safetensors", engine),
+        "checkpoints: random states": (_CHECKPOINT / "rng" / "rank_0000.json", rng),
+        "checkpoints: generators": (_CHECKPOINT / "rng" / "rank_0000.safetensors", rng),
+        "configs": (Path("config.yaml"), lambda run_dir: load_run_config(run_dir, ["seed=3"])),
+        "runs: environment.json": (Path("environment.json"), page),
+        "runs: metrics.jsonl": (Path("metrics.jsonl"), page),
+    }
+    made = [Target(name, seed(path), replaced(path, read), TEXT_TOKENS) for name, (path, read) in json_files.items()]
+    made.append(Target("runs: status.json", [whole], replaced(Path("status.json"), status), TEXT_TOKENS))
+    made.append(Target("runs: a sign", [rank], replaced(Path("health", "rank_00000.json"), read_ranks), TEXT_TOKENS))
+    return made
+
+
+def read_weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    from swinv2_train.checkpoint import read_checkpoint_weights
+
+    return read_checkpoint_weights(checkpoint)
+
+
+# --- saved data sets
+
+
+def _saved_data_sets(folder: Path) -> list[Target]:
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    features = Features({"img": Image(), "class": ClassLabel(names=["ape", "cat"])})
+    columns = {
+        "img": [{"bytes": image_bytes(i, size=(8, 8)), "path": f"{i}.png"} for i in range(8)],
+        "class": [i % 2 for i in range(8)],
+    }
+    Dataset.from_dict(columns, features=features).save_to_disk(str(folder / "saved"))
+    files = {path.name: path.read_bytes() for path in (folder / "saved").iterdir()}
+
+    def placed(name: str) -> Callable[[bytes, Path], None]:
+        def run(data: bytes, place: Path) -> None:
+            for each, content in files.items():
+                (place / each).write_bytes(content)
+            (place / name).write_bytes(data)
+            source = open_source(str(place))
+            reader = source.open_reader()
+            for index in range(source.num_samples):
+                with contextlib.suppress(ConfigError):
+                    reader.read(0, index)
+            reader.close()
+
+        return run
+
+    arrow = next(name for name in files if name.endswith(".arrow"))
+    return [
+        Target("data sets: Arrow", [files[arrow]], placed(arrow), (b"%OUTSIDE%", b"bytes", b"path")),
+        Target("data sets: state.json", [files["state.json"]], placed("state.json"), TEXT_TOKENS),
+        Target("data sets: info", [files["dataset_info.json"]], placed("dataset_info.json"), TEXT_TOKENS),
+    ]
