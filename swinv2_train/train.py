@@ -105,8 +105,10 @@ def train(config: Config) -> int:
             finally:
                 heartbeat.close(exit_code, reason)
                 log.close(EXIT_DONE if exit_code == EXIT_STOPPED else exit_code)
-                if world.is_main and exit_code != EXIT_USER_ERROR:
+                if world.is_main and (exit_code != EXIT_USER_ERROR or (run_dir / "metrics.jsonl").exists()):
                     write_report_of(run_dir, total, console)
+                elif world.is_main:  # of a run that never was
+                    (run_dir / "report.html").unlink(missing_ok=True)
         shutdown_distributed()
         return exit_code
 
@@ -134,7 +136,12 @@ def announce(run: loop.Run, log: RunLog) -> None:
         log.say("note: the first step compiles the blocks, which may take minutes")
     if start.slow_bf16 is not None:
         log.say(f"warning: {start.slow_bf16}")
-    write_run_files(Path(run.config.run_dir), run.config, run.world, start.record())
+    run_dir = Path(run.config.run_dir)
+    write_run_files(run_dir, run.config, run.world, start.record())
+    try:  # or the page of the start before would say that the run has stopped
+        write_report(run_dir, run.total_steps, curves=False)
+    except Exception as error:  # noqa: BLE001  the run counts
+        log.say(f"warning: no report ({type(error).__name__}: {error})")
 
 
 def log_artifacts(config: Config, log: RunLog) -> None:
@@ -157,8 +164,7 @@ def log_artifacts(config: Config, log: RunLog) -> None:
 
 def say_complete(run_dir: Path, total: int) -> None:
     """Nothing is left to do; a report that a kill prevented is written now."""
-    if not (run_dir / "report.html").exists():
-        write_report(run_dir, total)
+    write_report(run_dir, total)
     print(f"{run_dir}: all {total} steps are done; report: {run_dir / 'report.html'}")
 
 

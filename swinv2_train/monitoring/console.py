@@ -165,7 +165,7 @@ class Progress:
     def update(self, step: int, total: int, loss: float | None, images_per_sec: float | None) -> None:
         if self.mode == "none":
             return
-        self._loss = self._loss if loss is None else loss
+        self._loss = loss  # of this very step, or none: the one of an earlier step would pass for it
         self._images_per_sec = self._images_per_sec if images_per_sec is None else images_per_sec
         now = time.monotonic()
         self._marks.append((now, step))

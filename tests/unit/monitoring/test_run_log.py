@@ -465,7 +465,7 @@ log.close()
     done = run_script(body, tmp_path)
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines == ["step 1/100  loss 2.5000  812 images/s", "step 100/100  loss 1.2500  812 images/s  0:00 left"]
+    assert lines == ["step 1/100  loss 2.5000  812 images/s", "step 100/100  812 images/s  0:00 left"]
 
 
 def test_a_long_step_shows_its_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
