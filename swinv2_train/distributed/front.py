@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 _CLOSED = "closed "
 
@@ -41,7 +42,7 @@ class Front:
             self._lost = True
             return True
 
-    def _ask(self, store: dist.Store, stop: bool) -> bool:
+    def _ask(self, store: Store, stop: bool) -> bool:
         before, self._begun = str(self._begun), self._begun + 1
         now = store.compare_set(self._key, before, f"{_CLOSED}{before}" if stop else str(self._begun)).decode()
         while stop and not now.startswith(_CLOSED):  # others are further

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
@@ -229,14 +229,14 @@ class Progress:
         return "  ".join(parts)
 
 
-def counted(items: Collection[T], what: str, say: Callable[[str], None]) -> Iterator[T]:
-    """The items; every few seconds it is said how many are done and how long the others will take."""
+def counted(items: Iterable[T], count: int, what: str, say: Callable[[str], None]) -> Iterator[T]:
+    """The items, of which there are `count`; every few seconds it is said how many are done and how long the others will take."""
     started = said_at = time.monotonic()
     for number, item in enumerate(items):
         now = time.monotonic()
         if number and now - said_at >= _LINE_EVERY_SEC:
-            left = (now - started) / number * (len(items) - number)
-            say(f"{what} {number} of {len(items)}, {duration_text(left)} left")
+            left = (now - started) / number * (count - number)
+            say(f"{what} {number} of {count}, {duration_text(left)} left")
             said_at = now
         yield item
 

@@ -245,10 +245,10 @@ def scores_of(run: Run, loader: EvalLoader, stop: StopRequest) -> dict[str, floa
     def requested() -> bool:
         return stop.requested is not None
 
-    scores = evaluate_loader(score, run.monitor.marking_progress(loader), requested)
+    scores = evaluate_loader(score, run.monitor.marking_progress(loader, len(loader)), requested)
     if run.config.optim.ema_decay is not None:
         with run.engine.ema_weights():
-            averaged = evaluate_loader(score, run.monitor.marking_progress(loader), requested)
+            averaged = evaluate_loader(score, run.monitor.marking_progress(loader, len(loader)), requested)
         scores |= {averaged_score(name): value for name, value in averaged.items()}
     return scores
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,9 +161,9 @@ class Monitor:
         said = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.log.say(f"step {self._position.step}: {said}")
 
-    def marking_progress(self, batches: Collection[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def marking_progress(self, batches: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
         """The batches; each is a sign that the run does not hang.  Where they take long, they are counted."""
-        for batch in counted(batches, "evaluating: batch", self.log.say):
+        for batch in counted(batches, count, "evaluating: batch", self.log.say):
             self.activity.mark_progress()
             yield batch
 

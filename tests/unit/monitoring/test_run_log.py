@@ -486,7 +486,7 @@ def test_a_long_pass_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     clock = iter(range(0, 1000, 3))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    assert list(counted(range(5), "evaluating: batch", said.append)) == list(range(5))
+    assert list(counted(range(5), 5, "evaluating: batch", said.append)) == list(range(5))
     assert said == ["evaluating: batch 1 of 5, 0:24 left", "evaluating: batch 3 of 5, 0:08 left"]
 
 
