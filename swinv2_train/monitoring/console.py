@@ -230,7 +230,7 @@ class Progress:
 
 
 def counted(items: Iterable[T], count: int, what: str, say: Callable[[str], None]) -> Iterator[T]:
-    """The items, of which there are `count`; every few seconds it is said how many are done and how long the others will take."""
+    """The items, `count` of them; every few seconds it is said how many are done and how long the rest will take."""
     started = said_at = time.monotonic()
     for number, item in enumerate(items):
         now = time.monotonic()
