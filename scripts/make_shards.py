@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
+from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS
 from swinv2_train.data.shards.tar_reader import Manifest, reindex, shard_files, verify_shards, write_shards
@@ -59,7 +61,7 @@ def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple
         yield entry.key, entry.read(), entry.extension, entry.label
         if time.monotonic() - shown > 5 or number == len(entries):
             shown = time.monotonic()
-            print(f"{out_prefix}: {number} of {len(entries)} images packed", flush=True)
+            tell(f"{out_prefix}: {number} of {len(entries)} images packed")
 
 
 def _write_classes(path: Path, classes: Sequence[str]) -> None:
@@ -119,7 +121,7 @@ def _entries(
     source: Path, images: dict[str, Callable[[], bytes]], left_out: int
 ) -> tuple[list[Entry], list[str] | None]:
     if left_out:
-        print(f"{left_out} files and hidden folders of {source} are not images and are left out")
+        print(f"{left_out} files and hidden folders of {shown(source)} are not images and are left out")
     classes = class_names(images, f"SOURCE {source}")
     label_of = {name: label for label, name in enumerate(classes or [])}
     entries, taken = [], set()
@@ -155,15 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="delete shards of that prefix first")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
+    hold_standard_streams()
     options = parser.parse_args(arguments)
-    shown = partial(print, flush=True)
     if options.samples_per_shard < 1:
         parser.error(f"--samples-per-shard ({options.samples_per_shard}) must be at least 1")
     try:
         if options.reindex:
-            manifest = reindex(options.source, shown)
+            manifest = reindex(options.source, tell)
         elif options.verify:
-            verify_shards(options.source, shown)
+            verify_shards(options.source, tell)
             return 0
         else:
             if options.out is None:
@@ -175,10 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             manifest = pack(entries, options.out, options.samples_per_shard, options.seed, classes)
             print(f"{len(classes)} classes, see {CLASSES_NAME}" if classes else "no class folders, so no labels")
     except (ShardError, OSError) as error:
-        print(f"make_shards: {error}", file=sys.stderr)
+        print(f"make_shards: {shown(error, MESSAGE_CHARACTERS)}", file=sys.stderr)
         return 2
     size = sum(manifest.sizes) / 1e6
-    print(f"{manifest.num_samples} images in {len(manifest.paths)} shards, {size:.1f} MB; {manifest.paths[0]} ...")
+    tell(f"{manifest.num_samples} images in {len(manifest.paths)} shards, {size:.1f} MB; {manifest.paths[0]} ...")
     return 0
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import compose_source, own_flag, run_on_weights
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.distributed import (
     World,
@@ -156,7 +157,7 @@ def load(task: Task, config: Config, request: EvaluateRequest, world: World) -> 
         problem = error
     raise_together(problem)
     if origin == "weights" and world.is_main:
-        print(report, file=sys.stderr)
+        print(shown(report, MESSAGE_CHARACTERS, lines=True), file=sys.stderr)
     return {origin: str(path), **({"ema": request.ema} if origin == "checkpoint" or request.ema else {})}
 
 

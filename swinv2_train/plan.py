@@ -69,7 +69,9 @@ def parse(arguments: list[str]) -> tuple[Config, list[str]]:
         return compose_overrides(overrides, UNUSED), repeated
     starts = read_environment(Path(run_dir))
     last = starts[-1] if starts else {}
-    own = [each for each in last.get("argv", [])[1:] if not each.startswith(("run_dir=", "plan."))]
+    argv = last.get("argv")
+    own = [each for each in argv[1:] if isinstance(each, str) and each.isprintable()] if isinstance(argv, list) else []
+    own = [each for each in own if not each.startswith(("run_dir=", "plan."))]
     return plan_of_run(Path(run_dir), overrides, last.get("world_size")), [*own, *repeated]
 
 

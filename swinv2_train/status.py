@@ -15,9 +15,12 @@ from typing import Any
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
+from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
-from swinv2_train.monitoring.watchdog import STATUS, process_ended, read_ranks
+from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
+from swinv2_train.storage.json_files import number, optional, read_json, record, whole
 
 USAGE = """swinv2-status RUN_DIR [--json]
 
@@ -27,6 +30,20 @@ How a run is getting on: step, loss, speed, time left, last checkpoint, scores, 
 _MISSED_BEATS = 4
 """How many signs of life must be missing before a rank counts as silent: a busy disk may swallow some."""
 _WORTH_A_WORD_SEC = 5.0
+_MOST_TEXT = 100_000
+
+
+_FINITE = optional(number())
+_STATUS = record(
+    {**SIGN_FIELDS, "world_size": whole(1, 2**20), "heartbeat_sec": number(0)},
+    may={
+        **{name: optional(whole()) for name in ("total_steps", "checkpoint_step")},
+        **dict.fromkeys(("loss", "images_per_sec", "seconds_left"), _FINITE),
+        "slowest_rank": optional(
+            record({"rank": whole(), "own_sec": number(), "data_wait_sec": number(), "median_sec": number()})
+        ),
+    },
+)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -37,12 +54,10 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / STATUS
     try:
-        status: dict[str, Any] = json.loads(path.read_text())
+        status: dict[str, Any] = read_json(path, MOST_SIGN_BYTES, _STATUS, "it is written anew when the run goes on")
     except FileNotFoundError:
         what = "holds no status.json: no run has started there yet" if run_dir.is_dir() else "is no directory"
         raise ConfigError(f"run_dir ({run_dir}) {what}; name the directory of a run") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
     now = time.time()
     patience = _MISSED_BEATS * status["heartbeat_sec"]
     ranks = [
@@ -117,29 +132,29 @@ def status_text(status: Mapping[str, Any]) -> str:
 
 
 def _headline(status: Mapping[str, Any]) -> str:
-    where = f"{status['world_size']} ranks, rank 0 is pid {status['pid']} on {status['host']}"
-    reason = f": {status['reason']}" if status["reason"] else ""
+    where = f"{status['world_size']} ranks, rank 0 is pid {status['pid']} on {shown(status['host'])}"
+    reason = f": {shown(status['reason'], MESSAGE_CHARACTERS, lines=True)}" if status["reason"] else ""
     ago = f"{duration_text(status['silent_sec'])} ago"
     if status["state"] == "running":
         return f"running: {_doing(status)} ({where})"
     if status["state"] == "lost":
         silent = f"no sign of life for {status['silent_sec']:.0f} s"
-        return f"{silent}; then it was {status['doing']} ({where}); the same command resumes"
+        return f"{silent}; then it was {shown(status['doing'])} ({where}); the same command resumes"
     return f"{status['state']} {ago}{reason}"
 
 
 def _doing(sign: Mapping[str, Any]) -> str:
     for_sec = sign["updated_at"] - sign["doing_since"]
-    return sign["doing"] + (f" for {for_sec:.0f} s" if for_sec > _WORTH_A_WORD_SEC else "")
+    return shown(sign["doing"]) + (f" for {for_sec:.0f} s" if for_sec > _WORTH_A_WORD_SEC else "")
 
 
 def _rank_text(status: Mapping[str, Any], rank: Mapping[str, Any]) -> str | None:
     """A line about a rank that is not as rank 0 is; None for all the others."""
-    who = f"rank {rank['rank']} (pid {rank['pid']} on {rank['host']})"
+    who = f"rank {rank['rank']} (pid {rank['pid']} on {shown(rank['host'])})"
     if rank["lost"] and rank["rank"]:
-        return f"{who}: no sign of life for {rank['silent_sec']:.0f} s; then it was {rank['doing']}"
+        return f"{who}: no sign of life for {rank['silent_sec']:.0f} s; then it was {shown(rank['doing'])}"
     if rank["reason"] and rank["reason"] != status["reason"]:
-        return f"{who}: {rank['state']}: {rank['reason'].splitlines()[0]}"
+        return f"{who}: {rank['state']}: {shown(rank['reason'].splitlines()[0], MESSAGE_CHARACTERS)}"
     late = rank["updated_at"] - rank["doing_since"] > _WORTH_A_WORD_SEC
     if status["state"] == "running" and rank["doing"] != status["doing"] and late and not rank["lost"]:
         return f"{who}: {_doing(rank)}"
@@ -148,6 +163,7 @@ def _rank_text(status: Mapping[str, Any], rank: Mapping[str, Any]) -> str | None
 
 def main() -> None:
     """The console script swinv2-status."""
+    hold_standard_streams()
     arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
@@ -160,7 +176,7 @@ def main() -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    print(json.dumps(status, indent=1) if "--json" in sys.argv else status_text(status))
+    print(json.dumps(status, indent=1) if "--json" in sys.argv else shown(status_text(status), _MOST_TEXT, lines=True))
 
 
 if __name__ == "__main__":

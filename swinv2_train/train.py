@@ -12,6 +12,7 @@ from swinv2_train.checkpoint.finding import step_of
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.shown import shown
 from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.distributed import (
     init_distributed,
@@ -165,7 +166,7 @@ def log_artifacts(config: Config, log: RunLog) -> None:
 def say_complete(run_dir: Path, total: int) -> None:
     """Nothing is left to do; a report that a kill prevented is written now."""
     write_report(run_dir, total)
-    print(f"{run_dir}: all {total} steps are done; report: {run_dir / 'report.html'}")
+    print(f"{shown(run_dir)}: all {total} steps are done; report: {shown(run_dir / 'report.html')}")
 
 
 def write_report_of(run_dir: Path, total: int, console: Console) -> None:

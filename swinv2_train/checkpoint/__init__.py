@@ -12,13 +12,13 @@ not those in it, is no checkpoint.
 """
 
 from swinv2_train.checkpoint.finding import (
-    COMPLETE,
     find_checkpoint,
     newest_checkpoint,
     remove_unfinished,
     verified_checkpoint,
 )
 from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_checkpoint_weights
+from swinv2_train.checkpoint.saved_state import COMPLETE
 from swinv2_train.checkpoint.saving import Save, SaveError
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from swinv2_train.checkpoint.saved_state import COMPLETE, read_complete
 from swinv2_train.config import ConfigError
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.distributed import World, broadcast_object, raise_together
 from swinv2_train.storage.durable import checksum_of
 
-COMPLETE = "COMPLETE"
 UNFINISHED = ".unfinished"
 """The end of the name of what is being written or removed."""
 DAMAGED = ".damaged"
@@ -36,7 +36,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
         )
     newest = complete[-1] if complete else None
     for problem in damaged:
-        print(f"warning: damaged checkpoint passed over for {newest}: {problem}", file=sys.stderr)
+        warning = f"warning: damaged checkpoint passed over for {newest}: {problem}"
+        print(shown(warning, MESSAGE_CHARACTERS), file=sys.stderr)
     return newest
 
 
@@ -91,9 +92,9 @@ def _passed_over(damaged: Path, problem: ConfigError) -> tuple[Path | None, str 
             f"no checkpoint of {run_dir} is whole; {problem}; restore its files, or start anew in another run_dir"
         )
     aside = damaged.with_name(damaged.name + DAMAGED)
+    remove_folder(aside)
+    aside = free_name(aside)
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
         os.replace(damaged, aside)
     except OSError as error:
         return None, f"{damaged} is damaged ({problem}) and cannot be renamed ({error}); remove it and start again"
@@ -114,32 +115,52 @@ def find_checkpoint(path: Path) -> Path:
     return checkpoint
 
 
-def remove_unfinished(run_dir: Path) -> list[Path]:
-    """Delete what a killed save or removal left behind (folders without COMPLETE).  Rank 0 only; returns them."""
+def remove_unfinished(run_dir: Path) -> tuple[list[Path], list[str]]:
+    """Delete what a killed save or removal left behind (folders without COMPLETE).  Rank 0 only.
+
+    Returns what was deleted, and in words what could not be; links are left alone.
+    """
     folder = run_dir / "checkpoints"
     left = [
         path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
         if path.is_dir()
+        and not path.is_symlink()
         and (path.name.endswith(UNFINISHED) or (_NAME.fullmatch(path.name) and not (path / COMPLETE).exists()))
     ]
-    for path in left:
+    problems = {path: remove_folder(path) for path in left}
+    removed = [path for path, problem in problems.items() if problem is None]
+    return removed, [problem for problem in problems.values() if problem is not None]
+
+
+def remove_folder(path: Path) -> str | None:
+    """Delete a folder with what is in it; what hinders that, in words, or None.
+
+    A link is left alone, with what it leads to: somebody has moved a checkpoint to another disk.  A folder may stay
+    because it is read-only, or because a network file system keeps files that another host has open (.nfs*).
+    """
+    if path.is_symlink():
+        return f"{path} is a link, which is left alone; remove it, and what it leads to, when neither is needed"
+    if not path.exists():
+        return None
+    try:
         shutil.rmtree(path)
-    return left
+    except OSError as error:
+        return f"{path} cannot be removed ({error.strerror or error}); remove it when its disk lets you"
+    return None
+
+
+def free_name(path: Path) -> Path:
+    """path, or where something stands there, the first of path.1, path.2, ... where nothing does."""
+    return next(each for each in (path, *(path.with_name(f"{path.name}.{i}") for i in range(1, 10_000)))
+                if not os.path.lexists(each))  # fmt: skip
 
 
 def read_marker(path: Path) -> dict[str, Any]:
     """What COMPLETE says; raises ConfigError when there is none or a file has another size."""
-    try:
-        marker: dict[str, Any] = json.loads((path / COMPLETE).read_text())
-        sizes = {name: facts["bytes"] for name, facts in marker["files"].items()}
-        _ = marker["step"], marker["world_size"]
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is no complete checkpoint ({COMPLETE} is missing); choose another") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path / COMPLETE}: cannot be read ({error}); choose another checkpoint") from error
-    for name, size in sizes.items():
-        file = path / name
+    marker = read_complete(path)
+    for name, facts in marker["files"].items():
+        file, size = path / name, facts["bytes"]
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             found = "missing" if actual is None else f"{actual} bytes"

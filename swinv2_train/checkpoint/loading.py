@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from swinv2_train.checkpoint.finding import read_marker
 from swinv2_train.checkpoint.random_states import restore_random_states
+from swinv2_train.checkpoint.saved_state import read_state
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
 from swinv2_train.engine.state.files import StateFiles
@@ -34,8 +34,8 @@ def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> di
     state: dict[str, Any] = {}
     try:
         marker = read_marker(path)
-        state = json.loads((path / "state.json").read_text())
-    except (ConfigError, OSError, ValueError) as caught:
+        state = read_state(path)
+    except ConfigError as caught:
         error = caught
     raise_together(error)
     engine.load(path / "engine")

@@ -11,6 +11,18 @@ import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
+from swinv2_train.storage.json_files import choice, listing, number, optional, read_json, record, row, whole
+
+_MOST_BYTES = 2**20
+"""The most that either file of a rank may hold; ours have 20 kB."""
+_WORD = whole(0, 2**32 - 1)
+_PLAIN = record(
+    {
+        "python": row(whole(3, 3), listing(_WORD, 625, 625), optional(number())),
+        "numpy": row(choice("MT19937"), listing(_WORD, 624, 624), whole(0, 624), whole(0, 1), number()),
+    }
+)
+"""numpy takes any position, and would read beyond its numbers."""
 
 
 def random_states(world: World) -> dict[str, bytes]:
@@ -36,7 +48,9 @@ def restore_random_states(folder: Path, world: World) -> BaseException | None:
 
     path = folder / f"rank_{world.rank:04d}"
     try:
-        plain = json.loads(path.with_suffix(".json").read_text())
+        plain = read_json(path.with_suffix(".json"), _MOST_BYTES, _PLAIN)
+        if path.with_suffix(".safetensors").stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path.name}.safetensors holds more than {_MOST_BYTES:,} bytes")
         tensors = load_file(path.with_suffix(".safetensors"))
         version, internal, gauss = plain["python"]
         name, keys, *rest = plain["numpy"]
@@ -45,6 +59,6 @@ def restore_random_states(folder: Path, world: World) -> BaseException | None:
         torch.set_rng_state(tensors["torch"])
         if world.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["cuda"], world.device)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         return ConfigError(f"{path}: the random state cannot be read ({error}); choose another checkpoint")
     return None

@@ -13,8 +13,16 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from swinv2_train.checkpoint.finding import COMPLETE, UNFINISHED, complete_checkpoints, remove_unfinished
+from swinv2_train.checkpoint.finding import (
+    UNFINISHED,
+    complete_checkpoints,
+    free_name,
+    remove_folder,
+    remove_unfinished,
+)
 from swinv2_train.checkpoint.random_states import random_states
+from swinv2_train.checkpoint.saved_state import COMPLETE, read_state
+from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.storage.durable import Checksum, sync_folder, write_durably
@@ -70,6 +78,8 @@ class Save:
         self.path = run_dir / "checkpoints" / f"step_{self.step:08d}"
         self.error: Exception | None = None
         """What went wrong on this rank so far; finish() raises it on all."""
+        self.warnings: list[str] = []
+        """What could not be removed, and is no reason for the save to fail.  On rank 0 alone."""
         self._unfinished = self.path.with_name(self.path.name + UNFINISHED)
         self._state = json.dumps(
             dict(state, best=None if best is None else {"metric": best[0], "value": best[1]}), indent=1
@@ -147,8 +157,13 @@ class Save:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        (self._run_dir / "checkpoints").mkdir(exist_ok=True)  # not its parents: a run directory that vanished is gone
-        remove_unfinished(self._run_dir)
+        folder = self._run_dir / "checkpoints"
+        folder.mkdir(exist_ok=True)  # not its parents: a run directory that vanished is gone
+        if folder.is_symlink():
+            raise OSError(f"{folder} is a link, and nothing is written outside of a run directory")
+        self.warnings += remove_unfinished(self._run_dir)[1]
+        if os.path.lexists(self._unfinished):  # what could not be removed
+            os.replace(self._unfinished, free_name(self._unfinished.with_name(f"{self._unfinished.name}.left")))
         for folder in (self._unfinished, *(self._unfinished / name for name in ("engine", "rng", _PARTS))):
             folder.mkdir()
 
@@ -180,15 +195,22 @@ class Save:
         marker = {"step": self.step, "world_size": self._world.world_size, "files": files}
         write_durably(self._unfinished / COMPLETE, [(json.dumps(marker, indent=1) + "\n").encode()])
         sync_folder(self._unfinished)
-        if self.path.exists():  # the same step again, after a resume from an earlier checkpoint
+        if os.path.lexists(self.path):  # the same step again, after a resume from an earlier checkpoint
             replaced = self.path.with_name(self.path.name + ".replaced" + UNFINISHED)
+            if os.path.lexists(replaced):  # one that could not be removed
+                os.replace(replaced, free_name(replaced.with_name(f"{replaced.name}.left")))
             os.replace(self.path, replaced)
             os.replace(self._unfinished, self.path)
-            shutil.rmtree(replaced)
+            self._warn(remove_folder(replaced))
         else:
             os.replace(self._unfinished, self.path)
         sync_folder(self.path.parent)
-        _retain(self._run_dir, self._keep, self.path)
+        for problem in _retain(self._run_dir, self._keep, self.path):
+            self._warn(problem)
+
+    def _warn(self, problem: str | None) -> None:
+        if problem is not None:
+            self.warnings.append(problem)
 
     def _part_of(self, rank: int) -> str:
         """The checksums that a rank has written; waits for them."""
@@ -205,15 +227,18 @@ class Save:
         return part.read_text()
 
 
-def _retain(run_dir: Path, keep: int, written: Path) -> None:
-    """Remove all but the newest, the best and the one just written, of which alone it is known that it is good."""
+def _retain(run_dir: Path, keep: int, written: Path) -> list[str]:
+    """Remove all but the newest, the best and the one just written, of which alone it is known that it is good.
+
+    A link counts as the checkpoint that it leads to, and is left alone.  Returns what could not be removed, in words.
+    """
     complete, _ = complete_checkpoints(run_dir)
     stay = {written, *complete[-keep:]}
     rated = []
     for path in complete:
         try:
-            best = json.loads((path / "state.json").read_text())["best"]
-        except (OSError, ValueError, KeyError):  # damaged unseen; it must not end the save of a good one
+            best = read_state(path).get("best")
+        except ConfigError:  # damaged unseen; it must not end the save of a good one
             continue
         if best is not None and math.isfinite(best["value"]):
             value = -best["value"] if best["metric"].endswith("loss") else best["value"]
@@ -221,7 +246,15 @@ def _retain(run_dir: Path, keep: int, written: Path) -> None:
     if rated:
         metric = rated[-1][0]  # values of what train.keep_best was before a resume are not comparable
         stay.add(max((value, path) for name, value, path in rated if name == metric)[1])
-    for path in complete:
-        if path not in stay:
-            (path / COMPLETE).unlink()  # from here on it is no checkpoint, also when the removal is cut short
-            shutil.rmtree(path)
+    problems = [_forget(path) for path in complete if path not in stay]
+    return [problem for problem in problems if problem is not None]
+
+
+def _forget(checkpoint: Path) -> str | None:
+    """Remove a checkpoint; what hinders that, in words, or None."""
+    if not checkpoint.is_symlink():
+        try:
+            (checkpoint / COMPLETE).unlink()  # from here on it is no checkpoint, also when the removal is cut short
+        except OSError as error:
+            return f"{checkpoint} cannot be removed ({error.strerror or error}); remove it when its disk lets you"
+    return remove_folder(checkpoint)

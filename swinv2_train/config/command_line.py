@@ -21,6 +21,7 @@ from typing import TypeVar, cast
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,11 +33,18 @@ from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, load_config, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.reference import Entry, help_text, reference
+from swinv2_train.config.saved import CONFIG_NAME, read_saved_config
 from swinv2_train.config.schema import TASKS, Config
+from swinv2_train.config.shown import TRACEBACK_CHARACTERS, shown
+from swinv2_train.config.standard_streams import hold_standard_streams
 
 T = TypeVar("T")
 
 _HELP = {"-h", "--help"}
+_NEXT_LINE = "\n  "
+"""A line break in a message; the blanks tell a name that holds one from a line of ours."""
+_SAVED = "values_of_a_saved_run"
+"""What Hydra calls them while overrides are put on top."""
 
 
 def run_command(run: Callable[[Config], int]) -> None:
@@ -87,11 +95,12 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
 
     interrupted: the exit code after Ctrl-C, where the command itself does not answer it.
     """
+    hold_standard_streams()
     try:
         return command()
     except ConfigError as error:
         if (speaker := _speaker()) is not None:
-            print(f"error: {speaker}{error}", file=sys.stderr)
+            print(f"error: {speaker}{str(error).replace(chr(10), _NEXT_LINE)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as stop:
         if _speaker() == "":
@@ -101,7 +110,7 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception:  # noqa: BLE001  the last place that can say what happened
-        traceback.print_exc()
+        print(shown(traceback.format_exc(), TRACEBACK_CHARACTERS, lines=True), end="", file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -188,23 +197,31 @@ def _unquoted(value: str) -> str:
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of an earlier run, with overrides on top; keys that are newer than the run have their defaults.
 
-    Raises ConfigError when run_dir holds none, or one that load_config refuses.
+    The saved one is data (config/saved.py); overrides are the user's own, in Hydra's grammar.  Raises ConfigError when
+    run_dir holds none, or one that read_saved_config or load_config refuses.
     """
-    if not (run_dir / "config.yaml").is_file():
+    path = run_dir / CONFIG_NAME
+    if not os.path.lexists(path):
         raise ConfigError(f"run_dir ({run_dir}) holds no config.yaml; name the directory of a run")
-    with _composition_errors():
-        with initialize_config_dir(str(run_dir.resolve()), version_base="1.3"):
-            has = compose("config")
-            newer = [key for key in known_keys() if OmegaConf.select(has, key, default=MISSING) == MISSING]
-            plus = [f"+{each}" if each.partition("=")[0] in newer else each for each in overrides]
-            saved = compose("config", plus)
+    has = read_saved_config(path)
+    with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        newer = [key for key in known_keys() if OmegaConf.select(has, key, default=MISSING) == MISSING]
+        plus = [f"+{each}" if each.partition("=")[0] in newer else each for each in overrides]
+        saved = _with_overrides(has, plus)
         task = OmegaConf.select(saved, "task.name")
         if task in TASKS:
-            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                defaults = _defaults(task)
+            defaults = _defaults(task)
             OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
             saved = cast(DictConfig, OmegaConf.merge(defaults, saved))
     return load_config(saved)
+
+
+def _with_overrides(values: DictConfig, overrides: list[str]) -> DictConfig:
+    """The user's overrides, in Hydra's grammar, on top of plain values; Hydra must be initialised."""
+    if not overrides:
+        return values
+    ConfigStore.instance().store(_SAVED, values)  # a tree in memory: it has no file, and so nothing to search or import
+    return compose(_SAVED, overrides)
 
 
 def compose_overrides(overrides: list[str], unused: tuple[str, ...] = ()) -> Config:

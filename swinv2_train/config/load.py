@@ -19,6 +19,7 @@ from swinv2_train.config.checks import check_config
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.near_names import did_you_mean_key
+from swinv2_train.config.saved import literal
 from swinv2_train.config.schema import SPLITS, TASKS, Config, EvalSplitConfig, TaskConfig
 
 
@@ -112,8 +113,8 @@ def _merge_error(error: OmegaConfBaseException) -> str:
 
 
 def config_yaml(config: Config) -> str:
-    """The validated configuration as YAML, which load_config reads again."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The validated configuration as YAML: plain values, which read_saved_config and load_config read again."""
+    return OmegaConf.to_yaml(OmegaConf.create(literal(dataclasses.asdict(config))))
 
 
 def one_line(error: BaseException) -> str:

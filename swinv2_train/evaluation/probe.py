@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from swinv2_train.config import PROBE_SCORES, Config, ConfigError, is_pipe, pair
+from swinv2_train.config.shown import tell
 from swinv2_train.data.loading.loader import EvalLoader, check_labels, check_same_classes
 from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
@@ -144,4 +144,4 @@ def build_probe(config: Config, world: World, shards: tuple[Source | Stream | No
         for key, found in zip(patterns, shards, strict=True)
         if found is not None and not isinstance(found, Stream)
     }
-    return Probe(config, on_main(world, lambda: open_probe(config, known, partial(print, flush=True))), world)
+    return Probe(config, on_main(world, lambda: open_probe(config, known, tell)), world)

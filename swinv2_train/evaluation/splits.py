@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from swinv2_train.config import SPLITS, Config
+from swinv2_train.config.shown import shown
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.shards.shard_cache import shard_cache
 from swinv2_train.data.sources.base import Source, open_source
@@ -101,7 +102,7 @@ def _label_overrides(config: Config, labels: str, source: Source, key: str, labe
     assert classes is not None, f"{labels_key} for a task without classes"
     label_overrides, unused = read_label_overrides(labels, source, classes, labels_key)
     if unused:
-        print(f"note: {unused} entries of {labels} belong to no sample of {key}", file=sys.stderr)
+        print(f"note: {unused} entries of {shown(labels)} belong to no sample of {key}", file=sys.stderr)
     return label_overrides
 
 

@@ -20,9 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, TRACEBACK_CHARACTERS, shown
+
 T = TypeVar("T")
 
 _LINE_EVERY_SEC = 5.0
+_MOST_OF_A_FAILURE = 500
+"""Characters of an error on the console; the log has all."""
 
 
 class Console:
@@ -49,17 +53,19 @@ class Console:
         return os.isatty(self._err.fileno())
 
     def say(self, text: str) -> None:
-        """One line on stdout, from rank 0 only."""
+        """One line on stdout, from rank 0 only; several where the text has line breaks of our own."""
         if self.rank == 0:
-            self._write(self._out, text)
+            self._write(self._out, shown(text, MESSAGE_CHARACTERS, lines=True))
 
     def fail(self, error: BaseException) -> None:
         """Traceback to this rank's log, and one short line on stderr that names rank, error and log; from any rank."""
-        traceback.print_exception(error, file=sys.stderr)
+        trace = "".join(traceback.format_exception(error))
+        print(shown(trace, TRACEBACK_CHARACTERS, lines=True), end="", file=sys.stderr)
         sys.stderr.flush()
         first_line = (str(error).strip().splitlines() or [""])[0]
         what = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
-        self._write(self._err, f"rank {self.rank} failed: {what[:500]} (traceback in {self.log_path})")
+        what = shown(what, _MOST_OF_A_FAILURE)
+        self._write(self._err, f"rank {self.rank} failed: {what} (traceback in {self.log_path})")
 
     def attach_bar(self, bar: Any) -> None:
         """Lines are written above this tqdm bar from now on; None detaches it."""

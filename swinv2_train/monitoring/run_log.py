@@ -10,6 +10,7 @@ import json
 import math
 import os
 import queue
+import re
 import secrets
 import threading
 import traceback
@@ -19,17 +20,26 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from swinv2_train.config import LogConfig
+from swinv2_train.config import ConfigError, LogConfig
+from swinv2_train.config.plain_files import open_regular, read_bytes
 from swinv2_train.monitoring.console import Console, Progress, open_console
 from swinv2_train.runtime import git_commit
 from swinv2_train.storage.atomic import replace_text, replacing
+from swinv2_train.storage.json_files import LARGEST
 
 __all__ = ["Console", "RunLog", "open_console", "read_metrics"]
 
 UNFINISHED = "val/unfinished"
 """1 at a step whose evaluation a stop has cut short, 0 when it is made up for."""
+MOST_BYTES = 2**28
+"""The most of metrics.jsonl that a page is made of; a million logged steps are about as much."""
+MOST_NAMES = 500
+"""The most metrics of a run that a page is made of; ours have 30."""
+MOST_LINE_BYTES = 2**16
+_MOST_NAME = 200
 _WANDB_INIT_SEC = 30.0
 _WANDB_CLOSE_SEC = 60.0
+_RUN_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\n?")
 
 
 class RunLog:
@@ -69,8 +79,10 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-        kept = [json.dumps(line) for line in _lines(path) if line["step"] <= step]
-        replace_text(path, "".join(line + "\n" for line in kept))
+        with replacing(path) as file:  # line by line: the file of a long run is larger than a process should be
+            for line in _lines(path):
+                if line["step"] <= step:
+                    file.write((json.dumps(line) + "\n").encode())
 
     def metrics(self, step: int, images_seen: int, values: Mapping[str, float | None]) -> None:
         """Write one line.  step: completed optimizer steps.  nan, infinity and None are written as null (valid JSON).
@@ -152,24 +164,44 @@ def scores_unfinished(run_dir: Path, step: int) -> bool:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of RUN_DIR/metrics.jsonl, one dict per step in order of steps; later lines of a step win key by key.
 
-    Empty when there is no file.  Torn lines of a killed run are left out.
+    Empty when there is no file.  Torn lines of a killed run are left out, as is all that is no number of a metric.
+    Raises ConfigError where the file holds more than MOST_BYTES or MOST_NAMES metrics.
     """
     path = run_dir / "metrics.jsonl"
     merged: dict[int, dict[str, Any]] = {}
+    names: set[str] = set()
+    if path.exists() and path.stat().st_size > MOST_BYTES:
+        raise ConfigError(f"{path} holds more than {MOST_BYTES:,} bytes, of which no page is made; shorten it")
     for line in _lines(path) if path.exists() else ():
         merged.setdefault(line["step"], {}).update(line)
+        names |= line.keys()
+        if len(names) > MOST_NAMES:
+            raise ConfigError(f"{path} holds more than {MOST_NAMES} metrics, of which no page is made; restore it")
     return [merged[step] for step in sorted(merged)]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
+    """Each whole line, as far as its values are numbers or null, with its step."""
+    descriptor = open_regular(path)
+    with open(descriptor, "rb") as file:
+        while text := file.readline(MOST_LINE_BYTES):
             try:
                 line = json.loads(text)
-            except ValueError:  # torn by a kill
+            except (ValueError, RecursionError):  # torn by a kill, or longer than a line of ours
                 continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                yield line
+            if isinstance(line, dict) and _is_count(line.get("step")):
+                yield {name: value for name, value in line.items() if len(name) <= _MOST_NAME and _is_value(value)}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _is_value(value: object) -> bool:
+    """A finite number, or null, which stands for what is none."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _open_append(path: Path) -> TextIO:
@@ -255,7 +287,7 @@ class _WandbSink:
         folder = self._run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         id_path = folder / "run_id"
-        if not id_path.exists():
+        if not id_path.exists() or not _RUN_ID.fullmatch(read_bytes(id_path, 1000)):
             replace_text(id_path, secrets.token_hex(4) + "\n")
         settings: dict[str, Any] = {
             "console": "off",

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
-from swinv2_train.storage.atomic import replace_text
+from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import open_regular
+from swinv2_train.storage.atomic import replacing
+from swinv2_train.storage.json_files import parse_json, record, whole
+
+_MOST_LINE_BYTES = 2**26
+"""The keys of a step: a million images of 60 bytes."""
+_LINE = record({"step": whole()})
 
 
 class StepRecord:
@@ -52,9 +61,9 @@ class Records:
 
     def close(self) -> None:
         """Nothing more is written."""
-        for record in (self.keys, self.bad_samples):
-            if record is not None:
-                record.close()
+        for written in (self.keys, self.bad_samples):
+            if written is not None:
+                written.close()
 
 
 def _name(rank: int) -> str:
@@ -62,11 +71,18 @@ def _name(rank: int) -> str:
 
 
 def _trim(path: Path, last_step: int) -> None:
-    kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
-    replace_text(path, "".join(kept))
+    """Drop the lines of later steps, and what is no line of ours: a killed process may have torn the last one."""
+    if not os.path.lexists(path):
+        return
+    with replacing(path) as kept, open(open_regular(path), "rb") as file:
+        while line := file.readline(_MOST_LINE_BYTES):
+            if line.endswith(b"\n") and _step(line) <= last_step:
+                kept.write(line)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file that end in a newline: a killed process may have torn the last one."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def _step(line: bytes) -> float:
+    try:
+        step = parse_json(line, "", _LINE)["step"]
+    except ConfigError:
+        return math.inf
+    return int(step)

@@ -14,6 +14,7 @@ import faulthandler
 import json
 import math
 import os
+import re
 import socket
 import sys
 import threading
@@ -26,10 +27,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from swinv2_train.config import RuntimeConfig
+from swinv2_train.config import ConfigError, RuntimeConfig
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.monitoring.console import Console
 from swinv2_train.storage.atomic import replace_text
+from swinv2_train.storage.json_files import choice, number, optional, read_json, record, text, whole
 
 STATUS = "status.json"
 HEALTH = "health"
@@ -41,6 +44,15 @@ _HEARTBEAT_SEC = 10.0
 _REPORT_SEC = 20.0
 """How long a hanging run may take to write where it hangs; its disk may be what it hangs on."""
 _STATES = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}
+MOST_SIGN_BYTES = 2**20
+"""The most that a sign of life or a status may hold; the reason in it may be a list of what each rank said."""
+SIGN_FIELDS = {
+    "host": text(300), "pid": whole(0, 2**31), "state": choice("running", "done", "stopped", "failed"),
+    "reason": optional(text(2**20)), "doing": text(300), "doing_since": number(), "step": whole(),
+    "updated_at": number(),
+}  # fmt: skip
+"""What every sign of life says, and the status too."""
+_SIGN = record({**SIGN_FIELDS, "rank": whole(0, 2**20), "moves": whole(), "place": optional(text(10_000))})
 
 
 class HangError(RuntimeError):
@@ -265,7 +277,7 @@ class Heartbeat:
                     self._write_status({**everyone.get(0, everyone[self.rank]), "state": "failed", "reason": text})
                 self.console.fail(HangError(text))
             else:
-                print(text, file=sys.stderr)
+                print(shown(text, MESSAGE_CHARACTERS), file=sys.stderr)
         except Exception:  # noqa: BLE001  the process ends in any case, and the log is all that is left
             traceback.print_exc()
 
@@ -296,20 +308,27 @@ def rank_file(run_dir: Path, rank: int) -> Path:
 
 def rank_files(run_dir: Path) -> list[Path]:
     """The files of all ranks' last signs of life, in order."""
-    return sorted((run_dir / HEALTH).glob("rank_*.json"))
+    named = (run_dir / HEALTH).glob("rank_*.json")
+    return sorted(path for path in named if re.fullmatch(r"rank_[0-9]{5,8}", path.stem))
 
 
 def read_ranks(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Each rank's last sign of life; one that is just being written is read again."""
-    found = {}
-    for path in rank_files(run_dir):
-        for _ in range(3):
-            with suppress(OSError, ValueError):
-                sign = json.loads(path.read_text())
-                found[int(sign["rank"])] = sign
-                break
-            time.sleep(0.02)
-    return found
+    found: dict[int, dict[str, Any]] = {}
+    unread = rank_files(run_dir)
+    for pause_sec in (0.0, 0.02, 0.02):
+        time.sleep(pause_sec)
+        torn = []
+        for path in unread:
+            try:
+                sign = read_json(path, MOST_SIGN_BYTES, _SIGN)
+                found[sign["rank"]] = sign
+            except (OSError, ConfigError):
+                torn.append(path)
+        unread = torn
+        if not unread:
+            break
+    return dict(sorted(found.items()))
 
 
 def silent_ranks(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now: float, after_sec: float) -> list[int]:
@@ -342,11 +361,11 @@ def diagnose_hang(everyone: Mapping[int, Mapping[str, Any]], world_size: int, no
 
 
 def _who(sign: Mapping[str, Any]) -> str:
-    return f"rank {sign['rank']} (pid {sign['pid']} on {sign['host']})"
+    return f"rank {sign['rank']} (pid {sign['pid']} on {shown(sign['host'])})"
 
 
 def _where(sign: Mapping[str, Any], now: float) -> str:
-    return f"{sign['doing']} for {now - sign['doing_since']:.0f} s, in {sign['place'] or 'an unknown place'}"
+    return f"{shown(sign['doing'])} for {now - sign['doing_since']:.0f} s, in {sign['place'] or 'an unknown place'}"
 
 
 def _silence(rank: int, sign: Mapping[str, Any] | None, now: float) -> str:
@@ -355,7 +374,7 @@ def _silence(rank: int, sign: Mapping[str, Any] | None, now: float) -> str:
     state = process_state(sign["pid"]) if sign["host"] == socket.gethostname() else None
     return (
         f"{_who(sign)} has given no sign of life for {now - sign['updated_at']:.0f} s"
-        f"{f' ({state})' if state else ''}; then it was {sign['doing']}"
+        f"{f' ({state})' if state else ''}; then it was {shown(sign['doing'])}"
     )
 
 

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from swinv2_train.config.shown import NAME_CHARACTERS, shown
+
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 34
 COLOURS = 8
@@ -248,8 +250,13 @@ def _path(points: Sequence[tuple[float, float]], px: Callable[[float], float], p
     return "".join(text)
 
 
+def escaped(text: str, most: int, lines: bool = False) -> str:
+    """Text of at most `most` characters for a page, in which no character is markup or acts unseen."""
+    return html.escape(shown(text, most, lines))
+
+
 def _esc(text: str) -> str:
-    return html.escape(text)
+    return escaped(text, NAME_CHARACTERS)
 
 
 CHART_CSS = """

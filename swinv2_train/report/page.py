@@ -7,12 +7,12 @@ written again at any time and on any machine; of a fine-tuning run it also shows
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
 import math
+import os
 import re
 import socket
+import stat
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,25 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import read_bytes
+from swinv2_train.config.saved import CONFIG_NAME, parse_saved_config, read_config_text
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
-from swinv2_train.monitoring.watchdog import STATUS, process_ended
-from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, value_text
+from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended
+from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, escaped, value_text
 from swinv2_train.report.plots import draw_curves, plots_problem
 from swinv2_train.runtime import read_environment
 from swinv2_train.storage.atomic import replace_text
+from swinv2_train.storage.json_files import number, optional, read_json, record, whole
 
 _CURVES_PNG = "curves.png"
 _MAX_PICTURE_BYTES = 400_000
 _MAX_PICTURE_PX = 1600
+_LARGEST_PICTURE_BYTES, _LARGEST_PICTURE_PX = 2**26, 2**26
+"""Of a picture that is read at all."""
+_MOST_TEXT, _MOST_FOLDED = 2000, 100_000
+"""Characters of one piece of text on the page, and of one that is folded away."""
 
 _LOSSES = (("train/loss", "train"), ("val/loss", "validation"), ("val_ema/loss", "validation, averaged weights"))
 _ACCURACIES = (
@@ -80,7 +88,7 @@ _WORDS = {
     "seconds that a checkpoint held training up", "perf/slowest_rank": "rank that the others waited for", UNFINISHED:
     "evaluation cut short by a stop",
 }  # fmt: skip
-_STATUS_BYTES = 2**20
+_STATUS = record({**SIGN_FIELDS, "heartbeat_sec": number(0)}, may={"total_steps": optional(whole())})
 
 
 @dataclass(frozen=True)
@@ -117,17 +125,19 @@ class RunRecord:
 
 def read_run_record(run_dir: Path) -> RunRecord:
     """Read a run directory as far as it goes; what is missing stays empty."""
-    config_path = run_dir / "config.yaml"
-    config: Any = OmegaConf.to_container(OmegaConf.load(config_path)) if config_path.exists() else {}
+    config_path = run_dir / CONFIG_NAME
+    text = read_config_text(config_path) if os.path.lexists(config_path) else ""
+    config: Any = OmegaConf.to_container(parse_saved_config(text, str(config_path)))
     pictures: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted((run_dir / "pictures").glob("*.png")):
-        found = re.fullmatch(r"(.+)_(\d+)", path.stem)
-        if found and path.name != _CURVES_PNG:
+    folder = run_dir / "pictures"
+    for path in sorted(folder.glob("*.png")) if not folder.is_symlink() else ():  # a link may lead to anybody's files
+        found = re.fullmatch(r"(.{1,100})_([0-9]{1,18})", path.stem)
+        if found and path.name != _CURVES_PNG and stat.S_ISREG(path.lstat().st_mode):
             pictures.setdefault(found.group(1), []).append((int(found.group(2)), path))
     return RunRecord(
         run_dir=run_dir,
         config=config if isinstance(config, dict) else {},
-        config_text=config_path.read_text() if config_path.exists() else "",
+        config_text=text,
         starts=read_environment(run_dir),
         metrics=read_metrics(run_dir),
         pictures={name: sorted(files) for name, files in pictures.items()},
@@ -137,11 +147,10 @@ def read_run_record(run_dir: Path) -> RunRecord:
 
 def _read_status(run_dir: Path) -> Mapping[str, Any]:
     try:
-        with (run_dir / STATUS).open() as file:
-            status = json.loads(file.read(_STATUS_BYTES))
-    except (OSError, ValueError, RecursionError):
+        status: Mapping[str, Any] = read_json(run_dir / STATUS, MOST_SIGN_BYTES, _STATUS)
+    except (OSError, ConfigError):
         return {}
-    return status if isinstance(status, Mapping) else {}
+    return status
 
 
 def find_parent(run: RunRecord) -> Path | None:
@@ -157,7 +166,7 @@ def find_parent(run: RunRecord) -> Path | None:
     beside = run.run_dir.resolve().parent
     for candidate in (named, *list(named.parents)[:3]):
         for path in (candidate, beside / candidate.name):
-            is_run = (path / "metrics.jsonl").exists() or (path / "config.yaml").exists()
+            is_run = any(os.path.exists(path / name) for name in ("metrics.jsonl", CONFIG_NAME))
             if candidate.name and is_run and path.resolve() != run.run_dir.resolve():
                 return path
     return None
@@ -226,10 +235,9 @@ def state_of(run: RunRecord, total_steps: int | None) -> tuple[str, str]:
 
 def _lost(status: Mapping[str, Any]) -> bool:
     """Whether what should be running is no more; on another host, whether it was not heard of for long."""
-    pid, heard, beat = (status.get(name) for name in ("pid", "updated_at", "heartbeat_sec"))
-    if status.get("host") == socket.gethostname() and isinstance(pid, int):
-        return process_ended(pid)
-    return isinstance(heard, int | float) and isinstance(beat, int | float) and time.time() - heard > 6 * beat + 60
+    if status["host"] == socket.gethostname():
+        return process_ended(status["pid"])
+    return bool(time.time() - status["updated_at"] > 6 * status["heartbeat_sec"] + 60)
 
 
 def write_curves(run: RunRecord) -> Path | None:
@@ -356,19 +364,27 @@ def _pictures(run: RunRecord) -> str:
 
 
 def _figure(path: Path, caption: str) -> str:
+    try:
+        source = _data_uri(path)
+    except (OSError, ValueError, SyntaxError, ConfigError, Warning) as error:  # Pillow's too; the page does without
+        return f'<p class="soft">{_esc(f"{path.name} cannot be shown: {error}")}</p>'
     return (
-        f'<figure class="picture"><img src="{_data_uri(path)}" alt="{_esc(caption)}">'
+        f'<figure class="picture"><img src="{source}" alt="{_esc(caption)}">'
         f"<figcaption>{_esc(caption)}</figcaption></figure>"
     )
 
 
 def _data_uri(path: Path) -> str:
     """The picture itself; a large one is made smaller and turned into JPEG first, so that the page stays a page."""
-    data, kind = path.read_bytes(), "png"
+    data, kind = read_bytes(path, _LARGEST_PICTURE_BYTES), "png"
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError("not a PNG file")
     if len(data) > _MAX_PICTURE_BYTES:
         from PIL import Image
 
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width * image.height > _LARGEST_PICTURE_PX:
+                raise ValueError(f"{image.width} x {image.height} pixels")
             small = image.convert("RGB")
         small.thumbnail((_MAX_PICTURE_PX, 4 * _MAX_PICTURE_PX))
         buffer = io.BytesIO()
@@ -442,7 +458,8 @@ def _section(title: str, body: str) -> str:
 
 
 def _folded(title: str, text: str) -> str:
-    return f"<details><summary>{_esc(title)}</summary><pre>{_esc(text)}</pre></details>" if text else ""
+    shown = escaped(text, _MOST_FOLDED, lines=True)
+    return f"<details><summary>{_esc(title)}</summary><pre>{shown}</pre></details>" if text else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -499,7 +516,7 @@ def escaped_text(text: str) -> str:
 
 
 def _esc(text: str) -> str:
-    return html.escape(text)
+    return escaped(text, _MOST_TEXT)
 
 
 _PAGE_CSS = """

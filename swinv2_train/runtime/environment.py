@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from swinv2_train.config import ConfigError
 from swinv2_train.runtime.seeds_and_threads import available_cores
 from swinv2_train.storage.atomic import replace_text
+from swinv2_train.storage.json_files import listing, mapping, optional, read_json, record, text, whole
 
 RECORDED_PACKAGES = (
     "swinv2-train", "torch", "deepspeed", "fairscale", "webdataset", "wandb", "hydra-core", "omegaconf", "numpy",
@@ -26,6 +28,20 @@ RECORDED_PACKAGES = (
 )  # fmt: skip
 GIB = 2**30
 """Bytes of a GiB."""
+
+
+_MOST_BYTES = 2**24
+"""The most that environment.json may hold: 1.5 kB for each start."""
+_STARTS = listing(
+    record(
+        {},
+        may={
+            "start": record({}, may={"precision": text(20), "slow_bf16": optional(text(1000))}),
+            "started_at": text(100), "hostname": text(300), "world_size": whole(), "cpu_cores": optional(whole()),
+            "gpus": optional(listing(record({}, may={"name": text(300)}))), "versions": mapping(optional(text(300))),
+        },
+    )
+)  # fmt: skip
 
 
 def environment_record(world_size: int) -> dict[str, Any]:
@@ -60,7 +76,7 @@ def record_environment(run_dir: Path, world_size: int, start: Mapping[str, Any] 
     path = run_dir / "environment.json"
     record = environment_record(world_size) | ({} if start is None else {"start": dict(start)})
     starts = read_environment(run_dir)
-    if path.exists() and not starts:
+    if os.path.lexists(path) and not starts:
         path.replace(path.with_name("environment.json.damaged"))
     starts.append(record)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -70,14 +86,11 @@ def record_environment(run_dir: Path, world_size: int, start: Mapping[str, Any] 
 
 def read_environment(run_dir: Path) -> list[dict[str, Any]]:
     """The records of all starts of a run, oldest first; empty when the file is missing or unreadable."""
-    path = run_dir / "environment.json"
-    if not path.exists():
-        return []
     try:
-        starts = json.loads(path.read_text())
-    except ValueError:
+        starts: list[dict[str, Any]] = read_json(run_dir / "environment.json", _MOST_BYTES, _STARTS)
+    except (OSError, ConfigError):
         return []
-    return starts if isinstance(starts, list) else []
+    return starts
 
 
 def git_commit() -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from swinv2_train.checkpoint import ema_note, load_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.load import config_yaml
+from swinv2_train.config.shown import tell
 from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps
 from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.shards.shard_cache import shard_cache
@@ -50,6 +50,12 @@ MEMORY_KEYS = (
 """Keys of the model section that say how it is computed and change no weight."""
 
 
+RANK_FILES = ("logs", "health", "stacks", "sample_keys", "bad_samples", "profile")
+"""Folders of a run directory in which each rank writes on in files of its own."""
+WRITTEN = ("checkpoints", "pictures", "wandb", "metrics.jsonl", *RANK_FILES)
+"""What a run goes on writing in its run directory; other files there are replaced whole, and links with them."""
+
+
 def build_run(
     config: Config,
     world: World,
@@ -81,6 +87,8 @@ def build_run(
         if initial is not None:
             engine.load_full(initial.weights)
             log.say(initial.report)
+            if not_finite := initial.not_finite_text():
+                log.say(f"warning: {not_finite}")
     if isinstance(sources.training, Stream):
         log.say(NOT_ELASTIC)
     if warning := recompute_warning(config.model.recompute):
@@ -166,6 +174,13 @@ def make_run_dir(run_dir: Path) -> None:
         raise ConfigError(f"run_dir ({run_dir}) cannot be made: {error}; choose another") from error
     if not os.access(run_dir, os.W_OK):  # also where the whole file system is read-only
         raise ConfigError(f"run_dir ({run_dir}) is read-only; make it writable, or choose another")
+    of_ranks = (path for name in RANK_FILES for path in (run_dir / name).glob("*"))
+    for path in (*(run_dir / name for name in WRITTEN), *of_ranks):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link (to {os.readlink(path)}), and a run writes nothing outside of its run_dir; put what "
+                "it leads to in its place, or choose a run_dir on the disk that it leads to"
+            )
 
 
 def write_run_files(run_dir: Path, config: Config, world: World, start: dict[str, Any]) -> None:
@@ -191,7 +206,7 @@ def open_sources(config: Config, world: World) -> Sources:
     """
 
     def open_one(key: str, pattern: str, beside: tuple[str, Source] | None = None) -> Source:
-        source = open_source(pattern, key, partial(print, flush=True), shard_cache(config.data))
+        source = open_source(pattern, key, tell, shard_cache(config.data))
         task_class(config.task).check_source(config.task, source, key, beside)
         return source
 

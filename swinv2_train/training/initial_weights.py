@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from swinv2_train.models.initial import on_meta
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.task import Task
-from swinv2_train.weights import Head, match_weights, read_weights, trained_windows
+from swinv2_train.weights import Head, LoadReport, match_weights, read_weights, trained_windows
 
 
 class Initial(NamedTuple):
@@ -22,6 +23,8 @@ class Initial(NamedTuple):
     weights: LazyTensors | None
     """By the module's names, read one at a time; on rank 0 alone."""
     report: str
+    not_finite_text: Callable[[], str]
+    """What to warn of once the weights were read: those that hold NaN or infinity; "" for none."""
 
 
 def initial_weights(config: Config, task: Task, world: World) -> Initial | None:
@@ -29,7 +32,8 @@ def initial_weights(config: Config, task: Task, world: World) -> Initial | None:
 
     Raises ConfigError on every rank when they cannot be read or do not fit.
     """
-    init_from, init_head, matched = config.task.init_from, config.task.init_head, []
+    init_from, init_head = config.task.init_from, config.task.init_head
+    matched: list[tuple[LazyTensors, LoadReport]] = []
     if init_from is None:
         return None
 
@@ -42,11 +46,13 @@ def initial_weights(config: Config, task: Task, world: World) -> Initial | None:
             weights, report = match_weights(source, shapes, head=head)
         except ConfigError as error:
             raise ConfigError(f"task.init_from: {error}") from error
-        matched.append(weights)
+        matched.append((weights, report))
         return "\n".join([f"weights from {source.origin}: {report}", *other_windows(config, task.encoder)])
 
-    report = on_main(world, match)
-    return Initial(matched[0] if matched else None, report)
+    text = on_main(world, match)
+    if not matched:  # another rank than 0
+        return Initial(None, text, str)
+    return Initial(matched[0][0], text, matched[0][1].not_finite_text)
 
 
 def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:

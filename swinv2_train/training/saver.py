@@ -34,6 +34,7 @@ class Saver:
         self._config, self._world, self._engine, self._position = config, world, engine, position
         self._log, self._activity = log, activity
         self._under_way: Save | None = None  # written in the background
+        self._warned: set[str] = set()
         self._stall_sec: float | None = None  # how long the last save held training up so far; None once logged
 
     def save(self, score: float | None) -> None:
@@ -80,6 +81,10 @@ class Saver:
             saving, self._under_way = self._under_way, None
             with self._activity.doing("saving"), label(CHECKPOINT):
                 saving.finish()
+            for warning in saving.warnings:
+                if warning not in self._warned:  # it would come with every save
+                    self._warned.add(warning)
+                    self._log.say(f"warning: {warning}")
             self.saved_step = saving.step
             self._activity.publish(checkpoint_step=self.saved_step)
 

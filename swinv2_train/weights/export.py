@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
             "its checkpoint with swinv2_train.weights.read_weights"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    weights, _ = match_weights(source, shapes)
+    weights, report = match_weights(source, shapes)
     data = config.data
     preprocessing = Preprocessing(
         mean=(data.mean[0], data.mean[1], data.mean[2]),
@@ -64,6 +65,8 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
         interpolation=data.interpolation,
     )
     files = save_weights(module, request.out, request.format, weights=weights, preprocessing=preprocessing)
+    if warning := report.not_finite_text():
+        print(f"warning: {warning}", file=sys.stderr)
     line = {
         "weights": source.origin,
         "ema": request.ema,

@@ -22,10 +22,15 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import read_bytes
+from swinv2_train.config.shown import shown
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import DTYPES
 
-CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "net", "model_ema", "state_dict_ema")
+CONTAINERS = (
+    *("model", "state_dict", "model_state_dict", "module", "net", "teacher", "student"),
+    *("model_ema", "state_dict_ema"),
+)
 """Keys under which training programs keep the weights, the first that is there is read."""
 
 HUGGINGFACE_FILES = (
@@ -35,6 +40,19 @@ HUGGINGFACE_FILES = (
     "pytorch_model.bin.index.json",
 )
 """What a Hugging Face directory may hold, in the order in which transformers looks."""
+
+
+_INDEX_BYTES = 2**25
+MOST_TENSORS = 50_000
+"""The most tensors in a file; the largest Swin V2 has about 1,500."""
+_HEADER_BYTES = 2**25
+"""The most that the header of a safetensors file may hold."""
+_RATIO, _UNPACKED_BYTES = 50, 2**26
+"""A compressed file may unpack to so many times its size, or to so many bytes: weights shrink by a tenth."""
+
+
+_REPEATED_BYTES = 2**31
+"""What a tensor may hold by repeating few values of the file; more would be memory that nobody paid for."""
 
 
 class WeightFile(NamedTuple):
@@ -86,7 +104,9 @@ def _open_file(path: Path) -> WeightFile:
 def _open_index(index: Path) -> WeightFile:
     """A model in several files beside a list of which file has which tensor."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(read_bytes(index, _INDEX_BYTES))["weight_map"]
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{index}: cannot be read as an index ({error}); fetch it again") from error
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -97,14 +117,15 @@ def _open_index(index: Path) -> WeightFile:
     for name in dict.fromkeys(weight_map.values()):
         part = index.parent / name
         if part.parent != index.parent or not part.is_file():
-            raise ConfigError(f"{index} names {name!r}, which is not beside it; fetch all files of the model")
+            raise ConfigError(f"{index} names {shown(name)!r}, which is not beside it; fetch all files of the model")
         for key, entry in _open_file(part).entries.items():
             if weight_map.get(key) == name:
                 entries[key] = entry
     lacking = sorted(weight_map.keys() - entries.keys())
     if lacking:
         raise ConfigError(
-            f"{index}: {weight_map[lacking[0]]} does not hold {_some(lacking)}, which it lists; fetch the files again"
+            f"{index}: {shown(weight_map[lacking[0]])} does not hold {_some(lacking)}, which it lists; "
+            "fetch the files again"
         )
     return WeightFile(entries, ())
 
@@ -121,14 +142,50 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             return file.get_tensor(name).clone()  # else it stays a view of the file, which may be replaced
 
     entries = {}
+    _check_header(path)
     with _safetensors_errors(path), safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  the file is no mapping
             part = file.get_slice(name)
             dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
-                raise ConfigError(f"{path}: {name} is {part.get_dtype()}; save it as float32, float16 or bfloat16")
+                kind = part.get_dtype()
+                raise ConfigError(f"{path}: {shown(name)} is {kind}; save it as float32, float16 or bfloat16")
             entries[name] = LazyTensor(tuple(part.get_shape()), dtype, _bound(read, name))
     return entries
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that is larger than any of a model, or that names a tensor twice, which the library hides.
+
+    What else is wrong with it (offsets that overlap, leave gaps or lead out of the file, sizes that are not their
+    shape's) the library finds when it opens the file, before it reads a tensor.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_BYTES:
+            raise ConfigError(
+                f"{path}: a damaged or truncated safetensors file (its header is said to hold {length:,} bytes, more "
+                f"than {_HEADER_BYTES:,}); fetch it again"
+            )
+        header = file.read(length)
+    twice: list[str] = []
+
+    def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and not twice:
+            seen: set[str] = set()
+            twice.append(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
+        return found
+
+    try:
+        content = json.loads(header, object_pairs_hook=no_name_twice)
+    except (ValueError, RecursionError) as error:
+        reason = shown(error, 200)
+        raise ConfigError(f"{path}: a damaged or truncated safetensors file ({reason}); fetch it again") from error
+    if twice:
+        raise ConfigError(f"{path}: {shown(twice[0])} stands twice in its header; save the weights again")
+    if len(content) > MOST_TENSORS:
+        raise ConfigError(f"{path}: holds {len(content):,} tensors, more than {MOST_TENSORS:,}; name a model's weights")
 
 
 @contextlib.contextmanager
@@ -196,6 +253,9 @@ def _can_be_mapped(path: Path) -> bool:
     """
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        unpacked, packed = sum(record.file_size for record in records), path.stat().st_size
+        if unpacked > max(_RATIO * packed, _UNPACKED_BYTES):
+            raise zipfile.BadZipFile(f"{packed:,} bytes are said to unpack to {unpacked:,}")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} has not the content that the archive's list says")
@@ -232,6 +292,8 @@ def _open_torch(path: Path, zipped: bool) -> WeightFile:
     # dict.items, dict.get, Tensor.detach: a file may give its objects attributes, which would stand before the methods
     containers = [key for key in CONTAINERS if isinstance(dict.get(content, key), dict)]
     tensors = dict.__getitem__(content, containers[0]) if containers else content
+    if dict.__len__(tensors) > MOST_TENSORS:
+        raise ConfigError(f"{path}: holds more than {MOST_TENSORS:,} entries; name a model's weights")
     entries = {name: _entry(path, name, value) for name, value in dict.items(tensors)}
     if not entries:
         raise ConfigError(f"{path}: holds no tensors; name a file with a model's weights")
@@ -240,17 +302,24 @@ def _open_torch(path: Path, zipped: bool) -> WeightFile:
 
 def _entry(path: Path, name: object, value: object) -> LazyTensor:
     if not isinstance(name, str):
-        raise ConfigError(f"{path}: {name!r} is no name of a tensor; save the model's state_dict")
+        named = repr(name) if isinstance(name, int | float | bytes | None) else type(name).__name__
+        raise ConfigError(f"{path}: {shown(named)} is no name of a tensor; save the model's state_dict")
     if not isinstance(value, Tensor):
         raise ConfigError(
-            f"{path}: {name!r} is {type(value).__name__}, not a tensor; weights are read bare or under one of "
+            f"{path}: {shown(name)!r} is {type(value).__name__}, not a tensor; weights are read bare or under one of "
             f"{', '.join(CONTAINERS)}"
         )
     if value.is_meta:
-        raise ConfigError(f"{path}: {name} is on the meta device and has no values; save the weights themselves")
+        raise ConfigError(f"{path}: {shown(name)} is on the meta device and has no values; save the weights themselves")
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:
-        raise ConfigError(f"{path}: {name} is sparse, quantized or nested; save it as a plain tensor")
+        raise ConfigError(f"{path}: {shown(name)} is sparse, quantized or nested; save it as a plain tensor")
     tensor = Tensor.detach(value)
+    size = tensor.numel() * tensor.element_size()
+    if size > max(tensor.untyped_storage().nbytes(), _REPEATED_BYTES):
+        raise ConfigError(
+            f"{path}: {shown(name)} is {shown(tuple(tensor.shape))}, of which the file holds "
+            f"{tensor.untyped_storage().nbytes():,} bytes alone; save it as a plain tensor (contiguous())"
+        )
     return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.clone)
 
 
@@ -265,4 +334,4 @@ def _reason(error: BaseException) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,6 +16,7 @@ from typing import Any
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2, encoder_of
 from swinv2_train.storage.atomic import replacing_output
+from swinv2_train.storage.json_files import LARGEST, anything, mapping, read_json
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import fill_safetensors
 from swinv2_train.weights.files import HUGGINGFACE_FILES
@@ -25,6 +26,7 @@ _CONFIG_DEFAULTS = {
 }  # fmt: skip
 """What config.json need not say."""
 
+_MOST_STAGES = 16
 _PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
 
@@ -150,12 +152,14 @@ def trained_windows(path: str | Path) -> tuple[tuple[int, int], ...] | None:
     path = Path(path)
     try:
         directory = path.parent if path.name in HUGGINGFACE_FILES and path.is_file() else path
-        config = {**_CONFIG_DEFAULTS, **json.loads((directory / "config.json").read_text())}
+        config = {**_CONFIG_DEFAULTS, **read_json(directory / "config.json", 2**24, mapping(anything()))}
         if config["model_type"] != "swinv2":
             return None
         patch, window = _pair(config["patch_size"], 1), _pair(config["window_size"], 1)
         maps = [side // size for side, size in zip(_pair(config["image_size"], 1), patch, strict=True)]
         windows = []
+        if len(config["depths"]) > _MOST_STAGES:
+            return None
         for stage, (_, entry) in enumerate(zip(config["depths"], config["pretrained_window_sizes"], strict=True)):
             used = [min(side // 2**stage, w) for side, w in zip(maps, window, strict=True)]
             rows, cols = (given or u for given, u in zip(_pair(entry, 0), used, strict=True))
@@ -169,7 +173,9 @@ def _pair(value: Any, least: int) -> tuple[int, int]:
     """An int, or two, as (height, width); ValueError or TypeError for what is none or below least."""
     rows, cols = (value, value) if isinstance(value, int) else value
     if any(not isinstance(side, int) or isinstance(side, bool) or side < least for side in (rows, cols)):
-        raise ValueError(value)
+        raise ValueError("not a size")
+    if max(rows, cols) > LARGEST:
+        raise ValueError("not a size")
     return rows, cols
 
 

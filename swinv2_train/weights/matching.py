@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import read_bytes
+from swinv2_train.config.shown import shown
 from swinv2_train.models import SIZES
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.names import ConvertedWeights
 
 Shape = tuple[int, ...]
+_INDICES_BYTES = 2**20
 HeadWord = Literal["load", "auto", "fresh"]
 Head = HeadWord | Path | Sequence[int]
 
@@ -38,9 +41,21 @@ class LoadReport:
     """Names of the source that the model has no place for."""
     left_out: tuple[str, ...]
     """What the source has and the model does not want: buffers, another task's head or decoder, other containers."""
+    prefix: str = ""
+    """What stood before all names in the source."""
+    not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Of the weights that were read so far, those that hold NaN or infinity: how many values, of how many."""
+
+    def not_finite_text(self) -> str:
+        """The weights that hold NaN or infinity, in words; "" where there are none."""
+        if not self.not_finite:
+            return ""
+        listed = _some(f"{name} ({bad:,} of {size:,} values)" for name, (bad, size) in self.not_finite.items())
+        return f"{len(self.not_finite)} weights hold NaN or infinity: {listed}; a model with them computes nothing else"
 
     def __str__(self) -> str:
-        lines = [f"{len(self.loaded)} weights loaded ({self.format}, {len(self.converted)} names converted)"]
+        without = f", '{shown(self.prefix)}' taken off the names" if self.prefix else ""
+        lines = [f"{len(self.loaded)} weights loaded ({self.format}, {len(self.converted)} names converted{without})"]
         for what, names in (
             ("keep their initial values", self.missing),
             ("not in this model", self.unexpected),
@@ -48,6 +63,8 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{len(names)} {what}: {_some(names)}")
+        if self.not_finite:
+            lines.append(f"warning: {self.not_finite_text()}")
         return "\n".join(lines)
 
 
@@ -91,19 +108,35 @@ def match_weights(
     else:
         _check_task_part(added, theirs, shapes, origin, strict)
         missing += [name for name in added if name not in theirs]
-    loaded = [name for name in shapes if name in theirs and name not in missing]
-    unwanted = [name for name in theirs if name not in loaded and name not in unexpected]
+    absent = set(missing)
+    loaded = [name for name in shapes if name in theirs and name not in absent]
+    told = {*loaded, *unexpected}
+    unwanted = [name for name in theirs if name not in told]
 
     given = {name: " + ".join(source.sources[named[name]]) for name in loaded}
     report = LoadReport(
         format=source.format,
         loaded=tuple(ours[name] for name in loaded),
         converted={ours[name]: text for name, text in given.items() if text != ours[name]},
-        missing=tuple(ours[name] for name in shapes if name in missing),
+        missing=tuple(ours[name] for name in shapes if name in absent),
         unexpected=tuple(named[name] for name in unexpected),
         left_out=(*(named[name] for name in unwanted), *source.left_out),
+        prefix=source.prefix,
     )
-    return LazyTensors({ours[name]: theirs[name] for name in loaded}), report
+    return LazyTensors({ours[name]: _watched(ours[name], theirs[name], report.not_finite) for name in loaded}), report
+
+
+def _watched(name: str, entry: LazyTensor, not_finite: dict[str, tuple[int, int]]) -> LazyTensor:
+    """The entry, which notes when it is read how many of its values are NaN or infinite."""
+
+    def read() -> Tensor:
+        tensor = entry.read()
+        suspect = not torch.isfinite(tensor.sum())  # one pass and no copy for what is sound
+        if suspect and (bad := int((~torch.isfinite(tensor)).sum())):
+            not_finite[name] = (bad, tensor.numel())
+        return tensor
+
+    return LazyTensor(entry.shape, entry.dtype, read)
 
 
 def _bare(name: str) -> str:
@@ -167,8 +200,7 @@ def _read_indices(head: Path | Sequence[int]) -> list[int]:
     if not isinstance(head, Path):
         return [int(row) for row in head]
     try:
-        lines = head.read_text().split()
-        return [int(line) for line in lines]
+        return [int(line) for line in read_bytes(head, _INDICES_BYTES).decode().split()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"head ({head}): not a list of class indices, one a line ({error})") from error
 
@@ -234,9 +266,13 @@ def model_facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     projection = shapes.get("patch_embed.proj.weight", ())
     if len(projection) == 4:
         facts |= {"embed_dim": projection[0], "in_chans": projection[1], "patch_size": projection[2]}
-    blocks = {(int(m[1]), int(m[2])) for n in shapes if (m := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", n))}
-    stages = range(max((stage for stage, _ in blocks), default=-1) + 1)
-    facts["depths"] = tuple(max((j for i, j in blocks if i == stage), default=-1) + 1 for stage in stages)
+    depths: dict[int, int] = {}
+    for name in shapes:
+        if match := re.match(r"layers\.([0-9]{1,9})\.blocks\.([0-9]{1,9})\.", name):
+            stage = int(match[1])
+            depths[stage] = max(depths.get(stage, 0), int(match[2]) + 1)
+    stages = range(min(max(depths, default=-1) + 1, len(shapes)))  # no number in a name makes more than there is
+    facts["depths"] = tuple(depths.get(stage, 0) for stage in stages)
     scales = [shapes.get(f"layers.{stage}.blocks.0.attn.logit_scale", ()) for stage in stages]
     facts["num_heads"] = tuple(scale[0] if scale else 0 for scale in scales)
     first = "layers.0.blocks.0."
@@ -246,7 +282,7 @@ def model_facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     if cpb:
         facts["width of the position bias MLP"] = cpb[0]
     facts["qkv_bias"] = f"{first}attn.q_bias" in shapes
-    extra = sorted({int(m[1]) for n in shapes if (m := re.match(r"layers\.\d+\.blocks\.(\d+)\.norm3\.", n))})
+    extra = sorted({int(m[1]) for n in shapes if (m := re.match(r"layers\.[0-9]+\.blocks\.([0-9]{1,9})\.norm3\.", n))})
     facts["extra_norm_period"] = extra[0] + 1 if extra else 0
     return facts
 
@@ -272,4 +308,4 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | No
 
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+    return ", ".join(map(shown, listed[:4])) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.shown import shown
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.weights.wrappers import unwrap
 
 FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain")
 """The formats that are read; a run directory of our own is one more, named by its path."""
@@ -23,6 +25,8 @@ FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _BUFFER = re.compile(r"(^|\.)(relative_coords_table|relative_position_index|attn_mask|k_bias)$")
+_TASK_PARTS = ("head.", "classifier.", "decoder.", "mask_token")
+"""Beginnings of what a task adds to a backbone, in any naming."""
 _QKV = "attn.qkv.weight"
 _QKV_PARTS = tuple(f"attention.self.{part}.weight" for part in ("query", "key", "value"))
 
@@ -34,8 +38,8 @@ class ConvertedWeights(LazyTensors):
     """Weights by official name that know where they are from.
 
     origin: the file or directory.  format: one of FORMATS, or "run".  sources: the names each one has in the file.
-    left_out: names in the file that are no weights (buffers that follow from the window), and containers that were not
-    read.
+    left_out: names in the file that are no weights (buffers that follow from the window), or no part of the model, and
+    containers that were not read.  prefix: what stood before all names in the file, and was taken off.
     """
 
     def __init__(
@@ -45,8 +49,10 @@ class ConvertedWeights(LazyTensors):
         format: str,
         sources: Mapping[str, tuple[str, ...]],
         left_out: Iterable[str],
+        prefix: str = "",
     ) -> None:
         super().__init__(entries)
+        self.prefix = prefix
         self.origin = origin
         self.format = format
         self.sources = dict(sources)
@@ -70,7 +76,7 @@ class Naming:
 
     def official(self, name: str) -> str | None:
         """The official name of one of theirs (without prefix); None when it is none."""
-        match = re.fullmatch(rf"{re.escape(self.stages)}\.(\d+)\.(blocks\.\d+|downsample)\.(.+)", name)
+        match = re.fullmatch(rf"{re.escape(self.stages)}\.([0-9]+)\.(blocks\.[0-9]+|downsample)\.(.+)", name)
         if match is None:
             return _exchange(name, {theirs: ours for ours, theirs in self.outside.items()})
         stage, part, rest = int(match[1]), match[2], match[3]
@@ -172,7 +178,8 @@ def detect_format(entries: Mapping[str, LazyTensor], said: str | None, origin: s
     fitting = {"microsoft": ("microsoft", "simmim"), "timm": ("timm", "microsoft")}
     if found is not None and (said is None or found in fitting.get(said, (said,))):
         return said or found
-    known = f"the formats are {', '.join(FORMATS)}; the file's names begin with {', '.join(list(entries)[:3])}"
+    first = ", ".join(shown(name) for name in list(entries)[:3])
+    known = f"the formats are {', '.join(FORMATS)}; the file's names begin with {first}"
     if found is not None:
         raise ConfigError(f"{origin}: the names are not of format={said} but of {found}; {known}")
     for mark, whose in {"meta_mlp": "timm's swin_transformer_v2_cr", "features.": "torchvision's"}.items():
@@ -218,25 +225,28 @@ def to_official(
     said: the format that the user named, None = detected.  origin: the file, for messages.  Raises ConfigError when the
     names are of no known format or of two, when two are the same parameter, or when a tensor holds no floats.
     """
-    weights = {name: entry for name, entry in _unwrapped(entries).items() if not _BUFFER.search(name)}
+    unwrapped = unwrap(entries, _TASK_PARTS, origin)
+    weights = {name: entry for name, entry in unwrapped.entries.items() if not _BUFFER.search(name)}
     dropped = [name for name in entries if _BUFFER.search(name)]
     format = detect_format(weights, said, origin)
+    _check_filled(weights, origin)
     naming = _naming(format, weights)
     found: dict[str, _Found] = {}
 
     def add(name: str, entry: LazyTensor, sources: tuple[str, ...]) -> None:
         if name in found:
-            raise ConfigError(f"{origin}: {' and '.join(found[name][1] + sources)} are the same weight; keep one")
+            doubled = " and ".join(map(shown, found[name][1] + sources))
+            raise ConfigError(f"{origin}: {doubled} are the same weight; keep one")
         found[name] = (entry, sources)
 
     if format == "huggingface":
         weights = _join_qkv(weights, add, origin)
     for source, entry in weights.items():
         if entry.dtype not in FLOATS:
-            raise ConfigError(f"{origin}: {source} is {entry.dtype}, not a float; save the weights as float32")
+            raise ConfigError(f"{origin}: {shown(source)} is {entry.dtype}, not a float; save the weights as float32")
         name = naming.official(source.replace(".attn.rpe_mlp.", ".attn.cpb_mlp.").removeprefix(naming.prefix))
         if name is None and OFFICIAL.official(source.removeprefix("encoder.")) is not None:
-            raise ConfigError(f"{origin}: has names of {format} and official ones ({source}); keep one kind")
+            raise ConfigError(f"{origin}: has names of {format} and official ones ({shown(source)}); keep one kind")
         if format == "mmpretrain" and name is not None and name.endswith("downsample.reduction.weight"):
             entry = reordered_merging(entry, origin)
         add(name or source, entry, (source,))
@@ -245,24 +255,29 @@ def to_official(
         {name: entry for name, (entry, _) in official.items()},
         origin,
         format,
-        {name: sources for name, (_, sources) in official.items()},
-        [*left_out, *dropped],
+        {name: tuple(unwrapped.sources[each] for each in sources) for name, (_, sources) in official.items()},
+        [*left_out, *unwrapped.left_out, *dropped],
+        unwrapped.prefix,
     )
 
 
-def _unwrapped(entries: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Without the names that DistributedDataParallel, torch.compile and Lightning put in front of all others."""
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if entries and all(name.startswith(prefix) for name in entries):
-            return _unwrapped({name[len(prefix) :]: entry for name, entry in entries.items()})
-    return dict(entries)
+def _check_filled(weights: Mapping[str, LazyTensor], origin: str) -> None:
+    """Refuse weights that are names alone: under ZeRO-3, a parameter outside of its use is an empty tensor."""
+    empty = [name for name, entry in weights.items() if 0 in entry.shape]
+    if empty:
+        raise ConfigError(
+            f"{origin}: {len(empty)} of {len(weights)} tensors are empty ({shown(empty[0])} is "
+            f"{tuple(weights[empty[0]].shape)}): saved under ZeRO-3, where a process holds its share alone; make a "
+            "whole file of the run's checkpoint, by python -m swinv2_train.export run_dir=DIR of a run of ours, or by "
+            "DeepSpeed's zero_to_fp32.py, which lies in the checkpoints of others"
+        )
 
 
 def _naming(format: str, entries: Mapping[str, LazyTensor]) -> Naming:
     if format == "huggingface":
         return HUGGINGFACE
     if format == "mmpretrain":
-        stages = [int(match[1]) for name in entries if (match := re.search(r"(?:^|\.)stages\.(\d+)\.", name))]
+        stages = [int(match[1]) for name in entries if (match := re.search(r"(?:^|\.)stages\.([0-9]+)\.", name))]
         return mmpretrain_naming(max(stages) + 1)
     return TIMM if format == "timm" and _has_timm_layout(entries) else OFFICIAL
 
@@ -282,7 +297,8 @@ def _join_qkv(
             continue  # an incomplete triple is left over, and its qkv is missing
         parts = [rest.pop(name) for name in names]
         if len({(part.shape, part.dtype) for part in parts}) != 1 or parts[0].dtype not in FLOATS:
-            listed = ", ".join(f"{name} {part.shape} {part.dtype}" for name, part in zip(names, parts, strict=True))
+            pairs = zip(map(shown, names), parts, strict=True)
+            listed = ", ".join(f"{name} {part.shape} {part.dtype}" for name, part in pairs)
             raise ConfigError(f"{origin}: {listed} do not belong together; fetch or save the file again")
         rows, columns = parts[0].shape[0], parts[0].shape[1:]
         add(block[1] + _QKV, LazyTensor((3 * rows, *columns), parts[0].dtype, _joined(parts)), names)

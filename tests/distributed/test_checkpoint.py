@@ -28,6 +28,7 @@ CASES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "stage", "precision", "persistence"), CASES)
 def test_resume_in_fresh_processes_is_bit_exact(name, stage, precision, persistence, tmp_path):
     """Losses, norms, weights and the drop path's random numbers, with accumulation and clipping; and saving does not
@@ -108,7 +109,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_previous_checkpoint(when, vic
     assert results == [None, None]
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())][0] == "step_00000001"
     assert newest_checkpoint(tmp_path).name == "step_00000001"
-    left = [path.name for path in remove_unfinished(tmp_path)]
+    left = [path.name for path in remove_unfinished(tmp_path)[0]]
     assert left == (["step_00000002.unfinished"] if 0 in victims else [])  # else rank 0 has heard of it
 
     def resume(world):

@@ -27,6 +27,7 @@ from swinv2_train.distributed.slurm import meeting_point
 from tests.support.harness import RankFailed, run_distributed
 
 
+@pytest.mark.smoke
 def test_collectives_join_what_the_ranks_say():
     def run(world):
         barrier()
@@ -60,6 +61,7 @@ def test_single_process_gets_a_group_of_one():
     assert run_distributed(run, 1, init=False) == [(1, 0, True, 1, "0")]
 
 
+@pytest.mark.smoke
 def test_error_of_one_rank_is_raised_on_all_and_names_it():
     def run(world):
         try:
@@ -70,6 +72,7 @@ def test_error_of_one_rank_is_raised_on_all_and_names_it():
     assert run_distributed(run, 2) == ["rank 1: OSError: disk full"] * 2
 
 
+@pytest.mark.smoke
 def test_user_errors_stay_user_errors_and_are_said_once():
     def run(world):
         texts = []
@@ -142,6 +145,7 @@ def test_ranks_are_read_from_srun(monkeypatch):
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (host, str(port)) and host == "gpu-003"
 
 
+@pytest.mark.smoke
 def test_harness_reports_hung_and_failed_ranks():
     """The helper that all distributed tests stand on must not pass by itself."""
 

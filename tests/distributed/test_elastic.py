@@ -100,6 +100,7 @@ def test_no_bit_changes_on_the_way_through_engines_stages_precisions_and_world_s
         assert all(torch.equal(value, expected[name]) for name, value in state.items()), case
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("before", "after"),
     [

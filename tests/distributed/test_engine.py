@@ -28,6 +28,7 @@ def ten_steps(world, config, micros):
     return train(engine, world, 10, micros), full_state(engine)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("micros", "clip"), [(1, 0.0), (2, 0.3)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_losses_norms_and_weights_of_every_stage_equal_the_local_engine(stage, micros, clip):
@@ -174,6 +175,7 @@ def test_non_finite_gradients_stop_the_local_engine():
     assert all(torch.equal(before[name], value) for name, value in full_state(engine).items())
 
 
+@pytest.mark.smoke
 def test_local_engine_refuses_several_ranks():
     module = build_toy()
     config = toy_config("local")

@@ -49,6 +49,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+@pytest.mark.smoke
 def test_three_ranks_say_what_one_says(base, tmp_path, capfd):
     """Scores to rounding, images, confusion counts and pictures exactly; one rank speaks and writes."""
     lines = [evaluated(capfd, *base, f"out={tmp_path / str(ranks)}", ranks=ranks) for ranks in (1, 3)]

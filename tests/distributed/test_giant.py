@@ -1,8 +1,9 @@
 """The giant's experiments take steps on a cluster of 16 that is not there: wrong shapes and names cannot hide.
 
-DeepSpeed's own ZeRO-3 engine runs on rank 0 of 16, over torch's fake process group, with the model at its full size and
-input.  Tensors are fake (torch's FakeTensorMode: shapes, dtypes and devices without memory), so every operation of
-forward, loss, backward, reduction and AdamW checks its operands, and none computes.  What is asked of a value (is the
+DeepSpeed's own ZeRO-3 engine runs on rank 0 of 16, over torch's fake process group, with the model at its full width
+and input, and of its third stage one period of its extra norms: 6 blocks and the first of the next, instead of 42.
+Tensors are fake (torch's FakeTensorMode: shapes, dtypes and devices without memory), so every operation of forward,
+loss, backward, reduction and AdamW checks its operands, and none computes.  What is asked of a value (is the
 norm finite?) is answered with 1.  What the numbers are is the matter of test_construct.py and test_swin_engines.py.
 """
 
@@ -23,6 +24,7 @@ from tests.support.harness import run_distributed
 
 RANKS = 16
 PARAMETERS = {"giant_1536": 3_001_940_680, "simmim_giant_192": 3_010_430_176}
+DEPTHS = "model.depths=[2,2,7,4]"
 STEPS = {"giant_1536": 2, "simmim_giant_192": 1}  # what a second step adds is the engine's, and the same for both
 
 
@@ -61,7 +63,7 @@ def take_steps(world, name):
             return func(*args, **(kwargs or {}))
 
     # Fewer chunks than the shipped 256 MiB make: each is a pass through the same operations.
-    config = composed([f"experiment={name}", "data.shards=x", "model.attention_chunk_mib=8192"])
+    config = composed([f"experiment={name}", "data.shards=x", DEPTHS, "model.attention_chunk_mib=8192"])
     world = World(0, 0, RANKS, 8, torch.device("cpu"))
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     with (
@@ -88,6 +90,11 @@ def take_steps(world, name):
         return shapes, rules.pieces, moments, len(groups), optimizer.dtype
 
 
+def on_meta_module(config):
+    with on_meta():
+        return build_task(config, torch.device("cpu")).module
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_giant_takes_its_steps_on_16_ranks(name):
@@ -96,11 +103,10 @@ def test_giant_takes_its_steps_on_16_ranks(name):
     ((shapes, pieces, moments, num_groups, dtype),) = run_distributed(take_steps, 1, name, timeout_sec=600, init=False)
     config = composed([f"experiment={name}", "data.shards=x"])
     assert config.model.recompute == "blocks" and config.model.sequential_stages == [1, 2]
-    with on_meta():
-        module = build_task(config, torch.device("cpu")).module
+    assert sum(p.numel() for p in on_meta_module(config).parameters()) == PARAMETERS[name]
+    module = on_meta_module(composed([f"experiment={name}", "data.shards=x", DEPTHS]))
     assert shapes == {key: tuple(p.shape) for key, p in module.named_parameters()}
     numels = {key: p.numel() for key, p in module.named_parameters()}
-    assert sum(numels.values()) == PARAMETERS[name]
     assert pieces == {key: (0, -(-numel // RANKS), torch.float32) for key, numel in numels.items()}
     assert moments == sum(-(-numel // RANKS) for numel in numels.values())
     assert dtype == torch.bfloat16

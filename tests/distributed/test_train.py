@@ -69,7 +69,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(how, uninterrupted, shards, tmp_
         "experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=12", "data.record_keys=true",
         "train.picture_every_steps=6", "model.drop_path_rate=0.2", *SMALL, *shards,
     )  # fmt: skip
-    process = start(*command)
+    process = start(*command, interpreter=how == "SIGTERM")
     wait_for_step(run_dir, 6, process)
     if how == "SIGKILL":
         for pid in [*ranks_of(process), process.pid]:

@@ -240,6 +240,7 @@ def test_views_as_inputs_equal_copies():
     assert torch.equal(view.grad, leaf.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [(3, 4), (9, 4)])
 def test_operators_keep_the_rules_of_torch_library(window):
     """opcheck: schema, fake results, autograd registration and tracing."""
@@ -338,6 +339,7 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(arguments):
     assert max(int(row[4]) for row in rows) <= 64, done.stdout  # bytes spilled per thread; measured worst 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 def test_a_model_attends_by_the_kernels_where_they_are_available(size, monkeypatch):
     """Shifted and padded windows, heads of 16; output within 1e-5 and gradients within 1e-4 of their largest entries

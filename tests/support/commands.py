@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.monitoring.run_log import read_metrics
-from tests.support.processes import forked_command
+from tests.support.processes import forked_command, forked_torchrun
 
 SMALL = (
     "model.embed_dim=16", "model.depths=[1,2]", "model.num_heads=[1,2]", "train.global_batch_size=16",
@@ -30,10 +31,11 @@ def start(
 ) -> subprocess.Popen[str]:
     """The command in a session of its own, as a terminal or scheduler would start it: under torchrun, or alone.
 
-    interpreter: where it is alone, whether Python itself starts too; without it the process is a fork.
+    interpreter: whether Python itself starts too, for torchrun and each rank; without it all processes are forks.
     """
-    if ranks == 1 and not interpreter:
-        return forked_command(module, *overrides, **OWN_SESSION)
+    if not interpreter:
+        forks = forked_command if ranks == 1 else functools.partial(forked_torchrun, ranks)
+        return forks(module, *overrides, **OWN_SESSION)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     return subprocess.Popen([sys.executable, "-m", *torchrun, module, *overrides], text=True, **OWN_SESSION)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -19,6 +21,20 @@ from typing import Any
 import torch
 
 from swinv2_train.distributed import World, init_distributed, shutdown_distributed
+
+IMPORTED_BY_A_RUN = [
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "swinv2_train.engine.deepspeed.engine",
+    "swinv2_train.engine.local",
+    "swinv2_train.report.plots",
+    "swinv2_train.tasks.simmim",
+    "swinv2_train.training.param_groups",
+]
 
 
 class RankFailed(AssertionError):
@@ -40,8 +56,7 @@ def run_distributed(
     with the tracebacks.  A rank still running after timeout_sec is killed and named.  may_die: a rank that is killed by
     a signal or fails after another one was gives None.  init=False leaves the process group to fn.
     """
-    import deepspeed  # noqa: F401  imported once here, then in every fork
-
+    warm_up()
     port = _free_port()
     ranks = []
     for rank in range(world_size):
@@ -64,6 +79,19 @@ def run_distributed(
         sender.close()
         ranks.append((pid, receiver))
     return _collect(ranks, timeout_sec, may_die)
+
+
+@functools.cache
+def warm_up() -> None:
+    """What every rank would import and compose anew is done once in the process they are forked from."""
+    from swinv2_train.engine.deepspeed.startup import import_deepspeed, quick_initialize
+    from tests.support.configs import make_config
+
+    import_deepspeed()
+    with quick_initialize():
+        for name in IMPORTED_BY_A_RUN:
+            importlib.import_module(name)
+    make_config()
 
 
 def _child(fn: Callable[..., Any], args: tuple[Any, ...], sender: Any, rank: int, world_size: int, init: bool) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from tests.support.harness import warm_up
+
 
 def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
     """A process that calls body and exits with its SystemExit's code, with 1 after a traceback, or with 0.
@@ -31,6 +33,7 @@ def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, *
     def child() -> None:
         code = 1
         try:
+            os.closerange(3, 4096)  # among them the pipe by whose end Popen knows that a program has begun
             _look_new(environment or {})
             body()
             code = 0
@@ -49,13 +52,41 @@ def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, *
 
 def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """`python -m module arguments`."""
-    import deepspeed  # noqa: F401  imported once here, then in every fork
-
+    warm_up()
     main = importlib.import_module(module).main
 
     def body() -> None:
         sys.argv = [module, *arguments]
         main()
+
+    return forked(body, **options)
+
+
+def forked_torchrun(ranks: int, module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`torchrun --standalone --nproc-per-node ranks -m module arguments`: the agent a fork, ranks forks of that."""
+    warm_up()
+    main = importlib.import_module(module).main
+
+    def rank() -> None:
+        _look_new({})
+        sys.argv = [module, *arguments]
+        try:
+            main()
+        except SystemExit as left:  # the agent takes a function's end for a success, not exit code 0
+            if left.code:
+                raise
+
+    def body() -> None:
+        elastic_launch = run.elastic_launch
+
+        def with_forks(config: Any, entrypoint: str) -> Callable[..., Any]:
+            config.start_method = "fork"
+            return lambda *_: elastic_launch(config, rank)()
+
+        run.elastic_launch = with_forks
+        run.main(["--standalone", "--nproc-per-node", str(ranks), "-m", module])
+
+    from torch.distributed import run
 
     return forked(body, **options)
 
@@ -82,7 +113,6 @@ def finished(process: subprocess.Popen[str], input: str | None = None, timeout: 
 
 def _look_new(environment: dict[str, str]) -> None:
     """Make a fork look like a new interpreter to itself and to its parent."""
-    os.closerange(3, 4096)  # among them the pipe by whose end Popen knows that a program has begun
     gc.freeze()  # never finalise here what belongs to the parent
     gc.enable()  # Popen has switched it off for the fork
     faulthandler.disable()  # pytest's, into a file that is closed now

@@ -90,7 +90,7 @@ def test_ranks_that_are_elsewhere_than_rank_0_have_a_line(tmp_path):
     ]
     (tmp_path / "health").mkdir()
     for rank, sign in enumerate(signs):
-        line = json.dumps(sign | {"rank": rank, "pid": 100 + rank})
+        line = json.dumps(sign | {"rank": rank, "pid": 100 + rank, "step": 5, "moves": 9, "place": None})
         (tmp_path / "health" / f"rank_{rank:05d}.json").write_text(line)
     status = signs[0] | {"pid": 100, "step": 5, "world_size": 5, "heartbeat_sec": 10.0}
     status["slowest_rank"] = {"rank": 2, "own_sec": 3.0, "median_sec": 1.0, "data_wait_sec": 2.0}
@@ -124,7 +124,7 @@ def test_the_command_on_a_finished_run_and_on_what_is_none(settings, tmp_path):
 
 def test_a_damaged_status_is_named(tmp_path):
     (tmp_path / STATUS).write_text("{")
-    with pytest.raises(ConfigError, match=r"status.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"status.json: cannot be read"):
         read_status(tmp_path)
 
 

@@ -143,10 +143,10 @@ class TrainLoader:
                 "name the same shards, or start a new run_dir"
             )
         for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
-            if state[name] != mine[name]:
+            if state.get(name) != mine[name]:
                 raise ConfigError(
-                    f"{key} ({mine[name]}) differs from the checkpoint's ({state[name]}), which would change the order "
-                    f"of images in mid-epoch; set {key}={state[name]}, or start a new run_dir"
+                    f"{key} ({mine[name]}) differs from the checkpoint's ({state.get(name)}), which would change the "
+                    f"order of images in mid-epoch; set {key}={state.get(name)}, or start a new run_dir"
                 )
 
     def restarted(self, start_images: int) -> TrainLoader:

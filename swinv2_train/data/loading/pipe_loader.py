@@ -108,7 +108,7 @@ class StreamLoader:
 
         Raises ConfigError when the state belongs to shards that had an order.
         """
-        self.bad_images_before = state["bad_images"]
+        self.bad_images_before = state.get("bad_images", 0)
         if state["manifest"] is not None:
             raise ConfigError(
                 "data.shards is a pipe, but the checkpoint's run reads indexed shards, whose order a pipe cannot go on "

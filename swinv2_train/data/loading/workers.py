@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, fits
 
+_WORDS = "{shard}: sample '{key}': {cause}"
 _log = getLogger(__name__)
 _ANSWERED_BY_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -100,7 +102,7 @@ class Workers:
                 self.close()
                 raise result
             for problem in result["problems"]:
-                _log.warning("damaged sample replaced: %(shard)s: sample '%(key)s': %(cause)s", problem)
+                _log.warning("damaged sample replaced: %s", shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
             yield result
 
     def close(self) -> None:

@@ -11,19 +11,26 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_index import build_index
 from swinv2_train.storage.atomic import replace_text, replacing, sha256_of
+from swinv2_train.storage.json_files import file_name, mapping, optional, record, row, whole
+from swinv2_train.storage.json_files import text as text_of
 
 MANIFEST_NAME = "manifest.json"
 INDEX_SUFFIX = ".idx.npy"
 _MANIFEST_VERSION = 1
+MANIFEST_BYTES = 2**26
+"""The most that a manifest may hold: 250 bytes for each shard."""
 
 
 def index_folder(path: str) -> Path:
@@ -78,22 +85,53 @@ def read_entries(folder: Path) -> dict[str, Any]:
     """The entries of a folder's manifest by shard name; none where there is no manifest.  Raises ShardError."""
     path = folder / MANIFEST_NAME
     try:
-        text = path.read_text()
+        content = read_bytes(path, MANIFEST_BYTES)
     except FileNotFoundError:
         return {}
-    return parse_entries(text, str(path))
+    except ConfigError as error:
+        raise ShardError(str(error)) from error
+    return parse_entries(content, str(path))
 
 
-def parse_entries(text: str, name: str) -> dict[str, Any]:
-    """The entries in a manifest's text; name: what errors call it."""
+def parse_entries(text: str | bytes, name: str) -> dict[str, Any]:
+    """The entries in a manifest's text; name: what errors call it.  Raises ShardError."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{name} is not JSON ({error}); delete it, it is made again") from error
     if not isinstance(content, dict) or content.get("version") != _MANIFEST_VERSION:
         raise ShardError(f"{name} is not a manifest of version {_MANIFEST_VERSION}; delete it, it is made again")
+    try:
+        _MANIFEST(content, "")
+    except ConfigError as error:
+        raise ShardError(f"{name}: {error}; delete it, it is made again") from error
     entries: dict[str, Any] = content["shards"]
     return entries
+
+
+def _digest(value: Any, where: str) -> None:
+    text_of(64)(value, where)
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ConfigError(f"{where} ({value}) must be 64 hexadecimal digits")
+
+
+def _label_range(value: Any, where: str) -> None:
+    row(whole(), whole())(value, where)
+    if value[0] > value[1]:
+        raise ConfigError(f"{where} ({value}) must be the lowest and the highest label")
+
+
+def _entry(value: Any, where: str) -> None:
+    _FIELDS(value, where)
+    if value["unlabelled"] > value["samples"]:
+        raise ConfigError(f"{where}.unlabelled ({value['unlabelled']}) is more than its {value['samples']} samples")
+
+
+_FIELDS = record(
+    {"samples": whole(), "bytes": whole(), "sha256": _digest, "unlabelled": whole(),
+     "label_range": optional(_label_range)}
+)  # fmt: skip
+_MANIFEST = record({"shards": mapping(_entry, names=file_name(deep=False))})
 
 
 def merge_entries(folder: Path, entries: Mapping[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """A bounded folder of this machine for the shards of an address; all ranks and workers of the host share it.
 
 A shard is fetched whole, checked against its sha256, and appears under its name by rename, so a half-written file never
-counts.  All state lies in the files, and every lock is the kernel's (flock), so a killed process leaves nothing to
-repair.  For a shard NAME of one address:
+counts.  What lies there already is compared with its checksum once per start, and fetched again where it is another;
+the folder is this user's alone (0700), and yet a disk, or somebody, may have changed what is in it.  All state lies in
+the files, and every lock is the kernel's (flock), so a killed process leaves nothing to repair.  For a shard NAME of an
+address:
 
 - ``NAME.<sha256>.shard`` and ``.shard.idx.npy``: its bytes and index.  Whoever reads it holds a shared lock on it; the
   file's date is its last use.  What nobody holds may go when room is needed, the least recently used first.
@@ -20,18 +22,31 @@ import fnmatch
 import glob
 import hashlib
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from swinv2_train.config import DataConfig
 from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.cache_files import (
+    PRIVATE,
+    Compared,
+    is_foreign,
+    is_index_of,
+    is_whole,
+    make_private_folder,
+    open_lock_file,
+    open_own,
+    take_away,
+)
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
+    MANIFEST_BYTES,
     MANIFEST_NAME,
     index_shard,
     merge_entries,
@@ -78,6 +93,8 @@ class ShardCache:
     folder: str
     max_bytes: int
     retry_policy: RetryPolicy
+    compared: Compared = field(default_factory=Compared, compare=False, repr=False)
+    """Which shards were compared with their checksum since this start: the folder may hold what another put there."""
 
     def entries(
         self, urls: Sequence[str], wildcards: Sequence[str] = (), progress: Callable[[str], None] | None = None
@@ -138,11 +155,37 @@ class ShardCache:
         while True:
             path = self._path(shard.url, shard.sha256)
             with self._cache_errors():
-                fd = _open_locked(path)
+                fd = self._open_compared(path, shard)
             if fd is not None:
                 return fd, str(path) + INDEX_SUFFIX
             if self._fetch(shard.url, shard.size, shard.sha256, wait, started) is None:
                 return None
+
+    def _open_compared(self, path: Path, shard: RemoteShard) -> int | None:
+        """A descriptor of a shard that is the one its manifest knows, and has its index; None when it is to be fetched.
+
+        Each file is read and compared once per start.
+        """
+        fd = _open_locked(path)
+        if fd is None:
+            if is_foreign(path):
+                take_away(path)
+            return None
+        index = Path(f"{path}{INDEX_SUFFIX}")
+        file = _identity(fd, path)
+        if file in self.compared and index.is_file():
+            return fd
+        if is_whole(fd, shard.size, shard.sha256):
+            if not is_index_of(index, path, shard.size):
+                take_away(index)
+                index_shard(str(path), index, redacted(shard.url))
+                index.chmod(PRIVATE)
+            self.compared.add(file)
+            return fd
+        os.close(fd)
+        for each in (path, index):
+            take_away(each)
+        return None
 
     def _their_entries(self, url: str) -> dict[str, Any]:
         """What the manifest beside the shard says; nothing where there is none."""
@@ -152,7 +195,7 @@ class ShardCache:
 
             def attempt() -> bool:
                 try:
-                    download(address, str(path), self.retry_policy)
+                    download(address, str(path), self.retry_policy, MANIFEST_BYTES)
                 except (FileNotFoundError, PermissionError):  # S3 forbids what is not there to who may not list
                     return False
                 return True
@@ -214,8 +257,8 @@ class ShardCache:
     def _lock(self, path: Path, wait: bool) -> int | None:
         """A descriptor that alone holds the lock file; None when another one does and wait is false."""
         with self._cache_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            make_private_folder(path.parent)
+            lock = open_lock_file(path)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
@@ -236,7 +279,8 @@ class ShardCache:
         part = self._place(url) / f"{base_name(url)}.{os.getpid()}-{time.monotonic_ns()}.part"
         index = Path(f"{part}{INDEX_SUFFIX}")
         try:
-            download(url, str(part), self.retry_policy)
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, PRIVATE))
+            download(url, str(part), self.retry_policy, size or self.max_bytes)
             if size and (came := part.stat().st_size) != size:
                 raise MismatchError(f"{came} bytes came, the manifest says {size}")
             if sha256 is not None and sha256_of(str(part)) != sha256:
@@ -245,10 +289,14 @@ class ShardCache:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())  # a machine that fails must not leave the name without the bytes
             path = self._path(url, entry["sha256"])
+            index.chmod(PRIVATE)
             with self._space_lock():  # the file takes the place of its reservation
-                os.replace(index, str(path) + INDEX_SUFFIX)
-                os.replace(part, path)
+                for made, name in ((index, Path(f"{path}{INDEX_SUFFIX}")), (part, path)):
+                    if name.is_dir() and not name.is_symlink():  # over which nothing can be renamed
+                        take_away(name)
+                    os.replace(made, name)
                 os.ftruncate(lock, 0)
+            self._note(path)
             return entry
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -258,10 +306,17 @@ class ShardCache:
             part.unlink(missing_ok=True)
             index.unlink(missing_ok=True)
 
+    def _note(self, path: Path) -> None:
+        """What was just fetched was compared while it came."""
+        fd = open_own(path)
+        if fd is not None:
+            self.compared.add(_identity(fd, path))
+            os.close(fd)
+
     @contextlib.contextmanager
     def _space_lock(self) -> Iterator[None]:
         """Inside, this process alone counts and reserves the cache's space."""
-        with open(Path(self.folder) / "room.lock", "ab") as file:
+        with open(open_lock_file(Path(self.folder) / "room.lock"), "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -277,7 +332,9 @@ class ShardCache:
             used, shards = 0, []
             for path in Path(self.folder).glob("*/*"):
                 with contextlib.suppress(FileNotFoundError):
-                    status = path.stat()
+                    status = path.lstat()
+                    if not stat.S_ISREG(status.st_mode):
+                        continue
                     if path.suffix == ".shard":
                         shards.append((status.st_mtime_ns, path))
                     if path.suffix == ".lock" and status.st_size and _abandoned(path):
@@ -303,9 +360,8 @@ def _expected_names(wildcard: str, folder: str, names: Iterable[str]) -> list[st
 
 def _open_locked(path: Path) -> int | None:
     """A descriptor with a shared lock, which keeps the file from being evicted; None when it is not there."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    fd = open_own(path)
+    if fd is None:
         return None
     fcntl.flock(fd, fcntl.LOCK_SH)
     if os.fstat(fd).st_nlink == 0:  # evicted in between
@@ -317,19 +373,28 @@ def _open_locked(path: Path) -> int | None:
 
 def _evict(path: Path) -> int:
     """Remove a shard that nobody holds; the bytes that became free."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
+    fd = open_own(path)
+    if fd is None:
+        return 0
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), open(fd, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         index = Path(f"{path}{INDEX_SUFFIX}")
-        freed = os.fstat(file.fileno()).st_size + index.stat().st_size
+        freed = os.fstat(fd).st_size + (index.lstat().st_size if os.path.lexists(index) else 0)
         path.unlink()
-        index.unlink()
+        take_away(index)
         return freed
     return 0
 
 
+def _identity(fd: int, path: Path) -> tuple[object, ...]:
+    """What a file is known by; one that is written anew is another."""
+    status = os.fstat(fd)
+    return str(path), status.st_dev, status.st_ino, status.st_size
+
+
 def _abandoned(lock: Path) -> bool:
     """Clean up after a process that was killed while it fetched: its lock is free but still reserves room."""
-    with contextlib.suppress(BlockingIOError), open(lock, "r+b") as file:
+    with contextlib.suppress(BlockingIOError), open(open_lock_file(lock), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in glob.glob(f"{glob.escape(str(lock.with_suffix('')))}.*.part*"):
             Path(left).unlink(missing_ok=True)

@@ -10,10 +10,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from swinv2_train.config.plain_files import open_regular
+from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import LABEL, LABEL_BYTES, MEMBERS, ShardError, read_label
 
 BLOCK = 512
@@ -27,6 +30,9 @@ LABEL_UNREADABLE = -2
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
 _REGULAR = (b"0", b"\0", b"7")
+_RECORD_BYTES = 2**20
+"""The most that a PAX header or a GNU long name may hold."""
+_NAME_CHARACTERS = 1024
 _REMEDY = "fetch or write it again"
 
 
@@ -78,7 +84,7 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
     finally:
         os.close(fd)
     if not keys:
-        warnings.warn(f"{shard}: the shard holds no samples", stacklevel=2)
+        warnings.warn(f"{shown(shard)}: the shard holds no samples", stacklevel=2)
     elif not images:
         found = ", ".join(sorted({extension for _, extension in seen})[:8])
         raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
@@ -90,6 +96,29 @@ def build_index(path: str, name: str | None = None) -> np.ndarray:
         extension = IMAGE_EXTENSIONS[preference] if preference >= 0 else ""
         index[row] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
     return index
+
+
+def load_index(path: str, shard_bytes: int) -> np.ndarray:
+    """The index at path, mapped into memory, of a shard of shard_bytes.
+
+    Raises OSError, or ValueError for what is no such index, or one that leads out of the shard or to no image.
+    """
+    os.close(open_regular(Path(path)))
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except (EOFError, SyntaxError, TypeError, OverflowError) as error:  # an empty file; a header that is no header
+        raise ValueError(f"not an index ({error})") from error
+    names = rows.dtype.names or ()
+    key = rows.dtype.fields["key"][0].itemsize if "key" in names and rows.dtype.fields is not None else 0
+    if rows.ndim != 1 or rows.dtype != index_dtype(key):
+        raise ValueError(f"not an index (it holds {rows.dtype} {rows.shape})")
+    has = rows["size"] >= 0
+    offset, size = rows["offset"][has], rows["size"][has]
+    if len(offset) and (offset.min() < 0 or size.max() > shard_bytes or (offset > shard_bytes - size).any()):
+        raise ValueError("it names bytes that the shard does not have")
+    if not np.isin(rows["extension"], [b"", *(each.encode() for each in IMAGE_EXTENSIONS)]).all():
+        raise ValueError("it names files that are no images")
+    return rows
 
 
 class TarBytes(Protocol):
@@ -141,12 +170,16 @@ def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
         size = _check_header(header, path, position)
         kind = header[156:157]
         start = position + BLOCK
+        if kind in (b"x", b"L") and size > _RECORD_BYTES:  # before anything of that size is asked for
+            raise ShardError(
+                f"{path}: a name or PAX record of {size} bytes at byte {position}, more than {_RECORD_BYTES}; {_REMEDY}"
+            )
         if kind == b"x":
             pax = _pax_records(source.read_at(size, start), path, position)
         elif kind == b"L":
             long_name = source.read_at(size, start).rstrip(b"\0").decode("utf-8", "surrogateescape")
         if kind not in (b"x", b"L", b"K", b"g"):  # a real member: the records before it speak of it
-            if not pax.get("size", "0").isdecimal():
+            if not re.fullmatch(r"[0-9]{1,18}", pax.get("size", "0")):
                 raise ShardError(f"{path}: damaged PAX header before byte {position}; {_REMEDY}")
             size = int(pax.get("size", size))
         if not source.reaches(start + size):
@@ -161,6 +194,11 @@ def tar_members(source: TarBytes, path: str) -> Iterator[tuple[str, int, int]]:
             raise ShardError(f"{path}: sparse member at byte {start - BLOCK}; write the shard without --sparse")
         name = pax.get("path") or long_name or _header_name(header)
         long_name, pax = None, {}
+        if len(name) > _NAME_CHARACTERS:  # the index has as much room for every key as the longest takes
+            raise ShardError(
+                f"{path}: a name of {len(name)} characters at byte {start - BLOCK}, more than {_NAME_CHARACTERS}; "
+                "write it again with shorter ones"
+            )
         if kind in _REGULAR:
             yield name, start, size
 
@@ -214,7 +252,7 @@ def _pax_records(data: bytes, path: str, position: int) -> dict[str, str]:
     while start < len(data) and data[start] != 0:
         space = data.find(b" ", start)
         length = data[start:space]
-        if space < 0 or not length.isdigit() or int(length) <= len(length):
+        if space < 0 or not re.fullmatch(rb"[0-9]{1,18}", length) or int(length) <= len(length):
             raise ShardError(f"{path}: damaged PAX header at byte {position}; {_REMEDY}")
         record = data[space + 1 : start + int(length) - 1]
         name, _, value = record.partition(b"=")

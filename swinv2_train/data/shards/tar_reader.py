@@ -7,6 +7,7 @@ first use.  Shards at an address are read through a cache on this machine (shard
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import hashlib
@@ -31,7 +32,7 @@ from swinv2_train.data.shards.manifest import (
 from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
-from swinv2_train.data.shards.tar_index import is_sample_member
+from swinv2_train.data.shards.tar_index import is_sample_member, load_index
 from swinv2_train.data.shards.transfers import base_name, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
@@ -255,20 +256,41 @@ class TarReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        name = self.manifest.name(shard)
-        fd, index_path = self._open_file(shard)
         try:
-            rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError) as error:
-            os.close(fd)
-            raise ShardError(f"{name}: its index cannot be opened: {error}") from error
-        if os.fstat(fd).st_size != self.manifest.sizes[shard] or len(rows) != self.manifest.counts[shard]:
-            os.close(fd)
-            raise ShardError(f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex")
-        self._open[shard] = (fd, rows)
+            self._open[shard] = self._opened(shard)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._open:
+                raise
+            self.max_open = max(1, len(self._open) // 2)  # what this process may have open at a time is known now
+            while len(self._open) >= self.max_open:
+                os.close(self._open.popitem(last=False)[1][0])
+            return self._shard(shard)
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[shard]
+
+    def _opened(self, shard: int) -> tuple[int, np.ndarray]:
+        """A descriptor of a shard and its index.  Raises OSError where this process may open no further file."""
+        name = self.manifest.name(shard)
+        fd, index_path = self._open_file(shard)
+        try:
+            changed = f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex"
+            if os.fstat(fd).st_size != self.manifest.sizes[shard]:
+                raise ShardError(changed)
+            try:
+                rows = load_index(index_path, self.manifest.sizes[shard])
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                    raise
+                raise ShardError(
+                    f"{name}: its index cannot be opened: {error}; delete {index_path}, it is made again"
+                ) from error
+            if len(rows) != self.manifest.counts[shard]:
+                raise ShardError(changed)
+        except (ShardError, OSError):
+            os.close(fd)
+            raise
+        return fd, rows
 
     def _open_file(self, shard: int) -> tuple[int, str]:
         """A descriptor of the shard on this machine, and the path of its index."""
@@ -284,6 +306,8 @@ class TarReader:
         try:
             return os.open(path, os.O_RDONLY), self.manifest.index_paths[shard]
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise
             raise ShardError(f"{path}: the shard cannot be opened: {error}") from error
 
     def close(self) -> None:

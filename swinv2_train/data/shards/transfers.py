@@ -110,22 +110,28 @@ def _sizes(urls: list[str], retry_policy: RetryPolicy) -> list[int | None]:
     return [answer["size"] for answer in answers]
 
 
-def download(url: str, destination: str, retry_policy: RetryPolicy) -> None:
-    """One attempt to copy the whole file at `url` to the local path `destination`.
+def download(url: str, destination: str, retry_policy: RetryPolicy, most_bytes: int) -> None:
+    """One attempt to copy the whole file at `url`, of at most most_bytes, to the local path `destination`.
 
-    Raises what the client raises, TimeoutError when no byte comes for retry_policy.stall_sec.
+    Raises what the client raises, TimeoutError when no byte comes for retry_policy.stall_sec, MismatchError as soon as
+    more bytes have come: a server may send without end.
     """
-    fs, path = _filesystem(url, retry_policy.stall_sec)
-    if not fs.async_impl:
-        fs.get_file(path, destination)
-        return
     from fsspec.callbacks import Callback  # type: ignore[import-untyped]
 
     moved = [time.monotonic()]
+    come = [0]
 
     class Watch(Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:
             moved[0] = time.monotonic()
+            come[0] += inc
+            if come[0] > most_bytes:
+                raise MismatchError(f"more than {most_bytes:,} bytes came")
+
+    fs, path = _filesystem(url, retry_policy.stall_sec)
+    if not fs.async_impl:
+        fs.get_file(path, destination, callback=Watch())
+        return
 
     _wait(
         fs,

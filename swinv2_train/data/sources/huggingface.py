@@ -18,14 +18,25 @@ from typing import Any
 import numpy as np
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import open_regular, read_bytes
 from swinv2_train.data.sample import Sample, SampleError, ShardError, labelled
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
+from swinv2_train.storage.json_files import Shape, anything, file_name, listing, mapping, record, text
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
 """Ends an Arrow stream.  pyarrow does without it, and loses rows in silence where a file was cut between batches."""
 _AGAIN = "copy or save it again"
+_JSON_BYTES = 2**26
+_IMAGE_BYTES = 2**31
+_FEATURES = mapping(anything(), names=text(200))
+_STATE_SHAPE = record(
+    {
+        "_data_files": listing(record({"filename": file_name(deep=False)}), most=100_000, least=1),
+        "_fingerprint": text(200),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +76,22 @@ def open_saved_dataset(
     if state.get("_indices_data_files"):
         raise ShardError(f"{source} holds rows of which a list says the order; save it again with a newer `datasets`")
     features = info.get("features") or {}
+    _check_shape(features, _FEATURES, f"{path}: {_INFO}: features")
+    _check_shape(state, _STATE_SHAPE, f"{path}: {_STATE}")
     image, label = find_columns(features, source)
-    files = tuple(str(file["filename"]) for file in state["_data_files"])
+    files = tuple(file["filename"] for file in state["_data_files"])
     labels, file_rows = [], []
     for file in files:
-        table = _open_table(os.path.join(path, file))
-        _check_columns(table, image, label, os.path.join(path, file))
+        table = _open_table(os.path.join(path, file), image, label)
         file_rows.append(table.num_rows)
-        labels.append(_labels(table, label))
+        labels.append(_labels(table, label, os.path.join(path, file)))
     if not sum(file_rows):
         raise ShardError(f"{source} holds no rows; name a data set that has some")
     rows = np.array(packing_order(sum(file_rows)), "<i8")
     in_order = np.concatenate(labels)[rows]
     classes = None if label is None else features[label].get("names")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ShardError(f"{path}: {_INFO}: the names of the classes in '{label}' are no list of names; {_AGAIN}")
     digest = hashlib.sha256(f"{state['_fingerprint']}\0{image}\0{label}\0".encode())
     for part in (rows, in_order):
         digest.update(part.tobytes())
@@ -125,20 +139,29 @@ def _type_name(kind: Any) -> str:
 
 def _check_single(path: str, source: str) -> None:
     if os.path.isfile(os.path.join(path, _SPLITS)):
-        splits = [os.path.join(path, str(name)) for name in _read_json(path, _SPLITS)["splits"]]
+        content = _read_json(path, _SPLITS)
+        _check_shape(content, record({"splits": listing(text(200), most=1000)}), f"{path}: {_SPLITS}")
+        splits = [os.path.join(path, name) for name in content["splits"]]
         raise ShardError(f"{source} holds several data sets; name one of them: {', '.join(splits)}")
 
 
 def _read_json(path: str, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(path, name).read_text())
+        content = json.loads(read_bytes(Path(path, name), _JSON_BYTES))
     except FileNotFoundError as error:
         raise ShardError(f"{path}: {name} is missing; {_AGAIN}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ShardError(f"{path}: {name} cannot be read ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ShardError(f"{path}: {name} is not what `datasets` writes; {_AGAIN}")
     return content
+
+
+def _check_shape(content: Any, shape: Shape, what: str) -> None:
+    try:
+        shape(content, "")
+    except ConfigError as error:
+        raise ShardError(f"{what}: {error}; {_AGAIN}") from error
 
 
 def _pyarrow() -> Any:
@@ -152,15 +175,24 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _open_table(path: str) -> Any:
-    """The table of an Arrow file, mapped into memory: nothing of the images is read yet."""
+def _open_table(path: str, image: str, label: str | None) -> Any:
+    """The two columns of an Arrow file, mapped into memory: nothing of the images is read yet.
+
+    Their lengths and offsets are compared with the file first: pyarrow believes them, and a flipped bit in one ended
+    the process (one of thirteen flips in a small file).
+    """
     arrow = _pyarrow()
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(Path(path)), "rb") as file:
             file.seek(-min(len(_END_MARK), os.fstat(file.fileno()).st_size), os.SEEK_END)
             complete = file.read() == _END_MARK
         table = arrow.ipc.open_stream(arrow.memory_map(path)).read_all()
-    except (OSError, arrow.ArrowInvalid) as error:
+        _check_columns(table, image, label, path)
+        table = table.select([image] if label is None else [image, label])
+        table.validate(full=True)
+    except ShardError:
+        raise
+    except (OSError, ValueError, KeyError, OverflowError, arrow.ArrowException) as error:
         raise ShardError(f"{path} cannot be read: {error}; {_AGAIN}") from error
     if not complete:
         raise ShardError(f"{path}: cut off: there is no end mark, so rows are missing; {_AGAIN}")
@@ -168,19 +200,29 @@ def _open_table(path: str) -> Any:
 
 
 def _check_columns(table: Any, image: str, label: str | None, path: str) -> None:
-    kind = table.schema.field(image).type if image in table.schema.names else None
-    names = {kind.field(i).name for i in range(kind.num_fields)} if kind is not None else set()
-    if not {"bytes", "path"} <= names:
+    types = _pyarrow().types
+    kind = table.schema.field(image).type if table.schema.names.count(image) == 1 else None
+    inner = [kind.field(i) for i in range(kind.num_fields)] if kind is not None and types.is_struct(kind) else []
+    fields = {field.name: field.type for field in inner}
+    whole = len(fields) == len(inner) and {"bytes", "path"} <= fields.keys()
+    if not (
+        whole
+        and (types.is_binary(fields["bytes"]) or types.is_large_binary(fields["bytes"]))
+        and (types.is_string(fields["path"]) or types.is_large_string(fields["path"]) or types.is_null(fields["path"]))
+    ):
         raise ShardError(f"{path}: the column '{image}' is {kind}, not a struct of bytes and path; save it again")
-    if label is not None and label not in table.schema.names:
+    if label is not None and table.schema.names.count(label) != 1:
         raise ShardError(f"{path}: there is no column '{label}', which {_INFO} names; {_AGAIN}")
 
 
-def _labels(table: Any, label: str | None) -> np.ndarray:
+def _labels(table: Any, label: str | None, path: str) -> np.ndarray:
     """int64 (rows,), -1 where there is none."""
     if label is None:
         return np.full(table.num_rows, LABEL_MISSING, "<i8")
-    column = table.column(label).cast(_pyarrow().int64(), safe=False)  # beyond 63 bit: negative, no readable label
+    column, arrow = table.column(label), _pyarrow()
+    if not arrow.types.is_integer(column.type):
+        raise ShardError(f"{path}: the column '{label}' is {column.type}, not of whole numbers; save it again")
+    column = column.cast(arrow.int64(), safe=False)  # beyond 63 bit: negative, no readable label
     # by way of Python's numbers, 0.03 us each: fill_null and to_numpy would import pandas
     numbers = [LABEL_MISSING if number is None else number for number in column.to_pylist()]
     return np.maximum(np.array(numbers, "<i8"), LABEL_MISSING)
@@ -225,7 +267,7 @@ class SavedDatasetReader(VirtualShardsReader):
         if self._chunks is None:
             chunks: list[Any] = []
             for name, rows in zip(self.dataset.files, self.dataset.file_rows, strict=True):
-                table = _open_table(os.path.join(self.dataset.path, name))
+                table = _open_table(os.path.join(self.dataset.path, name), self.dataset.image_column, None)
                 if table.num_rows != rows:
                     raise ShardError(f"{self.dataset.path}: {name} changed since the run started; {_AGAIN}")
                 chunks += [chunk for chunk in table.column(self.dataset.image_column).chunks if len(chunk)]
@@ -238,12 +280,28 @@ class SavedDatasetReader(VirtualShardsReader):
 
 
 def _read_file(file: str | None, path: str, key: str) -> bytes:
-    """The error for a row that has no image in it, but a path."""
+    """The image of a row that has none in it, but a path to a file below the data set.
+
+    The rows may be anybody's, so what lies elsewhere is not read: it may be any file of the user's.
+    """
     if file is None:
         raise SampleError("no image", path, key)
     if "://" in file:
         raise SampleError(f"no image, but the address {file.split('?')[0]}", path, key)
+    root = os.path.realpath(path)
     try:
-        return Path(file).read_bytes()
+        found = os.path.realpath(os.path.join(root, file))
+        if os.path.commonpath([root, found]) != root:
+            raise SampleError(
+                f"no image, but the path {file}, which leads out of the data set; save it again with its images in it "
+                "(save_to_disk of a current version of `datasets` does)",
+                path,
+                key,
+            )
+        return read_bytes(Path(found), _IMAGE_BYTES)
+    except SampleError:
+        raise
+    except (ConfigError, ValueError) as error:
+        raise SampleError(f"its file {file} cannot be read: {error}", path, key) from error
     except OSError as error:
         raise SampleError(f"its file {file} cannot be read: {error.strerror}", path, key) from error

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.data.sources.base import Source
 
 LabelOverrides = Mapping[str, tuple[int, ...]]
 """Sample key -> its right classes; an image with none does not count."""
 
 _IMAGENET_VAL = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})")
+_FILE_BYTES = 2**28
 _FORMS = (
     "either a list with the classes of ImageNet's validation images in order (ReaL's form), or an object "
     '{"SAMPLE KEY": [class, ...], ...}'
@@ -65,11 +69,12 @@ def with_labels(batch: dict[str, Any], overrides: LabelOverrides) -> dict[str, A
 
 def _read_entries(path: str, key: str) -> list[Any] | dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            entries = json.load(file)
+        entries = json.loads(read_bytes(Path(path), _FILE_BYTES))
     except OSError as error:
         raise ConfigError(f"{key} ({path}) cannot be read: {error.strerror}; name a JSON file") from error
-    except ValueError as error:
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}; it holds {_FORMS}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{key} ({path}) is not JSON ({error}); it holds {_FORMS}") from error
     if not isinstance(entries, (list, dict)):
         raise ConfigError(f"{key} ({path}) is a {type(entries).__name__}; it holds {_FORMS}")
@@ -95,7 +100,9 @@ def _entry(entries: list[Any] | dict[str, Any], name: int | str) -> Any:
 
 def _checked(classes: Any, sample: str, num_classes: int, path: str, key: str) -> tuple[int, ...]:
     if not isinstance(classes, list) or any(type(label) is not int for label in classes):
-        raise ConfigError(f"{key} ({path}): the entry of '{sample}' is {classes!r}; it must be a list of classes")
+        raise ConfigError(
+            f"{key} ({path}): the entry of '{sample}' is {reprlib.repr(classes)}; it must be a list of classes"
+        )
     for label in classes:
         if not 0 <= label < num_classes:
             raise ConfigError(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import Sample, ShardError, read_targets
 from swinv2_train.data.shards.pattern import expand_commands
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, tar_members
@@ -64,7 +65,7 @@ def read_command(command: str) -> Iterator[Sample]:
         if last is not None:
             yield _sample(last, output.name)
         else:
-            warnings.warn(f"{output.name}: the shard holds no samples", stacklevel=2)
+            warnings.warn(f"{shown(output.name)}: the shard holds no samples", stacklevel=2)
     finally:
         output.close()
 

@@ -10,7 +10,9 @@ An untouched 2-rank ZeRO-3 start takes 34 s on 2 cores, nearly all of it imports
   decorators return the function as it is.
 * DeepSpeed imports triton for fused kernels of its mixture of experts.  During deepspeed.initialize it is not found.
 * DeepSpeed builds the shm_comm extension with the C++ compiler (78 s when cold) for an operation of its inference
-  engine.  We tell it that the extension is not available.
+  engine, and to find out what it could build it runs the compiler once for every extension.  It is told that there is
+  none; those that offloading needs are asked for by name and build themselves.
+* On a CPU, DeepSpeed counts its devices by starting `numactl` for every bucket of gradients.  It is asked once.
 * DeepSpeed's BF16_Optimizer (stage 1) reports the memory, with a garbage collection, before and after every group.
 * DeepSpeed probes for accelerators; on a machine without one it is told so.
 
@@ -21,6 +23,7 @@ torch.compile finds everything as torch ships it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -41,10 +44,12 @@ def import_deepspeed() -> types.ModuleType:
     warnings.filterwarnings("ignore", message="`torch.distributed.", category=FutureWarning)
     import deepspeed
     from deepspeed import ops
+    from deepspeed.utils import numa
 
     module: types.ModuleType = deepspeed
-
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # reading it first would have every extension tried
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
     return module
 
 

@@ -30,11 +30,36 @@ from swinv2_train.distributed import World
 from swinv2_train.engine.state.ema import EMA_KIND
 from swinv2_train.engine.state.pieces import Piece
 from swinv2_train.storage.durable import Checksum, write_durably
+from swinv2_train.storage.json_files import (
+    anything,
+    choice,
+    flag,
+    listing,
+    mapping,
+    number,
+    optional,
+    parse_json,
+    read_json,
+    record,
+    row,
+    whole,
+)
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import DTYPE_NAMES, DTYPES, safetensors_chunks
 
 METADATA_FILE = "engine.json"
 """The file that says what wrote the state."""
+_METADATA_BYTES = 2**25
+"""The most that it may hold: 100 bytes for each tensor."""
+_METADATA = record(
+    {
+        "tensors": mapping(row(listing(whole(), most=8), choice(*DTYPES), flag())),
+        "world_size": whole(1, 2**20),
+    },
+    may={"ema_decay": optional(number(0))},
+)
+_STARTS, _STEPS = mapping(whole()), mapping(number(0))
+_ANOTHER = "choose another checkpoint"
 
 
 class TensorSpec(NamedTuple):
@@ -195,13 +220,11 @@ class StateFiles:
     def __init__(self, directory: Path, first: int = 0) -> None:
         path = directory / METADATA_FILE
         try:
-            metadata = json.loads(path.read_text())
+            metadata = read_json(path, _METADATA_BYTES, mapping(anything()), _ANOTHER)
         except FileNotFoundError:
             raise ConfigError(
                 f"{directory}: no engine state here ({METADATA_FILE} is missing); is the path right?"
             ) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
         if "tensors" not in metadata:
             raise ConfigError(
                 f"{directory}: written by a version before checkpoints could change their number of ranks; export its "
@@ -209,22 +232,33 @@ class StateFiles:
             )
         self.directory = directory
         try:
-            self.specs = {
-                name: TensorSpec(tuple(shape), dtype, trained)
-                for name, (shape, dtype, trained) in metadata["tensors"].items()
-            }
-            size = int(metadata["world_size"])
-            self.ema_decay: float | None = metadata.get("ema_decay")
-            """Decay of the weights' averages that are in it; None = none are."""
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); choose another checkpoint") from error
-        self._order = sorted(range(size), key=lambda rank: rank != first)
+            _METADATA(metadata, "")
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}; {_ANOTHER}") from error
+        self.specs = {
+            name: TensorSpec(tuple(shape), dtype, trained)
+            for name, (shape, dtype, trained) in metadata["tensors"].items()
+        }
+        self.ema_decay: float | None = metadata.get("ema_decay")
+        """Decay of the weights' averages that are in it; None = none are."""
+        self._check_sizes()
+        self._order = sorted(range(metadata["world_size"]), key=lambda rank: rank != first)
         self._files: dict[int, tuple[Any, dict[str, int], dict[str, float]]] = {}
 
     def check_files(self) -> None:
         """Open every rank's file, which finds those that are missing or cut."""
         for rank in self._order:
             self._open(rank)
+
+    def _check_sizes(self) -> None:
+        """No tensor is larger than all files together: nothing of a size that is only said is ever allocated."""
+        stored = sum(path.stat().st_size for path in self.directory.glob("rank_*.safetensors"))
+        for name, spec in self.specs.items():
+            if math.prod(spec.shape) > stored:
+                raise ConfigError(
+                    f"{self.directory / METADATA_FILE}: {name} has shape {spec.shape}, which is more than the "
+                    f"{stored:,} bytes of all its files; {_ANOTHER}"
+                )
 
     def read(self, name: str, averaged: bool = False) -> Tensor:
         """A whole tensor: float32 for every floating point tensor, else in its own dtype.  In memory of its own.
@@ -277,7 +311,8 @@ class StateFiles:
             try:
                 file: Any = safe_open(path, framework="pt")
                 metadata = file.metadata()
-                self._files[rank] = (file, json.loads(metadata["starts"]), json.loads(metadata["steps"]))
+                starts = parse_json(metadata["starts"], "where its pieces begin", _STARTS, "")
+                self._files[rank] = (file, starts, parse_json(metadata["steps"], "their steps", _STEPS, ""))
             except FileNotFoundError:
                 raise ConfigError(f"{path}: missing; choose another checkpoint") from None
             except Exception as error:  # safetensors has no common class for what it finds wrong

@@ -146,9 +146,9 @@ def test_remove_unfinished_touches_no_complete_checkpoint(tmp_path):
     left.mkdir()
     half_removed = tmp_path / "checkpoints" / "step_00000000"
     half_removed.mkdir()
-    assert remove_unfinished(tmp_path) == [half_removed, left]
+    assert remove_unfinished(tmp_path) == ([half_removed, left], [])
     assert steps(tmp_path) == [1]
-    assert remove_unfinished(tmp_path / "no_such_run") == []
+    assert remove_unfinished(tmp_path / "no_such_run") == ([], [])
     assert newest_checkpoint(tmp_path / "no_such_run") is None
 
 

@@ -45,6 +45,7 @@ def same(plain, compiled, *sizes):
             assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_sizes_that_come_later_and_stochastic_depth():
     plain, compiled = models("aot_eager")
     same(plain, compiled, (32, 32), (48, 32), (40, 40))

@@ -301,6 +301,7 @@ def run_alone(*configs: Config) -> list[int]:
     return run_distributed(command, 1, init=False, timeout_sec=100)[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_probes_takes_the_steps_of_one_without(shards, tmp_path, capfd):
     """Losses bit for bit and images in their order; drop path and masks draw random numbers; workers are there too."""
     common = (

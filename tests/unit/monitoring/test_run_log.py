@@ -189,6 +189,7 @@ def wandb_history(path: Path) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_offline_wandb_run_holds_history_config_and_picture_and_a_resume_keeps_its_id(tmp_path: Path) -> None:
     """Read back from the written files, for that is what `wandb sync` will send."""

@@ -99,6 +99,7 @@ console.say("done")
     assert status_of(tmp_path)["state"] == "done" and not (tmp_path / "stacks").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_time_in_which_the_process_was_stopped_or_debugged_does_not_count(tmp_path):
     """Ctrl-Z and fg; a scheduler that suspends; a person at a breakpoint."""
@@ -146,7 +147,7 @@ heartbeat.close(0)
 def sign(rank: int, moves: int = 9, place: str = "gloo.py:1 wait", age_sec: float = 0.0, **more: Any) -> dict[str, Any]:
     return {
         "rank": rank, "host": "elsewhere", "pid": 100 + rank, "doing": "training", "doing_since": 900.0, "moves": moves,
-        "place": place, "updated_at": 1000.0 - age_sec,
+        "place": place, "updated_at": 1000.0 - age_sec, "state": "running", "reason": None, "step": 0,
     } | more  # fmt: skip
 
 

@@ -340,10 +340,11 @@ def test_the_page_says_how_the_run_stands(status: Any, words: str, tmp_path: Pat
     """At step 40 of 100 was all that was said of a run that had failed an hour ago, and of one that goes on."""
     make_run(tmp_path, steps=40, max_steps=100)
     if isinstance(status, dict):
-        status = {"host": socket.gethostname(), "total_steps": 100, **status}
+        common = {"pid": 1, "reason": None, "doing": "training", "doing_since": 0, "step": 40, "updated_at": 0}
+        status = {"host": socket.gethostname(), "total_steps": 100, "heartbeat_sec": 10, **common, **status}
     (tmp_path / "status.json").write_text(json.dumps(status))
     text = Page(write_report(tmp_path).read_text()).text
-    assert words in text and ("<boom>" in text) == ("reason" in status)
+    assert words in text and ("<boom>" in text) == ("failed" in words)
 
 
 def test_ranks_and_names_are_for_people(tmp_path: Path) -> None:

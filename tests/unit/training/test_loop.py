@@ -129,6 +129,7 @@ def saved(monkeypatch) -> list[tuple[int, dict[str, Any], Any]]:
 
     class Save:
         under_way = False
+        warnings = ()
 
         def __init__(self, run_dir, engine, state, world, keep, best, background):
             self.step = state["step"]

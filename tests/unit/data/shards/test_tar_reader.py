@@ -377,3 +377,21 @@ def test_shards_in_a_read_only_folder_are_indexed_in_the_users_cache(tmp_path, m
     assert TarReader(manifest).read(0, 0).image == image_bytes(0)
     assert list(folder.iterdir()) == [path]
     assert open_manifest(str(path)) == manifest and len(list((tmp_path / "cache").rglob("manifest.json"))) == 1
+
+
+def test_a_process_that_may_open_few_files_reads_on_with_fewer_shards_open(tmp_path):
+    """With `ulimit -n 64` and a wide window, a run ended with "Too many open files" in its second minute."""
+    import resource
+
+    samples = [(f"k{i:03d}", b"image %d" % i, "png", None) for i in range(60)]
+    manifest = write_shards(samples, str(tmp_path / "t"), 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    reader = TarReader(manifest, max_open=60)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+    try:
+        for _ in range(2):
+            assert [reader.read(shard, 0).image for shard in range(60)] == [image for _, image, _, _ in samples]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        reader.close()

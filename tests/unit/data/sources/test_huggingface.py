@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +27,7 @@ from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.huggingface import find_columns
 from tests.support.images import image_bytes
 from tests.support.loaders import CONFIG, Transform, rows, train_loader
+from tests.support.processes import finished, forked
 
 COUNT = 240
 
@@ -106,20 +110,28 @@ def test_a_run_is_the_run_on_shards_of_the_same_rows(saved, tmp_path, monkeypatc
     assert sorted(counted, key=int) == [str(i) for i in range(COUNT)]
 
 
-def test_rows_without_an_image_in_them_are_read_from_their_path_or_are_damaged_samples(copy, tmp_path):
-    """Older versions of `datasets` saved paths alone."""
-    (tmp_path / "far.png").write_bytes(image_bytes(7))
+def test_rows_without_an_image_in_them_are_read_from_below_the_set_or_are_damaged_samples(copy, tmp_path):
+    """Older versions of `datasets` saved paths alone; what leads out of the set may be any file of the user's."""
+    (copy / "images").mkdir()
+    (copy / "images" / "near.png").write_bytes(image_bytes(7))
+    (tmp_path / "secret.png").write_bytes(image_bytes(8))
+    (copy / "linked.png").symlink_to(tmp_path / "secret.png")
     cells = [
-        {"bytes": None, "path": str(tmp_path / "far.png")},
-        {"bytes": None, "path": str(tmp_path / "gone.png")},
+        {"bytes": None, "path": "images/near.png"},
+        {"bytes": None, "path": "images/gone.png"},
         {"bytes": None, "path": "https://host/x.png?signature=secret"},
         {"bytes": None, "path": None},
         None,
         {"bytes": b"", "path": "x.png"},
+        {"bytes": None, "path": str(tmp_path / "secret.png")},
+        {"bytes": None, "path": "../secret.png"},
+        {"bytes": None, "path": "linked.png"},
+        {"bytes": None, "path": "a\0b"},
+        {"bytes": None, "path": "images"},
     ]
 
     def change(table):
-        column = pyarrow.array(cells + table.column("img").to_pylist()[6:], table.schema.field("img").type)
+        column = pyarrow.array(cells + table.column("img").to_pylist()[len(cells) :], table.schema.field("img").type)
         return table.set_column(table.schema.get_field_index("img"), table.schema.field("img"), column)
 
     change_table(copy / "data-00000-of-00002.arrow", change)
@@ -127,18 +139,21 @@ def test_rows_without_an_image_in_them_are_read_from_their_path_or_are_damaged_s
     config = replace(CONFIG, on_bad_sample="replace")
     batches = list(islice(train_loader(source, config), COUNT // 4))
     causes = {problem["key"]: problem["cause"] for batch in batches for problem in batch["problems"]}
+    for key in ("6", "7", "8"):
+        assert "which leads out of the data set; save it again with its images in it" in causes.pop(key)
+    assert "null" in causes.pop("9") and "regular file" in causes.pop("10")
     assert causes == {
-        "1": f"its file {tmp_path}/gone.png cannot be read: No such file or directory",
+        "1": "its file images/gone.png cannot be read: No such file or directory",
         "2": "no image, but the address https://host/x.png",
         "3": "no image",
         "4": "no image",
         "5": "an empty image",
     }
-    assert sum(float(batch["weight"].sum()) for batch in batches) == COUNT - 5
+    assert sum(float(batch["weight"].sum()) for batch in batches) == COUNT - 10
     reader = source.open_reader()
     place = next(index for index in range(COUNT) if reader.key(0, index) == "0")
     assert reader.read(0, place).image == image_bytes(7)
-    with pytest.raises(SampleError, match=r"copy: sample '\d': .*on_bad_sample=replace"):
+    with pytest.raises(SampleError, match=r"copy: sample '\d+': .*on_bad_sample=replace"):
         rows(train_loader(source), COUNT // 4)
 
 
@@ -185,6 +200,53 @@ def test_several_splits_are_named_instead_of_read(saved, tmp_path):
     with pytest.raises(ShardError, match="data.eval_shards .* data sets; name one of them: .*both/train, .*test"):
         open_source(str(tmp_path / "both"), "data.eval_shards")
     assert open_source(f"{tmp_path}/both/test").num_samples == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_is_an_error_and_ends_no_process(saved, copy, seed):
+    """pyarrow believes a file's lengths and offsets: it read beyond its memory, or aborted."""
+    path = copy / "data-00000-of-00002.arrow"
+    good = path.read_bytes()
+    draw = random.Random(seed)
+
+    def body() -> None:
+        signal.alarm(60)
+        for _ in range(25):
+            place = draw.choice([draw.randrange(4000), draw.randrange(len(good))])
+            flipped = bytearray(good)
+            flipped[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+            with contextlib.suppress(ShardError, SampleError):
+                reader = open_source(str(copy)).open_reader()
+                for index in range(0, COUNT, 7):
+                    with contextlib.suppress(SampleError):
+                        reader.read(0, index)
+
+    process = forked(body, stderr=subprocess.PIPE)
+    done = finished(process, timeout=90)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_data_files": [{"filename": "../secret.arrow"}]}, {"_data_files": [{"filename": "/etc/passwd"}]},
+        {"_data_files": [{"name": 1}]}, {"_data_files": {}}, {"_data_files": []}, {"_data_files": 5},
+        {"_fingerprint": 5}, {"_fingerprint": None}, {"_data_files": [{"filename": "x\0"}]},
+    ],
+)  # fmt: skip
+def test_a_state_that_leads_elsewhere_or_is_none_is_refused(copy, change):
+    state = json.loads((copy / "state.json").read_text())
+    (copy / "state.json").write_text(json.dumps({**state, **change}))
+    with pytest.raises(ShardError, match=r"copy: state.json: .*; copy or save it again"):
+        open_source(str(copy))
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, "[]", "null", '{"features": [1]}', '{"features": 3}', "\ud800"])
+def test_an_info_that_is_none_is_refused(copy, content):
+    (copy / "dataset_info.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ShardError, match=r"dataset_info.json|no column of type Image"):
+        open_source(str(copy))
 
 
 def cut(path: Path, bytes_off: int) -> None:

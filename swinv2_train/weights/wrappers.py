@@ -1,0 +1,99 @@
+"""What programs put around a model's names, taken off again: module., _orig_mod., model., net., backbone., teacher.
+
+A prefix is taken off when what is left is a Swin V2, whatever it is called; what a file holds beside (a loss's own
+weights, a second copy of the model) is left out by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from swinv2_train.config import ConfigError
+from swinv2_train.config.shown import shown
+from swinv2_train.storage.lazy_tensors import LazyTensor
+
+_INSIDE = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch's and DeepSpeed's wrappers add anywhere in a name, once for each wrapped part."""
+_BLOCK = re.compile(
+    r"(?:^|\.)(?:"
+    r"(?:swinv2\.)?encoder\.layers\.[0-9]+\.blocks\.[0-9]+\.attention\.self\."
+    r"|(?:backbone\.)?stages\.[0-9]+\.blocks\.[0-9]+\.attn\.w_msa\."
+    r"|(?:encoder\.)?layers\.[0-9]+\.blocks\.[0-9]+\.(?:attn|mlp|norm)"
+    r")"
+)
+"""What tells a Swin V2 of any naming; whatever stands before it is a prefix."""
+_NUMBERED = re.compile(r"(?:^|(?<=\.))(?:layers|stages|blocks)\.([0-9]+)(?=\.|$)")
+_FIRST = ("", "model.", "net.", "backbone.", "encoder.", "teacher.", "student.")
+"""Which copy of the model is taken where there are several: the plain one, then a teacher, which is a student's EMA."""
+_AT_LEAST = 100
+"""Numbers that no file is too small for: it may hold a part of a model."""
+
+
+class Unwrapped(NamedTuple):
+    """The tensors of a Swin V2 by the names that its own implementation gives them."""
+
+    entries: dict[str, LazyTensor]
+    sources: dict[str, str]
+    """The name in the file of each."""
+    prefix: str
+    """What stood before all names."""
+    left_out: tuple[str, ...]
+    """Names beside the model, as one pattern for each beginning."""
+
+
+def unwrap(entries: Mapping[str, LazyTensor], known_outside: Iterable[str], origin: str) -> Unwrapped:
+    """The Swin V2 in a file, without what programs put before or into its names.
+
+    known_outside: beginnings of names that are a model's own though they have no block in them (a head).  A file
+    without any Swin V2 is given as it is.  Raises ConfigError where two names become one, or where a number in a name
+    is larger than the file holds tensors.
+    """
+    check_numbers(entries, origin)
+    plain: dict[str, str] = {}
+    for source in entries:
+        name = _INSIDE.sub("", source)
+        if name in plain:
+            raise ConfigError(f"{origin}: {shown(plain[name])} and {shown(source)} are the same weight; keep one")
+        plain[name] = source
+    roots = {name[: match.start() + (name[match.start()] == ".")] for name in plain if (match := _BLOCK.search(name))}
+    prefix = min(roots, key=_rank, default="")
+    kept = {name[len(prefix) :]: source for name, source in plain.items() if name.startswith(prefix)}
+    beside = [name for name in plain if not name.startswith(prefix)] if prefix else _others(plain, roots)
+    for name in [name for name in beside if prefix and name.startswith(tuple(known_outside))]:
+        if name not in kept:  # a head beside its backbone
+            kept[name] = plain[name]
+            beside.remove(name)
+    if not prefix:
+        for name in beside:
+            kept.pop(name)
+    return Unwrapped({name: entries[source] for name, source in kept.items()}, kept, prefix, _patterns(beside))
+
+
+def check_numbers(names: Iterable[str], origin: str) -> None:
+    """Refuse a number of a stage or block that a model of as many tensors as the file has cannot have."""
+    names = list(names)
+    most = max(_AT_LEAST, len(names))
+    for name in names:
+        for digits in _NUMBERED.findall(name):
+            if len(digits) > 9 or int(digits) >= most:
+                raise ConfigError(
+                    f"{origin}: {shown(name)} has the number {shown(digits, 30)}, but the file holds {len(names)} "
+                    "tensors; fetch or save it again"
+                )
+
+
+def _rank(root: str) -> tuple[int, int, str]:
+    return (_FIRST.index(root) if root in _FIRST else len(_FIRST), len(root), root)
+
+
+def _others(plain: Mapping[str, str], roots: set[str]) -> list[str]:
+    """Of a model without a prefix, the names of further copies that have one."""
+    prefixes = tuple(root for root in roots if root)
+    return [name for name in plain if prefixes and name.startswith(prefixes)]
+
+
+def _patterns(names: Iterable[str]) -> tuple[str, ...]:
+    """loss.* for all names that begin so."""
+    return tuple(dict.fromkeys(f"{name.partition('.')[0]}.*" if "." in name else name for name in names))
