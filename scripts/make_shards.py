@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from swinv2_train.config.command_line import stoppable
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
 from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.sample import ShardError
@@ -185,4 +186,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import guarded
+from swinv2_train.config.command_line import stoppable
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.report.comparison import write_comparison
 from swinv2_train.report.page import write_report
@@ -40,7 +40,7 @@ def report(arguments: list[str]) -> int:
 
 def main() -> None:
     """The console script swinv2-report."""
-    sys.exit(guarded(lambda: report(sys.argv[1:])))
+    sys.exit(stoppable(lambda: report(sys.argv[1:])))
 
 
 if __name__ == "__main__":
