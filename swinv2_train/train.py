@@ -24,7 +24,7 @@ from swinv2_train.evaluation.probe import build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
-from swinv2_train.monitoring.watchdog import ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
+from swinv2_train.monitoring.watchdog import DATA_WAIT, ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
 from swinv2_train.planning.start_line import describe_start
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
@@ -117,7 +117,9 @@ def train(config: Config) -> int:
 def acknowledge(console: Console, activity: RankActivity, accumulation: int, name: str, again: bool) -> None:
     """Say at once what a stop signal will end; in the thread that hears it, while the main thread computes."""
     doing = activity.current
-    if doing not in (*STEP, FIRST_STEP):
+    if doing == DATA_WAIT:
+        what = "the wait for data"
+    elif doing not in (*STEP, FIRST_STEP):
         what = f"after this: {doing}"
     elif accumulation == 1:
         what = "after this step"

@@ -19,13 +19,14 @@ from swinv2_train.runtime.seeds_and_threads import (
     set_threads,
     tune_allocator,
 )
-from swinv2_train.runtime.stop_request import STOP_SIGNALS, StopRequest
+from swinv2_train.runtime.stop_request import STOP_SIGNALS, StopRequest, StopWaitError
 
 __all__ = [
     "RECORDED_PACKAGES",
     "RunDirLock",
     "STOP_SIGNALS",
     "StopRequest",
+    "StopWaitError",
     "available_cores",
     "environment_record",
     "git_commit",

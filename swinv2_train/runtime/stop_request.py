@@ -21,6 +21,10 @@ class _LeaveError(BaseException):
     """Unwinds what the main thread is at."""
 
 
+class StopWaitError(Exception):
+    """A stop came while something was waited for."""
+
+
 class StopRequest:
     """Turns SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and a time limit into a flag that the training loop reads between
     micro-batches.
@@ -44,7 +48,7 @@ class StopRequest:
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._signal: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
-        self._at_once = False
+        self._at_once = self._end_wait = False
         self._pipe: tuple[int, int] | None = None
         self.told: Callable[[str, bool], None] = lambda name, again: None
         """Called in another thread as soon as a signal arrives: its name, and whether it is not the first."""
@@ -77,6 +81,17 @@ class StopRequest:
         finally:
             self._at_once = False
 
+    @contextmanager
+    def ending_waits(self) -> Iterator[None]:
+        """Inside, where nothing is lost by it, a stop raises StopWaitError, at once where it has come already."""
+        self._end_wait = True
+        try:
+            if self.requested is not None:
+                raise StopWaitError
+            yield
+        finally:
+            self._end_wait = False
+
     def install(self) -> Self:
         """Install the handlers; main thread only (a rule of Python's signal module)."""
         for number in STOP_SIGNALS:
@@ -99,6 +114,9 @@ class StopRequest:
         if self._at_once:
             self._at_once = False
             raise _LeaveError
+        if self._end_wait:
+            self._end_wait = False
+            raise StopWaitError
 
     def _listen(self, read: int) -> None:
         """Runs in a thread, until the other end of the pipe is closed."""

@@ -12,7 +12,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.distributed import all_reduce_max, raise_together
 from swinv2_train.evaluation.scoring import Batch, next_batches
 from swinv2_train.monitoring.watchdog import RANK_WAIT, RankActivity
-from swinv2_train.runtime import StopRequest
+from swinv2_train.runtime import StopRequest, StopWaitError
 
 GO, STOP, FAILED = 0, 1, 2
 
@@ -55,11 +55,16 @@ class StepPrefetcher:
 
     def prepare(self) -> None:
         """Make the next step ready.  Collective."""
-        with self._waiting():
-            micro_batches, problem = next_batches(self._batches, self._accumulation_steps)
+        micro_batches: list[Batch] = []
+        problem, stopped = None, False
+        try:
+            with self._waiting(), self._stop.ending_waits():  # a download may take its time
+                micro_batches, problem = next_batches(self._batches, self._accumulation_steps)
+        except StopWaitError:
+            stopped = True
         copies = iter(micro_batches) if self._stream is None else Copies(micro_batches, self._device, self._stream)
         with self._activity.doing(RANK_WAIT):
-            state = all_reduce_max(FAILED if problem else STOP if self._stop.requested else GO)
+            state = all_reduce_max(FAILED if problem else STOP if stopped or self._stop.requested else GO)
         self._ready = PreparedStep(state, micro_batches, copies, problem)
 
     def take(self) -> PreparedStep:
