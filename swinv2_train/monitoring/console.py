@@ -247,6 +247,20 @@ def counted(items: Iterable[T], count: int, what: str, say: Callable[[str], None
         yield item
 
 
+def ticking(what: str, say: Callable[[str], None]) -> Callable[[], None]:
+    """To be called after each piece of work of which nobody knows the number: says every few seconds how many were."""
+    done, said_at = 0, time.monotonic()
+
+    def tick() -> None:
+        nonlocal done, said_at
+        done += 1
+        if time.monotonic() - said_at >= _LINE_EVERY_SEC:
+            say(f"{what} {done}")
+            said_at = time.monotonic()
+
+    return tick
+
+
 def duration_text(seconds: float) -> str:
     """4:05, 1:02:03 or 3 days 4 h, for people."""
     whole = round(seconds)

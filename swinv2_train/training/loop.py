@@ -232,7 +232,7 @@ def measure(run: Run, last: bool, stop: StopRequest) -> dict[str, float]:
         run.monitor.log_scores(scores)
     if run.probe is not None and (is_due(step, run.config.probe.every_steps) or last):
         with activity.doing("probing"), label(EVALUATION):
-            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), activity.mark_progress)
+            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), run.monitor.marking_probes())
         run.monitor.log_scores(probed)
         scores = scores | probed
     return scores

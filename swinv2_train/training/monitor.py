@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
-from swinv2_train.monitoring.console import counted
+from swinv2_train.monitoring.console import counted, ticking
 from swinv2_train.monitoring.metrics import (
     Means,
     Throughput,
@@ -166,6 +166,16 @@ class Monitor:
         for batch in counted(batches, count, "evaluating: batch", self.log.say):
             self.activity.mark_progress()
             yield batch
+
+    def marking_probes(self) -> Callable[[], None]:
+        """To be called after each batch of a probe, as a sign that the run does not hang."""
+        tick = ticking("probing: batch", self.log.say)
+
+        def mark() -> None:
+            self.activity.mark_progress()
+            tick()
+
+        return mark
 
     def scores_are_due(self, due: bool) -> None:
         """Write down that this step's scores were cut short by a stop, or that they are made up for."""
