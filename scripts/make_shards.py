@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from swinv2_train.config import EXIT_FAILED, EXIT_USER_ERROR, MachineError
+from swinv2_train.config.command_line import stoppable
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
 from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import CLASSES_NAME, class_names_text, listed, read_class_names
@@ -231,4 +232,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

@@ -42,6 +42,7 @@ from swinv2_train.engine.local import to_device
 from swinv2_train.evaluation.confusion import confusion_map
 from swinv2_train.evaluation.probe import build_probe
 from swinv2_train.evaluation.splits import COMPARED, Scored, Split, _finite, build_loader, compared, open_splits, score
+from swinv2_train.monitoring.console import ticking
 from swinv2_train.runtime import set_threads
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import build_task
@@ -108,7 +109,7 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
             if value != config.data.eval_crop_pct:
                 loader = build_loader(config, task, splits[""], world, value)
                 crops[value] = score(task, forward, splits[""], loader, say).scores
-        probed = {} if probe is None else probe.scores(partial(task.features, forward), lambda: None)
+        probed = {} if probe is None else probe.scores(partial(task.features, forward), ticking("probing: batch", say))
         line = {**origin, **results[""].summary(), **_finite(probed), **compared(crops)}
         if len(splits) > 1:
             line["splits"] = {name: scored.summary() for name, scored in results.items() if name}

@@ -2,7 +2,7 @@
 
 Predicts a run before it is paid for: memory of a rank by part and phase, time of a step, images/s, days, checkpoints.
 
-    run_dir=RUN          without a group (experiment=, model=, ...): the configuration of that run, with the other
+    run_dir=RUN          without experiment=, model= or task=: the configuration of that run, with the other
                          KEY=VALUE on top, and its number of ranks
     hardware=NAME        conf/hardware/: a100_40gb a100_80gb h100 h200 rtx4090 cpu, or a file of yours with the same
                          keys; without it, this machine
@@ -47,8 +47,9 @@ from swinv2_train.runtime.environment import read_environment
 from swinv2_train.training.lr_schedule import total_steps
 from swinv2_train.training.preflight import preflight
 
-GROUPS = ("experiment", "model", "task", "data", "optim", "engine", "log")
-"""Groups of conf/ but the machine's: naming one makes a command line a configuration of its own."""
+WHOLE = ("experiment", "model", "task")
+"""Groups of conf/ that make a command line a configuration of its own, whatever run_dir holds."""
+PARTS = ("data", "optim", "engine", "log")
 UNUSED = ("run_dir", "data.shards")
 """Keys that training needs and a plan can do without."""
 
@@ -61,15 +62,23 @@ def parse(arguments: list[str]) -> tuple[Config, list[str]]:
     repeated = [each for each in arguments if each != "--recommend" and not each.startswith("plan.")]
     overrides = ["plan.recommend=true" if each == "--recommend" else each for each in arguments]
     run_dir = next((each.partition("=")[2] for each in arguments if each.startswith("run_dir=")), None)
-    chosen = {each.partition("=")[0] for each in arguments} & set(GROUPS)
-    if run_dir is None or chosen:
+    given = {each.partition("=")[0]: each for each in arguments}
+    if run_dir is None or set(WHOLE) & given.keys():
         return compose_overrides(overrides, UNUSED), repeated
     if not (Path(run_dir) / "config.yaml").is_file():
         print(f"note: run_dir ({run_dir}) holds no run yet; this plans what the command line says")
         return compose_overrides(overrides, UNUSED), repeated
+    for group in PARTS:
+        if group in given:
+            raise ConfigError(
+                f"{given[group]} chooses a whole group, which the run in run_dir ({run_dir}) has already; set single "
+                f"keys ({group}.KEY=VALUE), or give the run's whole command line"
+            )
     starts = read_environment(Path(run_dir))
     last = starts[-1] if starts else {}
-    own = [each for each in last.get("argv", [])[1:] if not each.startswith(("run_dir=", "plan."))]
+    argv = last.get("argv")
+    own = [each for each in argv[1:] if isinstance(each, str) and each.isprintable()] if isinstance(argv, list) else []
+    own = [each for each in own if not each.startswith(("run_dir=", "plan."))]
     return plan_of_run(Path(run_dir), overrides, last.get("world_size")), [*own, *repeated]
 
 

@@ -19,12 +19,13 @@ from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
+from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
 from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
 from swinv2_train.storage.json_files import number, optional, read_json, record, whole
 
 USAGE = """swinv2-status RUN_DIR [--json]
 
-How a run is getting on: step, loss, speed, time left, last checkpoint, what it does or waits for.
+How a run is getting on: step, loss, speed, time left, last checkpoint, scores, what it does or waits for.
 --json: all of it, and every rank's last sign of life, as one JSON object.
 """
 _MISSED_BEATS = 4
@@ -65,10 +66,36 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         rank | {"silent_sec": now - rank["updated_at"], "lost": _lost(rank, patience)}
         for rank in read_ranks(run_dir).values()
     ]
+    status["scores"] = latest_scores(run_dir)
     status |= {"silent_sec": now - status["updated_at"], "ranks": ranks, "classes": read_run_classes(run_dir)}
     if status["state"] == "running" and _lost(status, patience):
         status["state"] = "lost"
     return status
+
+
+def latest_scores(run_dir: Path) -> dict[str, float]:
+    """The run's newest scores by name (val/..., val_ema/..., probe/...), and their "step"; empty before the first."""
+    for line in reversed(read_metrics(run_dir)):
+        found = {
+            name: value
+            for name, value in line.items()
+            if name.startswith(("val/", "val_ema/", "probe/")) and name != UNFINISHED and isinstance(value, int | float)
+        }
+        if found:
+            return {"step": line["step"], **found}
+    return {}
+
+
+def _scores_text(scores: Mapping[str, float]) -> str:
+    """Top-1 and the others in words."""
+    parts = []
+    for name, value in scores.items():
+        if name != "step":
+            group, _, score = name.partition("/")
+            words = score.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
+            whose = {"val": "", "val_ema": " of averaged weights"}.get(group, " of the frozen encoder")
+            parts.append(f"{words}{whose} {value:.4g}" + (" %" if "top" in score else ""))
+    return f"scores at step {scores['step']:.0f}: {', '.join(parts)}"
 
 
 def _lost(sign: Mapping[str, Any], patience_sec: float) -> bool:
@@ -94,6 +121,8 @@ def status_text(status: Mapping[str, Any]) -> str:
         lines.append("  ".join(parts))
         saved = status.get("checkpoint_step")
         lines.append("no complete checkpoint yet" if saved is None else f"last complete checkpoint: step {saved}")
+    if status.get("scores"):
+        lines.append(_scores_text(status["scores"]))
     if status["classes"]:
         lines.append(f"{len(status['classes'])} classes: {listed(status['classes'])}")
     slowest = status.get("slowest_rank")

@@ -25,7 +25,7 @@ from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
-from swinv2_train.monitoring.watchdog import ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
+from swinv2_train.monitoring.watchdog import DATA_WAIT, ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
 from swinv2_train.planning.start_line import describe_start
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
@@ -122,8 +122,10 @@ def train(config: Config) -> int:
             finally:
                 heartbeat.close(exit_code, reason)
                 log.close(EXIT_DONE if exit_code == EXIT_STOPPED else exit_code)
-                if world.is_main and exit_code != EXIT_USER_ERROR:
+                if world.is_main and (exit_code != EXIT_USER_ERROR or (run_dir / "metrics.jsonl").exists()):
                     write_report_of(run_dir, total, console)
+                elif world.is_main:  # of a run that never was
+                    (run_dir / "report.html").unlink(missing_ok=True)
         shutdown_distributed()
         return exit_code
 
@@ -131,7 +133,9 @@ def train(config: Config) -> int:
 def acknowledge(console: Console, activity: RankActivity, accumulation: int, name: str, again: bool) -> None:
     """Say at once what a stop signal will end; in the thread that hears it, while the main thread computes."""
     doing = activity.current
-    if doing not in (*STEP, FIRST_STEP):
+    if doing == DATA_WAIT:
+        what = "the wait for data"
+    elif doing not in (*STEP, FIRST_STEP):
         what = f"after this: {doing}"
     elif accumulation == 1:
         what = "after this step"
@@ -151,7 +155,12 @@ def announce(run: loop.Run, log: RunLog) -> None:
         log.say("note: the first step compiles the blocks, which may take minutes")
     if start.slow_bf16 is not None:
         log.say(f"warning: {start.slow_bf16}")
-    write_run_files(Path(run.config.run_dir), run.config, run.world, start.record(), run.position.classes)
+    run_dir = Path(run.config.run_dir)
+    write_run_files(run_dir, run.config, run.world, start.record(), run.position.classes)
+    try:  # or the page of the start before would say that the run has stopped
+        write_report(run_dir, run.length.last_step, curves=False)
+    except Exception as error:  # noqa: BLE001  the run counts
+        log.say(f"warning: no report ({type(error).__name__}: {error})")
 
 
 @dataclass(frozen=True)
@@ -220,8 +229,7 @@ def log_artifacts(config: Config, log: RunLog) -> None:
 def say_complete(config: Config, start: Start) -> None:
     """Nothing is left to do; a report that a kill prevented is written now."""
     run_dir, step, images = Path(config.run_dir), start.reached.step, start.reached.images_seen
-    if not (run_dir / "report.html").exists():
-        write_report(run_dir, step)
+    write_report(run_dir, step)
     epochs, samples = config.train.epochs, start.sources.training.num_samples
     if config.train.max_steps is not None:
         past = f"train.max_steps ({config.train.max_steps})" if step > config.train.max_steps else None

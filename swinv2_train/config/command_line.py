@@ -91,9 +91,14 @@ def run_on_weights(
             run(config, request)
         return EXIT_DONE
 
+    sys.exit(stoppable(command))
+
+
+def stoppable(command: Callable[[], int]) -> int:
+    """guarded() for a command that has nothing to save: Ctrl-C and SIGTERM end it with EXIT_STOPPED and a line."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    sys.exit(guarded(command, EXIT_STOPPED))
+    return guarded(command, EXIT_STOPPED)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import slurm
@@ -48,6 +49,7 @@ def init_distributed(timeout_sec: int) -> World:
     world = World(rank, local_rank, world_size, local_world_size, device)
     os.environ.update({name: str(value) for name, value in environment.items()})
     timeout = datetime.timedelta(seconds=timeout_sec)
+    atexit.register(_remove_empty_log_folders)
     if device.type == "cpu":
         atexit.register(_let_gloo_finish)
     dist.init_process_group(
@@ -97,6 +99,16 @@ def _announced_ranks() -> dict[str, int]:
     return found
 
 
+def _remove_empty_log_folders() -> None:
+    """At exit: torchrun makes a folder in the temporary one for what its ranks write, and leaves it there, empty."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    rank_folder, attempt, run, own = Path(error_file).parents[:4] if error_file.count("/") > 4 else [Path()] * 4
+    if own.name.startswith("torchelastic_") and own.parent == Path(tempfile.gettempdir()):
+        with contextlib.suppress(OSError):  # not empty: another rank is still there, or its logs are
+            for folder in (rank_folder, attempt, run, own):
+                folder.rmdir()
+
+
 def _let_gloo_finish() -> None:
     """At exit: gloo's thread frees the tensors of the last collective and needs the interpreter's lock for it.
 
@@ -114,7 +126,7 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
     last attempt left in it: with gloo every restart then fails to connect.  So each attempt has its own prefix.
     """
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        return FileStore(str(Path(tempfile.mkdtemp(prefix="swinv2_train_")) / "store"), 1)
+        return HashStore()  # in this process; a file's would stay behind in the temporary folder
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} missing in the environment of rank {rank}; start with torchrun")

@@ -158,7 +158,7 @@ def score(
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
         return scores
 
-    batches: Iterator[Batch] = counted(loader, f"evaluating {split.key}: batch", say)
+    batches: Iterator[Batch] = counted(loader, len(loader), f"evaluating {split.key}: batch", say)
     if split.label_overrides is not None:
         batches = (with_labels(batch, split.label_overrides) for batch in batches)
     scores = evaluate_loader(score_batch, batches)

@@ -15,15 +15,15 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TextIO, TypeVar
+from typing import Any, Self, TextIO, TypeVar
 
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, TRACEBACK_CHARACTERS, shown
 
 T = TypeVar("T")
-_Item = TypeVar("_Item", covariant=True)
+
 _LINE_EVERY_SEC = 5.0
 _MOST_OF_A_FAILURE = 500
 """Characters of an error on the console; the log has all."""
@@ -171,7 +171,7 @@ class Progress:
     def update(self, step: int, total: int, loss: float | None, images_per_sec: float | None) -> None:
         if self.mode == "none":
             return
-        self._loss = self._loss if loss is None else loss
+        self._loss = loss  # of this very step, or none: the one of an earlier step would pass for it
         self._images_per_sec = self._images_per_sec if images_per_sec is None else images_per_sec
         now = time.monotonic()
         self._marks.append((now, step))
@@ -235,24 +235,30 @@ class Progress:
         return "  ".join(parts)
 
 
-class Countable(Protocol[_Item]):
-    """What can be gone through, and says how much it is."""
-
-    def __iter__(self) -> Iterator[_Item]: ...
-
-    def __len__(self) -> int: ...
-
-
-def counted(items: Countable[T], what: str, say: Callable[[str], None]) -> Iterator[T]:
-    """The items; every few seconds it is said how many are done and how long the others will take."""
+def counted(items: Iterable[T], count: int, what: str, say: Callable[[str], None]) -> Iterator[T]:
+    """The items, `count` of them; every few seconds it is said how many are done and how long the rest will take."""
     started = said_at = time.monotonic()
     for number, item in enumerate(items):
         now = time.monotonic()
         if number and now - said_at >= _LINE_EVERY_SEC:
-            left = (now - started) / number * (len(items) - number)
-            say(f"{what} {number} of {len(items)}, {duration_text(left)} left")
+            left = (now - started) / number * (count - number)
+            say(f"{what} {number} of {count}, {duration_text(left)} left")
             said_at = now
         yield item
+
+
+def ticking(what: str, say: Callable[[str], None]) -> Callable[[], None]:
+    """To be called after each piece of work of which nobody knows the number: says every few seconds how many were."""
+    done, said_at = 0, time.monotonic()
+
+    def tick() -> None:
+        nonlocal done, said_at
+        done += 1
+        if time.monotonic() - said_at >= _LINE_EVERY_SEC:
+            say(f"{what} {done}")
+            said_at = time.monotonic()
+
+    return tick
 
 
 def duration_text(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 Names are the contract of metrics.jsonl: train/loss, train/lr, train/grad_norm, perf/images_per_sec, perf/step_sec,
 perf/mfu, perf/own_step_sec, perf/slowest_rank, train/skipped_steps, data/wait_sec, data/skipped_images, mem/peak_gib,
-checkpoint/stall_sec, val/loss, and in percent val/top1, val/top5 (val_ema/...: of the weights' averages),
+checkpoint/stall_sec, val/unfinished, val/loss, and in percent val/top1, val/top5 (val_ema/...: of the averages),
 probe/knn_top1, probe/knn_top5, probe/linear_top1 and probe/linear_top5.
 """
 

@@ -130,7 +130,8 @@ class Search:
         stage = self.config.engine.zero_stage
         self._trace(Setting(stage, "none", (), FEW), 0)  # which makes the tables that all the others find made
         self._traces.clear()
-        for recompute, all_stages in counted(list(_policies(self.config)), "tracing model.recompute", self._say):
+        policies = list(_policies(self.config))
+        for recompute, all_stages in counted(policies, len(policies), "tracing model.recompute", self._say):
             known: list[Trace] = []
             for stages in all_stages:
                 one = self._trace(Setting(stage, recompute, stages, FEW), 0)

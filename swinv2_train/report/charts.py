@@ -17,6 +17,8 @@ from swinv2_train.config.shown import NAME_CHARACTERS, shown
 
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 34
+COLOURS = 8
+"""Lines of a chart that can be told apart."""
 _MAX_POINTS = 300  # a chart is about 340 px wide
 
 
@@ -66,7 +68,7 @@ def chart(
     )
     read_out = []
     for index, s, points in lines:
-        colour = f"c{index % 4}"
+        colour = f"c{index % COLOURS}"
         smooth = s.smooth and len(points) >= 60
         thin = _thin(points)
         if smooth:
@@ -87,7 +89,7 @@ def chart(
 
     last = {s.label: next(y for _, y in reversed(points) if math.isfinite(y)) for _, s, points in lines}
     legend = "".join(
-        f'<span class="key"><i class="c{index % 4}"></i>{_esc(s.label)}</span>' for index, s, _ in lines
+        f'<span class="key"><i class="c{index % COLOURS}"></i>{_esc(s.label)}</span>' for index, s, _ in lines
     ) if len(lines) > 1 else ""  # fmt: skip
     note = (
         f'<span class="note">cut at the top; highest {value_text(frame.cut_off)}</span>'
@@ -258,8 +260,9 @@ def _esc(text: str) -> str:
 
 
 CHART_CSS = """
-:root{--c0:#2563c9;--c1:#d9730d;--c2:#2e8b57;--c3:#8e44ad}
-@media (prefers-color-scheme:dark){:root{--c0:#6ea8fe;--c1:#f0a35e;--c2:#67c893;--c3:#c39bd3}}
+:root{--c0:#2563c9;--c1:#d9730d;--c2:#2e8b57;--c3:#8e44ad;--c4:#c2185b;--c5:#00838f;--c6:#7a6a00;--c7:#5d4037}
+@media (prefers-color-scheme:dark){:root{--c0:#6ea8fe;--c1:#f0a35e;--c2:#67c893;--c3:#c39bd3;--c4:#f48fb1;
+--c5:#4dd0e1;--c6:#dce775;--c7:#bcaaa4}}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:14px}
 .chart{margin:0;padding:10px 12px 6px;background:var(--card);border:1px solid var(--edge);border-radius:8px;min-width:0}
 .chart figcaption{display:flex;align-items:baseline;gap:5px;font-size:14px;margin-bottom:4px}
@@ -277,6 +280,9 @@ CHART_CSS = """
 path.c0{stroke:var(--c0)}path.c1{stroke:var(--c1)}path.c2{stroke:var(--c2)}path.c3{stroke:var(--c3)}
 circle.c0{fill:var(--c0)}circle.c1{fill:var(--c1)}circle.c2{fill:var(--c2)}circle.c3{fill:var(--c3)}
 i.c0{background:var(--c0)}i.c1{background:var(--c1)}i.c2{background:var(--c2)}i.c3{background:var(--c3)}
+path.c4{stroke:var(--c4)}path.c5{stroke:var(--c5)}path.c6{stroke:var(--c6)}path.c7{stroke:var(--c7)}
+circle.c4{fill:var(--c4)}circle.c5{fill:var(--c5)}circle.c6{fill:var(--c6)}circle.c7{fill:var(--c7)}
+i.c4{background:var(--c4)}i.c5{background:var(--c5)}i.c6{background:var(--c6)}i.c7{background:var(--c7)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 12px;font-size:12px;color:var(--soft)}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}
 .legend .note{margin-left:auto}

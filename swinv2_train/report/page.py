@@ -11,7 +11,10 @@ import io
 import math
 import os
 import re
+import socket
 import stat
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +27,13 @@ from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.config.saved import CONFIG_NAME, parse_saved_config, read_config_text
 from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
-from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
+from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended
 from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, escaped, value_text
 from swinv2_train.report.plots import draw_curves, plots_problem
 from swinv2_train.runtime import read_environment
 from swinv2_train.storage.atomic import replace_text
+from swinv2_train.storage.json_files import number, optional, read_json, record, whole
 
 _CURVES_PNG = "curves.png"
 _MAX_PICTURE_BYTES = 400_000
@@ -47,20 +52,25 @@ _PROBES = (
     *(("probe/knn_top1", "k-NN top-1"), ("probe/knn_top5", "k-NN top-5")),
     *(("probe/linear_top1", "linear top-1"), ("probe/linear_top5", "linear top-5")),
 )
+_TIMES = (
+    *(("perf/step_sec", "step"), ("data/wait_sec", "of it waiting for data")),
+    ("perf/own_step_sec", "the slowest rank's own work"),
+)
 # (title, unit, from zero, smoothed, names with their labels).  What is not named here gets a chart of its own.
-_CHARTS: tuple[tuple[str, str, bool, bool, tuple[tuple[str, str], ...]], ...] = (
+CHARTS: tuple[tuple[str, str, bool, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "", False, True, _LOSSES),
     ("Accuracy", "%", False, False, _ACCURACIES),
     ("Accuracy of the frozen encoder", "%", False, False, _PROBES),
     ("Learning rate", "", True, False, (("train/lr", "lr"),)),
     ("Gradient norm", "before clipping", True, True, (("train/grad_norm", "norm"),)),
     ("Throughput", "images/s", True, False, (("perf/images_per_sec", "images/s"),)),
-    ("Time per step", "s", True, False, (("perf/step_sec", "step"), ("data/wait_sec", "of it waiting for data"))),
+    ("Time per step", "s", True, False, _TIMES),
     ("Peak memory", "GiB", True, False, (("mem/peak_gib", "peak"),)),
     ("Model FLOP utilisation", "share of peak", True, False, (("perf/mfu", "MFU"),)),
+    ("Steps not taken", "so far", True, False, (("train/skipped_steps", "skipped"),)),
 )
 # Shown in the tiles at the top, in this order, as far as the run has them: name, label, unit, decimals.
-_TILES = (
+TILES = (
     ("val/top1", "top-1 accuracy", "%", 2),
     ("val/top5", "top-5 accuracy", "%", 2),
     ("val_ema/top1", "top-1 accuracy, averaged weights", "%", 2),
@@ -71,7 +81,15 @@ _TILES = (
     ("perf/images_per_sec", "throughput", "images/s", 0),
     ("mem/peak_gib", "peak memory", "GiB", 2),
 )
-_NO_CHART = {"step", "images_seen", "data/skipped_images", "checkpoint/stall_sec"}
+_NO_CHART = {
+    "step", "images_seen", "data/skipped_images", "checkpoint/stall_sec", "perf/slowest_rank", UNFINISHED,
+}  # fmt: skip
+_WORDS = {
+    "images_seen": "images seen", "data/skipped_images": "damaged images left out", "checkpoint/stall_sec":
+    "seconds that a checkpoint held training up", "perf/slowest_rank": "rank that the others waited for", UNFINISHED:
+    "evaluation cut short by a stop",
+}  # fmt: skip
+_STATUS = record({**SIGN_FIELDS, "heartbeat_sec": number(0)}, may={"total_steps": optional(whole())})
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,8 @@ class RunRecord:
     metrics: Sequence[Mapping[str, Any]]
     pictures: Mapping[str, Sequence[tuple[int, Path]]]
     """Name -> (step, file) in order of steps."""
+    status: Mapping[str, Any]
+    """Of status.json: what the run does, or how it ended."""
 
     def value(self, *keys: str) -> Any:
         """A value of the configuration, None when it is not there."""
@@ -122,7 +142,16 @@ def read_run_record(run_dir: Path) -> RunRecord:
         starts=read_environment(run_dir),
         metrics=read_metrics(run_dir),
         pictures={name: sorted(files) for name, files in pictures.items()},
+        status=_read_status(run_dir),
     )
+
+
+def _read_status(run_dir: Path) -> Mapping[str, Any]:
+    try:
+        status: Mapping[str, Any] = read_json(run_dir / STATUS, MOST_SIGN_BYTES, _STATUS)
+    except (OSError, ConfigError):
+        return {}
+    return status
 
 
 def find_parent(run: RunRecord) -> Path | None:
@@ -144,15 +173,17 @@ def find_parent(run: RunRecord) -> Path | None:
     return None
 
 
-def write_report(run_dir: Path, total_steps: int | None = None) -> Path:
+def write_report(run_dir: Path, total_steps: int | None = None, curves: bool = True) -> Path:
     """Write RUN_DIR/report.html (and the loss curves as pictures/curves.png) and return its path.  Rank 0 calls it.
 
     total_steps: planned optimizer steps; None = train.max_steps of config.yaml (a run by epochs then shows no target).
+    curves: also draw the picture, for which matplotlib is imported.
     """
     run = read_run_record(run_dir)
     path = run_dir / "report.html"
     replace_text(path, page_of(run, total_steps))
-    write_curves(run)
+    if curves:
+        write_curves(run)
     return path
 
 
@@ -165,20 +196,54 @@ def page_of(run: RunRecord, total_steps: int | None = None) -> str:
         _header(run, total_steps),
         _tiles(run),
         _section("Curves", _charts(run)),
+        _section("Ranks", _ranks(run)),
         _section("Pictures", _pictures(run)),
         _parent_section(parent) if parent is not None else "",
         _section("Metrics", _metrics_table(run)),
         _section("Configuration", _folded("config.yaml", run.config_text)),
         _section("Environment", _environment(run)),
     ]
+    return page_html(f"{name}: training report", "".join(sections))
+
+
+def page_html(title: str, body: str) -> str:
+    """A whole page, its looks and scripts within it."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{_esc(name)}: training report</title><style>{_PAGE_CSS}{CHART_CSS}</style></head><body><main>"
-        + "".join(sections)
-        + f"</main><script>{CHART_JS}</script></body></html>\n"
+        f"<title>{_esc(title)}</title><style>{_PAGE_CSS}{CHART_CSS}</style></head><body><main>{body}"
+        f"</main><script>{CHART_JS}</script></body></html>\n"
     )
+
+
+def state_of(run: RunRecord, total_steps: int | None) -> tuple[str, str]:
+    """How a run stands, as a class of the page's looks and in words: running, stopped, failed, complete, ...
+
+    total_steps: planned optimizer steps; None = those that status.json or train.max_steps say.
+    """
+    status, planned = run.status, run.value("train", "max_steps")
+    known = (total_steps, status.get("total_steps"), planned)
+    total = next((each for each in known if isinstance(each, int)), None)
+    step = run.metrics[-1]["step"] if run.metrics else 0
+    where = "before the first step" if not run.metrics else f"at step {step:,}" + (f" of {total:,}" if total else "")
+    state = status.get("state")
+    if state == "failed":
+        return "failed", f"failed {where}"
+    if state == "stopped":
+        return "open", f"stopped {where}"
+    if state == "running" and not (total and step >= total and _lost(status)):
+        return ("failed", f"ended without a word {where}") if _lost(status) else ("open", f"running, {where}")
+    if not run.metrics:
+        return "idle", "no step logged yet"
+    return ("done", f"complete: {step:,} steps") if total is not None and step >= total else ("open", where)
+
+
+def _lost(status: Mapping[str, Any]) -> bool:
+    """Whether what should be running is no more; on another host, whether it was not heard of for long."""
+    if status["host"] == socket.gethostname():
+        return process_ended(status["pid"])
+    return bool(time.time() - status["updated_at"] > 6 * status["heartbeat_sec"] + 60)
 
 
 def write_curves(run: RunRecord) -> Path | None:
@@ -190,7 +255,7 @@ def write_curves(run: RunRecord) -> Path | None:
         return None
     panels = [
         (f"{title} ({unit})" if unit else title, [Series(label, *run.curve(name)) for name, label in names])
-        for title, unit, _, _, names in _CHARTS[:3]
+        for title, unit, _, _, names in CHARTS[:3]
     ]
     return draw_curves(panels, run.run_dir / "pictures" / _CURVES_PNG)
 
@@ -200,17 +265,8 @@ def write_curves(run: RunRecord) -> Path | None:
 
 
 def _header(run: RunRecord, total_steps: int | None) -> str:
-    total = total_steps if total_steps is not None else run.value("train", "max_steps")
-    step = run.metrics[-1]["step"] if run.metrics else 0
     images = run.metrics[-1].get("images_seen") if run.metrics else None
-    if not run.metrics:
-        state, text = "idle", "no step logged yet"
-    elif isinstance(total, int) and step >= total:
-        state, text = "done", f"complete: {step:,} steps"
-    elif isinstance(total, int):
-        state, text = "open", f"at step {step:,} of {total:,}"
-    else:
-        state, text = "open", f"at step {step:,}"
+    state, text = state_of(run, total_steps)
     facts = [f"{images:,} images seen" if isinstance(images, int) else ""]
     classes = read_run_classes(run.run_dir)
     facts.append(f"{len(classes)} classes ({listed(classes)})" if classes else "")
@@ -233,6 +289,7 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
         f'<header><h1>{_esc(run.run_dir.resolve().name)} <span class="state {state}">{_esc(text)}</span></h1>'
         f"<p>{_esc(' · '.join(str(part) for part in setup if part))}</p>"
         f'<p class="soft">{_esc(" · ".join(fact for fact in facts if fact))}</p>'
+        + (f"<p>{_esc(str(run.status.get('reason')))}</p>" if state == "failed" and run.status.get("reason") else "")
         + (f"<p>Slow: {_esc(str(slow))}</p>" if slow else "")
         + "</header>"
     )
@@ -240,7 +297,7 @@ def _header(run: RunRecord, total_steps: int | None) -> str:
 
 def _tiles(run: RunRecord) -> str:
     tiles = []
-    for name, label, unit, decimals in _TILES:
+    for name, label, unit, decimals in TILES:
         latest = run.latest(name)
         if latest is None:
             continue
@@ -260,12 +317,12 @@ def _charts(run: RunRecord, only: int | None = None) -> str:
     """The charts of a run; `only`: how many are in sight, the others folded away."""
     charts, named = [], set(_NO_CHART)
     x_range = (0, run.metrics[-1]["step"]) if len(run.metrics) > 1 else None
-    for title, unit, from_zero, smooth, names in _CHARTS:
+    for title, unit, from_zero, smooth, names in CHARTS:
         named |= {name for name, _ in names}
         series = [Series(label, *run.curve(name), smooth=smooth) for name, label in names]
         charts.append(chart(title, series, unit=unit, from_zero=from_zero, x_range=x_range))
     for name in sorted({key for line in run.metrics for key in line} - named):
-        charts.append(chart(name, [Series(name, *run.curve(name))], x_range=x_range))
+        charts.append(chart(metric_words(name), [Series(name, *run.curve(name))], x_range=x_range))
     charts = [drawn for drawn in charts if drawn]
     if not charts:
         return ""
@@ -276,6 +333,30 @@ def _charts(run: RunRecord, only: int | None = None) -> str:
         else ""
     )
     return f'<div class="charts">{"".join(shown)}</div>{more}'
+
+
+def metric_words(name: str) -> str:
+    """A metric's name as a person reads it: train/loss -> Loss, train; data/queue_sec -> data: queue, s."""
+    for title, _, _, _, names in CHARTS:
+        if name in dict(names):
+            return title if len(names) == 1 else f"{title}, {dict(names)[name]}"
+    group, _, rest = name.rpartition("/")
+    words = rest.removesuffix("_sec").replace("_", " ") + (", s" if rest.endswith("_sec") else "")
+    return _WORDS.get(name, f"{group.replace('_', ' ')}: {words}" if group else words)
+
+
+def _ranks(run: RunRecord) -> str:
+    """How often the others waited for each rank: a curve through ranks' numbers would say nothing."""
+    numbers = [int(value) for value in run.curve("perf/slowest_rank")[1] if math.isfinite(value)]
+    if not numbers:
+        return ""
+    counts = Counter(numbers).most_common(16)
+    rows = "".join(
+        f'<tr><td>rank {rank}</td><td>{100 * count / len(numbers):.0f} %</td><td><div class="bar" style="width:'
+        f'{240 * count / counts[0][1]:.0f}px"></div></td></tr>'
+        for rank, count in counts
+    )
+    return f"<p>Which rank the others waited for, of {len(numbers):,} logged steps:</p><table>{rows}</table>"
 
 
 def _pictures(run: RunRecord) -> str:
@@ -334,13 +415,20 @@ def _metrics_table(run: RunRecord) -> str:
         latest = run.latest(name)
         finite = [v for v in run.curve(name)[1] if math.isfinite(v)]
         if latest is None:
-            rows.append((name, "–", "", "", ""))
+            rows.append((metric_words(name), name, "–", "", "", ""))
         else:
             rows.append(
-                (name, value_text(latest[1]), f"{latest[0]:,}", value_text(min(finite)), value_text(max(finite)))
+                (
+                    metric_words(name),
+                    name,
+                    value_text(latest[1]),
+                    f"{latest[0]:,}",
+                    value_text(min(finite)),
+                    value_text(max(finite)),
+                )
             )
     body = "".join("<tr><td>" + "</td><td>".join(map(_esc, row)) + "</td></tr>" for row in rows)
-    head = "<tr><th>metric</th><th>last</th><th>at step</th><th>lowest</th><th>highest</th></tr>"
+    head = "<tr><th>what</th><th>metric</th><th>last</th><th>at step</th><th>lowest</th><th>highest</th></tr>"
     return f'<div class="wide"><table class="numbers">{head}{body}</table></div>' if rows else ""
 
 
@@ -430,14 +518,19 @@ def _is_number_or_null(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
+def escaped_text(text: str) -> str:
+    """Text in which no character is markup."""
+    return _esc(text)
+
+
 def _esc(text: str) -> str:
     return escaped(text, _MOST_TEXT)
 
 
 _PAGE_CSS = """
-:root{--page:#f6f7f9;--card:#fff;--text:#1c2430;--soft:#667085;--edge:#e3e6eb;--good:#177245;--wait:#9a6700}
+:root{--page:#f6f7f9;--card:#fff;--text:#1c2430;--soft:#667085;--edge:#e3e6eb;--good:#177245;--bad:#b42318;--wait:#9a6700}
 @media (prefers-color-scheme:dark){
-:root{--page:#12161c;--card:#1a2028;--text:#e4e8ee;--soft:#98a2b3;--edge:#2c3440;--good:#67c893;--wait:#e2b340}}
+:root{--page:#12161c;--card:#1a2028;--text:#e4e8ee;--soft:#98a2b3;--edge:#2c3440;--good:#67c893;--bad:#f97066;--wait:#e2b340}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:24px 16px 48px}
@@ -448,7 +541,8 @@ header p{overflow-wrap:anywhere}
 .soft{color:var(--soft)}.small{font-size:12px}
 .state{display:inline-block;font-size:13px;font-weight:600;padding:2px 10px;border-radius:99px;
 border:1px solid currentColor;vertical-align:4px;white-space:nowrap;color:var(--wait)}
-.state.done{color:var(--good)}.state.idle{color:var(--soft)}
+.state.done{color:var(--good)}.state.idle{color:var(--soft)}.state.failed{color:var(--bad)}
+.bar{height:12px;border-radius:3px;background:var(--soft)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:12px;margin-top:20px}
 .tile{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:10px 14px}
 .tile .soft{font-size:13px}
@@ -467,6 +561,6 @@ table{border-collapse:collapse;background:var(--card);border:1px solid var(--edg
 td,th{padding:5px 14px;border-top:1px solid var(--edge);text-align:left;vertical-align:top}
 tr:first-child>*{border-top:0}
 th{font-weight:600;color:var(--soft);font-size:13px}
-.numbers td:not(:first-child),.numbers th:not(:first-child){
+.numbers td:nth-child(n+3),.numbers th:nth-child(n+3){
 text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 """

@@ -18,11 +18,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopNow(BaseException):
-    """A stop signal, whose name this is, came while something was waited for that may be given up."""
+    """A stop (the name of its signal, or another reason) came while something was waited for that may be given up."""
 
     def exit_code(self, saved: bool) -> int:
         """Of a run that ends before its first step.  saved: a complete checkpoint is there; else as a shell says it."""
-        return EXIT_STOPPED if saved else 128 + signal.Signals[str(self)]
+        return EXIT_STOPPED if saved else 128 + signal.Signals.__members__.get(str(self), signal.SIGTERM)
 
 
 class StopRequest:
@@ -79,11 +79,13 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Inside, a stop signal raises StopNow: for a wait that may take for ever, and whose result a stop drops."""
+        """Inside, a stop signal raises StopNow, at once where a stop is asked for already: for a wait that may take for
+        ever, and whose result a stop drops.
+        """
         self._waiting = True
         try:
-            if self._signal is not None:
-                raise StopNow(self._signal)
+            if (reason := self.requested) is not None:
+                raise StopNow(reason)
             yield
         finally:
             self._waiting = False

@@ -232,7 +232,7 @@ def measure(run: Run, last: bool, stop: StopRequest) -> dict[str, float]:
         run.monitor.log_scores(scores)
     if run.probe is not None and (is_due(step, run.config.probe.every_steps) or last):
         with activity.doing("probing"), label(EVALUATION):
-            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), activity.mark_progress)
+            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), run.monitor.marking_probes())
         run.monitor.log_scores(probed)
         scores = scores | probed
     return scores
@@ -245,10 +245,10 @@ def scores_of(run: Run, loader: EvalLoader, stop: StopRequest) -> dict[str, floa
     def requested() -> bool:
         return stop.requested is not None
 
-    scores = evaluate_loader(score, run.monitor.marking_progress(loader), requested)
+    scores = evaluate_loader(score, run.monitor.marking_progress(loader, len(loader)), requested)
     if run.config.optim.ema_decay is not None:
         with run.engine.ema_weights():
-            averaged = evaluate_loader(score, run.monitor.marking_progress(loader), requested)
+            averaged = evaluate_loader(score, run.monitor.marking_progress(loader, len(loader)), requested)
         scores |= {averaged_score(name): value for name, value in averaged.items()}
     return scores
 

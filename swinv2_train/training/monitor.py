@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
-from swinv2_train.monitoring.console import Countable, counted
+from swinv2_train.monitoring.console import counted, ticking
 from swinv2_train.monitoring.metrics import (
     Means,
     Throughput,
@@ -161,11 +161,21 @@ class Monitor:
         said = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.log.say(f"step {self._position.step}: {said}")
 
-    def marking_progress(self, batches: Countable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def marking_progress(self, batches: Iterable[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:
         """The batches; each is a sign that the run does not hang.  Where they take long, they are counted."""
-        for batch in counted(batches, "evaluating: batch", self.log.say):
+        for batch in counted(batches, count, "evaluating: batch", self.log.say):
             self.activity.mark_progress()
             yield batch
+
+    def marking_probes(self) -> Callable[[], None]:
+        """To be called after each batch of a probe, as a sign that the run does not hang."""
+        tick = ticking("probing: batch", self.log.say)
+
+        def mark() -> None:
+            self.activity.mark_progress()
+            tick()
+
+        return mark
 
     def scores_are_due(self, due: bool) -> None:
         """Write down that this step's scores were cut short by a stop, or that they are made up for."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from swinv2_train import train
 from swinv2_train.checkpoint import newest_checkpoint
@@ -61,6 +62,24 @@ def test_each_front_is_its_own() -> None:
         return [*found, Front().may_begin(False)]
 
     assert run_distributed(twice, 2, timeout_sec=30) == [[True, False, True]] * 2
+
+
+def test_without_its_store_all_go_on_to_the_agreement_at_the_end_of_the_step() -> None:
+    """kill -9 of torchrun, which holds it, must not end the ranks without a checkpoint."""
+
+    def lose(world: World) -> list[bool]:
+        front = Front()
+        found = [front.may_begin(False)]
+        all_reduce_max(0)
+
+        class Gone:
+            def compare_set(self, *arguments: str) -> bytes:
+                raise DistNetworkError("Connection reset by peer")
+
+        front._store = Gone()  # type: ignore[assignment]
+        return [*found, front.may_begin(True), front.may_begin(True)]
+
+    assert run_distributed(lose, 2, timeout_sec=30) == [[True, True, True]] * 2
 
 
 @pytest.mark.slow

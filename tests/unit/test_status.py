@@ -135,3 +135,24 @@ def test_a_failed_run_says_why(settings, tmp_path):
     status = read_status(tmp_path / "run")
     assert status["state"] == "failed" and "BadStepError: step" in status["reason"]
     assert status_text(status).startswith("failed 0:0") and "ago: BadStepError: step" in status_text(status)
+
+
+def test_of_a_fine_tuning_that_is_done(tmp_path):
+    """Its top-1 is what the run was for; the newest scores count, not a cut short evaluation's mark."""
+    run = tmp_path / "run"
+    run.mkdir()
+    now = time.time()
+    status = {
+        "host": "h", "pid": 1, "state": "done", "reason": None, "doing": "ending", "doing_since": now, "step": 20,
+        "updated_at": now, "total_steps": 20, "loss": 0.5, "checkpoint_step": 20, "world_size": 1,
+        "heartbeat_sec": 10.0, "started_at": now,
+    }  # fmt: skip
+    (run / STATUS).write_text(json.dumps(status))
+    lines = [
+        {"step": 10, "images_seen": 1, "val/top1": 50.0},
+        {"step": 20, "images_seen": 2, "val/loss": 0.25, "val/top1": 87.654, "val_ema/top1": 88.0, "val/unfinished": 0},
+        {"step": 20, "images_seen": 2, "checkpoint/stall_sec": 1.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = status_text(read_status(run))
+    assert "scores at step 20: loss 0.25, top-1 87.65 %, top-1 of averaged weights 88 %" in text, text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import compose_argv, guarded, run_command
 from swinv2_train.config.exit_codes import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from tests.support.processes import finished, forked_code
 
 
 def refuse() -> int:
@@ -20,6 +22,25 @@ def test_wrong_input_is_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     assert guarded(refuse) == EXIT_USER_ERROR == 2
     assert capsys.readouterr().err == "error: lr is wrong\n"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_command_with_nothing_to_save_ends_at_a_signal_with_a_line(name: str) -> None:
+    """Packing, planning, evaluating: no traceback, a `finally` has its turn, and the exit code says so."""
+    code = f"""
+import os, signal, sys, time
+from swinv2_train.config.command_line import stoppable
+def work():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(20)
+    finally:
+        print("cleaned up", flush=True)
+sys.exit(stoppable(work))
+"""
+    done = finished(forked_code(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    assert done.returncode == EXIT_STOPPED and done.stdout == "cleaned up\n"
+    assert done.stderr == f"stopped by {name}\n"
 
 
 @pytest.mark.parametrize(("of_all", "of_host"), [("RANK", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_LOCALID")])

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from swinv2_train.config import LogConfig
-from swinv2_train.monitoring.console import Progress, counted, duration_text, open_console
+from swinv2_train.monitoring.console import Progress, counted, duration_text, open_console, ticking
 from swinv2_train.monitoring.run_log import RunLog, read_metrics
 from swinv2_train.runtime import git_commit
 from tests.support.processes import finished, forked_code
@@ -466,7 +466,7 @@ log.close()
     done = run_script(body, tmp_path)
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines == ["step 1/100  loss 2.5000  812 images/s", "step 100/100  loss 1.2500  812 images/s  0:00 left"]
+    assert lines == ["step 1/100  loss 2.5000  812 images/s", "step 100/100  812 images/s  0:00 left"]
 
 
 def test_a_long_step_shows_its_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,8 +487,18 @@ def test_a_long_pass_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     clock = iter(range(0, 1000, 3))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    assert list(counted(range(5), "evaluating: batch", said.append)) == list(range(5))
+    assert list(counted(range(5), 5, "evaluating: batch", said.append)) == list(range(5))
     assert said == ["evaluating: batch 1 of 5, 0:24 left", "evaluating: batch 3 of 5, 0:08 left"]
+
+
+def test_work_of_unknown_length_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    tick = ticking("probing: batch", said.append)
+    for _ in range(4):
+        tick()
+    assert said == ["probing: batch 2", "probing: batch 4"]
 
 
 def test_progress_bar_on_a_terminal_and_lines_above_it(tmp_path: Path) -> None:

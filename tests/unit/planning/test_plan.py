@@ -330,6 +330,8 @@ def test_a_run_is_planned_by_its_directory(capsys: pytest.CaptureFixture[str], t
     assert "fits on 2 x A100" in text
     _, repeated = parse([f"run_dir={run}", "train.micro_batch_size=8", "--recommend"])
     assert repeated == ["model=demo", "train.global_batch_size=64", f"run_dir={run}", "train.micro_batch_size=8"]
+    with pytest.raises(ConfigError, match="engine=zero1 chooses a whole group"):
+        parse([f"run_dir={run}", "engine=zero1"])  # planned the default model
     with pytest.raises(ConfigError, match="micro_batch"):
         parse([f"run_dir={run}", "train.micro_batch_size=0"])
     config, _ = parse([f"run_dir={tmp_path / 'new'}"])

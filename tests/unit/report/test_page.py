@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
+import socket
 import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,3 +320,42 @@ def test_the_read_out_script_reads_the_class_names_that_the_charts_write() -> No
     markup = chart("x", [Series("s", [1, 2], [1.0, 2.0])])
     for name in re.findall(r"querySelector(?:All)?\('(?:\w+)?\.([\w-]+)'\)", charts.CHART_JS):
         assert re.search(rf'class="[^"]*\b{name}\b', markup), name
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ({"state": "failed", "reason": "ValueError: <boom>"}, "failed at step 40 of 100"),
+        ({"state": "stopped"}, "stopped at step 40 of 100"),
+        ({"state": "running", "pid": os.getpid()}, "running, at step 40 of 100"),
+        ({"state": "running", "pid": 2**22 + 5}, "ended without a word at step 40 of 100"),
+        (
+            {"state": "running", "pid": 1, "host": "elsewhere", "updated_at": 0, "heartbeat_sec": 10},
+            "ended without a word",
+        ),
+        ([1], "at step 40 of 100"),
+    ],
+)
+def test_the_page_says_how_the_run_stands(status: Any, words: str, tmp_path: Path) -> None:
+    """At step 40 of 100 was all that was said of a run that had failed an hour ago, and of one that goes on."""
+    make_run(tmp_path, steps=40, max_steps=100)
+    if isinstance(status, dict):
+        common = {"pid": 1, "reason": None, "doing": "training", "doing_since": 0, "step": 40, "updated_at": 0}
+        status = {"host": socket.gethostname(), "total_steps": 100, "heartbeat_sec": 10, **common, **status}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    text = Page(write_report(tmp_path).read_text()).text
+    assert words in text and ("<boom>" in text) == ("failed" in words)
+
+
+def test_ranks_and_names_are_for_people(tmp_path: Path) -> None:
+    """A curve through the numbers of the slowest ranks says nothing, nor does a chart called perf/own_step_sec."""
+    make_run(tmp_path, steps=10)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        for step in range(1, 11):
+            line = {"step": step, "images_seen": 64 * step, "perf/slowest_rank": int(step > 8) * 3}
+            file.write(json.dumps(line | {"perf/own_step_sec": 0.4, "data/queue_sec": 0.1}) + "\n")
+    page = Page(write_report(tmp_path).read_text())
+    for part in ("of 10 logged steps", "rank 0", "80 %", "rank 3", "20 %", "Loss, train", "data: queue, s"):
+        assert part in page.text, part
+    labels = [line["label"] for chart in page.charts for line in chart["lines"]]
+    assert "the slowest rank's own work" in labels and "perf/slowest_rank" not in labels

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -349,6 +351,26 @@ def test_ranks_stop_before_the_same_micro_batch_when_the_signal_reaches_one():
 
     (one, other) = run_distributed(stopped_at, 2, timeout_sec=30)
     assert one == other and one[:2] in ((2, [2]), (3, [3])) and 20 <= one[2] <= 24
+
+
+def test_a_wait_for_data_ends_at_once(saved):
+    """A download that hangs is not waited for: what was trained is saved."""
+    stop, run = StopRequest(), make_run(9)
+    batches = list(run.position.loader)
+
+    class Slow(Loader):
+        def __iter__(self) -> Any:
+            yield from batches[:2]
+            threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            time.sleep(20)
+
+    run.position.loader = Slow()
+    started = time.monotonic()
+    with stop:
+        assert loop.fit(run, stop) is False
+    assert time.monotonic() - started < 10 and [step for step, _, _ in saved] == [2]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a stopped process ignores what comes after
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 class Scoring(Loader):
