@@ -31,6 +31,7 @@ from swinv2_train.config.load import config_yaml, load_config, one_line, unknown
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.reference import Entry, help_text, reference
 from swinv2_train.config.schema import TASKS, Config
+from swinv2_train.config.secret_texts import without_secrets
 
 T = TypeVar("T")
 
@@ -79,16 +80,16 @@ def guarded(command: Callable[[], int]) -> int:
         return command()
     except ConfigError as error:
         if (speaker := _speaker()) is not None:
-            print(f"error: {speaker}{error}", file=sys.stderr)
+            print(without_secrets(f"error: {speaker}{error}"), file=sys.stderr)
         return EXIT_USER_ERROR
     except MachineError as error:  # of this rank alone
-        print(f"error: {_speaker() or ''}{error}", file=sys.stderr)
+        print(without_secrets(f"error: {_speaker() or ''}{error}"), file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:  # `--help | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception:  # noqa: BLE001  the last place that can say what happened
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_FAILED
 
 

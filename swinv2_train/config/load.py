@@ -20,6 +20,7 @@ from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.near_names import did_you_mean_key
 from swinv2_train.config.schema import SPLITS, TASKS, Config, EvalSplitConfig, TaskConfig
+from swinv2_train.config.secret_texts import public
 
 
 def load_config(composed: DictConfig) -> Config:
@@ -112,8 +113,8 @@ def _merge_error(error: OmegaConfBaseException) -> str:
 
 
 def config_yaml(config: Config) -> str:
-    """The validated configuration as YAML, which load_config reads again."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The validated configuration as YAML, which load_config reads again; without secrets, for it is written down."""
+    return OmegaConf.to_yaml(OmegaConf.create(public(OmegaConf.to_container(OmegaConf.structured(config)))))
 
 
 def one_line(error: BaseException) -> str:

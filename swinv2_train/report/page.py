@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from swinv2_train.config.secret_texts import public, without_secrets
 from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
@@ -108,8 +109,8 @@ def read_run_record(run_dir: Path) -> RunRecord:
     return RunRecord(
         run_dir=run_dir,
         config=config if isinstance(config, dict) else {},
-        config_text=config_path.read_text() if config_path.exists() else "",
-        starts=read_environment(run_dir),
+        config_text=without_secrets(config_path.read_text()) if config_path.exists() else "",  # an older run's has them
+        starts=public(read_environment(run_dir)),
         metrics=read_metrics(run_dir),
         pictures={name: sorted(files) for name, files in pictures.items()},
     )
