@@ -86,7 +86,7 @@ def _braces(part: str, key: str) -> list[str]:
 
 
 def _local(candidate: str, key: str, complete: bool) -> list[str]:
-    remedy = f"set {key} to your shards (scripts/make_shards.py SOURCE OUT makes them), or run make demo for CIFAR-10"
+    remedy = f"set {key} to your shards (swinv2-make-shards SOURCE OUT makes them), or run make demo for CIFAR-10"
     if os.path.isdir(candidate):
         raise ShardError(
             f"{key} '{candidate}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')} (a folder of "
@@ -105,7 +105,7 @@ def _local(candidate: str, key: str, complete: bool) -> list[str]:
         if lost:
             raise ShardError(
                 f"{os.path.join(folder, lost[0])} is missing, {MANIFEST_NAME} lists it ({len(lost)} such shards); "
-                f"fetch it again, or run scripts/make_shards.py --reindex '{candidate}' to go on without it"
+                f"fetch it again, or run swinv2-make-shards --reindex '{candidate}' to go on without it"
             )
     return found
 

@@ -1,8 +1,8 @@
 """Shards: the manifest of a set of them, reading one sample by position, and writing.
 
 A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie its index
-(tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by scripts/make_shards.py or on
-first use.  ``classes.txt``, which make_shards.py puts there too, says what the labels mean.  Shards at an address are
+(tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by swinv2-make-shards or on
+first use.  ``classes.txt``, which it puts there too, says what the labels mean.  Shards at an address are
 read through a cache on this machine (shard_cache.py).
 """
 
@@ -218,7 +218,7 @@ def _local_entries(
                     index_path.unlink()
                     raise ShardError(
                         f"{path}: its checksum differs from the manifest; "
-                        f"fetch it again or run scripts/make_shards.py --reindex '{path}'"
+                        f"fetch it again or run swinv2-make-shards --reindex '{path}'"
                     )
                 if progress is not None:
                     progress(f"indexed {path}: {made['samples']} samples")
@@ -331,7 +331,9 @@ class TarReader:
             raise ShardError(f"{name}: its index cannot be opened: {error}") from error
         if os.fstat(fd).st_size != self.manifest.sizes[shard] or len(rows) != self.manifest.counts[shard]:
             os.close(fd)
-            raise ShardError(f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex")
+            raise ShardError(
+                f"{name}: changed since the run started; fetch it again or run swinv2-make-shards --reindex"
+            )
         self._open[shard] = (fd, rows)
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1][0])
