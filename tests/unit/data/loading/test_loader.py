@@ -403,7 +403,7 @@ def _alive(pid: int) -> bool:
 
 
 def _all_end(pids: list[int], within: float = 20) -> bool:
-    """Whether they are gone soon: a process that is killed with its parent dies a moment after the parent is waited for."""
+    """Whether they are gone soon: a process that is killed with its parent dies a moment after the parent."""
     deadline = time.monotonic() + within
     while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
