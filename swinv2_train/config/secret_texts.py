@@ -16,8 +16,11 @@ REDACTED = "REDACTED"
 """Stands for what was left out."""
 
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASS(?:WORD|WD|PHRASE)?|CREDENTIALS?|SIGNATURE|SAS)(?:$|_)"
+    r"(?:^|_)(?:API_?KEY|ACCESS_?KEY|TOKEN|SECRET|PASS(?:WORD|WD|PHRASE)?|CREDENTIALS?|SIGNATURE|SAS)(?:$|_)"
 )
+_KEY_NAME = re.compile(r"(?:^|_)KEY(?:$|_)")
+_WORD = re.compile(r"[a-z_-]+|[A-Z_-]+")
+"""SORT_KEY=training is no secret, but without it no log could be read."""
 _SHORTEST = 8
 """A shorter value of the environment may be any word."""
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
@@ -57,9 +60,13 @@ def secret_values() -> tuple[str, ...]:
     found = {
         value
         for name, value in os.environ.items()
-        if _SECRET_NAME.search(name.upper()) and len(value) >= _SHORTEST and not re.search(r"\s", value)
+        if len(value) >= _SHORTEST and not re.search(r"\s", value) and _is_secret(name.upper(), value)
     }
     return tuple(sorted((value for value in found if not os.path.exists(value)), key=len, reverse=True))
+
+
+def _is_secret(name: str, value: str) -> bool:
+    return _SECRET_NAME.search(name) is not None or (_KEY_NAME.search(name) is not None and not _WORD.fullmatch(value))
 
 
 def is_redacted(address: str) -> bool:

@@ -43,10 +43,13 @@ def test_keys_of_the_environment_are_left_out_wherever_they_come(monkeypatch, tm
     monkeypatch.setenv("HF_TOKEN", "short")
     monkeypatch.setenv("SSH_KEY_PATH", "not-a-secret-by-name")
     monkeypatch.setenv("MONKEY_BUSINESS", "twelve-monkeys")
+    monkeypatch.setenv("SORT_KEY", "training")
+    monkeypatch.setenv("DB_PASSWORD", "correcthorse")
     monkeypatch.setenv("SIGNING_KEY", str(tmp_path))
     secret_values.cache_clear()
     try:
         assert without_secrets("got abc/DEF+12345!") == "got REDACTED!"
+        assert without_secrets("training with correcthorse") == "training with REDACTED"
         assert "short" not in secret_values() and "twelve-monkeys" not in secret_values()
         assert str(tmp_path) not in secret_values(), "the place of a key is none"
         config = composed(["task=simmim", "run_dir=x", "data.shards='https://h/t.tar?k=${oc.env:MY_API_KEY}'"])
