@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
-from scripts.make_shards import Entry, pack
+from swinv2_train.data.packing import Entry, pack
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_reader import open_manifest, shard_files
 

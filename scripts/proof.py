@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 import numpy as np
 
 from scripts import fetch_cifar10
-from scripts.make_shards import Entry, pack
 from swinv2_train.config.command_line import compose_overrides, guarded
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from swinv2_train.data.packing import Entry, pack
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics

@@ -26,6 +26,7 @@ from torch import nn
 from swinv2_train.checkpoint import checkpoint_classes, find_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import compose_source, own_flag, run_on_weights
+from swinv2_train.config.secret_texts import public
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sources.matched import Say
@@ -224,7 +225,8 @@ def write_out(out: Path, config: Config, line: dict[str, Any], results: dict[str
             for name, scored in results.items()
             if name
         }
-    rows = (f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items())
+    shown = public(content)  # the addresses of the images among it
+    rows = (f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in shown.items())
     replace_text(out / "evaluation.json", "{\n" + ",\n".join(rows) + "\n}\n")  # a key a line
     for name, scored in results.items():
         if scored.confusion is not None:

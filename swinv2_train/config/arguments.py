@@ -19,6 +19,7 @@ from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import all_keys
 from swinv2_train.config.load import one_line
 from swinv2_train.config.schema import SPLITS
+from swinv2_train.config.secret_texts import without_secrets
 
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _WITH_VALUE = {
@@ -156,7 +157,7 @@ def _elements(text: str) -> list[str]:
 def _said(one: _Given, whole: bool = False) -> str:
     """As it was typed, but, unless it is wanted whole, for what may be secret in an address."""
     typed = f"{one.prefix}{one.key}" + ("" if one.value is None else f"={one.value}")
-    return typed if whole else re.sub(r"(://\S+?)\?.*", r"\1?...", re.sub(r"://[^/@\s]*@", "://", typed))
+    return typed if whole else without_secrets(typed)
 
 
 @functools.cache

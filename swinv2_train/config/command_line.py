@@ -37,6 +37,7 @@ from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.reference import Entry, help_text, reference
 from swinv2_train.config.saved import CONFIG_NAME, read_saved_config
 from swinv2_train.config.schema import TASKS, Config
+from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import TRACEBACK_CHARACTERS, shown
 from swinv2_train.config.standard_streams import hold_standard_streams
 
@@ -122,10 +123,11 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         return command()
     except ConfigError as error:
         if (speaker := _speaker()) is not None:
-            print(f"error: {speaker}{str(error).replace(chr(10), _NEXT_LINE)}", file=sys.stderr)
+            text = str(error).replace(chr(10), _NEXT_LINE)
+            print(without_secrets(f"error: {speaker}{text}"), file=sys.stderr)
         return exit_code_of(error)
     except MachineError as error:  # of this rank alone
-        print(f"error: {_speaker() or ''}{error}", file=sys.stderr)
+        print(without_secrets(f"error: {_speaker() or ''}{error}"), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt as stop:
         if _speaker() == "":
@@ -135,7 +137,8 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception:  # noqa: BLE001  the last place that can say what happened
-        print(shown(traceback.format_exc(), TRACEBACK_CHARACTERS, lines=True), end="", file=sys.stderr)
+        text = shown(traceback.format_exc(), TRACEBACK_CHARACTERS, lines=True)
+        print(without_secrets(text), end="", file=sys.stderr)
         return EXIT_FAILED
 
 

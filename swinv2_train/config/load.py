@@ -22,6 +22,7 @@ from swinv2_train.config.keys import all_keys, keys_of, known_keys
 from swinv2_train.config.near_names import did_you_mean_key
 from swinv2_train.config.saved import literal
 from swinv2_train.config.schema import SPLITS, TASKS, Config, EvalSplitConfig, TaskConfig
+from swinv2_train.config.secret_texts import public
 
 
 def load_config(composed: DictConfig) -> Config:
@@ -174,8 +175,11 @@ def _merge_error(error: OmegaConfBaseException) -> str:
 
 
 def config_yaml(config: Config) -> str:
-    """The validated configuration as YAML: plain values, which read_saved_config and load_config read again."""
-    return OmegaConf.to_yaml(OmegaConf.create(literal(dataclasses.asdict(config))))
+    """The validated configuration as YAML: plain values, which read_saved_config and load_config read again.
+
+    Without secrets, for it is written down.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(literal(public(dataclasses.asdict(config)))))
 
 
 def one_line(error: BaseException) -> str:

@@ -10,14 +10,17 @@ from swinv2_train.models.swin_v2 import SwinTransformerV2
 # Heads of huge and giant are not printed there; a head dimension of 32 everywhere gives these.
 # demo: small enough to learn CIFAR-10 on two CPU cores in minutes; two stages, because 32 px images need no more.
 SIZES: dict[str, dict[str, Any]] = {
-    "demo": {"embed_dim": 96, "depths": (2, 4), "num_heads": (3, 6), "extra_norm_period": 0},
+    "demo": {
+        "embed_dim": 96, "depths": (2, 4), "num_heads": (3, 6), "extra_norm_period": 0,
+        "img_size": 32, "window_size": 4, "pretrained_window_sizes": (0, 0),
+    },
     "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "extra_norm_period": 0},
     "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "extra_norm_period": 0},
     "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "extra_norm_period": 0},
     "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), "extra_norm_period": 0},
     "huge": {"embed_dim": 352, "depths": (2, 2, 18, 2), "num_heads": (11, 22, 44, 88), "extra_norm_period": 6},
     "giant": {"embed_dim": 512, "depths": (2, 2, 42, 4), "num_heads": (16, 32, 64, 128), "extra_norm_period": 6},
-}
+}  # fmt: skip
 
 
 def swin_v2(size: str, **overrides: Any) -> SwinTransformerV2:

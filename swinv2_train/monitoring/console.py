@@ -18,8 +18,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, Self, TextIO, TypeVar, cast
 
+from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, TRACEBACK_CHARACTERS, shown
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ class Console:
         self._out = os.fdopen(saved_stdout, "w", buffering=1, errors="replace", closefd=False)
         self._err = os.fdopen(saved_stderr, "w", buffering=1, errors="replace", closefd=False)
         self._previous_hooks = sys.excepthook, sys.breakpointhook
+        self._previous_streams = sys.stdout, sys.stderr
         self._bar: Any = None  # a tqdm bar that must step aside for a line
         self._closed = False
 
@@ -77,6 +79,7 @@ class Console:
             return
         self._closed = True
         sys.excepthook, sys.breakpointhook = self._previous_hooks
+        sys.stdout, sys.stderr = self._previous_streams
         if hasattr(faulthandler, "unregister"):
             faulthandler.unregister(signal.SIGUSR2)
         _flush_streams()
@@ -95,6 +98,7 @@ class Console:
     def _write(self, stream: TextIO, text: str) -> None:
         if self._closed:
             return
+        text = without_secrets(text)
         try:
             if self._bar is not None:
                 self._bar.clear()
@@ -135,12 +139,31 @@ def open_console(run_dir: Path, rank: int) -> Console:
             stream.reconfigure(
                 line_buffering=True
             )  # a file would be block buffered, and a killed rank's last words lost
+    sys.stdout, sys.stderr = (cast(TextIO, _WithoutSecrets(stream)) for stream in (sys.stdout, sys.stderr))
     os.write(2, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} pid {os.getpid()}\n".encode())
     sys.excepthook, sys.breakpointhook = console._excepthook, console._breakpointhook
     faulthandler.enable(file=2)
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     return console
+
+
+class _WithoutSecrets:
+    """A stream to which tracebacks and warnings of any library may go, with the addresses that they name."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(without_secrets(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _flush_streams() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from swinv2_train.config import ConfigError, LogConfig
 from swinv2_train.config.plain_files import open_regular, read_bytes
+from swinv2_train.config.secret_texts import public
 from swinv2_train.monitoring.console import Console, Progress, open_console
 from swinv2_train.runtime import git_commit
 from swinv2_train.storage.atomic import replace_text, replacing
@@ -66,7 +67,7 @@ class RunLog:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._progress = Progress(config.progress, console)
             if config.wandb != "disabled":
-                self._wandb = _WandbSink(run_dir, config, dict(run_config or {}), console)
+                self._wandb = _WandbSink(run_dir, config, public(run_config or {}), console)
 
     def resume_at(self, step: int) -> None:
         """Drop the lines of steps after `step`, which are run again: at a start, and when a run goes back.
@@ -297,6 +298,7 @@ class _WandbSink:
             "console": "off",
             "silent": True,
             "save_code": False,
+            "x_disable_meta": True,  # the command line among it; environment.json has it without secrets
             "init_timeout": _WANDB_INIT_SEC,
             "x_transaction_log_flush_interval": 2.0,  # seconds that a kill can cost the run file
             "finish_timeout": _WANDB_CLOSE_SEC - 5,

@@ -29,6 +29,7 @@ from typing import Any, Self
 
 from swinv2_train.config import ConfigError, RuntimeConfig
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.monitoring.console import Console
 from swinv2_train.storage.atomic import replace_text
@@ -190,7 +191,8 @@ class Heartbeat:
         """This rank's sign of life and, on rank 0, the run's status.  A disk that fails is no reason to stop."""
         activity = self.activity
         mine = {
-            "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "state": state, "reason": reason,
+            "rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), "state": state,
+            "reason": None if reason is None else without_secrets(reason),
             "doing": activity.current, "doing_since": activity.since, "step": activity.step,
             "moves": activity.progress_count, "place": self._place, "updated_at": time.time(),
         }  # fmt: skip

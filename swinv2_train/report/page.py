@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.config.saved import CONFIG_NAME, parse_saved_config, read_config_text
+from swinv2_train.config.secret_texts import public, without_secrets
 from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
@@ -138,8 +139,8 @@ def read_run_record(run_dir: Path) -> RunRecord:
     return RunRecord(
         run_dir=run_dir,
         config=config if isinstance(config, dict) else {},
-        config_text=text,
-        starts=read_environment(run_dir),
+        config_text=without_secrets(text),  # an older run's has them
+        starts=public(read_environment(run_dir)),
         metrics=read_metrics(run_dir),
         pictures={name: sorted(files) for name, files in pictures.items()},
         status=_read_status(run_dir),

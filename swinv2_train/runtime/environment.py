@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.runtime.seeds_and_threads import available_cores
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.storage.json_files import listing, mapping, optional, read_json, record, text, whole
@@ -53,7 +54,7 @@ def environment_record(world_size: int) -> dict[str, Any]:
 
     return {
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv,
+        "argv": [without_secrets(argument) for argument in sys.argv],
         "world_size": world_size,
         "git": git_commit(),
         "hostname": socket.gethostname(),

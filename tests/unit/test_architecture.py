@@ -30,10 +30,10 @@ LAYERS = {
     "weights": 8,
     "training": 9,
     "planning": 10,
-    "train": 11, "evaluate": 11, "plan": 11, "export": 11, "status": 11,
+    "train": 11, "evaluate": 11, "plan": 11, "export": 11, "status": 11, "make_shards": 11,
 }  # fmt: skip
 """A package imports packages of lower layers alone; the commands are the top layer, and nobody imports them."""
-COMMANDS = {"train", "evaluate", "plan", "export", "status"}
+COMMANDS = {"train", "evaluate", "plan", "export", "status", "make_shards"}
 CONFINED = {
     "deepspeed": {"engine"},
     "fairscale": {"engine"},

@@ -17,6 +17,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.data.loading.loader import TrainLoader, Transform, accumulation_steps, check_bad_fraction, memory_of
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers
@@ -214,4 +215,6 @@ def _repeated(commands: Sequence[str], pick: random.Random) -> Iterator[Sample]:
                 found = True
                 yield sample
         if not found:
-            raise ShardError(f"pipe:{commands[0]} and its like print no sample; name shards that hold samples")
+            raise ShardError(
+                without_secrets(f"pipe:{commands[0]} and its like print no sample; name shards that hold samples")
+            )

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, NamedTuple
 
+from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import shown
 
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
@@ -142,12 +143,6 @@ def _retry_after(headers: Any) -> float | None:
         return max(0.0, (until - datetime.datetime.now(datetime.UTC)).total_seconds())
     except (ValueError, TypeError):
         return None
-
-
-def without_secrets(text: str) -> str:
-    """A text of somebody else's, in which each address is without user, password, query and fragment."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"@]*@", r"\1", text)
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*)[?#][^\s'\")]*", r"\1", text)
 
 
 def text_of(error: BaseException) -> str:

@@ -81,10 +81,10 @@ def check_content(path: str, index_path: Path, entry: Mapping[str, Any]) -> None
     """Compare a shard with its manifest entry: the size always, all bytes when it is younger than its index.
 
     A shard written anew at the same size is found by its date, so one whose date was set back is not, nor are bytes
-    that the disk lost: scripts/make_shards.py --verify reads everything.  Raises ShardError.
+    that the disk lost: swinv2-make-shards --verify reads everything.  Raises ShardError.
     """
     status = os.stat(path)
-    remedy = f"fetch it again or run scripts/make_shards.py --reindex '{path}'"
+    remedy = f"fetch it again or run swinv2-make-shards --reindex '{path}'"
     if status.st_size != entry["bytes"]:
         raise ShardError(f"{path}: {status.st_size} bytes, manifest says {entry['bytes']}; {remedy}")
     with contextlib.suppress(FileNotFoundError):

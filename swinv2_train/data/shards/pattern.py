@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from swinv2_train.config import PIPE, is_pipe
+from swinv2_train.config.secret_texts import is_redacted
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.manifest import MANIFEST_NAME, read_entries
 from swinv2_train.data.shards.transfers import ONCE, RetryPolicy, is_remote, list_matching, redacted
@@ -24,6 +25,7 @@ def expand_pattern(
     them lists, or for a pipe.
     """
     paths: list[str] = []
+    check_whole(pattern, key)
     for part in pattern.split("::"):
         if is_pipe(part):
             raise ShardError(
@@ -50,6 +52,7 @@ def expand_commands(pattern: str, key: str = "data.shards") -> list[str]:
     Raises ShardError naming `key` when a part is no pipe, or an empty one.
     """
     commands: list[str] = []
+    check_whole(pattern, key)
     for part in pattern.split("::"):
         if not part.startswith(PIPE) or not part.removeprefix(PIPE).strip():
             raise ShardError(
@@ -58,6 +61,15 @@ def expand_commands(pattern: str, key: str = "data.shards") -> list[str]:
             )
         commands += _braces(part.removeprefix(PIPE).strip(), key)
     return commands
+
+
+def check_whole(pattern: str, key: str) -> None:
+    """Raises ShardError for an address or a command out of a run's own record, which keeps none of its secrets."""
+    if is_redacted(pattern):
+        raise ShardError(
+            f"{key} '{pattern}' is out of a run directory, which keeps no user, password, query or token; give the "
+            f"whole of it on the command line: {key}=..."
+        )
 
 
 def _candidates(part: str, key: str) -> list[str]:
@@ -74,7 +86,7 @@ def _braces(part: str, key: str) -> list[str]:
 
 
 def _local(candidate: str, key: str, complete: bool) -> list[str]:
-    remedy = f"set {key} to your shards (scripts/make_shards.py SOURCE OUT makes them), or run make demo for CIFAR-10"
+    remedy = f"set {key} to your shards (swinv2-make-shards SOURCE OUT makes them), or run make demo for CIFAR-10"
     if os.path.isdir(candidate):
         raise ShardError(
             f"{key} '{candidate}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')} (a folder of "
@@ -93,7 +105,7 @@ def _local(candidate: str, key: str, complete: bool) -> list[str]:
         if lost:
             raise ShardError(
                 f"{os.path.join(folder, lost[0])} is missing, {MANIFEST_NAME} lists it ({len(lost)} such shards); "
-                f"fetch it again, or run scripts/make_shards.py --reindex '{candidate}' to go on without it"
+                f"fetch it again, or run swinv2-make-shards --reindex '{candidate}' to go on without it"
             )
     return found
 

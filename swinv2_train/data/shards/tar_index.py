@@ -319,7 +319,7 @@ def _check_header(header: bytes, path: str, position: int) -> int:
         raise ShardError(f"{path}: a compressed tar has no random access; unpack it to a plain .tar")
     if header[:4] == b"PK\x03\x04":
         raise ShardError(
-            f"{path}: a zip is no shard; pack it (scripts/make_shards.py SOURCE OUT), or unpack it to a folder"
+            f"{path}: a zip is no shard; pack it (swinv2-make-shards SOURCE OUT), or unpack it to a folder"
         )
     raise ShardError(f"{path}: not a tar file (no valid header at byte 0); {_REMEDY}")
 

@@ -1,8 +1,8 @@
 """Shards: the manifest of a set of them, reading one sample by position, and writing.
 
 A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie its index
-(tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by scripts/make_shards.py or on
-first use.  ``classes.txt``, which make_shards.py puts there too, says what the labels mean.  Shards at an address are
+(tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by swinv2-make-shards or on
+first use.  ``classes.txt``, which it puts there too, says what the labels mean.  Shards at an address are
 read through a cache on this machine (shard_cache.py).
 """
 
@@ -227,7 +227,7 @@ def _local_entries(
                     index_path.unlink()
                     raise ShardError(
                         f"{path}: its checksum differs from the manifest; "
-                        f"fetch it again or run scripts/make_shards.py --reindex '{path}'"
+                        f"fetch it again or run swinv2-make-shards --reindex '{path}'"
                     )
                 if progress is not None:
                     progress(f"indexed {path}: {made['samples']} samples")
@@ -356,7 +356,7 @@ class TarReader:
         name = self.manifest.name(shard)
         fd, index_path = self._open_file(shard)
         try:
-            changed = f"{name}: changed since the run started; fetch it again or run make_shards.py --reindex"
+            changed = f"{name}: changed since the run started; fetch it again or run swinv2-make-shards --reindex"
             if os.fstat(fd).st_size != self.manifest.sizes[shard]:
                 raise ShardError(changed)
             try:

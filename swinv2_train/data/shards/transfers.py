@@ -50,7 +50,7 @@ def is_remote(path: str) -> bool:
 
 def redacted(url: str) -> str:
     """An address as it may appear in a log: without user, password and query, which may be a signature."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url).split("?")[0] if is_remote(url) else url
+    return re.sub(r"(?<=://)[^/?#]*@", "", url).split("?")[0] if is_remote(url) else url
 
 
 def base_name(url: str) -> str:

@@ -104,7 +104,7 @@ def open_source(
     if verify:
         raise ShardError(
             f"data.verify=true, but {key} '{directory}' is a directory, whose files have no checksums to compare; pack "
-            "it (scripts/make_shards.py SOURCE OUT), or set data.verify=false"
+            "it (swinv2-make-shards SOURCE OUT), or set data.verify=false"
         )
     if is_saved_dataset(directory):
         return open_saved_dataset(directory, key, progress)

@@ -135,7 +135,7 @@ def check_separators(names: Sequence[str], source: str) -> None:
     if wrong and not any("/" in name for name in names):
         raise ShardError(
             f"{source}: {len(wrong)} file names hold backslashes (e.g. {wrong[0]}): whatever unpacked them made no "
-            "folders of them; unpack the archive by unzip, or give make_shards.py the zip itself"
+            "folders of them; unpack the archive by unzip, or give swinv2-make-shards the zip itself"
         )
 
 

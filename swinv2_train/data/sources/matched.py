@@ -28,7 +28,7 @@ def matched(source: Source, key: str, names: tuple[str, ...] | None, count: int 
         return source
     if theirs is None:
         labels = f"its labels {given[0]}..{given[1]}"
-        say(f"note: {key} names no classes (no classes.txt): {labels} are taken as the numbers of {whose}")
+        say(f"note: {key} names no classes: {labels} are taken as the numbers of {whose}")
         return source
     if names is not None and theirs == names[: len(theirs)]:
         return source if theirs == names else source.relabelled(range(len(theirs)), names)
@@ -43,7 +43,11 @@ def matched(source: Source, key: str, names: tuple[str, ...] | None, count: int 
         return _by_number(source, key, names, count, whose, say)
     if names is None or (are_wordnet(theirs) and not any(map(_is_wordnet, names)) and len(theirs) == len(names)):
         how = "no" if names is None else "other"
-        say(f"note: {whose} have {how} names: those of {key} ({listed(theirs)}) are taken as their numbers, in order")
+        fewer = f", which is wrong unless the last of the {count} are those that are not among these {len(theirs)}"
+        say(
+            f"{'note' if len(theirs) == count else 'warning'}: {whose} have {how} names: those of {key} "
+            f"({listed(theirs)}) are taken as their numbers, in order{'' if len(theirs) == count else fewer}"
+        )
         return source if names is None else source.relabelled(range(len(theirs)), names)
     raise ShardError(
         f"{key} has {len(unknown)} classes that are none of {whose} ({listed(unknown)}); there are "

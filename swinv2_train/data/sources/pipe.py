@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import IO
 
+from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import Sample, ShardError, read_targets
 from swinv2_train.data.shards.pattern import expand_commands
@@ -97,18 +101,29 @@ def _sample(key: str, members: dict[str, bytes], name: str) -> Sample:
     return Sample(key, members.get(extension, b""), extension, read_targets(members), name)
 
 
+def _pass_on(words: IO[bytes]) -> None:
+    """What a command says, without the addresses' secrets: wget says the whole of each."""
+    with words:
+        for line in words:
+            sys.stderr.write(without_secrets(line.decode("utf-8", "replace")))
+            sys.stderr.flush()
+
+
 class _CommandOutput:
     """What a command prints, walked by the index's own reader of tars."""
 
     def __init__(self, command: str) -> None:
-        self.name = f"pipe:{command}"
+        self.name = without_secrets(f"pipe:{command}")
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", _IGNORE_SIGNALS + command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             bufsize=1 << 18,
             start_new_session=True,
         )
+        self._words = threading.Thread(target=_pass_on, args=(self._process.stderr,), daemon=True)
+        self._words.start()
         self._window, self._start, self._arrived = bytearray(), 0, 0
         self._at_end = False
 
@@ -125,6 +140,7 @@ class _CommandOutput:
         if self._at_end:
             status = self._process.wait()
             if status != 0:
+                self._words.join(1.0)
                 how = f"signal {-status}" if status < 0 else f"exit status {status}"
                 raise ShardError(
                     f"{self.name}: the command failed ({how}, after {self._arrived} bytes); its own words are in the "
@@ -140,6 +156,7 @@ class _CommandOutput:
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._process.wait()
+        self._words.join(1.0)  # its last ones; a program that it left in the background may hold on to its stderr
 
     def read_at(self, size: int, position: int) -> bytes:
         self._fill(position + size)

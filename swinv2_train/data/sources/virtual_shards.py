@@ -1,8 +1,8 @@
-"""Images that are not packed, in the order and the shards in which scripts/make_shards.py would pack them.
+"""Images that are not packed, in the order and the shards in which swinv2-make-shards would pack them.
 
 Folders and data sets usually lie sorted by class, so shards of neighbours would hold few classes each, and so would
 the batches mixed from them: the images are shuffled once, by a fixed seed, and every 4,000 make a shard, which exists
-in numbers only.  They are make_shards.py's own defaults: a run on a folder sees what a run on its packed shards sees.
+in numbers only.  They are the command's own defaults: a run on a folder sees what a run on its packed shards sees.
 """
 
 from __future__ import annotations

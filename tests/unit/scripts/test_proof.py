@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from scripts import proof
-from scripts.make_shards import Entry, pack
 from scripts.proof import ARMS, PRETRAINED, PROBES, SCRATCH, SEEDS, STEPS, Cell, Job
 from swinv2_train.config.exit_codes import EXIT_FAILED
+from swinv2_train.data.packing import Entry, pack
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 from tests.support.configs import composed
 from tests.support.images import image_bytes

@@ -335,9 +335,9 @@ def test_patterns_expand_braces_wildcards_and_parts(tmp_path):
 
 
 def test_patterns_that_match_nothing_name_key_pattern_and_remedy(tmp_path):
-    with pytest.raises(ShardError, match=r"data.shards '.*/\*.tar' matches no file; .*make_shards.py"):
+    with pytest.raises(ShardError, match=r"data.shards '.*/\*.tar' matches no file; .*swinv2-make-shards"):
         open_manifest(f"{tmp_path}/*.tar")
-    with pytest.raises(ShardError, match=r"data.eval_shards names '.*x-0.tar', which does not exist; .*make_shards.py"):
+    with pytest.raises(ShardError, match=r"data.eval_shards names '.*x-0.tar', which does not exist; .*make-shards"):
         open_manifest(f"{tmp_path}/x-{{0..3}}.tar", key="data.eval_shards")
     with pytest.raises(ShardError, match="is a folder; name its shards"):
         open_manifest(str(tmp_path))

@@ -14,7 +14,7 @@ import pytest
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import guarded
 from swinv2_train.data.sample import ShardError, ShardOutageError
-from swinv2_train.data.shards.answers import MismatchError, without_secrets
+from swinv2_train.data.shards.answers import MismatchError
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
 from swinv2_train.data.shards.transfers import (
@@ -320,10 +320,10 @@ def test_a_head_that_is_forbidden_is_no_missing_shard(tmp_path, server):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("always 403", r"1 attempt in 0 s, .*HTTP 403 Forbidden: the server forbids it; check your access"),
+        ("always 403", r"1 attempt .*HTTP 403 Forbidden: the server forbids it; check your access"),
         ("always 503", r"\d attempts in \d s, .*HTTP 503 .*: the server is busy; start again later"),
         ("always 500", r"\d attempts in \d s, .*HTTP 500 .*: the server fails; check the server"),
-        ("always 418", r"1 attempt in 0 s, .*HTTP 418 .*: the server refuses the request; check the address"),
+        ("always 418", r"1 attempt .*HTTP 418 .*: the server refuses the request; check the address"),
     ],
 )
 def test_a_size_that_cannot_be_asked_for_is_told_by_what_the_server_said(tmp_path, server, fault, message):
@@ -331,7 +331,9 @@ def test_a_size_that_cannot_be_asked_for_is_told_by_what_the_server_said(tmp_pat
     server.head_faults["t-000002.tar"] = [fault]
     server.faults["t-000002.tar"] = [fault]
     with pytest.raises(ShardError, match=f"^{re.escape(server.url)}/t-000002.tar: cannot be fetched, {message}"):
-        open_manifest(f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache", HASTY))
+        open_manifest(
+            f"{server.url}/{SHARDS}", cache=cache_in(tmp_path / "cache", RetryPolicy(stall_sec=10.0, give_up_sec=1.0))
+        )
 
 
 def test_a_server_that_says_how_long_it_is_busy_is_left_alone_that_long(tmp_path, server):
@@ -391,21 +393,6 @@ def test_a_listing_is_told_by_what_the_server_said(tmp_path, server):
         open_manifest(f"{server.url}/t-*.tar", cache=cache_in(tmp_path / "cache"))
     with pytest.raises(ShardError, match=r"127.0.0.1:9/t-\*.tar: cannot be listed, .*cannot be reached"):
         open_manifest("http://127.0.0.1:9/t-*.tar", cache=cache_in(tmp_path / "cache", RetryPolicy(0.4, 0.5)))
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        (
-            "Cannot connect to https://me:pw@host/a/b.tar?X-Amz-Signature=s&x=1: no",
-            "Cannot connect to https://host/a/b.tar no",
-        ),
-        ("url='https://h/x?token=s'", "url='https://h/x'"),
-        ("no address", "no address"),
-    ],
-)
-def test_addresses_within_a_text_lose_their_secrets(text, shown):
-    assert without_secrets(text) == shown
 
 
 class Busy(Exception):

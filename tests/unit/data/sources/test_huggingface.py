@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from swinv2_train.data.shards.tar_reader import write_shards
 from swinv2_train.data.sources import virtual_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.huggingface import find_columns
+from swinv2_train.data.sources.matched import matched
 from tests.support.images import image_bytes
 from tests.support.loaders import CONFIG, Transform, rows, train_loader
 from tests.support.processes import finished, forked
@@ -266,6 +268,15 @@ def forget_labels(directory: Path) -> None:
     (directory / "dataset_info.json").write_text(json.dumps(info))
 
 
+def name_classes(*names: str) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        info = json.loads((directory / "dataset_info.json").read_text())
+        info["features"]["class"]["names"] = list(names)
+        (directory / "dataset_info.json").write_text(json.dumps(info))
+
+    return change
+
+
 def with_indices(directory: Path) -> None:
     state = json.loads((directory / "state.json").read_text())
     (directory / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "x.arrow"}]}))
@@ -282,14 +293,37 @@ def with_indices(directory: Path) -> None:
         (lambda d: (d / "state.json").write_text("{"), "copy: state.json cannot be read"),
         (forget_fields, "the column 'id' is string, not a struct of bytes and path"),
         (forget_labels, "arrow: there is no column 'kind', which dataset_info.json names; copy or save it again"),
+        (name_classes("ape", "cat"), "copy' has labels up to 2, but names 2 classes; name each, and save it again"),
+        (name_classes("ape", "e\u0301", "\u00e9"), "has two classes called '\u00e9'; give each its own name"),
         (with_indices, "rows of which a list says the order; save it again with a newer"),
     ],
-    ids=["cut between", "cut within", "emptied", "file gone", "info gone", "no JSON", "type", "no labels", "list"],
+    ids=[
+        "cut between",
+        "cut within",
+        "emptied",
+        "file gone",
+        "info gone",
+        "no JSON",
+        "type",
+        "no labels",
+        "few names",
+        "doubled",
+        "list",
+    ],
 )
 def test_damaged_directories_are_refused_by_name(copy, damage, message):
     damage(copy)
     with pytest.raises(ShardError, match=message):
         open_source(str(copy))
+
+
+def test_classes_are_matched_by_their_names(copy, tmp_path):
+    """A data set has its own order, and may name classes of which it has no rows."""
+    name_classes("dog", "cafe\u0301", "ape", "never seen")(copy)
+    source = matched(open_source(str(copy)), "data.eval_shards", ("ape", "caf\u00e9", "cow", "dog"), 4, "x", print)
+    reader = source.open_reader()
+    labels = {int(sample.key) // 80: sample.targets["label"] for sample in (reader.read(0, i) for i in range(COUNT))}
+    assert labels == {0: 3, 1: 1, 2: 0} and source.classes == ("ape", "caf\u00e9", "cow", "dog")
 
 
 def test_a_resume_takes_the_copy_and_refuses_other_rows(saved, copy):

@@ -91,13 +91,15 @@ def test_where_a_side_has_no_names_the_numbers_are_taken_and_one_line_says_so(tm
     unnamed = shards(tmp_path / "a", None, (0, 3))
     source, said = match(unnamed)
     assert source is unnamed and len(said) == 1
-    assert "data.eval_shards names no classes (no classes.txt): its labels 0..3 are taken" in said[0]
+    assert "data.eval_shards names no classes: its labels 0..3 are taken" in said[0]
     assert match(unnamed, None)[0] is unnamed
     named = folder(tmp_path / "b", "x", "y")
     source, said = match(named, None)
+    taken = "the model's classes have no names: those of data.eval_shards (x, y) are taken as their numbers, in order"
     assert source is named and said == [
-        "note: the model's classes have no names: those of data.eval_shards (x, y) are taken as their numbers, in order"
+        f"warning: {taken}, which is wrong unless the last of the 4 are those that are not among these 2"
     ]
+    assert match(named, None, 2)[1] == [f"note: {taken}"]
     flat = open_source(str(tmp_path / "b" / "x"))
     assert match(flat) == (flat, [])
 
