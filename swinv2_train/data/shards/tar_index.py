@@ -38,6 +38,8 @@ _RECORDS = (b"x", b"L", b"K", b"g")
 """Members that say something of the next one, or of all that follow."""
 _MAX_RECORD_BYTES = 1 << 20
 """Of one such member; a name or a link has some thousands at most, and more would only be read into memory."""
+MAX_NAME = 4096
+"""Letters of a name; every record of the index has room for the longest one."""
 _ASCII = bytes(range(128))
 _REMEDY = "fetch or write it again"
 
@@ -90,7 +92,7 @@ def build_index(path: str, name: str | None = None, checksums: bool = True) -> n
             key, extension = named
             if (key, extension) in seen:
                 raise ShardError(
-                    f"{shard}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
+                    f"{shard}: the key {key!r:.200} has two .{extension:.20} members (the second at byte {offset}); "
                     "keys must be unique within a shard: write it again"
                 )
             seen.add((key, extension))
@@ -261,6 +263,10 @@ def tar_entries(source: TarBytes, path: str) -> Iterator[TarEntry]:
         if kind == b"M":
             raise ShardError(f"{path}: a piece of a member at byte {start - BLOCK}; join the volumes to one tar")
         name = pax.get("path") or long_name or _header_name(header)
+        if len(name) > MAX_NAME:
+            raise ShardError(
+                f"{path}: a name of {len(name)} letters at byte {start - BLOCK}: no path is that long; {_REMEDY}"
+            )
         target = pax.get("linkpath") or long_target or _text(header[157:257].split(b"\0", 1)[0])
         long_name, long_target, pax = None, None, {}
         yield TarEntry(name, start, size, kind, target if kind in (_HARD_LINK, _SYMBOLIC_LINK) else "")

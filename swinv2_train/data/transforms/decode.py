@@ -64,7 +64,7 @@ def decode_image(
             raise MachineError(f"an image of {len(data)} bytes cannot be decoded: {fault}") from error
         if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
             raise DecodeError(f"not a readable .{extension} image (no known format)") from error
-        raise DecodeError(f"not a readable .{extension} image ({type(error).__name__}: {error})") from error
+        raise DecodeError(f"not a readable .{extension} image ({type(error).__name__}: {str(error)[:300]})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 

@@ -37,9 +37,9 @@ TARS = (
 )
 
 
-def write_tar(path: Path, files: dict[str, bytes] = FILES, **options) -> Path:
+def write_tar(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]] = FILES, **options) -> Path:
     with tarfile.open(path, "w", **options) as tar:
-        for name, data in files.items():
+        for name, data in files.items() if isinstance(files, dict) else files:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -348,6 +348,24 @@ def test_a_zip_that_cannot_be_read_whole_is_one_message_and_leaves_nothing(tmp_p
     damage(data)
     path.write_bytes(data)
     assert message in refused(path, tmp_path, capsys)
+
+
+def test_a_message_carries_no_more_of_a_name_than_tells_it(tmp_path, capsys):
+    """A name may have 64 kB in a zip, and a megabyte in a tar."""
+    name = "a/" + "x" * 60_000 + ".png"
+    for number, path in enumerate(
+        [write_zip(tmp_path / "x.zip", {name: b"x"}), write_tar(tmp_path / "x.tar", {name: b"x", f"./{name}": b"y"})]
+    ):
+        data = bytearray(path.read_bytes())
+        if not number:
+            encrypt(data)
+            path.write_bytes(data)
+        assert len(refused(path, tmp_path, capsys)) < 700
+    shorter = "x" * 3000 + ".png"
+    twice = write_tar(tmp_path / "y.tar", [(shorter, b"x"), (shorter, b"y")])
+    with pytest.raises(ShardError) as error:
+        open_manifest(str(twice))
+    assert "has two .png members" in str(error.value) and len(str(error.value)) < 700
 
 
 def test_a_small_file_that_claims_much_costs_no_memory(tmp_path, capsys):
