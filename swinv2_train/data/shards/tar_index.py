@@ -299,10 +299,10 @@ def _header_size(header: bytes) -> int | None:
         stored, size = _number(header[148:156]), _number(header[124:136])
     except ValueError:
         return None
-    rest = header[:148] + header[156:]
-    unsigned = sum(rest) + 8 * 32
-    signed = unsigned - 256 * len(rest.translate(None, _ASCII))  # what some old tars wrote
-    return size if stored in (unsigned, signed) and size >= 0 else None
+    off = sum(header) - sum(header[148:156]) + 8 * 32 - stored
+    if off:  # some old tars sum up signed bytes
+        off -= 256 * len((header[:148] + header[156:]).translate(None, _ASCII))
+    return size if off == 0 and size >= 0 else None
 
 
 def _check_tail(source: TarBytes, path: str, position: int) -> None:
