@@ -149,6 +149,6 @@ class Sample:
     key: str
     image: bytes
     extension: str
-    """jpg, jpeg, png or webp."""
+    """One of IMAGE_EXTENSIONS (shards/tar_index.py), or what a saved data set names its images."""
     targets: Targets
     shard: str

@@ -41,7 +41,8 @@ _RECORDS = (b"x", b"L", b"K", b"g")
 """Members that say something of the next one, or of all that follow."""
 _RECORD_BYTES = 2**20
 """Of one such member; a name or a link has some thousands at most, and more would only be read into memory."""
-_NAME_CHARACTERS = 1024
+MAX_NAME = 4096
+"""Letters of a name; every record of the index has room for the longest one."""
 _ASCII = bytes(range(128))
 _REMEDY = "fetch or write it again"
 
@@ -94,7 +95,7 @@ def build_index(path: str, name: str | None = None, checksums: bool = True) -> n
             key, extension = named
             if (key, extension) in seen:
                 raise ShardError(
-                    f"{shard}: the key '{key}' has two .{extension} members (the second at byte {offset}); "
+                    f"{shard}: the key {key!r:.200} has two .{extension:.20} members (the second at byte {offset}); "
                     "keys must be unique within a shard: write it again"
                 )
             seen.add((key, extension))
@@ -293,13 +294,12 @@ def tar_entries(source: TarBytes, path: str) -> Iterator[TarEntry]:
         if kind == b"M":
             raise ShardError(f"{path}: a piece of a member at byte {start - BLOCK}; join the volumes to one tar")
         name = pax.get("path") or long_name or _header_name(header)
+        if len(name) > MAX_NAME:
+            raise ShardError(
+                f"{path}: a name of {len(name)} letters at byte {start - BLOCK}: no path is that long; {_REMEDY}"
+            )
         target = pax.get("linkpath") or long_target or _text(header[157:257].split(b"\0", 1)[0])
         long_name, long_target, pax = None, None, {}
-        if len(name) > _NAME_CHARACTERS:  # the index has as much room for every key as the longest takes
-            raise ShardError(
-                f"{path}: a name of {len(name)} characters at byte {start - BLOCK}, more than {_NAME_CHARACTERS}; "
-                "write it again with shorter ones"
-            )
         yield TarEntry(name, start, size, kind, target if kind in (_HARD_LINK, _SYMBOLIC_LINK) else "")
 
 
@@ -330,10 +330,10 @@ def _header_size(header: bytes) -> int | None:
         stored, size = _number(header[148:156]), _number(header[124:136])
     except ValueError:
         return None
-    rest = header[:148] + header[156:]
-    unsigned = sum(rest) + 8 * 32
-    signed = unsigned - 256 * len(rest.translate(None, _ASCII))  # what some old tars wrote
-    return size if stored in (unsigned, signed) and size >= 0 else None
+    off = sum(header) - sum(header[148:156]) + 8 * 32 - stored
+    if off:  # some old tars sum up signed bytes
+        off -= 256 * len((header[:148] + header[156:]).translate(None, _ASCII))
+    return size if off == 0 and size >= 0 else None
 
 
 def _check_tail(source: TarBytes, path: str, position: int) -> None:

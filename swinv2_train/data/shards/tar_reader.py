@@ -1,6 +1,6 @@
 """Shards: the manifest of a set of them, reading one sample by position, and writing.
 
-A shard is a plain webdataset tar (``KEY.jpg|jpeg|png|webp`` and optionally ``KEY.cls``).  Beside it lie its index
+A shard is a plain webdataset tar (``KEY.jpg`` or another image, and optionally ``KEY.cls``).  Beside it lie its index
 (tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by swinv2-make-shards or on
 first use.  ``classes.txt``, which it puts there too, says what the labels mean.  Shards at an address are
 read through a cache on this machine (shard_cache.py).

@@ -146,7 +146,7 @@ def _open_zip(path: Path, source: str) -> Archive:
     try:
         zipped = zipfile.ZipFile(path)
     except _BROKEN_ZIP as error:
-        raise ShardError(f"{source} is a damaged zip, cut off perhaps ({error}); {_AGAIN}") from error
+        raise ShardError(f"{source} is a damaged zip, cut off perhaps ({str(error)[:200]}); {_AGAIN}") from error
     except OSError as error:
         if error.strerror is not None and error.filename is not None:
             raise
@@ -237,4 +237,4 @@ def _read_zipped(zipped: zipfile.ZipFile, info: zipfile.ZipInfo, source: str) ->
         if error.errno is not None:
             raise
         problem = error  # bzip2's own
-    raise ShardError(f"{source}: the member {_shown(info.filename)} is damaged ({problem}); {_AGAIN}")
+    raise ShardError(f"{source}: the member {_shown(info.filename)} is damaged ({str(problem)[:200]}); {_AGAIN}")

@@ -83,12 +83,12 @@ def _grouped(output: _CommandOutput) -> Iterator[Sample]:
             key, members = named[0], {}
             if key in earlier:
                 raise ShardError(
-                    f"{output.name}: the key '{key}' comes again after others; a pipe can be read once only, so write "
-                    "a sample's members side by side (tar --sort=name)"
+                    f"{output.name}: the key {key!r:.200} comes again after others; a pipe can be read once only, so "
+                    "write a sample's members side by side (tar --sort=name)"
                 )
         if named[1] in members:
             raise ShardError(
-                f"{output.name}: {entry.name}: duplicate; keys must be unique within a shard: write it again"
+                f"{output.name}: {entry.name:.200}: duplicate; keys must be unique within a shard: write it again"
             )
         members[named[1]] = output.read_at(entry.size, entry.offset)
     passed_over.warn(output.name)

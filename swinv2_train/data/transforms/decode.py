@@ -17,6 +17,7 @@ from swinv2_train.data.sample import lacking
 from swinv2_train.data.transforms.gif import count_frames
 from swinv2_train.data.transforms.jpeg import decode_jpeg
 from swinv2_train.data.transforms.png import SIGNATURE, Png, check_rows, read_png
+from swinv2_train.data.transforms.tiff import check_tiff
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,7 +64,7 @@ def decode_image(
             raise MachineError(f"an image of {len(data)} bytes cannot be decoded: {fault}") from error
         if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
             raise DecodeError(f"not a readable .{extension} image (no known format)") from error
-        raise DecodeError(f"not a readable .{extension} image ({type(error).__name__}: {error})") from error
+        raise DecodeError(f"not a readable .{extension} image ({type(error).__name__}: {str(error)[:300]})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
@@ -100,15 +101,25 @@ def _decode_png(png: Png, notes: set[str] | None) -> np.ndarray:
 
 def _decode_with_pillow(data: bytes, max_pixels: int, notes: set[str] | None) -> np.ndarray:
     from PIL import Image
+    from PIL.TiffImagePlugin import TiffImageFile
 
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         _check_pixels(image.height, image.width, max_pixels)
         frames = count_frames(data) if image.format == "GIF" else getattr(image, "n_frames", 1)
         if frames > 1:
             _note(notes, str(image.format))
-        if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):  # type: ignore[attr-defined]
-            raise ValueError("signed samples have no defined black and white")
+        if isinstance(image, TiffImageFile):
+            if _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):
+                raise ValueError("signed samples have no defined black and white")
+            check_tiff(data, image, _first_page)
         return _rgb(image)
+
+
+def _first_page(data: bytes) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
+        return np.array(image)
 
 
 def _note(notes: set[str] | None, kind: str) -> None:

@@ -168,6 +168,18 @@ def test_a_long_legal_tail_of_zeros_is_no_damage(tmp_path):
     assert len(build_index(str(path))) == 1
 
 
+def test_headers_whose_checksum_sums_up_signed_bytes_are_right_too(tmp_path):
+    """Old tars wrote them, of names beyond ASCII; tarfile takes both."""
+    path = write_plain_tar(tmp_path / "t.tar", [("\u00e9\u00e8.png", image_bytes(0))], format=tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    signed = sum(byte - 256 if byte > 127 else byte for byte in data[:148] + data[156:512]) + 8 * 32
+    data[148:156] = b"%06o\0 " % signed
+    path.write_bytes(data)
+    with tarfile.open(path) as tar:
+        assert len(tar.getmembers()) == 1
+    assert len(build_index(str(path))) == 1
+
+
 def test_the_same_member_twice_is_an_error(tmp_path):
     path = write_plain_tar(tmp_path / "t.tar", [(n, image_bytes(0)) for n in ("a.png", "b.png", "a.png")])
     with pytest.raises(ShardError, match="the key 'a' has two .png members"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import random
 import struct
 import tarfile
 import zipfile
@@ -36,9 +37,9 @@ TARS = (
 )
 
 
-def write_tar(path: Path, files: dict[str, bytes] = FILES, **options) -> Path:
+def write_tar(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]] = FILES, **options) -> Path:
     with tarfile.open(path, "w", **options) as tar:
-        for name, data in files.items():
+        for name, data in files.items() if isinstance(files, dict) else files:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -349,6 +350,24 @@ def test_a_zip_that_cannot_be_read_whole_is_one_message_and_leaves_nothing(tmp_p
     assert message in refused(path, tmp_path, capsys)
 
 
+def test_a_message_carries_no_more_of_a_name_than_tells_it(tmp_path, capsys):
+    """A name may have 64 kB in a zip, and a megabyte in a tar."""
+    name = "a/" + "x" * 60_000 + ".png"
+    for number, path in enumerate(
+        [write_zip(tmp_path / "x.zip", {name: b"x"}), write_tar(tmp_path / "x.tar", {name: b"x", f"./{name}": b"y"})]
+    ):
+        data = bytearray(path.read_bytes())
+        if not number:
+            encrypt(data)
+            path.write_bytes(data)
+        assert len(refused(path, tmp_path, capsys)) < 700
+    shorter = "x" * 3000 + ".png"
+    twice = write_tar(tmp_path / "y.tar", [(shorter, b"x"), (shorter, b"y")])
+    with pytest.raises(ShardError) as error:
+        open_manifest(str(twice))
+    assert "has two .png members" in str(error.value) and len(str(error.value)) < 700
+
+
 def test_a_small_file_that_claims_much_costs_no_memory(tmp_path, capsys):
     path = write_zip(tmp_path / "x.zip", {"a/1.png": bytes(1 << 20), "b/2.png": b"x"})
     data = bytearray(path.read_bytes())
@@ -436,3 +455,31 @@ def test_an_archive_is_looked_at_and_not_read_when_it_is_opened(tmp_path):
     os.truncate(tmp_path / "x.tar", 5000)
     with pytest.raises(ShardError, match="is cut off: the archive changed while it was read"):
         archive.files["data/dog2/3.png"]()
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_no_change_to_an_archive_loses_images_without_a_word(tmp_path, capsys, write: Callable[..., Path]):
+    """Whatever was changed: all images, or one message, or a line that counts what is left out."""
+    chance = random.Random(0)
+    whole = write(tmp_path / "x").read_bytes()
+    for _ in range(300):
+        data = bytearray(whole)
+        at = chance.randrange(len(data)) if chance.random() < 0.5 else len(data) - chance.randrange(1, 1000)
+        kind = chance.randrange(4)
+        if kind == 0:
+            data[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            data[at : at + 4] = chance.choice((bytes(4), b"\xff" * 4))
+        elif kind == 2:
+            del data[at:]
+        else:
+            del data[at : at + chance.choice((1, 7, 46))]
+        (tmp_path / "x").write_bytes(data)
+        try:
+            entries, _ = make_shards.read_source(tmp_path / "x")
+            content = [entry.read() for entry in entries]
+        except ShardError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+            continue
+        assert len(content) == len(FILES) or "left out" in capsys.readouterr().out
+        assert write is write_tar or set(content) <= set(FILES.values())  # a tar has no checksums of content

@@ -203,6 +203,10 @@ WHOLE: dict[str, bytes] = {
     "tiff jpeg": encoded(RGB, "TIFF", compression="jpeg"),
     "tiff cmyk": encoded(RGB.convert("CMYK"), "TIFF"),
     "tiff 1 bit": encoded(RGB.convert("1"), "TIFF", compression="group4"),
+    "tiff 1 bit, group 3": encoded(RGB.convert("1"), "TIFF", compression="group3"),
+    "tiff jpeg grey": encoded(RGB.convert("L"), "TIFF", compression="jpeg"),
+    "tiff jpeg of many strips": encoded(Image.fromarray(picture(200, 300)), "TIFF", compression="jpeg"),
+    "tiff 1 bit of many strips": encoded(Image.fromarray(picture(800, 900)).convert("1"), "TIFF", compression="group4"),
     "tiff rgba": encoded(RGB.convert("RGBA"), "TIFF"),
     "tiff of several pages": frames("TIFF"),
     "tiff 16 bit rgb": tiff(np.repeat(GREY16[..., None], 3, 2).astype("<u2").tobytes(), [16, 16, 16], 2),
@@ -333,7 +337,15 @@ def test_every_depth_and_colour_of_png_is_counted_right():
                 pixels(short)
 
 
-PIXELS_REMAIN = ("after its end", "pictures", "pages", "bmp 1 bit", "tiff 1 bit")
+PIXELS_REMAIN = (
+    "after its end",
+    "pictures",
+    "pages",
+    "bmp 1 bit",
+    "tiff 1 bit",
+    "group 3",
+    "tiff 1 bit of many strips",
+)
 """What is cut off here at first is not of the picture: other pictures, and bytes that fill up a row."""
 
 
@@ -345,6 +357,16 @@ def test_a_file_that_is_cut_off_is_damage_in_every_format(name):
         with warnings.catch_warnings(), pytest.raises(DecodeError):
             warnings.simplefilter("ignore")
             pixels(data[:left])
+
+
+def shortened_strip(data: bytes, part: float, end: bytes) -> bytes:
+    """A TIFF of one strip of which a part remains, with the right size."""
+    with Image.open(io.BytesIO(data)) as image:
+        (at,), (size,) = image.tag_v2[273], image.tag_v2[279]
+    strip = data[at : at + int(size * part)] + end
+    entry = next(place for number in (3, 4) if (place := data.find(struct.pack("<HHI", 279, number, 1))) > 0)
+    data = data[: entry + 8] + struct.pack("<I", len(strip)) + data[entry + 12 :]
+    return data[:at] + strip + data[at + len(strip) :]
 
 
 def shortened() -> Iterator[tuple[str, bytes]]:
@@ -366,6 +388,17 @@ def shortened() -> Iterator[tuple[str, bytes]]:
             field = struct.pack("<HHI", tag, number, 1)
             short = short.replace(field + struct.pack("<I", HEIGHT - 1), field + struct.pack("<I", HEIGHT))
         yield f"tiff {kind}", short
+    for kind, mode, end in (
+        ("jpeg", "RGB", b"\xff\xd9"),
+        ("jpeg", "L", b"\xff\xd9"),
+        ("group3", "1", b""),
+        ("group4", "1", b""),
+    ):
+        for part in (0.9, 0.5):
+            yield (
+                f"tiff {kind} {mode} {part}",
+                shortened_strip(encoded(RGB.convert(mode), "TIFF", compression=kind), part, end),
+            )
     data = jpeg()
     for left in (0.95, 0.5, 0.1):
         begin = data.index(b"\xff\xda")
@@ -379,6 +412,25 @@ def test_pixels_that_end_early_in_a_file_that_does_not_are_damage(name, data):
     with warnings.catch_warnings(), pytest.raises(DecodeError):
         warnings.simplefilter("ignore")
         pixels(data)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"), [(2, "its strips hold .* bytes, the file"), (1, "more pixels than the picture")]
+)
+def test_a_tiff_of_strips_that_hold_more_than_it_costs_neither_memory_nor_time(times, message):
+    """One megabyte that every strip names, or strips of 65,500 x 65,500 pixels."""
+    data = bytearray(encoded(RGB.convert("L"), "TIFF", compression="jpeg"))
+    with Image.open(io.BytesIO(bytes(data))) as image:
+        (at,) = image.tag_v2[273]
+    if times == 2:
+        entry = next(place for number in (3, 4) if (place := data.find(struct.pack("<HHI", 279, number, 1))) > 0)
+        data[entry : entry + 12] = struct.pack("<HHII", 279, 4, 1, 1 << 30)
+    else:
+        frame = data.index(b"\xff\xc0", at)
+        data[frame + 5 : frame + 9] = struct.pack(">HH", 65_500, 65_500)
+    with warnings.catch_warnings(), pytest.raises(DecodeError, match=message):
+        warnings.simplefilter("ignore")
+        pixels(bytes(data))
 
 
 @pytest.mark.parametrize("name", ["png", "png palette", "png interlaced", "png in many pieces"])
@@ -443,3 +495,29 @@ def test_the_first_of_several_frames_is_used_and_said(kind):
     assert notes == {f"some {kind} files hold several frames or pages; the first of each is used"}
     decode_image(encoded(RGB, kind), "x", notes=notes)
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_change_to_a_file_is_anything_but_an_image_or_damage(seed):
+    """A lack of memory, a crash or a hang would end a run that data.on_bad_sample=replace is to carry on."""
+    rng = np.random.default_rng(seed)
+    small = [data for data in WHOLE.values() if len(data) < 30_000]
+    for number in range(250):
+        data = bytearray(small[(250 * seed + number) % len(small)])
+        for _ in range(rng.integers(1, 5)):
+            at = int(rng.integers(len(data) if rng.random() < 0.5 else min(len(data), 100)))
+            kind = rng.integers(4)
+            if kind == 0:
+                data[at] ^= 1 << int(rng.integers(8))
+            elif kind == 1:
+                data[at : at + 4] = bytes(4) if rng.random() < 0.5 else b"\x7f\xff\xff\xff"
+            elif kind == 2:
+                data[at : at + int(rng.integers(1, 40))] = b""
+            else:
+                data[at:at] = rng.bytes(8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                assert pixels(bytes(data)).shape[2] == 3
+            except DecodeError as error:
+                assert "\n" not in str(error) or len(str(error)) < 500
