@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from swinv2_train.checkpoint import newest_checkpoint
+from swinv2_train.config.arguments import last_of_each
 from tests.support.commands import SMALL, finish, losses, start, wait_for_step
 from tests.support.network import INTERFACE, TwoHosts
 
@@ -34,7 +35,7 @@ def hosts() -> Iterator[TwoHosts]:
 
 def torchrun(hosts: TwoHosts, port: int, *overrides: str) -> list[subprocess.Popen[str]]:
     """launch/torchrun.sh on both hosts, one rank each; gloo takes the interface that it is told."""
-    processes = []
+    processes, words = [], last_of_each(overrides)
     for host in range(2):
         variables = {
             "NNODES": "2", "NODE_RANK": str(host), "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": str(port),
@@ -43,7 +44,7 @@ def torchrun(hosts: TwoHosts, port: int, *overrides: str) -> list[subprocess.Pop
         }  # fmt: skip
         processes.append(
             subprocess.Popen(
-                hosts.command(host, str(ROOT / "launch/torchrun.sh"), *overrides), env=os.environ | variables,
+                hosts.command(host, str(ROOT / "launch/torchrun.sh"), *words), env=os.environ | variables,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             )
         )  # fmt: skip

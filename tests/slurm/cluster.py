@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from swinv2_train.config.arguments import last_of_each
+
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("127.0.0.2", "127.0.0.3")  # a node's name is its address, so the ranks can resolve it
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "setpriv")
@@ -137,7 +139,8 @@ class Cluster:
     def train(self, *overrides: str, options: tuple[str, ...] = (), **variables: str) -> int:
         """Submit launch/train.sbatch, one GPU on each node unless options say otherwise; returns the job's number."""
         small = ("--gpus-per-node=1", "--cpus-per-gpu=1", f"--output={self.folder}/%j.out")
-        job = self.run("sbatch", "--parsable", *small, *options, "launch/train.sbatch", *overrides, **variables)
+        words = last_of_each(overrides)
+        job = self.run("sbatch", "--parsable", *small, *options, "launch/train.sbatch", *words, **variables)
         return int(job)
 
     def output(self, job: int) -> str:
