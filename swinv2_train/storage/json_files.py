@@ -20,6 +20,8 @@ from swinv2_train.config.shown import shown
 
 Shape = Callable[[Any, str], None]
 
+_NAME_CHARACTERS = 200
+"""Of a file's name: file systems take 255 bytes."""
 LARGEST = 2**63 - 1
 """The largest whole number that a file of ours holds."""
 
@@ -183,7 +185,12 @@ def file_name(deep: bool = True) -> Shape:
 
     def check(value: Any, where: str) -> None:
         parts = value.split("/") if isinstance(value, str) else [""]
-        if len(parts) > (8 if deep else 1) or "\0" in str(value) or {"", ".", ".."} & set(parts):
+        if (
+            len(parts) > (8 if deep else 1)
+            or max(map(len, parts)) > _NAME_CHARACTERS
+            or "\0" in str(value)
+            or {"", ".", ".."} & set(parts)
+        ):
             raise _refusal(where, value, "the name of a file beside it")
 
     return check

@@ -58,6 +58,7 @@ WRONG = {
     '{"step": 1, "files": {"/etc/passwd": {"bytes": 1}}}': "the name of a file beside it",
     '{"step": 1, "files": {"a/../../b": {"bytes": 1}}}': "the name of a file beside it",
     '{"step": 1, "files": {"a\\u0000": {"bytes": 1}}}': "the name of a file beside it",
+    '{"step": 1, "files": {"' + "x" * 5000 + '": {"bytes": 1}}}': "the name of a file beside it",
     '{"step": 1, "files": {"a": {}}}': "files.a.bytes is missing",
     '{"step": 1, "files": {}, "loss": NaN}': r"loss \(NaN\) must be a number",
     '{"step": 1, "files": {}, "state": "owned"}': r'state \("owned"\) must be one of running, done',
