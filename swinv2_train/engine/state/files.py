@@ -241,9 +241,9 @@ class StateFiles:
         }
         self.ema_decay: float | None = metadata.get("ema_decay")
         """Decay of the weights' averages that are in it; None = none are."""
-        self._check_sizes()
         self._order = sorted(range(metadata["world_size"]), key=lambda rank: rank != first)
         self._files: dict[int, tuple[Any, dict[str, int], dict[str, float]]] = {}
+        self._check_sizes()
 
     def check_files(self) -> None:
         """Open every rank's file, which finds those that are missing or cut."""
@@ -255,6 +255,7 @@ class StateFiles:
         stored = sum(path.stat().st_size for path in self.directory.glob("rank_*.safetensors"))
         for name, spec in self.specs.items():
             if math.prod(spec.shape) > stored:
+                self.check_files()  # one that is missing or cut is the nearer reason
                 raise ConfigError(
                     f"{self.directory / METADATA_FILE}: {name} has shape {spec.shape}, which is more than the "
                     f"{stored:,} bytes of all its files; {_ANOTHER}"
