@@ -49,13 +49,13 @@ def test_resume_in_fresh_processes_is_bit_exact(name, stage, precision, persiste
         engine = build_it(world)
         torch.manual_seed(world.rank)
         train(engine, world, 3, 2)
-        save_checkpoint(tmp_path, engine, {"step": 3}, world, 2, None)
+        save_checkpoint(tmp_path, engine, {"step": 3, "images_seen": 3}, world, 2, None)
         return train(engine, world, 3, 2, first=3), full_state(engine)
 
     def second(world):
         engine = build_it(world)
         path = newest_checkpoint(tmp_path)
-        assert load_checkpoint(path, engine, world, 0) == {"step": 3, "best": None}
+        assert load_checkpoint(path, engine, world, 0) == {"step": 3, "images_seen": 3, "best": None}
         return train(engine, world, 3, 2, first=3), full_state(engine)
 
     expected, weights = run_distributed(uninterrupted, size)[0]
@@ -99,11 +99,11 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_previous_checkpoint(when, vic
     def run(world):
         engine = build(toy_config(stage=stage), world)
         train(engine, world, 1)
-        save_checkpoint(tmp_path, engine, {"step": 1}, world, 2, None)
+        save_checkpoint(tmp_path, engine, {"step": 1, "images_seen": 1}, world, 2, None)
         train(engine, world, 1, first=1)
         if world.rank in victims:
             kill_in_save(when)
-        Save(tmp_path, engine, {"step": 2}, world, 2, None, background).finish()
+        Save(tmp_path, engine, {"step": 2, "images_seen": 2}, world, 2, None, background).finish()
 
     results = run_distributed(run, 2, may_die=True, timeout_sec=90)
     assert results == [None, None]
@@ -116,7 +116,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_previous_checkpoint(when, vic
         engine = build(toy_config(stage=stage), world)
         load_checkpoint(newest_checkpoint(tmp_path), engine, world, 0)
         train(engine, world, 1, first=1)
-        return save_checkpoint(tmp_path, engine, {"step": 2}, world, 2, None).name
+        return save_checkpoint(tmp_path, engine, {"step": 2, "images_seen": 2}, world, 2, None).name
 
     assert run_distributed(resume, 2) == ["step_00000002"] * 2
 
@@ -130,7 +130,7 @@ def test_rank_that_cannot_write_stops_the_save_on_all_ranks(trouble, rank, backg
 
     def run(world):
         engine = build(toy_config(), world)
-        save_checkpoint(tmp_path, engine, {"step": 1}, world, 2, None)
+        save_checkpoint(tmp_path, engine, {"step": 1, "images_seen": 1}, world, 2, None)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if world.rank == rank:
             if trouble == "full disk":
@@ -144,11 +144,15 @@ def test_rank_that_cannot_write_stops_the_save_on_all_ranks(trouble, rank, backg
 
                 engine.snapshot = snapshot
         with pytest.raises(RuntimeError) as caught:
-            Save(tmp_path, engine, {"step": 2}, world, 2, None, background).finish()
+            Save(tmp_path, engine, {"step": 2, "images_seen": 2}, world, 2, None, background).finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         engine.__dict__.pop("snapshot", None)
         left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
-        return str(caught.value), left, save_checkpoint(tmp_path, engine, {"step": 3}, world, 2, None).name
+        return (
+            str(caught.value),
+            left,
+            save_checkpoint(tmp_path, engine, {"step": 3, "images_seen": 3}, world, 2, None).name,
+        )
 
     (text, left, last), other = run_distributed(run, 2, timeout_sec=30)
     reason = "File too large" if trouble == "full disk" else "No such file or directory"
@@ -165,7 +169,7 @@ def test_run_directory_that_vanished_is_not_made_anew(tmp_path):
     def run(world):
         engine = build(toy_config(), world)
         with pytest.raises(RuntimeError, match="run/checkpoints/step_00000001: .*No such file or directory"):
-            save_checkpoint(tmp_path / "run", engine, {"step": 1}, world, 2, None)
+            save_checkpoint(tmp_path / "run", engine, {"step": 1, "images_seen": 1}, world, 2, None)
 
     run_distributed(run, 2, timeout_sec=30)
     assert not (tmp_path / "run").exists()
@@ -178,7 +182,7 @@ def test_flipped_bit_in_any_file_is_found_by_some_rank_and_all_take_the_one_befo
     def save(world):
         engine = build(toy_config(), world)
         for step in (1, 2):
-            save_checkpoint(tmp_path, engine, {"step": step}, world, 2, None)
+            save_checkpoint(tmp_path, engine, {"step": step, "images_seen": step}, world, 2, None)
 
     def choose(world):
         return verified_checkpoint(newest_checkpoint(tmp_path), world)
@@ -205,7 +209,11 @@ def test_no_checkpoint_left_after_bit_flips_is_an_error_that_names_the_last_on_a
     def run(world):
         engine = build(toy_config(), world)
         for step in (1, 2):
-            path = save_checkpoint(tmp_path, engine, {"step": step}, world, 2, None) / "rng" / "rank_0001.json"
+            path = (
+                save_checkpoint(tmp_path, engine, {"step": step, "images_seen": step}, world, 2, None)
+                / "rng"
+                / "rank_0001.json"
+            )
             if world.is_main:
                 path.write_bytes(b"7" + path.read_bytes()[1:])
         barrier()  # or a rank reads its files before they are damaged
@@ -225,15 +233,17 @@ def test_save_in_the_background_holds_the_state_of_its_step(stage, tmp_path):
     def run(world):
         engine = build(toy_config(stage=stage, precision="bf16"), world)
         train(engine, world, 1)
-        Save(tmp_path / "b", engine, {"step": 1}, world, 2, None, background=True).finish()  # its memory is used again
+        Save(
+            tmp_path / "b", engine, {"step": 1, "images_seen": 1}, world, 2, None, background=True
+        ).finish()  # its memory is used again
         train(engine, world, 1, first=1)
-        save_checkpoint(tmp_path / "a", engine, {"step": 2}, world, 2, None)
+        save_checkpoint(tmp_path / "a", engine, {"step": 2, "images_seen": 2}, world, 2, None)
         written = threading.Event()
         write = Snapshot.write
         Snapshot.write = lambda *arguments: (written.wait(), write(*arguments))[1]  # not before training went on
         copy = files._copy
         files._copy = lambda *arguments: (time.sleep(1.0), copy(*arguments))[1]
-        saving = Save(tmp_path / "b", engine, {"step": 2}, world, 2, None, background=True)
+        saving = Save(tmp_path / "b", engine, {"step": 2, "images_seen": 2}, world, 2, None, background=True)
         train(engine, world, 2, first=2)
         assert not saving.path.exists()
         written.set()

@@ -76,12 +76,12 @@ def test_a_hostile_file_of_a_run_gives_one_message(tmp_path, file):
     path.parent.mkdir(exist_ok=True)
     for content in HOSTILE:
         path.write_text(content)
-        started = time.monotonic()
+        started = time.process_time()
         try:
             read(run_dir)
         except ConfigError as error:
             assert len(str(error)) < 6100 and str(error).isprintable(), error
-        assert time.monotonic() - started < 5, content[:80]
+        assert time.process_time() - started < 5, content[:80]
     path.unlink()
     os.mkfifo(path)
     try:

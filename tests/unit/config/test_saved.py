@@ -74,10 +74,10 @@ REFUSED = {
 def test_what_is_no_plain_value_is_refused_by_name(tmp_path, what):
     """In seconds and in a message of a few lines, whatever the file holds."""
     text, match = REFUSED[what]
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=match) as caught:
         load_run_config(saved(tmp_path, BASE + text))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert len(str(caught.value)) < 1000
 
 

@@ -47,9 +47,9 @@ def test_length_is_bounded_and_said():
 
 
 def test_an_endless_text_costs_no_time():
-    started = time.monotonic()
+    started = time.process_time()
     shown("\x1b" * 10**8)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_every_error_of_ours_is_escaped_and_cut(capfd):

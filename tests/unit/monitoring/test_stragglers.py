@@ -9,7 +9,7 @@ from torch._C._distributed_c10d import Work
 
 from swinv2_train.monitoring.stragglers import STREAK_LENGTH, ComputeTimer, StragglerStreak, slowest
 
-TIMER_SEC = 0.02  # measured worst 0.004 on two busy cores
+TIMER_SEC = 0.15  # measured worst 0.045 on two busy cores; what is left out takes 0.2
 
 
 def test_own_time_counts_what_is_asked_for_and_leaves_torch_as_it_was():

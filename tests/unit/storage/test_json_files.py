@@ -88,10 +88,10 @@ def test_what_is_no_file_or_too_large_is_not_read(tmp_path):
     (tmp_path / "zero").symlink_to("/dev/zero")
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
-    started = time.monotonic()
+    started = time.process_time()
     for name, match in (("fifo", "no regular file"), ("zero", "no regular file"), ("sparse", "more than 1,000 bytes")):
         with pytest.raises(ConfigError, match=match):
             read_json(tmp_path / name, 1000, SHAPE)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "nothing", 1000, SHAPE)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1

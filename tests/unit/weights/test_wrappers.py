@@ -170,13 +170,13 @@ def test_weights_that_are_no_numbers_are_named_and_counted(tmp_path):
 def test_a_number_in_a_name_costs_no_time(tmp_path, name):
     """One name in a file of 160 kB made reading end never: there were loops up to the number."""
     save_file({**state_of(classifier()), name: torch.ones(2)}, tmp_path / "a.safetensors")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=r"has the number (20000|9).*, but the file holds \d+ tensors") as caught:
         read_weights(tmp_path / "a.safetensors")
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     assert len(str(caught.value)) < 700
     model_facts({name: (2,)})  # whose loops the names of a model fill, too
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_a_message_about_long_names_is_short(tmp_path):
@@ -228,10 +228,10 @@ def test_a_header_that_lies_is_refused_before_anything_is_allocated(tmp_path, wh
         path.write_bytes(header)
     else:
         header_file(path, header.encode() if isinstance(header, str) else header, b"\0" * 4)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=match):
         read_weights(path)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
@@ -246,10 +246,10 @@ def test_a_compressed_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", b"\0" * 2**27)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match="bytes are said to unpack to 134,217,728"):
         read_weights(tmp_path / "a.pth")
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", ".", "a\0b", "x" * 10**6, "sub/model.bin"])

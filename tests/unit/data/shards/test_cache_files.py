@@ -131,7 +131,7 @@ def test_what_is_another_is_made_again(tmp_path, server, what):
     started = time.monotonic()
     assert everything(manifest_of(server, folder)) == samples
     assert everything(manifest_of(server, folder)) == samples
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60  # and not without end
     assert server.gets["t-000000.tar"] == (2 if place is shard_file else 1)
     victim = tmp_path / "victim"
     assert not victim.exists() or victim.read_bytes() == b"precious"

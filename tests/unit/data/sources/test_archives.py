@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from scripts import make_shards
+from swinv2_train.data.packing import read_source
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 from swinv2_train.data.sources.archives import open_archive
@@ -476,7 +477,7 @@ def test_no_change_to_an_archive_loses_images_without_a_word(tmp_path, capsys, w
             del data[at : at + chance.choice((1, 7, 46))]
         (tmp_path / "x").write_bytes(data)
         try:
-            entries, _ = make_shards.read_source(tmp_path / "x")
+            entries, _ = read_source(tmp_path / "x")
             content = [entry.read() for entry in entries]
         except ShardError as error:
             assert "\n" not in str(error) and len(str(error)) < 600

@@ -119,12 +119,12 @@ def test_a_decompression_bomb_costs_neither_memory_nor_time():
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
     for data in (bomb, bytes(jpeg)):
-        started = time.monotonic()
+        started = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(DecodeError, match="more than the 89478485 that|could be decompression bomb"):
                 decode_image(data, "png")
-        assert time.monotonic() - started < 1.0  # measured 1 ms
+        assert time.process_time() - started < 1.0  # measured 1 ms
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))
     small = encoded(Image.new("RGB", (4, 4)), "PNG")
     small = small[:33] + text + small[33:]

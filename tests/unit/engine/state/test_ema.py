@@ -19,7 +19,7 @@ from swinv2_train.export import parse
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import plan_memory
-from swinv2_train.planning.search import candidates
+from swinv2_train.planning.search import Search
 from swinv2_train.weights import read_weights
 from swinv2_train.weights.export import ExportRequest, export
 from tests.support.configs import composed
@@ -152,7 +152,7 @@ def _complete(hardware: HardwareConfig, ranks: int) -> HardwareConfig:
 
 def test_recommendation_counts_them_too():
     config = composed([*SMALL, "hardware=a100_40gb", "optim.ema_decay=0.9", "model.recompute=none"])
-    found = next(iter(candidates(config, _complete(config.hardware, 2), 2)))
+    found = Search(config, _complete(config.hardware, 2), 2).estimates[0]
     assert all(parts[EMA] for parts in found.memory.phases.values())
 
 
