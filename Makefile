@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest
-QUICK := -m "not slow" -n auto --dist worksteal
-SLOW := -m "slow and not serial" -n 2 --dist loadfile
+# one worker more than there are cores: many tests wait for servers, signals and processes
+WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
+QUICK := -m "not slow" -n $(WORKERS) --dist worksteal
+SLOW := -m "slow and not serial" -n $(WORKERS) --dist loadfile
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 3600
 FUZZ_SEED ?= 0
@@ -30,7 +32,7 @@ $(STAMP): setup.cfg constraints.txt
 demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides
 	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
-test: setup  ## the whole test suite: the quick part, the slow tests two at a time, and what must be alone
+test: setup  ## the whole test suite: the quick part, the slow tests, and what must be alone
 	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) -m serial && exit $$code
 
 test-fast: setup  ## the quick part of the tests

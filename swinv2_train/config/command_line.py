@@ -96,10 +96,16 @@ def run_on_weights(
 
 
 def stoppable(command: Callable[[], int]) -> int:
-    """guarded() for a command that has nothing to save: Ctrl-C and SIGTERM end it with EXIT_STOPPED and a line."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    return guarded(command, EXIT_STOPPED)
+    """guarded() for a command that has nothing to save: Ctrl-C and SIGTERM end it with EXIT_STOPPED and a line.
+
+    They mean what they meant before once it returns: forks of this process would not die of SIGTERM otherwise.
+    """
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return guarded(command, EXIT_STOPPED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

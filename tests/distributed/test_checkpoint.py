@@ -22,13 +22,13 @@ from tests.support.toy import build, full_state, save_checkpoint, toy_config, tr
 
 CASES = [
     ("local", 0, "fp32", 0),
-    *[("deepspeed", stage, "fp32", 0) for stage in (0, 1, 2, 3)],
+    *[("deepspeed", stage, "fp32", 0) for stage in (0, 1, 2)],
+    pytest.param("deepspeed", 3, "fp32", 0, marks=pytest.mark.smoke),
     *[("deepspeed", stage, "bf16", 0) for stage in (1, 2, 3)],
     *[("deepspeed", 3, precision, 100_000) for precision in ("fp32", "bf16")],  # nothing is ever released
 ]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "stage", "precision", "persistence"), CASES)
 def test_resume_in_fresh_processes_is_bit_exact(name, stage, precision, persistence, tmp_path):
     """Losses, norms, weights and the drop path's random numbers, with accumulation and clipping; and saving does not

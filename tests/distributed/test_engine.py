@@ -215,3 +215,24 @@ def test_zero_3_start_imports_no_compiler(tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / f"heavy_{rank}").read_text() for rank in range(2)] == ["[]", "[]"]
     assert not list((tmp_path / "extensions").rglob("*.so")), "an extension was compiled"
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("stage", [1, 3])
+def test_training_on_a_cpu_starts_no_programs(stage):
+    """DeepSpeed ran the compiler for every extension at a start, and numactl for every bucket of gradients."""
+
+    def programs(world):
+        started = []
+        start = subprocess.Popen.__init__
+
+        def counted(self, *args, **kwargs):
+            started.append(args)
+            start(self, *args, **kwargs)
+
+        subprocess.Popen.__init__ = counted  # a fork's own
+        engine = build(toy_config("deepspeed", stage), world, 2)
+        train(engine, world, 4, 2)
+        return len(started)
+
+    assert max(run_distributed(programs, 2)) <= 1, "numactl is asked once"

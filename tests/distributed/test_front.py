@@ -112,7 +112,8 @@ def test_a_stop_in_the_middle_of_a_step_loses_nothing(engine: str, shards: tuple
     assert run(whole, 0) == [EXIT_DONE] * 2
     assert run(stopped, 10) == [EXIT_STOPPED] * 2  # of four micro-batches a step
     newest = newest_checkpoint(tmp_path / "stopped")
-    assert newest is not None and newest.name == "step_00000002"
+    # Without an exchange in each micro-batch the other rank may be at the end of step 3 already: then it is taken.
+    assert newest is not None and newest.name in ("step_00000002", "step_00000003")
     assert run(stopped, 0) == [EXIT_DONE] * 2
     first, second = (read_metrics(tmp_path / name) for name in ("whole", "stopped"))
     for name in ("train/loss", "train/grad_norm"):

@@ -43,7 +43,6 @@ def simmim_steps(world, config):
     return history
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_simmim_losses_of_every_stage_equal_plain_torch(stage):
     """ZeRO-3 gathers a block at a time (leaf modules), reads mask_token and logit_scale outside of submodules, and with

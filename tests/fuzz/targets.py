@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from scripts import make_shards
+from swinv2_train import make_shards
 from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.checkpoint.random_states import restore_random_states
 from swinv2_train.checkpoint.saved_state import read_state
@@ -148,7 +148,7 @@ def _archives(folder: Path) -> list[Target]:
         def run(data: bytes, place: Path) -> None:
             (place / f"a.{ending}").write_bytes(data)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-                code = make_shards.main([str(place / f"a.{ending}"), str(place / "out" / "t")])
+                code = make_shards.run([str(place / f"a.{ending}"), str(place / "out" / "t")])
             assert code in (0, 2) and len(said.getvalue()) < 10_000, (code, said.getvalue()[:1000])
             if code:
                 raise ConfigError(said.getvalue())

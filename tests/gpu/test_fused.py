@@ -105,6 +105,7 @@ def test_output_and_gradients_equal_float64(seed):
     assert_equals_float64(grid, heads, dim, batch=batch, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "window", "shifted", "heads", "dim"),
     [
@@ -115,9 +116,9 @@ def test_output_and_gradients_equal_float64(seed):
         ((1, 7), (1, 4), True, 1, 16),
         ((2, 64), (2, 64), False, 1, 16),  # and here it is wider than the blocks of queries
         ((13, 12), (12, 12), True, 1, 32),
-        pytest.param((9, 64), (9, 64), False, 1, 16, marks=pytest.mark.slow),
-        pytest.param((20, 16), (16, 16), True, 1, 32, marks=pytest.mark.slow),
-        pytest.param((24, 24), (24, 24), False, 1, 16, marks=pytest.mark.slow),
+        ((9, 64), (9, 64), False, 1, 16),
+        ((20, 16), (16, 16), True, 1, 32),
+        ((24, 24), (24, 24), False, 1, 16),
     ],
 )
 def test_the_corners_of_the_sizes_equal_float64(size, window, shifted, heads, dim):
@@ -186,6 +187,7 @@ def exact_bfloat16(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact_bfloat16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -210,6 +212,7 @@ def test_half_precision_is_as_exact_as_the_reference_path(dtype, size, window, d
         assert error < limit, (i, error, peer)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_bits_in_every_run_and_no_split_of_windows_is_lost():
     """Many windows and one head: their sum for the bias table is split over programs."""
     grid = window_grid((12, 11), (2, 2), shifted=True)
@@ -254,6 +257,7 @@ def test_operators_keep_the_rules_of_torch_library(window):
     torch.library.opcheck(dispatch._backward, arguments, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break_gives_the_same_gradients():
     grid = window_grid((6, 5), (4, 4), shifted=True)
     tensors = inputs(grid, 1, 16)

@@ -21,6 +21,8 @@ from tests.support.evaluation import CLASSES, CLASSIFY, MODEL, SIZE, make_model,
 from tests.support.processes import finished, forked_command
 from tests.support.small_run import run_alone
 
+pytestmark = pytest.mark.slow
+
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)

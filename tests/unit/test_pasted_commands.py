@@ -25,6 +25,8 @@ from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.weights import save_weights
 from tests.support.configs import composed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HISTORY = ("CHANGELOG.md", "LOG.md")
 DOCUMENTS = [path for folder in (".", "docs") for path in (ROOT / folder).glob("*.md") if path.name not in HISTORY]

@@ -17,6 +17,8 @@ from tests.support.processes import finished, forked, forked_command
 from tests.support.shard_files import ten_class_shards
 from tests.support.shard_server import ShardServer, serve
 
+pytestmark = pytest.mark.slow
+
 SECRETS = ("pa55w0rd", "s1gnature", "t0ken-value", "envir0nment-key")
 KEY = {"MY_API_KEY": "envir0nment-key"}
 
@@ -54,7 +56,6 @@ def server(tmp_path):
         yield running
 
 
-@pytest.mark.slow
 def test_a_run_directory_and_the_console_hold_no_secret(tmp_path, server):
     """Also when it is resumed from the same command line, read by evaluate, and broken by a server that forbids."""
     code, output = train(tmp_path, server)
@@ -135,7 +136,6 @@ def test_a_traceback_or_a_warning_of_anybody_tells_no_secret(tmp_path):
     assert not [secret for secret in SECRETS if secret in log + output]
 
 
-@pytest.mark.slow
 def test_wandbs_files_hold_no_secret(tmp_path, server):
     """Its own record of the command line among them."""
     code, output = train(tmp_path, server, "log.wandb=offline")

@@ -22,6 +22,8 @@ from swinv2_train.runtime import read_environment
 from swinv2_train.status import read_status, status_text
 from swinv2_train.weights import read_weights
 
+pytestmark = pytest.mark.slow
+
 OLD_RUN = Path(__file__).parents[1] / "golden" / "old_run" / "run"
 CHECKPOINT = Path("checkpoints", "step_00000002")
 

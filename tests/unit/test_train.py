@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 
 from swinv2_train import evaluate, train
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, MachineError
+from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.tar_reader import open_manifest
@@ -105,6 +107,32 @@ def rewind(run_dir: Path, step: int) -> None:
     for path in (run_dir / "checkpoints").iterdir():
         if int(path.name.removeprefix("step_")) > step:
             (path / "COMPLETE").unlink()
+
+
+def test_a_run_of_an_older_version_resumes(settings, tmp_path, capfd):
+    """Its files lack what was added since: sizes of batches, names of classes, keys, what a start says of itself."""
+    assert run_alone(settings("train.max_steps=2")) == EXIT_DONE
+    run_dir = tmp_path / "run"
+    checkpoint = newest_checkpoint(run_dir)
+    state = json.loads((checkpoint / "state.json").read_text())
+    old = json.dumps({name: state[name] for name in ("step", "images_seen", "data")})
+    (checkpoint / "state.json").write_text(old)
+    marker = json.loads((checkpoint / "COMPLETE").read_text())
+    assert set(marker["files"]["state.json"]) >= {"bytes", "crc32"}
+    marker["files"]["state.json"] |= {"bytes": len(old), "crc32": f"{zlib.crc32(old.encode()):08x}"}
+    (checkpoint / "COMPLETE").write_text(json.dumps(marker))
+    config = (run_dir / "config.yaml").read_text()
+    assert "  verify: false\n" in config
+    (run_dir / "config.yaml").write_text(config.replace("  verify: false\n", ""))
+    (run_dir / "classes.json").unlink(missing_ok=True)
+    starts = json.loads((run_dir / "environment.json").read_text())
+    del starts[0]["start"]
+    (run_dir / "environment.json").write_text(json.dumps(starts))
+    assert run_alone(settings("train.max_steps=4")) == EXIT_DONE, capfd.readouterr().err
+    assert [line["step"] for line in read_metrics(run_dir)] == [1, 2, 3, 4]
+    state = json.loads((newest_checkpoint(run_dir) / "state.json").read_text())
+    assert state["images_seen"] == 32 and state["first_batch_size"] == state["batch_size"] == 8
+    assert load_run_config(run_dir).data.verify is False
 
 
 @pytest.mark.parametrize("batch", [16, 4])
@@ -399,6 +427,7 @@ def test_a_resume_may_change_memory_policy_length_and_rate(settings, tmp_path, m
         (None, ["answer", "answer"]),
         (ConfigError("wrong"), ["ConfigError: wrong", "ConfigError: wrong"]),
         (OSError("disk full"), ["ConfigError: disk full", "ConfigError: disk full"]),
+        (MachineError("no memory is left"), ["OutageError: no memory is left", "OutageError: no memory is left"]),
         (ZeroDivisionError("bug"), ["ZeroDivisionError: bug", "RuntimeError: rank 0 failed:"]),
     ],
 )

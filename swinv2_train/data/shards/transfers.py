@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from swinv2_train.config import MachineError
 from swinv2_train.data.sample import ShardError, ShardOutageError
 from swinv2_train.data.shards.answers import Kind, MismatchError, answer_of, text_of
 
@@ -199,7 +200,7 @@ def retry(
         attempts += 1
         try:
             return attempt()
-        except ShardError:
+        except (ShardError, MachineError, MemoryError):  # of no server
             raise
         except Exception as raised:  # noqa: BLE001  every client has its own errors
             error: BaseException = raised

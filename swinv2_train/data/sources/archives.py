@@ -18,6 +18,7 @@ from functools import partial
 from lzma import LZMAError
 from pathlib import Path
 
+from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_index import BLOCK, TarEntry, TarFile, is_tar_header, tar_entries
 from swinv2_train.data.sources.folder import is_image
@@ -68,19 +69,15 @@ def _member_path(name: str, source: str) -> str:
     path = name.replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or re.match("[A-Za-z]:", path) or ".." in parts:
-        raise ShardError(f"{source}: the member {_shown(name)} lies outside of the archive's folder; {_UNPACK}")
+        raise ShardError(f"{source}: the member '{shown(name)}' lies outside of the archive's folder; {_UNPACK}")
     return "/".join(parts)
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 200 else f"{name[:200]}...")
 
 
 def _add(archive: Archive, path: str, name: str, read: Read, size: int, source: str) -> None:
     if path in archive.files and is_image(path):
-        raise ShardError(f"{source}: the member {_shown(name)} comes twice; {_UNPACK}, where one of them remains")
+        raise ShardError(f"{source}: the member '{shown(name)}' comes twice; {_UNPACK}, where one of them remains")
     if size > MAX_IMAGE_BYTES and is_image(path):
-        raise ShardError(f"{source}: the member {_shown(name)} has {size} bytes, which no image has; {_AGAIN}")
+        raise ShardError(f"{source}: the member '{shown(name)}' has {size} bytes, which no image has; {_AGAIN}")
     archive.files[path] = read
 
 
@@ -101,7 +98,7 @@ def _open_tar(path: Path, source: str) -> Archive:
                 links[name] = entry
             elif is_image(name) and not entry.name.endswith("/"):
                 kind = entry.kind.decode("latin-1")
-                raise ShardError(f"{source}: the member {_shown(entry.name)} is no file (type {kind!r}); {_UNPACK}")
+                raise ShardError(f"{source}: the member '{shown(entry.name)}' is no file (type {kind!r}); {_UNPACK}")
             else:
                 archive.folders.add(name)
     finally:
@@ -124,7 +121,7 @@ def _add_link(archive: Archive, name: str, links: dict[str, TarEntry], source: s
         archive.files[name] = archive.files[target]
     elif is_image(name) or any(file.startswith(f"{target}/") for file in archive.files):
         raise ShardError(
-            f"{source}: the member {_shown(name)} is a link to {_shown(links[name].target)}, which is no file of the "
+            f"{source}: the member '{shown(name)}' is a link to '{shown(links[name].target)}', which is no file of the "
             "archive; write it with tar --dereference --hard-dereference, or unpack it and name the folder"
         )
 
@@ -134,7 +131,7 @@ def _read_slice(path: Path, offset: int, size: int, source: str, name: str) -> b
         file.seek(offset)
         content = file.read(size)
     if len(content) != size:
-        raise ShardError(f"{source}: the member {_shown(name)} is cut off: the archive changed while it was read")
+        raise ShardError(f"{source}: the member '{shown(name)}' is cut off: the archive changed while it was read")
     return content
 
 
@@ -165,7 +162,7 @@ def _open_zip(path: Path, source: str) -> Archive:
         name = _member_path(info.filename, source)
         is_folder = info.filename.endswith(("/", "\\"))
         if "\0" in info.orig_filename or (is_folder and info.file_size):
-            raise ShardError(f"{source}: the member {_shown(info.orig_filename)} has a damaged name; {_AGAIN}")
+            raise ShardError(f"{source}: the member '{shown(info.orig_filename)}' has a damaged name; {_AGAIN}")
         if is_folder:
             archive.folders.add(name)
             continue
@@ -176,12 +173,12 @@ def _open_zip(path: Path, source: str) -> Archive:
 
 
 def _check_readable(info: zipfile.ZipInfo, source: str) -> None:
-    shown = _shown(info.filename)
+    member = f"'{shown(info.filename)}'"
     if info.flag_bits & 0x2041:  # the member itself, by a stronger method, or the directory
-        raise ShardError(f"{source}: the member {shown} is encrypted; unpack the zip with its password")
+        raise ShardError(f"{source}: the member {member} is encrypted; unpack the zip with its password")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         method = _METHODS.get(info.compress_type, f"method {info.compress_type}")
-        raise ShardError(f"{source}: the member {shown} is compressed by {method}, which is not read; {_UNPACK}")
+        raise ShardError(f"{source}: the member {member} is compressed by {method}, which is not read; {_UNPACK}")
 
 
 def _listed_members(fd: int, size: int) -> int | None:
@@ -211,9 +208,9 @@ def _check_hidden(fd: int, members: Sequence[zipfile.ZipInfo], source: str) -> N
     for info in sorted(members, key=lambda each: each.header_offset):
         header = os.pread(fd, 30, max(info.header_offset, 0))
         if len(header) < 30 or header[:4] != _LOCAL_HEADER:
-            raise ShardError(f"{source}: the member {_shown(info.filename)} is not where the zip says; {_AGAIN}")
+            raise ShardError(f"{source}: the member '{shown(info.filename)}' is not where the zip says; {_AGAIN}")
         if info.header_offset < end:
-            raise ShardError(f"{source}: the member {_shown(info.filename)} lies within another one; {_AGAIN}")
+            raise ShardError(f"{source}: the member '{shown(info.filename)}' lies within another one; {_AGAIN}")
         name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
         end = info.header_offset + 30 + name_bytes + extra_bytes + info.compress_size
         described = (0, 12, 16, 20, 24) if info.flag_bits & 8 else (0,)  # sizes that follow the content, in four forms
@@ -237,4 +234,4 @@ def _read_zipped(zipped: zipfile.ZipFile, info: zipfile.ZipInfo, source: str) ->
         if error.errno is not None:
             raise
         problem = error  # bzip2's own
-    raise ShardError(f"{source}: the member {_shown(info.filename)} is damaged ({str(problem)[:200]}); {_AGAIN}")
+    raise ShardError(f"{source}: the member '{shown(info.filename)}' is damaged ({str(problem)[:200]}); {_AGAIN}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_argv, guarded, run_command
+from swinv2_train.config.command_line import compose_argv, guarded, run_command, stoppable
 from swinv2_train.config.exit_codes import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from tests.support.processes import finished, forked_code
 
@@ -41,6 +42,14 @@ sys.exit(stoppable(work))
     done = finished(forked_code(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     assert done.returncode == EXIT_STOPPED and done.stdout == "cleaned up\n"
     assert done.stderr == f"stopped by {name}\n"
+
+
+def test_signals_mean_after_a_command_what_they_meant_before():
+    """A process that ran one in a function would give its forks a SIGTERM that does not end them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    assert stoppable(lambda: 7) == 7
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.parametrize(("of_all", "of_host"), [("RANK", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_LOCALID")])

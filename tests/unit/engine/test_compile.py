@@ -60,6 +60,7 @@ def test_sizes_that_come_later_and_stochastic_depth():
     assert torch.allclose(compiled(images), plain.eval()(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_blocks_of_other_rates_share_their_graphs():
     plain, compiled = models("aot_eager", depths=(8,))
     same(plain, compiled, (32, 32))

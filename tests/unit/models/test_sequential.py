@@ -179,6 +179,7 @@ def test_without_gradients_it_serves_too(context):
     torch.testing.assert_close(got, window_attention(*inputs, grid, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["meta", "fake"])
 def test_a_model_without_bytes_can_be_traced(where):
     """The planner does it, on padded and shifted maps."""
@@ -212,6 +213,7 @@ def peak_of(
 SQUARE = 4 * 64 * 64 * 4  # bytes of one window's h x N x N in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_memory_grows_with_the_chunk_and_not_with_the_number_of_windows(device):
     """Per window more, batched attention keeps some N x N; sequential attention keeps rows of the map alone."""

@@ -14,6 +14,8 @@ from tests.support.configs import composed
 from tests.support.small_run import run_alone, weights_of
 from tests.unit.monitoring.test_run_log import read_wandb_records
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(120)
 def test_weights_and_pictures_of_a_complete_run(settings, tmp_path):

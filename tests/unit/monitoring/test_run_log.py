@@ -256,6 +256,7 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path: Path) -> None:
     assert len(warnings) == 1 and warnings[0].startswith("warning: wandb stopped (FileExistsError")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_without_a_server_an_online_run_writes_offline_files_and_the_run_goes_on(tmp_path: Path) -> None:
     """A node without network: said once, and nothing is lost."""

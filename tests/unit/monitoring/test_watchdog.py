@@ -16,6 +16,8 @@ from swinv2_train.monitoring.watchdog import STATUS, RankActivity, diagnose_hang
 from tests.support.configs import composed
 from tests.support.processes import forked_code
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import ctypes, os, sys, time
 from pathlib import Path

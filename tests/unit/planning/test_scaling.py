@@ -30,6 +30,8 @@ from swinv2_train.planning.scaling import COUNTS, scaling_curve
 from swinv2_train.planning.speed import measured_pass, optimizer_seconds, pass_seconds, plan_speed
 from tests.support import configs
 
+pytestmark = pytest.mark.slow
+
 DEMO = ["model=demo", "task=classify", "task.num_classes=10", "engine=zero3", "hardware=a100_40gb",
         "train.global_batch_size=4096", "train.micro_batch_size=64"]  # fmt: skip
 SIZES = ModelSizes(

@@ -65,6 +65,20 @@ def test_a_torn_lock_file_is_nobodys(content: str, tmp_path: Path) -> None:
         assert lock.acquire()
 
 
+@pytest.mark.timeout(20)
+def test_what_is_no_lock_file_holds_nobody_up(tmp_path: Path) -> None:
+    """A run directory may be a stranger's: a pipe is not waited for, and what a link leads to stays as it is."""
+    (tmp_path / "theirs").write_text("theirs")
+    before = os.stat(tmp_path / "theirs").st_mtime_ns
+    for number, plant in enumerate((os.mkfifo, lambda path: os.symlink("../theirs", path))):
+        (tmp_path / str(number)).mkdir()
+        plant(tmp_path / str(number) / LOCK_NAME)
+        with RunDirLock(tmp_path / str(number), wait_sec=0.2, beat_sec=0.05) as lock:
+            assert lock.acquire()
+            time.sleep(0.2)
+    assert (tmp_path / "theirs").read_text() == "theirs" and os.stat(tmp_path / "theirs").st_mtime_ns == before
+
+
 def test_a_run_that_was_taken_for_dead_ends_before_it_writes_more(tmp_path: Path) -> None:
     """A suspended host wakes up: another one has gone on with its run."""
     code = """

@@ -22,6 +22,8 @@ from scripts.matrix_products import MatrixProducts
 from scripts.official_arithmetic import OfficialArithmetic
 from swinv2_train.models.attention import BIAS_HIDDEN
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "benchmark.py"
 SHIFTED = Case("demo", 64, 4, 2)  # maps of 16 and 8
 CLAMPED = Case("demo", 32, 8, 2)  # maps of 8 and 4
@@ -124,7 +126,6 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
 def test_a_whole_run_writes_its_tables(tmp_path):
     out = tmp_path / "speed.md"
     command = [sys.executable, str(SCRIPT), "--quick", "--cases", "demo/32/4", "--rounds", "2", "--threads", "1"]
@@ -141,7 +142,6 @@ def test_a_whole_run_writes_its_tables(tmp_path):
     assert table["idle_cpu_sec"] < 0.1 * table["turns_sec"] + 0.1  # those who wait use no CPU
 
 
-@pytest.mark.slow
 def test_an_interrupt_ends_the_workers(tmp_path):
     command = [sys.executable, str(SCRIPT), "--quick", "--cases", "demo/32/4", "--rounds", "1000", "--threads", "1"]
     command += ["--only", "ours"]

@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from scripts import demo
 from swinv2_train.config import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 class Phases:
     """Records what the demo starts; every phase ends as it is told."""

@@ -128,6 +128,7 @@ def test_the_merging_reorder_equals_a_merging_by_unfold():
     assert (torch.cat(parts, dim=-1).flatten(1, 2) @ weight.t() - theirs).abs().max() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["microsoft", "timm", "huggingface"])
 @pytest.mark.parametrize("second", ["microsoft", "timm", "huggingface"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from scripts import make_shards
+from swinv2_train import make_shards
 from swinv2_train.config import MachineError
 from swinv2_train.config.command_line import guarded
 from swinv2_train.data.loading.pipe_loader import build_train_loader
@@ -224,7 +224,7 @@ def test_a_full_disk_ends_packing_with_one_message_and_leaves_nothing(tmp_path):
     def body() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # EFBIG where a full disk gives ENOSPC
-        print(make_shards.main([str(source), str(out / "t")]))
+        print(make_shards.run([str(source), str(out / "t")]))
 
     assert said_by(body).endswith("1\n") and not out.exists()
 

@@ -22,6 +22,8 @@ from swinv2_train.data.shards.transfers import RetryPolicy
 from tests.support.images import image_bytes
 from tests.support.shard_server import ShardServer, serve
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = RetryPolicy(stall_sec=2.0, give_up_sec=3.0)
 
 

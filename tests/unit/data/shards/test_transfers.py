@@ -30,6 +30,8 @@ from tests.support.images import image_bytes
 from tests.support.shard_files import samples, write_plain_tar
 from tests.support.shard_server import serve
 
+pytestmark = pytest.mark.slow
+
 PATIENT = RetryPolicy(stall_sec=0.4, give_up_sec=20.0)
 HASTY = RetryPolicy(stall_sec=0.4, give_up_sec=1.0)
 SHARDS = "t-{000000..000003}.tar"
@@ -440,3 +442,16 @@ def test_an_outage_is_one_on_every_rank(run_distributed):
         return tuple(found)
 
     assert run_distributed(command, 2, timeout_sec=30) == [("OutageError", "OutageError")] * 2
+
+
+def test_a_lack_of_memory_is_no_servers_fault():
+    """It was tried again as one, until data.fetch_give_up_sec was over."""
+    attempts = []
+
+    def attempt():
+        attempts.append(1)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        retry("https://host/a.tar", attempt, RetryPolicy(stall_sec=1.0, give_up_sec=60.0))
+    assert len(attempts) == 1

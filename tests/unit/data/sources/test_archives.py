@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import make_shards
+from swinv2_train import make_shards
 from swinv2_train.data.packing import read_source
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
@@ -70,7 +70,7 @@ EXPECTED = {
 
 
 def pack(source: Path, tmp_path: Path) -> int:
-    return make_shards.main([str(source), str(tmp_path / "out" / "deep" / "t")])
+    return make_shards.run([str(source), str(tmp_path / "out" / "deep" / "t")])
 
 
 def refused(source: Path, tmp_path: Path, capsys) -> str:
@@ -389,7 +389,7 @@ def test_a_small_file_that_claims_much_costs_no_memory(tmp_path, capsys):
 def test_a_member_outside_of_the_folder_is_named(tmp_path, capsys, write: Callable[..., Path], name):
     path = write(tmp_path / "x", {**FILES, name: image_bytes(0)})
     error = refused(path, tmp_path, capsys)
-    assert f"the member {name!r} lies outside of the archive's folder" in error
+    assert f"the member '{name}' lies outside of the archive's folder" in error
     assert {each.name for each in tmp_path.iterdir()} == {"x"}
 
 
@@ -441,12 +441,12 @@ def test_a_packing_that_fails_leaves_the_shards_it_was_to_replace(tmp_path, caps
     data = bytearray((tmp_path / "x.zip").read_bytes())
     bad_crc(data)
     (tmp_path / "x.zip").write_bytes(data)
-    assert make_shards.main([str(tmp_path / "x.zip"), str(out / "t"), "--overwrite"]) == 2
+    assert make_shards.run([str(tmp_path / "x.zip"), str(out / "t"), "--overwrite"]) == 2
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     many = write_zip(tmp_path / "y.zip")
     arguments = [str(many), str(out / "t"), "--overwrite", "--samples-per-shard"]
-    assert make_shards.main([*arguments, "5"]) == 0 and len(list(out.glob("t-*.tar"))) == 3
-    assert make_shards.main([*arguments, "12"]) == 0 and len(list(out.glob("t-*.tar"))) == 1
+    assert make_shards.run([*arguments, "5"]) == 0 and len(list(out.glob("t-*.tar"))) == 3
+    assert make_shards.run([*arguments, "12"]) == 0 and len(list(out.glob("t-*.tar"))) == 1
     assert packed(out) == EXPECTED
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import make_shards
+from swinv2_train import make_shards
 from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sample import SampleError, ShardError
@@ -49,7 +49,7 @@ def test_a_run_on_a_folder_is_the_run_on_its_packed_shards_image_for_image(tmp_p
     each epoch has each image once."""
     monkeypatch.setattr(virtual_shards, "SAMPLES_PER_SHARD", 7)
     folder = write(tmp_path / "images", [*classes_of(3, 11), "c01/deep/er/x.JPG", "c03/y.jpeg", "c03/z.webp"])
-    assert make_shards.main([str(folder), str(tmp_path / "out" / "t"), "--samples-per-shard", "7"]) == 0
+    assert make_shards.run([str(folder), str(tmp_path / "out" / "t"), "--samples-per-shard", "7"]) == 0
     packed, source = open_manifest(f"{tmp_path}/out/t-*.tar"), open_source(str(folder))
     assert source.counts == packed.counts == (7, 7, 7, 7, 7, 1)
     assert (source.label_range, source.unlabelled) == (packed.label_range, packed.unlabelled) == ((0, 3), (0,) * 6)

@@ -28,6 +28,8 @@ from tests.support.one_rank import ONE
 from tests.support.small_run import run_alone
 from tests.support.toy import batches, build, build_toy, full_state, part, toy_config, train
 
+pytestmark = pytest.mark.slow
+
 BATCH = part(batches(1, 16)[0], 0, 1, 0, 1)
 ATOL = 2e-6  # measured worst 4.9e-7 over 40 steps of all decays; averaging a refused step: 4e-4, before a step: 4e-3
 

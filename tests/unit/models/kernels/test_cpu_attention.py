@@ -186,6 +186,7 @@ def test_machines_without_a_compiler(name, value, said, monkeypatch, tmp_path):
     assert library is None and said in problem
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cpu_attention._load.__wrapped__()[1] is None
