@@ -86,7 +86,7 @@ def test_a_slow_rank_and_then_a_stopped_one_are_named_and_the_run_ends(shards, t
     assert all(line["perf/own_step_sec"] > SLOW_SEC for line in lines)
     status = status_of(tmp_path)
     slowest = status["slowest_rank"]
-    assert slowest["median_sec"] < slowest["own_sec"] - 0.8 * SLOW_SEC
+    assert slowest["median_sec"] < slowest["own_sec"] - 0.3 * SLOW_SEC
     pid = read_ranks(tmp_path)[1]["pid"]
     assert f"rank 1 (pid {pid} on " in status["reason"] and "(it is stopped)" in status["reason"], status["reason"]
     assert "rank 0 (pid" not in status["reason"]
