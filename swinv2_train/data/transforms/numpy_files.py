@@ -75,7 +75,7 @@ def _member(
         check_shape(height, width, of * bands)
         wanted = start + dtype.itemsize * int(np.prod(shape, dtype=object))
         content = begin + file.read(max(0, wanted - len(begin)))
-        more = len(content) > wanted or bool(file.read(1))  # to the end, where the checksum is compared
+        more = bool(file.read(1))  # to the end, where the checksum is compared
     _check_bytes(dtype, shape, len(content) - start + more)
     return _array(content[start:], dtype, shape, fortran, 0)
 

@@ -328,7 +328,7 @@ def test_pages_of_other_sizes_palettes_and_other_bands_are_named():
     refused(encoded(values("uint8", (8, 8)), "tiff")[:4] + b"\0" * 60, bands(1), "not a readable")
     refused(npy(values("uint16")), bands(4), "5 bands of 6 x 9 pixels, but model.in_chans is 4; choose bands by data.b")
     refused(npy(values("uint16", (3, 60, 50))), bands(3), "50 bands of 3 x 60 pixels.*set data.array_layout=chw")
-    refused(npy(values("uint16", (60, 50, 3))), bands(3, layout="chw"), "60 bands of 50 x 3 p.*set data.array_layout=hwc")
+    refused(npy(values("uint16", (60, 50, 3))), bands(3, layout="chw"), "60 bands of 50 x 3 p.*array_layout=hwc")
     refused(npy(values("uint16")), bands(2, (0, 5)), "5 bands of 6 x 9 pixels, but data.bands has 5; count from 0")
 
 
