@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NEEDED = (
-    "images of these files need tifffile and imagecodecs, which are not installed: pip install 'swinv2_train[images]', "
-    "or pip install tifffile imagecodecs"
+    "these images need tifffile and imagecodecs, which are not installed: pip install tifffile imagecodecs (in the "
+    "checkout pip install -e '.[images]')"
 )
 _MOST_PAGES = 4096
 _WHITE_IS_ZERO, _PALETTE = 0, 3
