@@ -343,7 +343,7 @@ class _WindowAttention(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_attend_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
 
