@@ -340,7 +340,8 @@ def build(settings, shards, monkeypatch):
             building, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments, initialise=print)
         )
         monkeypatch.setattr(building, "load_checkpoint", lambda *arguments: state)
-        monkeypatch.setattr(building, "ema_note", lambda *_: None)  # there is no checkpoint on disk
+        for note in ("ema_note", "device_note"):
+            monkeypatch.setattr(building, note, lambda *_: None)  # there is no checkpoint on disk
         task = build_task(config, torch.device("cpu"))
         sources = building.Sources(*(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards))
         log = SilentLog()
