@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinv2_train.models.patch_conv import PatchConv2d
 from swinv2_train.models.precision import at_least_float32
 from swinv2_train.models.swin_v2 import SwinTransformerV2
 
@@ -94,7 +95,7 @@ class SimMIM(nn.Module):
         encoder.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(encoder.mask_token, std=0.02)
         self.decoder = nn.Sequential(
-            nn.Conv2d(encoder.num_features, encoder_stride**2 * encoder.in_chans, kernel_size=1),
+            PatchConv2d(encoder.num_features, encoder_stride**2 * encoder.in_chans, 1),
             nn.PixelShuffle(encoder_stride),
         )
 
