@@ -4,7 +4,10 @@
 
 Triton brings NVIDIA's assembler along, so this runs without a GPU and finds what Triton's interpreter lets pass.  The
 launches are those of models/kernels/dispatch.py itself, recorded instead of carried out.  "spilled" is the stack in
-bytes per thread; "warps" how many fit on one multiprocessor at a time, by registers and shared memory.
+bytes per thread; "warps" how many fit on one multiprocessor at a time, by registers and shared memory.  "interior"
+and "all code" are warp instructions per 32 scores: of the main loop per score of its tile, and of whole programs per
+score of the window, with what tiles have beyond it, what comes before and after the loop, and every pass over it; both
+on the way that windows take which are not at the map's edge (scripts/sass_counts.py).
 Exit code 1 where a kernel needs more shared memory than the card has.
 """
 
@@ -17,9 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from sass_counts import blocks_of, disassembly, fewest_instructions, marginal_instructions
 
 from swinv2_train.models.kernels import dispatch
 from swinv2_train.models.windows import window_grid
@@ -27,6 +31,8 @@ from swinv2_train.models.windows import window_grid
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 SHARED_KIB = {80: 163, 90: 227}  # that one program may have
 REGISTERS = 65536
+# Matrix products over the head dim that a kernel makes of a score; three more where it does the whole backward pass.
+PRODUCTS = {"forward": 2, "query gradient": 3, "key value gradient": 4, "table gradient": 2, "offset gradient": 2}
 
 
 class Recorder:
@@ -95,6 +101,58 @@ def resources(compiled: Any) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
+class Counts(NamedTuple):
+    """Warp instructions per 32 scores."""
+
+    interior: float  # of the main loop, per score of the tile; of a whole program where the code has no loop
+    all_code: float  # of whole programs, per score of the window
+
+
+def counts(name: str, cubin: bytes, kwargs: dict[str, Any], head_dim: int) -> Counts | None:
+    """None for kernels that do not multiply, and for float32, which has no matrix instructions to count by."""
+    if name not in PRODUCTS:
+        return None
+    blocks = blocks_of(disassembly(cubin))
+    in_code = sum(block.macs for block in blocks)
+    if not in_code:
+        return None
+    warps, tokens = kwargs["num_warps"], kwargs["ROWS"] * kwargs["COLS"]
+    products = (PRODUCTS[name] + 3 * bool(kwargs.get("WHOLE"))) * head_dim
+    scores = tokens * tokens
+
+    def issued(rows: int, cols: int, loop: bool) -> float:
+        macs = rows * cols * products // warps
+        if loop:
+            return warps * (marginal_instructions(blocks, macs) or 0.0)
+        try:
+            return warps * fewest_instructions(blocks, macs)
+        except ValueError:  # the compiler has left out products with what it knows to be padding
+            return warps * fewest_instructions(blocks, min(macs, in_code))
+
+    if name.startswith(("table", "offset")):  # a program loops over windows, and over pairs of groups of rows
+        side = kwargs["BLOCK"]
+        products = min(products, in_code * warps // side**2)  # the compiler leaves out those with padding it knows of
+        whole, rest = divmod(tokens, side)
+        if "GROUP" in kwargs and not kwargs.get("WHOLE"):
+            whole, rest = -(-kwargs["ROWS"] // kwargs["GROUP"]), 0
+        elif rest and kwargs.get("TAIL", side) == side:
+            whole, rest = whole + 1, 0
+        everything = whole * whole * issued(side, side, True)
+        if rest:
+            edge = kwargs["TAIL"]
+            everything += whole * (issued(side, edge, True) + issued(edge, side, True)) + issued(side, edge, True)
+        return Counts(issued(side, side, True) * 32 / side**2, everything * 32 / scores)
+    owned, streamed = ("K", "Q") if name.startswith("key") else ("Q", "K")
+    block, step = kwargs[f"BLOCK_{owned}"], kwargs[f"BLOCK_{streamed}"]
+    covered = tokens // step * step + (kwargs.get(f"TAIL_{streamed}", step) if tokens % step else 0)
+    edge = kwargs.get(f"TAIL_{owned}", block)
+    everything = tokens // block * issued(block, covered, False) if tokens >= block else 0.0
+    if tokens % block:
+        everything += issued(edge, covered, False)
+    interior = issued(block, step, True) * 32 / (block * step) or everything * 32 / scores
+    return Counts(interior, everything * 32 / scores)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 12, 16, 24, 32])
@@ -109,8 +167,8 @@ def main() -> int:
         print("compile_fused needs the package triton", file=sys.stderr)
         return 2
     too_large = False
-    print("| capability | window | kernel | registers | spilled | shared memory, KiB | warps |")
-    print("|---|---|---|---|---|---|---|")
+    print("| capability | window | kernel | registers | spilled | shared memory, KiB | warps | interior | all code |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for capability in options.capability:
         for window in options.windows:
             for kernel, args, kwargs in launches_of(
@@ -125,9 +183,11 @@ def main() -> int:
                 )
                 too_large |= shared > SHARED_KIB[capability]
                 name = kernel.__name__.removesuffix("_kernel").replace("_", " ")
+                found = counts(name, compiled.asm["cubin"], kwargs, options.head_dim)
+                issued = f"{found.interior:.1f} | {found.all_code:.1f}" if found else "- | -"
                 print(
                     f"| {capability / 10} | {window} | {name} | {registers} | {stack} | {shared:.1f} | "
-                    f"{min(64, programs * threads // 32)} |",
+                    f"{min(64, programs * threads // 32)} | {issued} |",
                     flush=True,
                 )
     return int(too_large)

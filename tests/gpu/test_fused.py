@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
@@ -24,7 +25,9 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in")  # numpy's, on rows of padding, which nobody stores
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RTOL = 2e-5  # of the largest entry; measured worst 9.5e-6 (d scale at a scale of 100), 2.1e-6 for everything else
+RTOL = 2e-5  # of the largest entry; measured worst 1.1e-5 (d scale), 2.1e-6 for everything else
+# At a scale of 100 a card's 2^x, exact to 2^-22, is off by more: up to 7.1e-5 with the bounds that PTX documents.
+LARGEST_SCALE_RTOL = 1e-4 if DEVICE == "cuda" else RTOL
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +84,11 @@ def relative_errors(found, expected):
     return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)]
 
 
-def assert_equals_float64(grid, heads, dim, **kwargs):
+def assert_equals_float64(grid, heads, dim, rtol=RTOL, **kwargs):
     tensors = inputs(grid, heads, dim, **kwargs)
     expected = run(reference, *in_float64(tensors), grid, heads)
     errors = relative_errors(run(dispatch.fused_window_attention, *tensors, grid, heads), expected)
-    assert max(errors) < RTOL, (grid, heads, dim, errors)
+    assert max(errors) < rtol, (grid, heads, dim, errors)
 
 
 def random_case(seed):
@@ -127,7 +130,38 @@ def test_the_corners_of_the_sizes_equal_float64(size, window, shifted, heads, di
 
 def test_the_largest_scale_and_its_leaking_mask_equal_float64():
     """At a scale of 100 a masked score can beat one that is not masked; nothing overflows."""
-    assert_equals_float64(window_grid((8, 8), (5, 4), True), 2, 16, largest_scale=100.0, seed=1)
+    grid = window_grid((8, 8), (5, 4), True)
+    assert_equals_float64(grid, 2, 16, rtol=LARGEST_SCALE_RTOL, largest_scale=100.0, seed=1)
+
+
+@pytest.mark.parametrize("cosine", [-1, 1])
+def test_without_a_running_maximum_the_largest_reach_neither_overflows_nor_vanishes(cosine, monkeypatch):
+    """All cosines -1 or 1 at the largest scale whose scores go into the exponential as they are, two window corners
+    apart in their bias by 16."""
+    grid, heads, dim = window_grid((4, 4), (4, 4), False), 1, 16
+    qkv, scale, table, grad = inputs(grid, heads, dim)
+    qkv[..., :dim] = torch.linspace(-1, 2, dim)
+    qkv[..., dim : 2 * dim] = 3 * cosine * qkv[..., :dim]
+    table[0], table[-1] = 0.0, 16.0
+    scale.fill_(dispatch.MAX_REACH / math.log2(math.e) - 8.01)
+    expected = run(reference, *in_float64((qkv, scale, table, grad)), grid, heads)
+    found = run(dispatch.fused_window_attention, qkv, scale, table, grad, grid, heads)
+    monkeypatch.setattr(dispatch, "MAX_REACH", 0.0)
+    online = run(dispatch.fused_window_attention, qkv, scale, table, grad, grid, heads)
+    assert not torch.equal(found[0], online[0])  # two ways of computing it
+    for outputs in (found, online):
+        errors = relative_errors([outputs[0], outputs[3]], [expected[0], expected[3]])
+        assert max(errors) < LARGEST_SCALE_RTOL, errors
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "shifted", "heads", "dim"),
+    [((7, 10), (5, 6), True, 1, 16), pytest.param((13, 12), (12, 12), True, 2, 24, marks=pytest.mark.slow)],
+)
+def test_windows_too_large_for_a_dense_bias_equal_float64(size, window, shifted, heads, dim, monkeypatch):
+    """As of more than 24 x 24 tokens, whose kernels take the bias from the table: here on small ones."""
+    monkeypatch.setattr(dispatch, "DENSE_TOKENS", 0)
+    assert_equals_float64(window_grid(size, window, shifted), heads, dim)
 
 
 def test_padding_that_scores_far_above_every_token_has_no_part_in_the_gradients():

@@ -27,6 +27,11 @@ MAX_WINDOW = 64
 HEAD_DIMS = (16, 128)  # the smallest and the largest
 MIN_CAPABILITY = 8  # major: the first with bfloat16 matrix units
 TRIAL_BOUND = 0.05  # of the largest entry, in bfloat16
+DENSE_TOKENS = 576  # windows of up to 24 x 24 have the bias of every pair in memory
+BIAS_BLOCK = 1024
+# Scores whose head reaches no further go into 2^x as they are: a row's largest weight is at least 2^-96 and one of 2^-24
+# of it still a normal number; the largest weight possible, times a thousand tokens and values of 1e5, is below 2^127.
+MAX_REACH = 96.0
 TABLE_PROGRAMS = 2048  # of the table's gradient; a constant, because its sums must not depend on the card
 
 
@@ -123,32 +128,44 @@ def _traced(qkv: Tensor) -> bool:
 
 
 class Tiles(NamedTuple):
-    """How a launch cuts windows up, in tokens: a program owns a block of queries (or keys) and goes over the others."""
+    """How a launch cuts windows up, in tokens: a program owns a block of queries (or keys) and goes over the others in
+    blocks; what a window has beyond its whole blocks is a smaller block (:func:`tail`)."""
 
     owned: int
     streamed: int
-    forward_keys: int  # streamed in the forward pass: a window of up to 64 tokens goes in one step
     warps: int
-    side: int  # of the tiles whose sum over all windows gives the table's gradient; at least a row of the window
+    forward_owned: int
+    forward_warps: int
+    side: int  # of the tiles whose sum over all windows gives the table's gradient
     side_warps: int
+
+
+def tail(tokens: int, block: int) -> int:
+    """The block for the tokens that blocks of this size leave over: a power of two, at least 16."""
+    return max(16, _power_of_two(tokens % block))
 
 
 def tiles_for(tokens: int, cols: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles for windows of this many tokens in rows of cols.
 
     No search, which would cost every start seconds. Chosen by what the compiled kernels take (scripts/compile_fused.py)
-    at d = 32 in bfloat16: hardly anything spilled, and 8 to 20 warps at a time on a multiprocessor.
+    at d = 32 in bfloat16: hardly anything spilled, few instructions, and 8 to 20 warps at a time on a multiprocessor.
     """
     whole = max(16, _power_of_two(tokens))
     exact, wide = dtype == torch.float32, head_dim > 64  # float32 has no matrix units and twice the bytes
     owned = min(whole, 32 if exact else 64)
-    streamed = min(whole, 16 if exact and wide else 32)
-    side = max(min(whole, 32 if exact else 64), 16, _power_of_two(cols))
+    warps = 8 if wide and owned == 64 else 4 if owned >= 32 else 2
+    dense = tokens <= DENSE_TOKENS
+    large = tokens >= 256 and not exact and not wide  # then twice as many queries share the work on a block of keys
+    side = min(whole, 32 if exact else 64)
+    if not dense:
+        side = max(side, _power_of_two(cols))  # a row of the window at least
     return Tiles(
         owned=owned,
-        streamed=streamed,
-        forward_keys=64 if whole == 64 and not exact and not wide else streamed,
-        warps=8 if wide and owned == 64 else 4 if owned >= 32 else 2,
+        streamed=min(whole, 16 if exact and wide else 32 if exact or wide or not dense else 64),
+        warps=warps,
+        forward_owned=128 if large else owned,
+        forward_warps=8 if large else warps,
         side=side,
         side_warps=8 if side == 64 and (wide or exact or (whole == 64 and head_dim > 32)) else 4,
     )
@@ -156,6 +173,11 @@ def tiles_for(tokens: int, cols: int, head_dim: int, dtype: torch.dtype) -> Tile
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _covered(tokens: int, block: int) -> int:
+    """Tokens that whole blocks and the smaller last one take."""
+    return tokens // block * block + (tail(tokens, block) if tokens % block else 0)
 
 
 def _rounded(tokens: int, block: int) -> int:
@@ -173,6 +195,9 @@ class _Launch:
         self.windows = qkv.shape[0] * grid_rows * grid_cols
         self.sizes = (heads, *grid.size, grid_rows, grid_cols, *grid.shift)
         self.tiles = tiles_for(self.tokens, grid.window[1], self.dim, qkv.dtype)
+        self.dense = self.tokens <= DENSE_TOKENS
+        blocks = {*self.tiles[:2], self.tiles.forward_owned, self.tiles.side}
+        self.stride = max(_covered(self.tokens, block) for block in blocks) if self.dense else 0
         self.constants: dict[str, Any] = {
             "ROWS": grid.window[0],
             "COLS": grid.window[1],
@@ -184,21 +209,43 @@ class _Launch:
             "MASKED": MASKED_LOGIT * math.log2(math.e),
         }
 
-    def programs(self) -> tuple[int]:
-        return (self.windows * math.ceil(self.tokens / self.tiles.owned) * self.heads,)
+    def programs(self, owned: int) -> tuple[int]:
+        return (self.windows * math.ceil(self.tokens / owned) * self.heads,)
 
     def table_programs(self) -> tuple[int, int, int, int]:
         """Rows per group, groups, splits of the windows and bins per program of the table's gradient.
 
-        The partial sums take splits * (2 groups - 1) * h * bins * 4 bytes.  bins is at most 256, so that with several
-        splits that is at most 4 MiB; with a single one 64 KiB per head, whatever the batch.
+        A group is a tile's side of tokens where the bias is dense, and no bins are needed: the partial sums take
+        splits * h * N^2 * 4 bytes, with several splits at most 34 MB.  In larger windows it is a number of rows, and
+        they take splits * (2 groups - 1) * h * bins * 4 bytes.  bins is at most 256, so that with several splits that
+        is at most 4 MiB; with a single one 64 KiB per head, whatever the batch.
         """
         rows, cols = self.grid.window
         side = self.tiles.side
         group = min(rows, side // cols)
-        groups = math.ceil(rows / group)
-        splits = min(self.windows, max(1, TABLE_PROGRAMS // (self.heads * groups)))
-        return group, groups, splits, _rounded((2 * group - 1) * (2 * cols - 1), side)
+        groups = math.ceil(self.tokens / side if self.dense else rows / group)
+        tiles = groups * groups if self.dense else groups
+        splits = min(self.windows, max(1, TABLE_PROGRAMS // (self.heads * tiles)))
+        return group, groups, splits, 0 if self.dense else _rounded((2 * group - 1) * (2 * cols - 1), side)
+
+    def bias(self, scale: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The bias as the kernels read it, and how far scores can be from 0, (h,) float32.
+
+        Beside bfloat16 operands a bias between -8 and 8 is exact enough in float16, which halves what is read.
+        """
+        entries = table.shape[0]
+        if self.dense:
+            narrow = torch.float16 if dtype == torch.bfloat16 else torch.float32
+            bias = table.new_empty(self.heads, self.stride, self.stride, dtype=narrow)
+        else:
+            bias = table.new_empty(self.heads, entries)
+        reach = table.new_empty(self.heads)
+        blocks = math.ceil(bias[0].numel() / BIAS_BLOCK)
+        _kernels()[0].bias_kernel[(self.heads * blocks,)](
+            table, scale, bias, reach, self.heads, ROWS=self.grid.window[0], COLS=self.grid.window[1],
+            STRIDE=self.stride, BLOCK=BIAS_BLOCK, OFFSETS=_power_of_two(entries), num_warps=4,
+        )  # fmt: skip
+        return bias, reach
 
 
 def _compiled(qkv: Tensor) -> bool:
@@ -206,16 +253,11 @@ def _compiled(qkv: Tensor) -> bool:
     return qkv.device.type == "cpu"
 
 
-def _kernels() -> tuple[ModuleType, ModuleType]:
+def _kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
     assert HAS_TRITON, "the package triton is missing: ask fused_available() before fused_window_attention()"
-    from swinv2_train.models.kernels import triton_attention, triton_bias_table  # here, because they import Triton
+    from swinv2_train.models.kernels import triton_attention, triton_bias_table, triton_gradients  # they import Triton
 
-    return triton_attention, triton_bias_table
-
-
-def _for_scores(table: Tensor) -> Tensor:
-    """The table as the kernels read it: (h, offsets), times log2(e)."""
-    return (table * math.log2(math.e)).t().contiguous()
+    return triton_attention, triton_gradients, triton_bias_table
 
 
 def _check(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, heads: int) -> None:
@@ -260,11 +302,14 @@ def _attend(
         cpu.forward(qkv, scale, table, out, lse, grid, heads)
         return out, lse
     launch = _Launch(qkv, grid, heads)
-    tiles = launch.tiles
+    tiles, tokens = launch.tiles, launch.tokens
     with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
-        _kernels()[0].forward_kernel[launch.programs()](
-            qkv, scale, _for_scores(table), out, lse, *launch.sizes, **launch.constants,
-            BLOCK_Q=tiles.owned, BLOCK_K=tiles.forward_keys, num_warps=tiles.warps,
+        bias, reach = launch.bias(scale, table.contiguous(), qkv.dtype)
+        _kernels()[0].forward_kernel[launch.programs(tiles.forward_owned)](
+            qkv, scale, bias, reach, out, lse, *launch.sizes, **launch.constants, STRIDE=launch.stride,
+            BLOCK_Q=tiles.forward_owned, TAIL_Q=tail(tokens, tiles.forward_owned),
+            BLOCK_K=tiles.streamed, TAIL_K=tail(tokens, tiles.streamed),
+            MAX_REACH=-1.0 if qkv.dtype == torch.float16 else MAX_REACH, num_warps=tiles.forward_warps,
         )  # fmt: skip
     return out, lse
 
@@ -287,36 +332,50 @@ def _attend_backward(
     if _compiled(qkv):
         scale_grad, grad_table = cpu.backward(grad, qkv, scale, table, lse, grad_qkv, grid, heads)
         return grad_qkv, scale_grad.view_as(scale), grad_table
-    kernels, table_kernels = _kernels()
+    _, kernels, table_kernels = _kernels()
     launch = _Launch(qkv, grid, heads)
-    sizes, constants, tiles = launch.sizes, launch.constants, launch.tiles
+    tiles, tokens, stride = launch.tiles, launch.tokens, launch.stride
     group, groups, splits, bins = launch.table_programs()
-    whole = groups == 1
-    scores_table = _for_scores(table)
-    partial = lse.new_empty(splits, 2 * groups - 1, heads, bins)
+    whole = launch.dense and groups == 1
     delta = lse.new_empty(0 if whole else lse.shape)
     unit = qkv.new_empty(0 if whole else (*qkv.shape[:3], qkv.shape[3] // 3 * 2))
-    scale_summands = lse.new_empty(splits * heads if whole else launch.programs()[0])
+    programs = launch.programs(tiles.owned)
+    scale_summands = lse.new_empty(splits * heads if whole else programs[0])
+    common = {**launch.constants, "STRIDE": stride, "num_warps": tiles.warps}
+    owned, streamed = (tiles.owned, tail(tokens, tiles.owned)), (tiles.streamed, tail(tokens, tiles.streamed))
+    window = {"ROWS": grid.window[0], "COLS": grid.window[1]}
     with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
+        bias, _ = launch.bias(scale, table.contiguous(), qkv.dtype)
         if not whole:
             # In this order: the first makes delta and the queries' unit vectors, the second those of the keys.
-            kernels.query_gradient_kernel[launch.programs()](
-                grad, qkv, scale, scores_table, out, lse, delta, unit, grad_qkv, scale_summands, *sizes, **constants,
-                BLOCK_Q=tiles.owned, BLOCK_K=tiles.streamed, num_warps=tiles.warps,
+            kernels.query_gradient_kernel[programs](
+                grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, scale_summands, *launch.sizes, **common,
+                BLOCK_Q=owned[0], TAIL_Q=owned[1], BLOCK_K=streamed[0], TAIL_K=streamed[1],
             )  # fmt: skip
-            kernels.key_value_gradient_kernel[launch.programs()](
-                grad, qkv, scale, scores_table, lse, delta, unit, grad_qkv, *sizes, **constants,
-                BLOCK_Q=tiles.streamed, BLOCK_K=tiles.owned, num_warps=tiles.warps,
+            kernels.key_value_gradient_kernel[programs](
+                grad, qkv, bias, lse, delta, unit, grad_qkv, *launch.sizes, **common,
+                BLOCK_Q=streamed[0], TAIL_Q=streamed[1], BLOCK_K=owned[0], TAIL_K=owned[1],
             )  # fmt: skip
-        table_kernels.table_gradient_kernel[(heads * (2 * groups - 1), splits)](
-            grad, qkv, scale, scores_table, out, lse, delta, unit, grad_qkv, scale_summands, partial,
-            launch.windows, *sizes, **constants,
-            GROUP=group, BLOCK=tiles.side, WHOLE=whole, BINS=bins, num_warps=tiles.side_warps,
-        )  # fmt: skip
-        table_kernels.table_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
-            partial, grad_table, splits, heads, ROWS=grid.window[0], COLS=grid.window[1], GROUP=group, BINS=bins,
-            BLOCK=64, BLOCK_SPLITS=32, num_warps=4,
-        )  # fmt: skip
+        if launch.dense:
+            partial = lse.new_empty(splits, heads, stride, stride)
+            table_kernels.table_gradient_kernel[(heads * groups * groups, splits)](
+                grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, scale_summands, partial,
+                launch.windows, *launch.sizes, **launch.constants, STRIDE=stride,
+                BLOCK=tiles.side, TAIL=tail(tokens, tiles.side), WHOLE=whole, num_warps=tiles.side_warps,
+            )  # fmt: skip
+            table_kernels.table_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
+                partial.sum(0), grad_table, heads, **window, STRIDE=stride, BLOCK=64, BLOCK_Q=32, num_warps=4,
+            )  # fmt: skip
+        else:
+            partial = lse.new_empty(splits, 2 * groups - 1, heads, bins)
+            table_kernels.offset_gradient_kernel[(heads * (2 * groups - 1), splits)](
+                grad, qkv, bias, lse, delta, unit, partial, launch.windows, *launch.sizes, **launch.constants,
+                GROUP=group, BLOCK=tiles.side, BINS=bins, num_warps=tiles.side_warps,
+            )  # fmt: skip
+            table_kernels.offset_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
+                partial, grad_table, splits, heads, **window, GROUP=group, BINS=bins,
+                BLOCK=64, BLOCK_SPLITS=32, num_warps=4,
+            )  # fmt: skip
     torch.sum(scale_summands.view(-1, heads), 0, out=grad_scale.view(-1))
     return grad_qkv, grad_scale, grad_table
 

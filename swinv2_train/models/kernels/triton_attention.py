@@ -4,11 +4,16 @@
 
 Legend: B batch, H W tokens per side, C channels, h heads, d head dim (D padded to a power of two: DP), N = ROWS x COLS
 tokens per window.  A program owns a block of one window's tokens and one head; it finds them in the unpartitioned map
-by arithmetic.  Scores are kept times log2(e), because the hardware's exponential is 2^x: `table` holds the bias times
-log2(e), transposed to (h, (2 ROWS - 1)(2 COLS - 1)), and `lse` the base-2 logarithm of the softmax's denominator.
+by arithmetic.  Scores are kept times log2(e), because the hardware's exponential is 2^x: `bias` holds the bias so, less
+the middle of its head's range (softmax does not see it), and `lse` the base-2 logarithm of the softmax's denominator.
+`bias` is (h, STRIDE, STRIDE), a score's own for every pair of tokens, where that stays in the L2 cache; with STRIDE = 0
+it is (h, (2 ROWS - 1)(2 COLS - 1)), one for every offset.
 
 The place of token (r, c) is r (2 COLS - 1) + c: the difference of two places, plus that of the zero offset, is the
-row of the bias table, so that a score's bias costs one subtraction and one load from a table that stays in L1.
+row of the bias table.
+
+Tokens are taken in blocks of BLOCK_Q or BLOCK_K, and what a window has beyond its last whole block in one of TAIL_Q or
+TAIL_K: a window of 144 tokens is 64 + 64 + 16, not 192.
 """
 
 from __future__ import annotations
@@ -91,9 +96,14 @@ def store_rows(base, token, real, stride, values, D: tl.constexpr, DP: tl.conste
 
 @jit_inline
 def unit_rows(x):
-    """x / max(|x|, 1e-12) by row in float32, and 1 / max(|x|, 1e-12)."""
+    """x / max(|x|, 1e-12) by row in float32, and 1 / max(|x|, 1e-12).
+
+    The hardware's reciprocal square root is off by 2^-22; a step of Newton's makes it as exact as a division.
+    """
     x = x.to(tl.float32)
-    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+    square = tl.maximum(tl.sum(x * x, 1), 1e-24)
+    inverse = tl.rsqrt(square)
+    inverse = inverse * (1.5 - 0.5 * (square * inverse) * inverse)
     return x * inverse[:, None], inverse
 
 
@@ -101,195 +111,215 @@ def unit_rows(x):
 def through_unit(grad, unit, inverse):
     """The gradient of x from that of unit = x / max(|x|, 1e-12), and the products grad . unit by row."""
     along = tl.sum(grad * unit, 1)
-    radial = tl.where(inverse < 1e12, along, 0.0)  # below the bound only the values of x count, not their length
+    radial = tl.where(inverse < 0.99999e12, along, 0.0)  # below the bound only the values of x count, not their length
     return (grad - unit * radial[:, None]) * inverse[:, None], along
 
 
+@jit
+def bias_kernel(
+    table, scale, bias, reach, heads,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """bias, from table ((2 ROWS - 1)(2 COLS - 1), h), and reach (h,) float32: no score is further from 0 than that.
+
+    Scores with keys past the window's end are -inf where there is one for every pair.  OFFSETS: the table's rows,
+    rounded up to a power of two.
+    """
+    WIDTH: tl.constexpr = 2 * COLS - 1
+    ENTRIES: tl.constexpr = (2 * ROWS - 1) * WIDTH
+    head = tl.program_id(0) % heads
+    block = tl.program_id(0) // heads
+    entry = tl.arange(0, OFFSETS)
+    column = tl.load(table + entry * heads + head, mask=entry < ENTRIES, other=0.0)
+    high = tl.max(tl.where(entry < ENTRIES, column, float("-inf")), 0)
+    low = tl.min(tl.where(entry < ENTRIES, column, float("inf")), 0)
+    if block == 0:
+        tl.store(reach + head, (tl.load(scale + head) + 0.5 * (high - low)) * 1.4426950408889634)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    if STRIDE > 0:
+        n, k_n = at // STRIDE, at % STRIDE
+        offset = place_of(n, ROWS, COLS) - place_of(k_n, ROWS, COLS) + (ROWS - 1) * WIDTH + COLS - 1
+        values = (tl.load(table + offset * heads + head) - 0.5 * (high + low)) * 1.4426950408889634
+        values = tl.where(k_n < ROWS * COLS, values, float("-inf"))
+        bias += head * (STRIDE * STRIDE)
+        tl.store(bias + at, values.to(bias.dtype.element_ty), mask=at < STRIDE * STRIDE)
+    else:
+        values = tl.load(table + at * heads + head, mask=at < ENTRIES, other=0.0)
+        values = (values - 0.5 * (high + low)) * 1.4426950408889634
+        tl.store(bias + head * ENTRIES + at, values, mask=at < ENTRIES)
+
+
 @jit_inline
-def load_bias(table, place, k_place):
-    """The bias of every pair; table points to that of the zero offset."""
-    return tl.load((table + place)[:, None] + (-k_place)[None, :])
+def bias_of_head(bias, head, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
+    """Where a head's bias begins: that of the first pair, or of the zero offset."""
+    if STRIDE > 0:
+        bias += head * (STRIDE * STRIDE)
+    else:
+        bias += head * ((2 * ROWS - 1) * (2 * COLS - 1)) + (ROWS - 1) * (2 * COLS - 1) + COLS - 1
+    return bias
+
+
+@jit_inline
+def load_bias(bias, n, k_n, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
+    """The bias of queries n with keys k_n, in float32."""
+    if STRIDE > 0:
+        values = tl.load(bias + (n * STRIDE)[:, None] + k_n[None, :]).to(tl.float32)
+    else:
+        values = tl.load((bias + place_of(n, ROWS, COLS))[:, None] + (-place_of(k_n, ROWS, COLS))[None, :])
+    return values
+
+
+@jit_inline
+def load_bias_of_keys(bias, k_n, n, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
+    """The same, transposed: a row per key."""
+    if STRIDE > 0:
+        values = tl.load(bias + k_n[:, None] + (n * STRIDE)[None, :]).to(tl.float32)
+    else:
+        values = tl.load((bias - place_of(k_n, ROWS, COLS))[:, None] + place_of(n, ROWS, COLS)[None, :])
+    return values
 
 
 @jit_inline
 def attention_scores(
-    a, b, bias, scale2, n, b_n, wrap_row, wrap_col,
+    a, b, bias, n, b_n, wrap_row, wrap_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores times log2(e) of the rows of a, the window's tokens n, with those of b, its tokens b_n.
+    """a b^T + bias: scores times log2(e) of the window's tokens n with its tokens b_n; a or b has the scale in it.
 
     MASKED is added between the regions that the shift brought together, which only the last windows of an axis have:
     the others skip that, and the arithmetic for it.
     """
-    scores = tl.dot(a, tl.trans(b), input_precision="ieee") * scale2 + bias
+    scores = tl.dot(a, tl.trans(b), acc=bias, input_precision="ieee")
     if SHIFTED:  # noqa: SIM102 (a constant, which the compiler decides)
         if (wrap_row < ROWS) | (wrap_col < COLS):
+            zero = tl.minimum(wrap_row, 0)  # the compiler does not know, and so keeps the divisions in here
+            n, b_n = n + zero, b_n + zero
             region = (n // COLS >= wrap_row).to(tl.int32) * 2 + (n % COLS >= wrap_col).to(tl.int32)
             b_region = (b_n // COLS >= wrap_row).to(tl.int32) * 2 + (b_n % COLS >= wrap_col).to(tl.int32)
             scores = tl.where(region[:, None] == b_region[None, :], scores, scores + MASKED)
     return scores
 
 
-@jit
-def forward_kernel(
-    qkv, scale, table, out, lse,
-    heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
+@jit_inline
+def forward_step(
+    start, acc, total, top, q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, W, C) and lse (B*nW, h, N) float32 of a block of queries; padding has an lse too, but no gradient."""
-    N: tl.constexpr = ROWS * COLS
-    pid = tl.program_id(0)
-    head = pid % heads
-    block = (pid // heads) % tl.cdiv(N, BLOCK_Q)
-    window = pid // heads // tl.cdiv(N, BLOCK_Q)
-    first_token, first_row, first_col, wrap_row, wrap_col = window_frame(
-        window, height, width, grid_rows, grid_cols, shift_row, shift_col, ROWS, COLS
-    )
+    """acc, total and top, the queries' sums of weighted values and of weights and their largest score (0 unless
+    ONLINE), after BLOCK_K more keys, from `start` on."""
     stride = heads * (3 * D)
-    qkv += first_token * stride + head * D
-    scale2 = tl.load(scale + head) * 1.4426950408889634  # times log2(e)
-    table += head * ((2 * ROWS - 1) * (2 * COLS - 1)) + (ROWS - 1) * (2 * COLS - 1) + COLS - 1
-
-    n = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    token, real = locate(n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
-    place = place_of(n, ROWS, COLS)
-    q, q_inverse = unit_rows(load_rows(qkv, token, real, stride, D, DP))
-    q = q.to(qkv.dtype.element_ty)
-    top = tl.full((BLOCK_Q,), -1e30, tl.float32)  # not -inf: the first keys may all be padding
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    acc = tl.zeros((BLOCK_Q, DP), tl.float32)
-    for start in range(0, N, BLOCK_K):
-        k_n = start + tl.arange(0, BLOCK_K)
-        k_token, k_real = locate(k_n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
-        k, k_inverse = unit_rows(load_rows(qkv + heads * D, k_token, k_real, stride, D, DP))
-        v = load_rows(qkv + heads * (2 * D), k_token, k_real, stride, D, DP)
-        bias = load_bias(table, place, place_of(k_n, ROWS, COLS))
-        scores = attention_scores(
-            q, k.to(q.dtype), bias, scale2, n, k_n, wrap_row, wrap_col, ROWS, COLS, SHIFTED, MASKED
-        )
-        if PADDED or N % BLOCK_K != 0:
-            scores = tl.where(k_real[None, :], scores, float("-inf"))
+    k_n = start + tl.arange(0, BLOCK_K)
+    k_token, k_real = locate(k_n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
+    k, k_inverse = unit_rows(load_rows(qkv + heads * D, k_token, k_real, stride, D, DP))
+    v = load_rows(qkv + heads * (2 * D), k_token, k_real, stride, D, DP)
+    scores = load_bias(bias, n, k_n, ROWS, COLS, STRIDE)
+    scores = attention_scores(q, k.to(q.dtype), scores, n, k_n, wrap_row, wrap_col, ROWS, COLS, SHIFTED, MASKED)
+    if PADDED or (STRIDE == 0 and ROWS * COLS % BLOCK_K != 0):
+        scores = tl.where(k_real[None, :], scores, float("-inf"))
+    if ONLINE:
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(scores - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc=acc * shrink[:, None], input_precision="ieee")
+        total = total * shrink
+        acc = acc * shrink[:, None]
         top = new_top
-    store_rows(out + first_token * (heads * D) + head * D, token, real, heads * D, acc / total[:, None], D, DP)
-    lse += (window.to(tl.int64) * heads + head) * N
-    tl.store(lse + n, top + tl.log2(total), mask=n < N)
+    else:
+        p = tl.exp2(scores)
+    total += tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc=acc, input_precision="ieee")
+    return acc, total, top
 
 
-@jit
-def query_gradient_kernel(
-    grad, qkv, scale, table, out, lse, delta, unit, grad_qkv, grad_scale,
+@jit_inline
+def forward_keys(
+    q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, ONLINE: tl.constexpr,
+):  # fmt: skip
+    """acc, total and top of forward_step after all of a window's keys."""
+    WHOLE_BLOCKS: tl.constexpr = ROWS * COLS // BLOCK_K * BLOCK_K
+    acc = tl.zeros((BLOCK, DP), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    top = tl.full((BLOCK,), -1e30 if ONLINE else 0.0, tl.float32)  # not -inf: the first keys may all be padding
+    for start in range(0, WHOLE_BLOCKS, BLOCK_K):
+        acc, total, top = forward_step(
+            start, acc, total, top, q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
+            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, ONLINE,
+        )  # fmt: skip
+    if WHOLE_BLOCKS < ROWS * COLS:
+        acc, total, top = forward_step(
+            WHOLE_BLOCKS, acc, total, top, q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col,
+            height, width, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, TAIL_K, ONLINE,
+        )  # fmt: skip
+    return acc, total, top
+
+
+@jit_inline
+def forward_block(
+    block, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, window, head, qkv, scale, bias, reach, out, lse,
     heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, MAX_REACH: tl.constexpr,
 ):  # fmt: skip
-    """The queries' part of grad_qkv, delta (B*nW, h, N) = out . grad, one summand of d scale per program, and q / |q|,
-    rounded, in the first half of unit (B, H, W, 2C)."""
+    """The forward pass of BLOCK queries, from block * BLOCK_Q on."""
     N: tl.constexpr = ROWS * COLS
-    pid = tl.program_id(0)
-    head = pid % heads
-    block = (pid // heads) % tl.cdiv(N, BLOCK_Q)
-    window = pid // heads // tl.cdiv(N, BLOCK_Q)
     first_token, first_row, first_col, wrap_row, wrap_col = window_frame(
         window, height, width, grid_rows, grid_cols, shift_row, shift_col, ROWS, COLS
     )
-    stride = heads * (3 * D)
-    qkv += first_token * stride + head * D
-    scale1 = tl.load(scale + head)
-    scale2 = scale1 * 1.4426950408889634
-    table += head * ((2 * ROWS - 1) * (2 * COLS - 1)) + (ROWS - 1) * (2 * COLS - 1) + COLS - 1
-    statistics = (window.to(tl.int64) * heads + head) * N
-
-    n = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    qkv += first_token * (heads * 3 * D) + head * D
+    bias = bias_of_head(bias, head, ROWS, COLS, STRIDE)
+    n = block * BLOCK_Q + tl.arange(0, BLOCK)
     token, real = locate(n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
-    place = place_of(n, ROWS, COLS)
-    q_unit, q_inverse = unit_rows(load_rows(qkv, token, real, stride, D, DP))
-    q = q_unit.to(qkv.dtype.element_ty)
-    store_rows(unit + first_token * (heads * 2 * D) + head * D, token, real, heads * 2 * D, q, D, DP)
-    do = load_rows(grad + first_token * (heads * D) + head * D, token, real, heads * D, D, DP)
-    o = load_rows(out + first_token * (heads * D) + head * D, token, real, heads * D, D, DP)
-    row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + statistics + n, row_delta, mask=n < N)
-    row_lse = tl.load(lse + statistics + n, mask=n < N, other=float("inf"))
-    dq = tl.zeros((BLOCK_Q, DP), tl.float32)
-    for start in range(0, N, BLOCK_K):
-        k_n = start + tl.arange(0, BLOCK_K)
-        k_token, k_real = locate(k_n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
-        k, k_inverse = unit_rows(load_rows(qkv + heads * D, k_token, k_real, stride, D, DP))
-        k = k.to(q.dtype)
-        v = load_rows(qkv + heads * (2 * D), k_token, k_real, stride, D, DP)
-        bias = load_bias(table, place, place_of(k_n, ROWS, COLS))
-        scores = attention_scores(q, k, bias, scale2, n, k_n, wrap_row, wrap_col, ROWS, COLS, SHIFTED, MASKED)
-        if PADDED or N % BLOCK_K != 0:
-            scores = tl.where(k_real[None, :], scores, float("-inf"))
-        p = tl.exp2(scores - row_lse[:, None])
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - row_delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, acc=dq, input_precision="ieee")
-    dq, cosine = through_unit(dq, q_unit, q_inverse)
-    store_rows(grad_qkv + first_token * stride + head * D, token, real, stride, dq * scale1, D, DP)
-    tl.store(grad_scale + pid, tl.sum(cosine, 0))  # sum of ds cos(q, k); rows of padding have ds = 0
+    q, q_inverse = unit_rows(load_rows(qkv, token, real, heads * (3 * D), D, DP))
+    q = (q * (tl.load(scale + head) * 1.4426950408889634)).to(qkv.dtype.element_ty)  # times log2(e)
+    if tl.load(reach + head) <= MAX_REACH:
+        acc, total, top = forward_keys(
+            q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
+            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK, BLOCK_K, TAIL_K, False,
+        )  # fmt: skip
+    else:
+        acc, total, top = forward_keys(
+            q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
+            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK, BLOCK_K, TAIL_K, True,
+        )  # fmt: skip
+    acc = acc * (1.0 / total)[:, None]
+    store_rows(out + first_token * (heads * D) + head * D, token, real, heads * D, acc, D, DP)
+    lse += (window.to(tl.int64) * heads + head) * N
+    # A row of padding all of whose keys are masked may have no weight left; inf makes it none in the backward pass too.
+    tl.store(lse + n, tl.where(total > 0, top + tl.log2(total), float("inf")), mask=n < N)
 
 
 @jit
-def key_value_gradient_kernel(
-    grad, qkv, scale, table, lse, delta, unit, grad_qkv,
+def forward_kernel(
+    qkv, scale, bias, reach, out, lse,
     heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, TAIL_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, MAX_REACH: tl.constexpr,
 ):  # fmt: skip
-    """The keys' and the values' part of grad_qkv of a block of keys, and k / |k|, rounded, in the second half of unit.
+    """out (B, H, W, C) and lse (B*nW, h, N) float32 of a block of queries; padding has an lse too, but no gradient.
 
-    Scores are (keys, queries) here: rows of padded keys are wrong but not stored, so nothing masks them.
+    Scores of heads with a reach of at most MAX_REACH go into the exponential as they are, which neither overflows nor
+    loses a row's largest weight; with others every row's largest score so far is subtracted.
     """
     N: tl.constexpr = ROWS * COLS
     pid = tl.program_id(0)
     head = pid % heads
-    block = (pid // heads) % tl.cdiv(N, BLOCK_K)
-    window = pid // heads // tl.cdiv(N, BLOCK_K)
-    first_token, first_row, first_col, wrap_row, wrap_col = window_frame(
-        window, height, width, grid_rows, grid_cols, shift_row, shift_col, ROWS, COLS
-    )
-    stride = heads * (3 * D)
-    qkv += first_token * stride + head * D
-    grad += first_token * (heads * D) + head * D
-    grad_qkv += first_token * stride + head * D
-    unit += first_token * (heads * 2 * D) + head * D
-    scale1 = tl.load(scale + head)
-    scale2 = scale1 * 1.4426950408889634
-    table += head * ((2 * ROWS - 1) * (2 * COLS - 1)) + (ROWS - 1) * (2 * COLS - 1) + COLS - 1
-    lse += (window.to(tl.int64) * heads + head) * N
-    delta += (window.to(tl.int64) * heads + head) * N
-
-    n = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    token, real = locate(n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
-    place = place_of(n, ROWS, COLS)
-    k_unit, k_inverse = unit_rows(load_rows(qkv + heads * D, token, real, stride, D, DP))
-    k = k_unit.to(qkv.dtype.element_ty)
-    store_rows(unit + heads * D, token, real, heads * 2 * D, k, D, DP)
-    v = load_rows(qkv + heads * (2 * D), token, real, stride, D, DP)
-    dk = tl.zeros((BLOCK_K, DP), tl.float32)
-    dv = tl.zeros((BLOCK_K, DP), tl.float32)
-    for start in range(0, N, BLOCK_Q):
-        q_n = start + tl.arange(0, BLOCK_Q)
-        q_token, q_real = locate(q_n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
-        q = load_rows(unit, q_token, q_real, heads * 2 * D, D, DP)
-        do = load_rows(grad, q_token, q_real, heads * D, D, DP)
-        q_lse = tl.load(lse + q_n, mask=q_n < N, other=float("inf"))
-        q_delta = tl.load(delta + q_n, mask=q_n < N, other=0.0)
-        bias = load_bias(table, -place, -place_of(q_n, ROWS, COLS))
-        scores = attention_scores(k, q, bias, scale2, n, q_n, wrap_row, wrap_col, ROWS, COLS, SHIFTED, MASKED)
-        p = tl.exp2(scores - q_lse[None, :])
-        dv = tl.dot(p.to(do.dtype), do, acc=dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - q_delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, acc=dk, input_precision="ieee")
-    dk, k_cosine = through_unit(dk, k_unit, k_inverse)
-    store_rows(grad_qkv + heads * D, token, real, stride, dk * scale1, D, DP)
-    store_rows(grad_qkv + heads * (2 * D), token, real, stride, dv, D, DP)
+    block = (pid // heads) % tl.cdiv(N, BLOCK_Q)
+    window = pid // heads // tl.cdiv(N, BLOCK_Q)
+    if N % BLOCK_Q == 0 or TAIL_Q == BLOCK_Q or block < N // BLOCK_Q:
+        forward_block(
+            block, BLOCK_Q, BLOCK_Q, window, head, qkv, scale, bias, reach, out, lse,
+            heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
+            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, TAIL_K, MAX_REACH,
+        )  # fmt: skip
+    elif TAIL_Q != BLOCK_Q:
+        forward_block(
+            block, TAIL_Q, BLOCK_Q, window, head, qkv, scale, bias, reach, out, lse,
+            heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
+            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, TAIL_K, MAX_REACH,
+        )  # fmt: skip
