@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import swinv2_train.models.kernels.cpu_attention as cpu
 from swinv2_train.models.precision import without_autocast
@@ -97,8 +98,28 @@ def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: Wind
     Returns (B, H, W, C) in qkv's dtype.  Beside its arguments and the result it keeps the softmax's denominators for
     the backward pass, (B*nW, h, N) float32.  All gradients are the same bit for bit in every run: no sum is atomic.
     """
-    out: Tensor = _forward(qkv, scale, table, grid.size, grid.window, grid.shift, num_heads)[0]
+    arguments = (qkv, scale, table, grid.size, grid.window, grid.shift, num_heads)
+    if _traced(qkv):
+        out: Tensor = _forward(*arguments)[0]
+    elif torch.is_grad_enabled():
+        out = _WindowAttention.apply(*arguments)
+    else:
+        out = _attend(*arguments)[0]
     return out
+
+
+def _traced(qkv: Tensor) -> bool:
+    """Whether a compiler, the planner or another mode of torch is to see this as one operation.
+
+    Otherwise it is a plain autograd.Function of the same kernels, because torch.library's dispatch in Python takes the
+    host several times as long (benchmarks/launch_overhead_cpu_202611.md).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or qkv.is_meta
+        or type(qkv) is not Tensor  # a fake one, say
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 class Tiles(NamedTuple):
@@ -222,13 +243,7 @@ def _forward_fake(
     return out, qkv.new_empty(windows, heads, math.prod(window), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "swinv2_train::window_attention",
-    mutates_args=(),
-    schema="(Tensor qkv, Tensor scale, Tensor table, int[] size, int[] window, int[] shift, int heads) "
-    "-> (Tensor, Tensor)",
-)
-def _forward(
+def _attend(
     qkv: Tensor,
     scale: Tensor,
     table: Tensor,
@@ -262,13 +277,7 @@ def _backward_fake(
     return tuple(torch.empty_like(x, memory_format=contiguous) for x in (qkv, scale, table))  # type: ignore[return-value]
 
 
-@torch.library.custom_op(
-    "swinv2_train::window_attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor qkv, Tensor scale, Tensor table, Tensor out, Tensor lse, "
-    "int[] size, int[] window, int[] shift, int heads) -> (Tensor, Tensor, Tensor)",
-)
-def _backward(
+def _attend_backward(
     grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor,
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -323,10 +332,40 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
+class _WindowAttention(torch.autograd.Function):
+    """The kernels without torch.library around them; the bits are the same."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _attend(*inputs)
+        qkv, scale, table, *ctx.sizes = inputs
+        ctx.save_for_backward(qkv, scale, table, *output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_attend_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
+
+
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
 
 
+_forward = torch.library.custom_op(
+    "swinv2_train::window_attention",
+    _attend,
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor scale, Tensor table, int[] size, int[] window, int[] shift, int heads) "
+    "-> (Tensor, Tensor)",
+)
+_backward = torch.library.custom_op(
+    "swinv2_train::window_attention_backward",
+    _attend_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor qkv, Tensor scale, Tensor table, Tensor out, Tensor lse, "
+    "int[] size, int[] window, int[] shift, int heads) -> (Tensor, Tensor, Tensor)",
+)
 _forward.register_fake(_forward_fake)
 _backward.register_fake(_backward_fake)
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from swinv2_train.models import SwinTransformerV2
@@ -217,3 +219,47 @@ def test_meta_tensors_and_the_rules_of_torch_library():
     torch.library.opcheck(
         dispatch._forward, (qkv.float().requires_grad_(), scale, table, grid.size, grid.window, grid.shift, 2)
     )
+
+
+def test_the_plain_function_and_the_operation_are_the_same_bits():
+    """What is launched without torch.library is what a compiler and the planner see."""
+    grid = window_grid((9, 7), (4, 4), True)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = inputs(grid, 2, 16, dtype=dtype)
+
+        def operation(qkv, scale, table, grid, heads):
+            return dispatch._forward(qkv, scale, table, *grid, heads)[0]
+
+        found, expected = (run(each, *tensors, grid, 2) for each in (dispatch.fused_window_attention, operation))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        with torch.no_grad():
+            assert torch.equal(dispatch.fused_window_attention(*tensors[:3], grid, 2), expected[0])
+
+
+def test_modes_and_compilers_see_one_operation():
+    """A FakeTensorMode's tensors have no contents, and a dispatch mode, such as the planner's, sees operations."""
+    grid = window_grid((8, 8), (4, 4), True)
+    qkv, scale, table, _ = inputs(grid, 2, 16)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (qkv, scale, table)]
+    assert dispatch.fused_window_attention(*fakes, grid, 2).shape == (2, 8, 8, 32)
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Names():
+        dispatch.fused_window_attention(qkv, scale, table, grid, 2)
+    assert names == ["swinv2_train.window_attention.default"]
+
+
+def test_second_derivatives_are_refused():
+    """The kernels know none: zeros without a word would be wrong."""
+    grid = window_grid((4, 4), (4, 4), False)
+    qkv, scale, table, _ = inputs(grid, 1, 16)
+    out = dispatch.fused_window_attention(qkv.requires_grad_(), scale, table, grid, 1)
+    (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
