@@ -66,7 +66,7 @@ def check_values(section: Any, prefix: str = "") -> None:
         value = getattr(section, key.name)
         if dataclasses.is_dataclass(value):
             check_values(value, f"{prefix}{key.name}.")
-        elif value is not None or key.kind is Any:  # a key of Any has no null
+        elif value is not None:
             _check_elements(f"{prefix}{key.name}", key.kind, value)
             for rule in key.rules:
                 rule.check(f"{prefix}{key.name}", value)

@@ -144,7 +144,7 @@ class TaskConfig:
     init_head: Annotated[str, PATH]
     """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
     init_bands: Annotated[Any, word_or_indices("mean", "repeat", "fresh")]
-    """For weights of n channels, not m: mean or repeat (x n/m), fresh, or a list (docs/weights.md, Other channels)."""
+    """For weights of other channels: mean, repeat, fresh or a list (docs/weights.md); null = they are an error."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""

@@ -44,8 +44,7 @@ def initial_weights(config: Config, task: Task, world: World, classes: tuple[str
         shapes = {name: tuple(tensor.shape) for name, tensor in task.module.state_dict().items()}
         fixed: dict[str, Head] = {"auto": "auto", "fresh": "fresh"}
         head: Head = fixed.get(init_head, Path(init_head))
-        init_bands = config.task.init_bands
-        bands: Bands = init_bands if isinstance(init_bands, str) else list(init_bands)
+        bands: Bands | None = config.task.init_bands
         said: list[str] = []
         try:
             source = read_weights(init_from, config.task.init_format)

@@ -108,9 +108,9 @@ def match_weights(
     backbone = {name: shape for name, shape in shapes.items() if name not in added}
     said_of_bands = ""
     if bands is not None and PROJECTION in theirs and len(theirs[PROJECTION].shape) == 4 and PROJECTION in backbone:
-        given, channels = theirs[PROJECTION].shape[1], backbone[PROJECTION][1]
-        if given != channels or not isinstance(bands, str):
-            said_of_bands = adaptation(given, channels, bands)
+        source_channels, channels = theirs[PROJECTION].shape[1], backbone[PROJECTION][1]
+        if source_channels != channels or not isinstance(bands, str):
+            said_of_bands = adaptation(source_channels, channels, bands)
         if bands != "fresh":
             theirs[PROJECTION] = adapted_bands(theirs[PROJECTION], channels, bands, origin)
     missing = [name for name in backbone if name not in theirs]
@@ -283,7 +283,7 @@ def _misfit(
     meaning = _differences(model_facts(theirs), model_facts(ours))
     if meaning is None and misshapen:
         meaning = "Sizes are the same otherwise: name another file"
-    elif misshapen == [PROJECTION] and theirs[PROJECTION][2:] == tuple(ours[PROJECTION])[2:]:
+    elif meaning is not None and misshapen == [PROJECTION] and theirs[PROJECTION][2:] == tuple(ours[PROJECTION])[2:]:
         meaning += (
             ", or let init_bands=mean adapt the patch embedding (or repeat, fresh, or a band of the file for each)"
         )
