@@ -447,6 +447,8 @@ class ProbeConfig:
     """Probes of the frozen encoder's mean-pooled features: knn, linear, both, or [] = none."""
     every_steps: Annotated[int | None, at_least(1)]
     """Steps between probes during training, and one at the end; null = at the end only."""
+    before_first_step: bool
+    """Also probe the weights that a new run starts from; the report sets these scores beside the last ones."""
     shards: Annotated[str | None, PATH]
     """Labelled images that the probes are fitted on, in data.shards' notation; null = data.shards."""
     eval_shards: Annotated[str | None, PATH]
