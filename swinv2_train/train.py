@@ -34,6 +34,7 @@ from swinv2_train.runtime import (
     RunDirLock,
     StopNow,
     StopRequest,
+    arithmetic,
     read_environment,
     set_threads,
     tune_allocator,
@@ -98,13 +99,14 @@ def train(config: Config) -> int:
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                run = build_run(
-                    config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
-                    start.probe,
-                )  # fmt: skip
-                on_main(world, lambda: announce(run, log, start.initial))
-                with run.monitor.manual_gc:
-                    exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
+                with arithmetic(config.runtime.deterministic):
+                    run = build_run(
+                        config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
+                        start.probe,
+                    )  # fmt: skip
+                    on_main(world, lambda: announce(run, log, start.initial))
+                    with run.monitor.manual_gc:
+                        exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
                     log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
