@@ -49,7 +49,7 @@ def _compiled(compiler: str, source: str, flags: list[str]) -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "probe.c")
             file.write_text(source)
-            command = [compiler, "-shared", "-fPIC", *flags, "-o", f"{folder}/probe.so", file]
+            command: list[str | Path] = [compiler, "-shared", "-fPIC", *flags, "-o", f"{folder}/probe.so", file]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
         return None
     except (OSError, subprocess.SubprocessError) as error:
