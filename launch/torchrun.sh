@@ -23,6 +23,9 @@ if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # those that are shown, before t
 else
     gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c ^GPU || true)"
 fi
+# Kernels are compiled where they run, onto the node's own disk.
+caches="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/swinv2-$(id -u)"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$caches/triton}" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}"
 processes="${NPROC_PER_NODE:-$gpus}"
 exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
     --max-restarts "${MAX_RESTARTS:-0}" --shutdown-timeout "${SHUTDOWN_TIMEOUT_SEC:-600}" \
