@@ -22,6 +22,7 @@ from swinv2_train.models import SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.precision import Float32LayerNorm
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.planning.meta_cache import Results, signature
 from swinv2_train.planning.op_cost import Operation, cost_of
@@ -105,6 +106,10 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
         task = build_task(config, META)
     if config.engine.precision == "bf16":
         task.module.bfloat16()
+    if on_cpu:
+        for module in task.module.modules():
+            if isinstance(module, Float32LayerNorm):
+                module.meta_stands_for = "cpu"
     policy = config.model.recompute.removesuffix(
         "@partitioned"
     )  # which frees nothing (engine/activation_checkpointing.py)
