@@ -151,7 +151,7 @@ def announce(run: loop.Run, log: RunLog) -> None:
     if before and before[-1] not in (None, start.precision):
         log.say(f"note: engine.precision is {start.precision}; until here the run was in {before[-1]}")
     log.say(start.line(run.length.last_step - run.position.step))
-    if run.config.model.compile != "none":
+    if compile_choice(run.config, run.world.device.type).blocks:
         log.say("note: the first step compiles the blocks, which may take minutes")
     if start.slow_bf16 is not None:
         log.say(f"warning: {start.slow_bf16}")

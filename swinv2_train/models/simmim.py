@@ -37,7 +37,8 @@ def local_statistics(images: Tensor, window_px: int) -> tuple[Tensor, Tensor]:
     images: (B, C, H, W) -> two of the same shape.  Border windows hold fewer pixels.
     """
     mean, square = (_box_mean(x, window_px) for x in (images, images**2))
-    count = _pixels_in_window(images.shape[-2:], window_px, images.dtype, images.device)
+    height, width = images.shape[-2:]
+    count = _pixels_in_window((height, width), window_px, images.dtype, images.device)
     variance = ((square - mean**2) * (count / (count - 1))).clamp(min=0)
     return mean, (variance + 1e-6) ** 0.5
 
