@@ -34,6 +34,7 @@ from swinv2_train.config import Config, ConfigError, HardwareConfig, is_pipe
 from swinv2_train.config.command_line import compose_overrides, load_run_config, run_on_weights
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
 from swinv2_train.data.sources.base import open_source
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.planning.hardware import fill_from_machine, required
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.picture import draw_curve, draw_plan
@@ -124,7 +125,7 @@ def plan(config: Config, arguments: list[str]) -> None:
     print(f"{config.model.name}, {config.model.img_size} px, window {config.model.window_size}, {config.task.name}: "
           f"{memory.sizes.parameters:,} parameters; {config.engine.name} ZeRO-{config.engine.zero_stage} "
           f"{config.engine.precision}, recompute {config.model.recompute}, sequential stages "
-          f"{config.model.sequential_stages}; {batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
+          f"{config.model.sequential_stages}, compiled: {compile_choice(config, str(hardware.device), here=False)}; {batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
           f"time on each of {gpus} ranks\n")  # fmt: skip
     print(memory_table(memory), verdict(memory, hardware, gpus), host_line(memory, hardware, gpus), "", sep="\n")
     print(*speed_lines(config, hardware, memory, speed, trace.model_flops_per_image, gpus, steps(config)), sep="\n")
@@ -192,7 +193,7 @@ def steps(config: Config) -> int | None:
     shards = config.data.shards
     quick = Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file()
     if images is None and not is_pipe(shards) and quick:
-        images = open_source(shards, "data.shards").num_samples
+        images = open_source(shards, "data.shards", image_member=config.data.image_member).num_samples
     return None if images is None else total_steps(config.train, images)
 
 

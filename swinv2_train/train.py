@@ -21,6 +21,7 @@ from swinv2_train.data.loading.workers import worker_death
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.distributed import World, init_distributed, on_main, shutdown_distributed
 from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.monitoring.console import Console, open_console

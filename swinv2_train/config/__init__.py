@@ -6,9 +6,11 @@ Knows nothing else of the project, and is the only package that knows Hydra.
 from swinv2_train.config.errors import ConfigError, MachineError, OutageError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.near_names import did_you_mean
+from swinv2_train.config.pixels import per_band
 from swinv2_train.config.planner import HardwareConfig, PlanConfig
 from swinv2_train.config.recompute import RECOMPUTE_PLACES, Recompute, parse_recompute
 from swinv2_train.config.rules import pair
+from swinv2_train.config.scale import ScaleConfig
 from swinv2_train.config.schema import (
     ARTIFACTS,
     PIPE,
@@ -60,6 +62,7 @@ __all__ = [
     "Recompute",
     "RuntimeConfig",
     "SPLITS",
+    "ScaleConfig",
     "ScheduleConfig",
     "SimMIMConfig",
     "TASKS",
@@ -70,4 +73,5 @@ __all__ = [
     "is_pipe",
     "pair",
     "parse_recompute",
+    "per_band",
 ]

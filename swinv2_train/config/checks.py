@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import check_values
+from swinv2_train.config.pixels import check_bands
 from swinv2_train.config.recompute import parse_recompute
 from swinv2_train.config.rules import between, one_of
 from swinv2_train.config.schema import PROBE_SCORES, SPLITS, Config, averaged_score, is_pipe
@@ -18,6 +19,7 @@ def check_config(config: Config) -> None:
     _check_lengths(config)
     _check_checksums(config)
     _check_model(config)
+    check_bands(config)
     config.task.check(config)
     _check_labels(config)
     _check_hang_timeout(config)

@@ -123,8 +123,7 @@ def _check_split_key(key: str) -> None:
 
 
 NO_KEYS = {
-    "in_chans": "images have 3 channels here, and no key changes it",
-    "num_channels": "images have 3 channels here, and no key changes it",
+    "num_channels": "the number of bands is model.in_chans",
     "resume": "the same command with the same run_dir resumes by itself",
     "resume_from": "the same command with the same run_dir resumes by itself; task.init_from starts from other weights",
     "accumulation_steps": "it follows from train.global_batch_size / (train.micro_batch_size x processes)",

@@ -117,7 +117,7 @@ def _entry(key: Key, defaults: Mapping[str, DictConfig]) -> Entry:
     values = {task: _default(tree, key.name) for task, tree in defaults.items()}
     return Entry(
         key.name,
-        _type_text(key.kind),
+        next((rule.kind for rule in key.rules if rule.kind is not None), _type_text(key.kind)),
         {task: value for task, value in values.items() if value is not None},
         "; ".join(rule.allows for rule in key.rules),
         _docstrings(key.section)[key.name.rpartition(".")[2]],

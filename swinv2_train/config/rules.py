@@ -28,6 +28,8 @@ class Rule:
     """In words, for the reference of all keys: "at least 0 and less than 1"."""
     check: Callable[[str, Any], None]
     """check(key, value) raises ConfigError where the value is not allowed."""
+    kind: str | None = None
+    """The type in words, where the field's own cannot say it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,41 @@ def each(rule: Rule) -> Rule:
             rule.check(key, value)
 
     return Rule(f"each {rule.allows}", check)
+
+
+def number_or_each() -> Rule:
+    """A finite number, or a list of them."""
+    allows = "a finite number, or a list of one per band"
+
+    def check(key: str, value: Any) -> None:
+        values = value if isinstance(value, list) and value else [value]
+        if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
+            raise ConfigError(f"{key} ({value}) must be {allows}")
+
+    return Rule(allows, check, "float or list of float or null")
+
+
+def number_or_nan() -> Rule:
+    """Any number but infinity."""
+
+    def check(key: str, value: float) -> None:
+        if math.isinf(value):
+            raise ConfigError(f"{key} ({value}) must be a number or nan")
+
+    return Rule("a number or nan", check)
+
+
+def band_names() -> Rule:
+    """Different indices from 0 on, or names."""
+    allows = "different bands, each an index from 0 on or a name"
+
+    def check(key: str, values: list[Any]) -> None:
+        fits = [isinstance(v, str) and v.strip() or isinstance(v, int) and not isinstance(v, bool) and v >= 0
+                for v in values]  # fmt: skip
+        if not values or not all(fits) or len(set(values)) < len(values):
+            raise ConfigError(f"{key} ({values}) must be {allows}")
+
+    return Rule(allows, check)
 
 
 def length(count: int) -> Rule:

@@ -17,6 +17,7 @@ from swinv2_train.config.rules import (
     BELOW_1,
     PATH,
     at_least,
+    band_names,
     between,
     directory,
     each,
@@ -25,6 +26,7 @@ from swinv2_train.config.rules import (
     length,
     low_high,
     matching,
+    number_or_nan,
     one_of,
     one_per_stage,
     pair,
@@ -32,6 +34,7 @@ from swinv2_train.config.rules import (
     size,
     size_or_0,
 )
+from swinv2_train.config.scale import ScaleConfig
 
 MOST_TRACED = 20
 """Steps of the longest trace."""
@@ -95,6 +98,8 @@ class ModelConfig:
     """Input size in pixels: one number, or [height, width]."""
     patch_size: Annotated[int, at_least(1)]
     """Side of a patch in pixels."""
+    in_chans: Annotated[int, at_least(1)]
+    """Bands of an image; 3 without any of data.bands, data.scale and data.nodata: photographs, read as 8-bit RGB."""
     window_size: Annotated[Any, size()]
     """Attention window in tokens: one number, or [height, width]."""
     pretrained_window_sizes: Annotated[list[Any], each(size_or_0())]
@@ -229,6 +234,13 @@ class ClassifyConfig(TaskConfig):
                 f"task.num_classes ({self.num_classes}) leaves nothing to tell apart: every image is right and the "
                 "loss is 0; set it to the number of class folders, or choose task=simmim"
             )
+        for key, value in (("rand_augment", self.rand_augment), ("color_jitter", self.color_jitter or None)):
+            if value is not None and config.reads_values:
+                raise ConfigError(
+                    f"task.{key} ({value}) changes the colours of photographs of 3 x 8 bits, and images are values of "
+                    f"{config.model.in_chans} bands here; set task.rand_augment=null task.color_jitter=0 (flips, "
+                    "data.dihedral, crops, erasing, mixup and cutmix work for any)"
+                )
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "
@@ -276,10 +288,28 @@ class DataConfig:
     """bilinear or bicubic."""
     hflip: Annotated[float, between(0, 1)]
     """Probability of a horizontal flip."""
-    mean: Annotated[list[float], length(3), each(finite())]
-    """Mean of the normalisation per channel, pixels in 0..1."""
-    std: Annotated[list[float], length(3), each(positive())]
-    """Standard deviation of the normalisation per channel."""
+    dihedral: bool
+    """Turn each training image by 0, 90, 180 or 270 degrees and mirror half of them (no side is up, as from space)."""
+    mean: Annotated[list[float], each(finite())]
+    """Mean of the normalisation per band, of scaled values (data.scale; photographs: pixels in 0..1)."""
+    std: Annotated[list[float], each(positive())]
+    """Standard deviation of the normalisation per band."""
+    bands: Annotated[list[Any] | None, band_names()]
+    """Bands of the files that the model sees, in its order: indices, or names (docs/data.md); null = all there are."""
+    image_member: str | None
+    """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
+    array_layout: Annotated[str, one_of("hwc", "chw")]
+    """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
+    scale: ScaleConfig
+    """From the files' numbers to the values that mean and std are of."""
+    nodata: Annotated[list[float] | None, each(number_or_nan())]
+    """Numbers of the files that mean that nothing was measured, nan among them; null = every pixel counts."""
+    max_nodata_fraction: Annotated[float, between(0, 1)]
+    """An image of which a larger share (of all bands' pixels) is no data is a damaged sample (data.on_bad_sample)."""
+    picture_bands: list[int] | None
+    """Places in data.bands of the three bands that pictures show as RGB, or of one, as grey; null = the first three."""
+    picture_all_bands: bool
+    """SimMIM's pictures have a row for each band of the first image in place of a row for each image."""
     on_bad_sample: Annotated[str, one_of("error", "replace")]
     """error: a damaged sample stops the run and is named; replace: it is replaced, with loss weight 0."""
     max_bad_fraction: Annotated[float, between(0, 1)]
@@ -452,6 +482,13 @@ class Config:
     """Used by the planner and by the memory warning at the start of training."""
     plan: PlanConfig
     """The plan command alone."""
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether images are arrays of the files' own numbers; otherwise they are photographs of 3 x 8 bits."""
+        data, scale = self.data, self.data.scale
+        scaled = scale.factor is not None or scale.offset != 0 or scale.clip is not None
+        return self.model.in_chans != 3 or data.bands is not None or data.nodata is not None or scaled
 
 
 PROBE_SCORES = {

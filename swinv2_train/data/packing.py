@@ -19,6 +19,7 @@ from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_reader import Manifest, shard_files, write_shards
 from swinv2_train.data.sources.archives import Read, open_archive
 from swinv2_train.data.sources.folder import (
+    beside_images,
     check_separators,
     class_names,
     empty_warning,
@@ -135,8 +136,9 @@ def read_source(source: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
         raise ShardError(f"SOURCE {source} does not exist; name a folder, zip or tar of images")
     archive = open_archive(source, f"SOURCE {source}")
     names = {PurePosixPath(name): name for name in archive.files}
-    images = {path: name for path, name in names.items() if is_image(name)}
-    left_out = Counter(ending(name) for name in archive.files if not is_image(name))
+    beside = beside_images(filter(is_image, archive.files))
+    images = {path: name for path, name in names.items() if is_image(name) and name not in beside}
+    left_out = Counter(ending(name) for name in archive.files if not is_image(name) or name in beside)
     if not images:
         raise ShardError(f"SOURCE {source} holds no images ({no_image_named(left_out)})")
     folders = {PurePosixPath(name) for name in archive.folders if not is_hidden(name)}

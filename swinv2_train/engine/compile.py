@@ -7,7 +7,6 @@ import shutil
 import sys
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from swinv2_train.config import Config

@@ -17,6 +17,7 @@ from torch import Tensor
 from swinv2_train.config import DataConfig
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sample import LABEL, Targets
+from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.evaluation.scoring import in_lockstep
@@ -27,11 +28,12 @@ Features = Callable[[dict[str, Any]], Tensor]
 
 @dataclass(frozen=True)
 class WholeImage:
-    """The evaluation's crop of an image, and its label: {"images": uint8 (3, H, W), "labels": int64 ()}."""
+    """The evaluation's crop of an image, and its label: {"images": (C, H, W), "labels": int64 ()}."""
 
     data: DataConfig
     img_size: tuple[int, int]
     needs: tuple[str, ...] = (LABEL,)
+    bands: Bands | None = None
 
     def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         return {"images": eval_crop(image, self.img_size, self.data), "labels": torch.tensor(targets["label"])}

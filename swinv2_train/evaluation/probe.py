@@ -15,6 +15,7 @@ from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import matched
 from swinv2_train.data.sources.pipe import Stream
+from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.distributed import World, all_reduce_sum, any_rank
 from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.evaluation.features import Features, WholeImage, extract
@@ -63,8 +64,9 @@ def open_probe(
         remedy = f"probe.methods needs labelled images: name some by {own_key}=PATTERN, or set probe.methods=[]"
         try:
             source = known.get(str(pattern)) or open_source(
-                str(pattern), key, progress, shard_cache_for(str(pattern), config.data), config.data.verify
-            )
+                str(pattern), key, progress, shard_cache_for(str(pattern), config.data), config.data.verify,
+                config.data.image_member,
+            )  # fmt: skip
         except ConfigError as error:
             raise ConfigError(f"{error} ({remedy})") from error
         check_labels(source, config.data, key, remedy)
@@ -105,7 +107,7 @@ class Probe:
         self._config, self._world = config.probe, world
         ranges = [source.label_range for source in shards if source.label_range is not None]
         self._num_classes = max((last for _, last in ranges), default=0) + 1
-        transform = WholeImage(config.data, pair("model.img_size", config.model.img_size))
+        transform = WholeImage(config.data, pair("model.img_size", config.model.img_size), bands=Bands.of(config))
         self._loaders = [
             EvalLoader(
                 source, config.data, transform, config.train.micro_batch_size, world.rank, world.world_size,

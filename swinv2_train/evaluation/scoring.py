@@ -13,7 +13,7 @@ from torch import Tensor
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import all_gather, all_reduce_max, all_reduce_sum, raise_together
 from swinv2_train.monitoring.metrics import Means
-from swinv2_train.tasks.metrics import Finish, Metric, Rows, Sums
+from swinv2_train.tasks.metrics import Finish, Mean, Metric, Rows, Sums
 
 Batch = dict[str, Any]
 
@@ -66,6 +66,9 @@ def evaluate_loader(score: Score, batches: Iterable[Batch], stop: Callable[[], b
     for batch in in_lockstep(batches, stop):
         metrics, weight = score(batch), batch["weight"]
         means.add({name: each for name, each in metrics.items() if isinstance(each, Tensor)}, weight=weight.sum())
+        for name, each in metrics.items():
+            if isinstance(each, Mean):
+                means.add({name: each.value}, weight=each.weight)
         sums.add({name: each for name, each in metrics.items() if isinstance(each, Sums)}, weight)
         rows.add({name: each for name, each in metrics.items() if isinstance(each, Rows)}, weight)
     return means.read() | sums.read() | rows.read()

@@ -92,7 +92,8 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
     splits: dict[str, Split] = {}
     for name, (key, pattern, labels) in named.items():
         data = config.data
-        source = open_source(str(pattern), key, cache=shard_cache_for(str(pattern), data), verify=data.verify)
+        cache = shard_cache_for(str(pattern), data)
+        source = open_source(str(pattern), key, None, cache, data.verify, data.image_member)
         label_overrides = None
         if labels is not None:
             label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels", names, say)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.cache import cached_table
+from swinv2_train.models.patch_conv import PatchConv2d
 from swinv2_train.models.precision import at_least_float32
 from swinv2_train.models.swin_v2 import SwinTransformerV2
 
@@ -15,27 +18,50 @@ def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean absolute error over masked pixels (SimMIM eq. 1, arXiv:2111.09886).
 
     prediction, target: (B, C, H, W), normalised pixels.  mask: (B, 1, H, W), 1 (or a weight) where the pixel was
-    hidden.  Returns a scalar in at least float32, normalised over the hidden pixels of this batch; 0 when nothing is
-    hidden.
+    hidden, or (B, C, H, W) where that differs by channel.  Returns a scalar in at least float32, normalised over the
+    hidden pixels of this batch (by channel: over its hidden values); 0 when nothing is hidden.
     """
     error = (at_least_float32(prediction) - at_least_float32(target)).abs() * mask
-    return error.sum() / (mask.sum() + 1e-5) / target.shape[1]
+    return error.sum() / (mask.sum() / mask.shape[1] + 1e-5) / target.shape[1]
 
 
-def norm_target(images: Tensor, window_px: int) -> Tensor:
+def target_weights(
+    mask: Tensor, patch_size: int, weight: Tensor | None, measured: Tensor | None, window_px: int | None
+) -> Tensor:
+    """How much each value counts in the loss: (B, 1, H, W) float32, or (B, C, H, W) where some were not measured.
+
+    Arguments as SimMIM.forward's, and its norm_target: a window with one measured value alone has no variance.
+    """
+    pixels = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    hidden = pixels.unsqueeze(1).to(torch.float32)
+    if measured is not None:
+        usable = measured if window_px is None else measured & (_window_sums(measured.float(), window_px) > 1.5)
+        hidden = hidden * usable
+    return hidden if weight is None else hidden * weight.view(-1, 1, 1, 1)
+
+
+def norm_target(images: Tensor, window_px: int, measured: Tensor | None = None) -> Tensor:
     """Normalise every pixel by mean and unbiased variance of the odd square window around it, per channel.
 
     images: (B, C, H, W) -> the same shape.  The official SwinV2 pre-training uses a window of 47 px.
     """
-    mean, std = local_statistics(images, window_px)
+    mean, std = local_statistics(images, window_px, measured)
     return (images - mean) / std
 
 
-def local_statistics(images: Tensor, window_px: int) -> tuple[Tensor, Tensor]:
+def local_statistics(images: Tensor, window_px: int, measured: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (unbiased, never 0) of the square window around every pixel, per channel.
 
-    images: (B, C, H, W) -> two of the same shape.  Border windows hold fewer pixels.
+    images: (B, C, H, W) -> two of the same shape.  Border windows hold fewer pixels, as do those with values that were
+    not measured (False in measured, bool (B, C, H, W)).
     """
+    if measured is not None:
+        counts = _window_sums(measured.to(images.dtype), window_px)
+        known = images * measured
+        mean = _window_sums(known, window_px) / counts.clamp(min=1)
+        square = _window_sums(known**2, window_px) / counts.clamp(min=1)
+        variance = ((square - mean**2) * (counts / (counts - 1).clamp(min=1))).clamp(min=0)
+        return mean, (variance + 1e-6) ** 0.5
     mean, square = (_box_mean(x, window_px) for x in (images, images**2))
     height, width = images.shape[-2:]
     count = _pixels_in_window((height, width), window_px, images.dtype, images.device)
@@ -43,15 +69,24 @@ def local_statistics(images: Tensor, window_px: int) -> tuple[Tensor, Tensor]:
     return mean, (variance + 1e-6) ** 0.5
 
 
-def _box_mean(images: Tensor, window_px: int) -> Tensor:
+def _box_mean(values: Tensor, window_px: int) -> Tensor:
     """Mean of the square window around every pixel, along rows and then along columns: 2 x window_px reads a pixel.
 
     All rows of a window are equally long, at a border too, so the mean of their means is the window's.  A difference of
     cumulative sums would read two, and lose the digits of a sum over the whole image.
     """
+    return _along_both_sides(values, window_px, count_include_pad=False)
+
+
+def _window_sums(values: Tensor, window_px: int) -> Tensor:
+    """(B, C, H, W) -> the same shape: the sum over the window around every pixel."""
+    return _along_both_sides(values, window_px, divisor_override=1)
+
+
+def _along_both_sides(values: Tensor, window_px: int, **pool: Any) -> Tensor:
     for kernel, padding in (((1, window_px), (0, window_px // 2)), ((window_px, 1), (window_px // 2, 0))):
-        images = F.avg_pool2d(images, kernel, stride=1, padding=padding, count_include_pad=False)
-    return images
+        values = F.avg_pool2d(values, kernel, stride=1, padding=padding, **pool)
+    return values
 
 
 @cached_table
@@ -86,15 +121,22 @@ class SimMIM(nn.Module):
         encoder.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(encoder.mask_token, std=0.02)
         self.decoder = nn.Sequential(
-            nn.Conv2d(encoder.num_features, encoder_stride**2 * encoder.in_chans, kernel_size=1),
+            PatchConv2d(encoder.num_features, encoder_stride**2 * encoder.in_chans, 1),
             nn.PixelShuffle(encoder_stride),
         )
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """images: (B, 3, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool, True where hidden.
-        weight: (B,), how much each image counts in the loss; None = 1.
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        measured: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """images: (B, C, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool, True where hidden.
+        weight: (B,), how much each image counts in the loss; None = 1.  measured: (B, C, H, W) bool, False for values
+        that are no target (images has any finite number there); None = all are.
 
-        Returns {"loss": (), "reconstruction": (B, 3, H, W)}, both at least float32.  Where the encoder padded odd maps
+        Returns {"loss": (), "reconstruction": (B, C, H, W)}, both at least float32.  Where the encoder padded odd maps
         before merging, what the decoder says beyond the image is cut off.  Without a mask nothing is hidden or
         predicted: {"features": (B, num_features)}, the encoder's pooled_features.  Raises ValueError for other shapes.
         """
@@ -105,11 +147,8 @@ class SimMIM(nn.Module):
         reconstruction = decoded[:, :, : images.shape[2], : images.shape[3]]
         target = at_least_float32(images)
         if self.norm_target is not None:
-            target = norm_target(target, self.norm_target)
-        pixels = mask.repeat_interleave(self.encoder.patch_size, 1).repeat_interleave(self.encoder.patch_size, 2)
-        hidden = pixels.unsqueeze(1).to(target.dtype)  # (B, 1, H, W)
-        if weight is not None:
-            hidden = hidden * weight.view(-1, 1, 1, 1)
+            target = norm_target(target, self.norm_target, measured)
+        hidden = target_weights(mask, self.encoder.patch_size, weight, measured, self.norm_target).to(target.dtype)
         return {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.kernels.dispatch import fused_problem
+from swinv2_train.models.patch_conv import PatchConv2d
 from swinv2_train.models.precision import Float32LayerNorm, at_least_float32
 from swinv2_train.models.sequential import Chunks
 from swinv2_train.models.windows import WindowGrid, window_grid
@@ -112,7 +113,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchConv2d(in_chans, embed_dim, patch_size)
         self.norm = Float32LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -42,6 +42,27 @@ def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = ()) -> np
     return _write_labels(canvas, labels, width + _GAP_PX) if labels else canvas
 
 
+def stretch_limits(image: np.ndarray, bands: Sequence[int]) -> np.ndarray:
+    """The 2nd and 98th percentile of bands of an image (C, H, W), NaN where nothing was measured: (bands, 2)."""
+    limits = np.zeros((len(bands), 2))
+    for row, band in enumerate(bands):
+        values = image[band][~np.isnan(image[band])]
+        low, high = np.percentile(values, (2, 98)) if values.size else (0.0, 1.0)
+        limits[row] = (low, high) if high > low else (low, low + 1)
+    return limits
+
+
+def stretched(image: np.ndarray, bands: Sequence[int], limits: np.ndarray) -> np.ndarray:
+    """Three bands of an image (C, H, W) as red, green and blue, or one as grey, from black at the lower limit to white.
+
+    limits: of stretch_limits.  What was not measured (NaN) is black.  Returns uint8 (H, W, 3).
+    """
+    low, high = (limits[:, side, None, None] for side in (0, 1))
+    shares = np.clip((image[list(bands)] - low) / (high - low), 0, 1)
+    shown = np.nan_to_num(255 * shares).round().astype(np.uint8).transpose(1, 2, 0)
+    return shown if len(bands) == 3 else shown.repeat(3, axis=2)
+
+
 def _write_labels(canvas: np.ndarray, labels: Sequence[str], column_px: int) -> np.ndarray:
     from PIL import Image, ImageDraw  # here: only a picture needs it, not the start of a run
 

@@ -23,6 +23,7 @@ from swinv2_train.data.transforms.augment import (
     erase,
     rand_augment,
 )
+from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.tasks.encoder import build_model
@@ -32,7 +33,7 @@ from swinv2_train.tasks.task import Batch, Forward, Predictions
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyTransform(ImageTransform):
-    """A crop of the image and, where they are needed, its label: {"images": uint8 (3, H, W), "labels": int64 ()}.
+    """A crop of the image and, where they are needed, its label: {"images": (C, H, W), "labels": int64 ()}.
 
     For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
     or None) with task.erasing_prob, "mixing_seed" (int) with mixup or cutmix.
@@ -77,10 +78,11 @@ class ClassifyTask:
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.num_classes = task.num_classes
         self.predictions = Predictions(task.num_classes, self.scores_and_predictions)
-        self.normalise = Normalise(config.data.mean, config.data.std, device)
+        self.normalise = Normalise.of(config, device)
+        self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
-            ClassifyTransform(config.data, img_size, train, task=task) for train in (True, False)
+            ClassifyTransform(config.data, img_size, train, bands=self.bands, task=task) for train in (True, False)
         )
 
     @staticmethod
@@ -113,7 +115,7 @@ class ClassifyTask:
     def meta_batch(self, size: int) -> dict[str, Tensor]:
         """Images and labels without contents."""
         labels = torch.empty(size, dtype=torch.int64, device="meta")
-        return {**meta_images(size, self.encoder.img_size), "labels": labels}
+        return {**meta_images(size, self.encoder.img_size, self.bands), "labels": labels}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         images = self.normalise(batch["images"])

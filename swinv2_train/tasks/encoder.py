@@ -14,6 +14,7 @@ def build_model(config: ModelConfig, num_classes: int) -> SwinTransformerV2:
             config.name,
             img_size=pair("model.img_size", config.img_size),
             patch_size=config.patch_size,
+            in_chans=config.in_chans,
             num_classes=num_classes,
             window_size=pair("model.window_size", config.window_size),
             mlp_ratio=config.mlp_ratio,

@@ -1,7 +1,8 @@
 """What a task may measure of an evaluation batch, exact on any number of ranks.
 
-A mean is a scalar tensor: over the batch's images, weighted by batch["weight"].  What is no mean over images is a
-quotient of Sums (mIoU), or comes out of all Rows together (average precision); evaluation/scoring.py adds up all three.
+A mean is a scalar tensor: over the batch's images, weighted by batch["weight"]; a mean over something else is a Mean.
+What is none is a quotient of Sums (mIoU), or comes out of all Rows together (average precision); evaluation/scoring.py
+adds them all up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,15 @@ from torch import Tensor
 
 Finish = Callable[[Tensor], dict[str, float]]
 """From what all batches of all ranks gave to scores by metric name."""
+
+
+class Mean(NamedTuple):
+    """A mean over something that images have unequally much of, such as measured pixels."""
+
+    value: Tensor
+    """()"""
+    weight: Tensor
+    """() how much of it the batch has; a batch of weight 0 does not count."""
 
 
 class Sums(NamedTuple):
@@ -35,4 +45,4 @@ class Rows(NamedTuple):
     """Is given the rows of all images, (N, columns) float64 on the CPU, sorted by their columns from the first on."""
 
 
-Metric = Tensor | Sums | Rows
+Metric = Tensor | Mean | Sums | Rows

@@ -12,21 +12,24 @@ from swinv2_train.config import Config, ConfigError, SimMIMConfig, pair
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
+from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.masks import simmim_mask
 from swinv2_train.models import SimMIM, multiply_adds
-from swinv2_train.models.simmim import local_statistics
+from swinv2_train.models.simmim import local_statistics, target_weights
 from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.report.pictures import grid
+from swinv2_train.report.pictures import grid, stretch_limits, stretched
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
+from swinv2_train.tasks.metrics import Mean, Metric
 from swinv2_train.tasks.task import Batch, Forward
 
 PICTURE_IMAGES = 8
+COLUMNS = ("original", "masked", "reconstructed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimMIMTransform(ImageTransform):
-    """A crop of the image and a random mask: {"images": uint8 (3, H, W), "mask": bool (H/p, W/p)}."""
+    """A crop of the image and a random mask: {"images": (C, H, W), "mask": bool (H/p, W/p)}."""
 
     patch_size: int
     task: SimMIMConfig
@@ -51,10 +54,15 @@ class SimMIMTask:
             self.module = SimMIM(self.encoder, stride, task.norm_target)
         except ValueError as error:
             raise ConfigError(f"task: {error}") from error
-        self.normalise = Normalise(config.data.mean, config.data.std, device)
+        self.normalise = Normalise.of(config, device)
+        self.bands = Bands.of(config)
+        self.picture_bands = config.data.picture_bands or (range(3) if config.model.in_chans >= 3 else (0,))
+        self.picture_all_bands = config.data.picture_all_bands
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
-            SimMIMTransform(config.data, img_size, train, patch_size=config.model.patch_size, task=task)
+            SimMIMTransform(
+                config.data, img_size, train, bands=self.bands, patch_size=config.model.patch_size, task=task
+            )
             for train in (True, False)
         )
 
@@ -74,17 +82,20 @@ class SimMIMTask:
         """Images and masks without contents."""
         height, width = (side // self.encoder.patch_size for side in self.encoder.img_size)
         mask = torch.empty(size, height, width, dtype=torch.bool, device="meta")
-        return {**meta_images(size, self.encoder.img_size), "mask": mask}
+        return {**meta_images(size, self.encoder.img_size, self.bands), "mask": mask}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         return self._outputs(forward, batch)["loss"]
 
     def count(self, batch: Batch) -> float:
+        if self.normalise.nodata:
+            return float(self._measured_targets(batch))
         patches = batch["mask"].flatten(1).sum(dim=1)  # (B,)
         return float((patches * batch["weight"]).sum()) * self.module.encoder.patch_size**2
 
-    def scores(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
-        return {"val/loss": self._outputs(forward, batch)["loss"]}
+    def scores(self, forward: Forward, batch: Batch) -> dict[str, Metric]:
+        loss = self._outputs(forward, batch)["loss"]
+        return {"val/loss": Mean(loss, self._measured_targets(batch)) if self.normalise.nodata else loss}
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]))
@@ -92,25 +103,55 @@ class SimMIMTask:
 
     def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
         few = {name: batch[name][:PICTURE_IMAGES] for name in ("images", "mask", "weight")}
-        outputs = self._outputs(forward, few)
-        original = few["images"].to(outputs["reconstruction"].device)
-        reconstruction = outputs["reconstruction"]
+        reconstruction, images = self._outputs(forward, few)["reconstruction"], self.normalise(few["images"])
+        measured = self.normalise.measured(few["images"])
+        if measured is not None:
+            measured = measured.to(reconstruction.device)
         if self.module.norm_target is not None:  # the prediction is relative to each pixel's surroundings
-            mean, std = local_statistics(self.normalise(few["images"]), self.module.norm_target)
+            mean, std = local_statistics(images, self.module.norm_target, measured)
             reconstruction = reconstruction * std + mean
         predicted = self.normalise.pixels(reconstruction)
         scale = self.module.encoder.patch_size
-        hidden = few["mask"].repeat_interleave(scale, 1).repeat_interleave(scale, 2).unsqueeze(1).to(original.device)
+        hidden = few["mask"].repeat_interleave(scale, 1).repeat_interleave(scale, 2).unsqueeze(1).to(predicted.device)
+        if self.bands is not None:
+            values = self.normalise.pixels(images)
+            if measured is not None:
+                values = values.masked_fill(~measured, torch.nan)
+            return self._picture_of_bands(*(each.cpu().numpy() for each in (values, predicted, hidden[:, 0])))
+        original = few["images"].to(predicted.device)
         masked = torch.where(hidden, torch.full_like(original, 127), original)
         restored = torch.where(hidden, predicted, original)
         columns = [_hwc(images) for images in (original, masked, restored)]
-        return grid(list(zip(*columns, strict=True)), ("original", "masked", "reconstructed"))
+        return grid(list(zip(*columns, strict=True)), COLUMNS)
+
+    def _picture_of_bands(self, values: np.ndarray, predicted: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """values, predicted: (B, C, H, W); hidden: bool (B, H, W)."""
+        restored = np.where(hidden[:, None], predicted, values)
+        shown = [(number, self.picture_bands) for number in range(len(values))]
+        if self.picture_all_bands:
+            shown = [(0, (band,)) for band in range(values.shape[1])]
+        rows = []
+        for number, bands in shown:
+            limits = stretch_limits(values[number], bands)
+            original = stretched(values[number], bands, limits)
+            masked = np.where(hidden[number][..., None], np.uint8(127), original)
+            rows.append((original, masked, stretched(restored[number], bands, limits)))
+        return grid(rows, COLUMNS)
 
     def _outputs(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
-        outputs: dict[str, Tensor] = forward(
-            images=self.normalise(batch["images"]), mask=batch["mask"], weight=batch["weight"]
-        )
+        inputs = {"images": self.normalise(batch["images"]), "mask": batch["mask"], "weight": batch["weight"]}
+        measured = self.normalise.measured(batch["images"])
+        if measured is not None:
+            inputs["measured"] = measured.to(inputs["images"].device)
+        outputs: dict[str, Tensor] = forward(**inputs)
         return outputs
+
+    def _measured_targets(self, batch: Batch) -> Tensor:
+        """What the loss of a batch with no data is the mean over: hidden values that were measured, () float64."""
+        measured, window = self.normalise.measured(batch["images"]), self.module.norm_target
+        mask, weight = (batch[name].to(batch["images"].device) for name in ("mask", "weight"))
+        weights = target_weights(mask, self.encoder.patch_size, weight, measured, window)
+        return weights.sum(dtype=torch.float64)
 
 
 def _hwc(images: Tensor) -> list[np.ndarray]:

@@ -21,7 +21,9 @@ from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
 from swinv2_train.data.sample import LABEL, Sample, SampleError, ShardError, Targets, example_targets
 from swinv2_train.data.shards.tar_reader import Manifest
+from swinv2_train.data.sources.band_names import with_band_names
 from swinv2_train.data.sources.base import Source
+from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.decode import DecodeError
 
 _log = logging.getLogger(__name__)
@@ -36,7 +38,9 @@ class Transform(Protocol):
         """Names of the targets without which a sample is damaged (data/sample.py)."""
 
     def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> Row:
-        """image: uint8 (3, H, W).  May raise SampleError."""
+        """image: uint8 (3, H, W); where it has an attribute `bands` (of Bands), the values of these, (C, H, W).  May
+        raise SampleError.
+        """
 
 
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -270,9 +274,17 @@ def _check_room(
 # Fetching: runs in the worker processes
 
 
+def bands_of(transform: Transform) -> Bands | None:
+    """How the transform's images are read as values; None = as photographs, as where it does not say."""
+    bands: Bands | None = getattr(transform, "bands", None)
+    return bands
+
+
 def memory_of(transform: Transform, rows: int, slots: int) -> BatchMemory | None:
     """Memory for so many batches of so many of the transform's rows; None where it makes none of a plain image."""
-    nothing = torch.zeros(3, 64, 64, dtype=torch.uint8)  # every row has one shape, whatever the image's
+    bands = bands_of(transform)
+    count, dtype = (3, torch.uint8) if bands is None else (bands.count, torch.float32)
+    nothing = torch.zeros(count, 64, 64, dtype=dtype)  # every row has one shape, whatever the image's
     try:
         row = transform(nothing, example_targets(transform.needs), np.random.default_rng(0))
     except SampleError:
@@ -300,6 +312,7 @@ class _Fetcher(Fetch):
         # within the usual limit of 1024 file descriptors: one for a shard that is open, one for one that is at hand
         self.source, self.reader = manifest, manifest.open_reader(min(max_open, 256))
         self.transform, self.seed = transform, seed
+        self.bands = with_band_names(bands_of(transform), manifest)
         self.rows, self.held = rows, held
         self.on_bad_sample = config.on_bad_sample
         self.first_sample = np.cumsum([0, *manifest.counts]).tolist()

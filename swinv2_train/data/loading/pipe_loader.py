@@ -18,7 +18,14 @@ from torch.utils.data import get_worker_info
 
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.config.secret_texts import without_secrets
-from swinv2_train.data.loading.loader import TrainLoader, Transform, accumulation_steps, check_bad_fraction, memory_of
+from swinv2_train.data.loading.loader import (
+    TrainLoader,
+    Transform,
+    accumulation_steps,
+    bands_of,
+    check_bad_fraction,
+    memory_of,
+)
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers
 from swinv2_train.data.sample import MEMBERS, Sample, SampleError, ShardError
@@ -145,6 +152,7 @@ class _Fetcher(Fetch):
     ) -> None:
         super().__init__()
         self.commands, self.transform, self.size, self.key = commands, transform, size, key
+        self.bands, self.image_member = bands_of(transform), config.image_member
         self.held = held
         self.on_bad_sample, self.buffer = config.on_bad_sample, config.shuffle_buffer_images
         self._samples: Iterator[Sample] | None = None
@@ -159,7 +167,7 @@ class _Fetcher(Fetch):
             number, of = (worker.id, worker.num_workers) if worker is not None else (0, 1)
             seed, *rest = self.key
             self._rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM, *rest, number)))
-            self._samples = shuffled(self.commands[number::of], self.buffer, self._rng)
+            self._samples = shuffled(self.commands[number::of], self.buffer, self._rng, self.image_member)
         rows: list[Row | None] = []
         keys: list[str] = []
         problems: list[dict[str, str]] = []
@@ -198,20 +206,22 @@ class _Fetcher(Fetch):
         return {**self.__dict__, "_samples": None}
 
 
-def shuffled(commands: Sequence[str], buffer: int, rng: np.random.Generator) -> Iterator[Sample]:
+def shuffled(
+    commands: Sequence[str], buffer: int, rng: np.random.Generator, image_member: str | None = None
+) -> Iterator[Sample]:
     """The samples of the commands again and again, their order and the samples within `buffer` shuffled."""
     from webdataset.filters import shuffle
 
     pick = random.Random(int(rng.integers(2**63)))
-    samples: Iterator[Sample] = shuffle(buffer, initial=buffer, rng=pick)(_repeated(commands, pick))
+    samples: Iterator[Sample] = shuffle(buffer, initial=buffer, rng=pick)(_repeated(commands, pick, image_member))
     return samples
 
 
-def _repeated(commands: Sequence[str], pick: random.Random) -> Iterator[Sample]:
+def _repeated(commands: Sequence[str], pick: random.Random, image_member: str | None) -> Iterator[Sample]:
     while True:
         found = False
         for command in pick.sample(commands, len(commands)):
-            for sample in read_command(command):
+            for sample in read_command(command, image_member):
                 found = True
                 yield sample
         if not found:

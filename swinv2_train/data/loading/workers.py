@@ -30,6 +30,7 @@ from swinv2_train.config import ConfigError, DataConfig, MachineError
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch, fits
 from swinv2_train.data.sample import Sample, lacking
+from swinv2_train.data.transforms.bands import Bands, decode_bands
 from swinv2_train.data.transforms.decode import decode_image
 
 _WORDS = "{shard}: sample '{key}': {cause}"
@@ -56,6 +57,9 @@ class Fetch(ABC):
     out: Mapping[str, Tensor] = {}
     """Where stacked() is to put the next batch; empty: anywhere."""
 
+    bands: Bands | None = None
+    """How files are read as values; None = as photographs."""
+
     def __init__(self) -> None:
         self._notes: set[str] = set()
         self._said: set[str] = set()
@@ -77,8 +81,12 @@ class Fetch(ABC):
         """The batch that is asked for, with "keys", "num_bad" and "problems"; "notes" is what is to be said once."""
 
     def decoded(self, sample: Sample) -> Tensor:
-        """The image, uint8 (3, H, W).  Raises DecodeError; MachineError, which names the sample."""
+        """The image: uint8 (3, H, W), or the values of its bands.  Raises DecodeError; MachineError, which names the
+        sample.
+        """
         try:
+            if self.bands is not None:
+                return decode_bands(sample.image, sample.extension, self.bands, notes=self._notes)
             return decode_image(sample.image, sample.extension, notes=self._notes)
         except MachineError as error:
             raise MachineError(f"{sample.shard}: sample '{sample.key}': {error}") from error

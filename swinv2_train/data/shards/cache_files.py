@@ -109,12 +109,13 @@ def is_whole(descriptor: int, size: int, sha256: str) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
-def is_index_of(index: Path, shard: Path, size: int) -> bool:
+def is_index_of(index: Path, shard: Path, size: int, image_member: str | None = None) -> bool:
     """Whether an index file is the one of a shard of these bytes; reads the shard's headers."""
     try:
         if not _is_own(index.lstat()):
             return False
-        return bool(np.array_equal(load_index(str(index), size), build_index(str(shard), checksums=False)))
+        made = build_index(str(shard), checksums=False, image_member=image_member)
+        return bool(np.array_equal(load_index(str(index), size), made))
     except (OSError, ValueError):
         return False
 

@@ -28,15 +28,21 @@ from swinv2_train.storage.json_files import text as text_of
 
 MANIFEST_NAME = "manifest.json"
 INDEX_SUFFIX = ".idx.npy"
+"""What an index file's name ends in."""
 _MANIFEST_VERSION = 1
 MANIFEST_BYTES = 2**26
 """The most that a manifest may hold: 250 bytes for each shard."""
 
 
-def index_folder(path: str) -> Path:
+def index_suffix(image_member: str | None) -> str:
+    """What the name of a shard's index adds to the shard's: one for each choice of data.image_member."""
+    return INDEX_SUFFIX if image_member is None else f".{image_member}{INDEX_SUFFIX}"
+
+
+def index_folder(path: str, suffix: str = INDEX_SUFFIX) -> Path:
     """Where the index of a local shard lies: its own folder, or, where that is read-only, one in the user's cache."""
     folder = Path(path).resolve().parent
-    made = (folder / MANIFEST_NAME).is_file() and (folder / f"{os.path.basename(path)}{INDEX_SUFFIX}").is_file()
+    made = (folder / MANIFEST_NAME).is_file() and (folder / f"{os.path.basename(path)}{suffix}").is_file()
     if made or os.access(folder, os.W_OK):
         return folder
     return user_cache() / "index" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
@@ -53,9 +59,11 @@ def user_cache() -> Path:
         ) from error
 
 
-def index_shard(path: str, index_path: Path, name: str | None = None, checksums: bool = True) -> dict[str, Any]:
+def index_shard(
+    path: str, index_path: Path, name: str | None = None, checksums: bool = True, image_member: str | None = None
+) -> dict[str, Any]:
     """Write the index of one shard; return its manifest entry.  Arguments as build_index's."""
-    index = build_index(path, name, checksums)
+    index = build_index(path, name, checksums, image_member)
     index_path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(index_path) as file:
         np.save(file, index)

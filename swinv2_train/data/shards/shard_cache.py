@@ -52,6 +52,7 @@ from swinv2_train.data.shards.manifest import (
     MANIFEST_BYTES,
     MANIFEST_NAME,
     index_shard,
+    index_suffix,
     merge_entries,
     parse_entries,
     read_entries,
@@ -90,7 +91,7 @@ def shard_cache(config: DataConfig) -> ShardCache:
     """The cache that the data section describes."""
     folder = Path(config.cache_dir).expanduser() if config.cache_dir is not None else user_cache() / "shards"
     retry_policy = RetryPolicy(config.fetch_stall_sec, config.fetch_give_up_sec)
-    return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), retry_policy)
+    return ShardCache(str(folder.absolute()), round(config.cache_gib * 2**30), retry_policy, config.image_member)
 
 
 def shard_cache_for(pattern: str, config: DataConfig) -> ShardCache | None:
@@ -105,6 +106,8 @@ class ShardCache:
     folder: str
     max_bytes: int
     retry_policy: RetryPolicy
+    image_member: str | None = None
+    """What follows KEY. in the names of images; None = one of IMAGE_EXTENSIONS."""
     compared: Compared = field(default_factory=Compared, compare=False, repr=False)
     """Which shards were compared with their checksum since this start: the folder may hold what another put there."""
 
@@ -172,7 +175,7 @@ class ShardCache:
             with self._cache_errors():
                 fd = self._open_compared(path, shard)
             if fd is not None:
-                return fd, str(path) + INDEX_SUFFIX
+                return fd, str(path) + index_suffix(self.image_member)
             if self._fetch(shard.url, shard.size, shard.sha256, wait, started) is None:
                 return None
 
@@ -194,14 +197,14 @@ class ShardCache:
             if is_foreign(path):
                 take_away(path)
             return None
-        index = Path(f"{path}{INDEX_SUFFIX}")
+        index = Path(f"{path}{index_suffix(self.image_member)}")
         file = _identity(fd, path)
         if file in self.compared and index.is_file():
             return fd
         if is_whole(fd, shard.size, shard.sha256):
-            if not is_index_of(index, path, shard.size):
+            if not is_index_of(index, path, shard.size, self.image_member):
                 take_away(index)
-                index_shard(str(path), index, redacted(shard.url), checksums=False)
+                index_shard(str(path), index, redacted(shard.url), False, self.image_member)
                 index.chmod(PRIVATE)
             self.compared.add(file)
             return fd
@@ -382,7 +385,7 @@ class ShardCache:
             if sha256 is not None and sha256_of(str(part)) != sha256:
                 raise MismatchError("the bytes that came have another checksum than the manifest says")
             try:
-                entry = index_shard(str(part), index, redacted(url), checksums=False)
+                entry = index_shard(str(part), index, redacted(url), False, self.image_member)
             except ShardError as error:
                 if sha256 is None:
                     _raise_again(error, sha256_of(str(part)), damaged)
@@ -392,7 +395,7 @@ class ShardCache:
             path = self._path(url, entry["sha256"])
             index.chmod(PRIVATE)
             with self._space_lock():  # the file takes the place of its reservation
-                for made, name in ((index, Path(f"{path}{INDEX_SUFFIX}")), (part, path)):
+                for made, name in ((index, Path(f"{path}{index_suffix(self.image_member)}")), (part, path)):
                     if name.is_dir() and not name.is_symlink():  # over which nothing can be renamed
                         take_away(name)
                     os.replace(made, name)
@@ -490,10 +493,11 @@ def _evict(path: Path) -> int:
         return 0
     with contextlib.suppress(FileNotFoundError, BlockingIOError), open(fd, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        index = Path(f"{path}{INDEX_SUFFIX}")
-        freed = os.fstat(fd).st_size + (index.lstat().st_size if os.path.lexists(index) else 0)
+        indexes = [Path(each) for each in glob.glob(f"{glob.escape(str(path))}*{INDEX_SUFFIX}")]
+        freed = os.fstat(fd).st_size + sum(index.lstat().st_size for index in indexes)
         path.unlink()
-        take_away(index)
+        for index in indexes:
+            take_away(index)
         return freed
     return 0
 

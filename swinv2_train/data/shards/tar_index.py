@@ -21,7 +21,7 @@ from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import LABEL, LABEL_BYTES, MEMBERS, ShardError, read_label
 
 BLOCK = 512
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "tif", "tiff", "gif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "tif", "tiff", "gif", "npy", "npz")
 """In order of preference when one sample holds several (first as webdataset's "jpg;jpeg;png;webp")."""
 LABEL_MISSING = -1
 """The sample has no .cls member."""
@@ -70,10 +70,13 @@ def sample_member(name: str) -> tuple[str, str] | None:
     return None if match is None or _META_MEMBER.match(name) else (match[1], match[2].lower())
 
 
-def build_index(path: str, name: str | None = None, checksums: bool = True) -> np.ndarray:
+def build_index(
+    path: str, name: str | None = None, checksums: bool = True, image_member: str | None = None
+) -> np.ndarray:
     """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
 
     name: what errors call the tar, else its path.  checksums: read every image too, and keep its checksum.
+    image_member: what follows KEY. in the names of images (data.image_member); None = one of IMAGE_EXTENSIONS.
     Raises ShardError, naming the byte, for a file that is compressed or not a tar, is cut off, has a damaged header, no
     end mark, non-zero bytes after the end mark, the same member twice, or members but no image.  A tar without any
     member is legal (an index of length 0) and warned about.
@@ -83,7 +86,7 @@ def build_index(path: str, name: str | None = None, checksums: bool = True) -> n
     keys: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
     passed_over = PassedOver()
-    shard = name or path
+    shard, wanted = name or path, IMAGE_EXTENSIONS if image_member is None else (image_member,)
     fd = os.open(path, os.O_RDONLY)
     try:
         for entry in tar_entries(TarFile(fd), shard):
@@ -100,8 +103,8 @@ def build_index(path: str, name: str | None = None, checksums: bool = True) -> n
                 )
             seen.add((key, extension))
             keys[key] = None
-            if extension in IMAGE_EXTENSIONS:
-                preference = IMAGE_EXTENSIONS.index(extension)
+            if extension in wanted:
+                preference = wanted.index(extension)
                 if key not in images or preference < images[key][0]:
                     images[key] = (preference, offset, size, _checksum(fd, offset, size) if checksums else 0)
             elif extension == MEMBERS[LABEL].suffix:
@@ -114,13 +117,13 @@ def build_index(path: str, name: str | None = None, checksums: bool = True) -> n
         warnings.warn(f"{shown(shard)}: the shard holds no samples", stacklevel=2)
     elif not images:
         found = ", ".join(sorted({extension for _, extension in seen})[:8])
-        raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(IMAGE_EXTENSIONS)}")
+        raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(wanted)}")
 
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1), checksums))
     for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
         preference, offset, size, checksum = images.get(key, (-1, -1, -1, 0))
-        extension = IMAGE_EXTENSIONS[preference] if preference >= 0 else ""
+        extension = wanted[preference].rpartition(".")[2] if preference >= 0 else ""
         record = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
         index[row] = (*record, checksum) if checksums else record
     return index

@@ -31,6 +31,7 @@ from swinv2_train.data.shards.manifest import (
     has_checksums,
     index_folder,
     index_shard,
+    index_suffix,
     merge_entries,
     read_entries,
 )
@@ -73,6 +74,8 @@ class Manifest:
     """What each label of the shards counts as; None = as itself."""
     verify: bool = False
     """Compare every image that is read with its checksum in the index."""
+    image_member: str | None = None
+    """What follows KEY. in the names of images; None = one of IMAGE_EXTENSIONS."""
     labels_from = ".cls"
 
     @property
@@ -128,17 +131,18 @@ def open_manifest(
     progress: Callable[[str], None] | None = None,
     cache: ShardCache | None = None,
     verify: bool = False,
+    image_member: str | None = None,
 ) -> Manifest:
     """Index what has no index yet, and compare every shard's size with the manifest (a stat each).
 
     key: the config key that error messages name.  progress: receives one line per shard that is indexed.  cache: where
     shards at an address are kept on this machine; None allows local ones alone.  verify:
-    compare every image that is read with the checksum that the index has of it.  Several processes may do this at
-    once.  Raises ShardError.
+    compare every image that is read with the checksum that the index has of it.  image_member: as build_index's; the
+    cache has its own, which is the same.  Several processes may do this at once.  Raises ShardError.
     """
     paths = expand_pattern(pattern, key, retry_policy=ONCE if cache is None else cache.retry_policy)
     remote = [path for path in paths if is_remote(path)]
-    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress, verify)
+    found, index_paths = _local_entries([path for path in paths if not is_remote(path)], progress, verify, image_member)
     if remote:
         if cache is None:
             raise ShardError(
@@ -165,6 +169,7 @@ def open_manifest(
         cache=cache if remote else None,
         classes=None if label_range is None else _class_names(paths, label_range[1], key, cache, progress),
         verify=verify,
+        image_member=image_member,
     )
 
 
@@ -204,25 +209,26 @@ def _class_names(
 
 
 def _local_entries(
-    paths: Sequence[str], progress: Callable[[str], None] | None, verify: bool
+    paths: Sequence[str], progress: Callable[[str], None] | None, verify: bool, image_member: str | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The manifest entry and the index path of every shard, made where they are not there yet."""
     entries: dict[str, dict[str, Any]] = {}
     index_paths: dict[str, str] = {}
     known: dict[Path, dict[str, Any]] = {}
     fresh: dict[Path, dict[str, Any]] = {}
+    suffix = index_suffix(image_member)
     try:
         for path in paths:
-            folder = index_folder(path)
+            folder = index_folder(path, suffix)
             if folder not in known:
                 known[folder] = read_entries(folder)
             name = os.path.basename(path)
-            index_path = folder / f"{name}{INDEX_SUFFIX}"
+            index_path = folder / f"{name}{suffix}"
             entry = known[folder].get(name)
             if entry is not None:
                 check_content(path, index_path, entry)
             if entry is None or not index_path.is_file() or (verify and not has_checksums(index_path)):
-                made = index_shard(path, index_path)
+                made = index_shard(path, index_path, image_member=image_member)
                 if entry is not None and entry["sha256"] != made["sha256"]:
                     index_path.unlink()
                     raise ShardError(
@@ -248,7 +254,8 @@ def reindex(pattern: str, progress: Callable[[str], None] | None = None) -> Mani
         folder = index_folder(path)
         gone = [name for name in read_entries(folder) if not Path(path).with_name(name).is_file()]
         merge_entries(folder, dict.fromkeys([*gone, os.path.basename(path)]))
-        (folder / f"{os.path.basename(path)}{INDEX_SUFFIX}").unlink(missing_ok=True)
+        for index in folder.glob(f"{glob.escape(os.path.basename(path))}*{INDEX_SUFFIX}"):
+            index.unlink()
     return open_manifest(pattern, "SOURCE", progress)
 
 
@@ -369,7 +376,7 @@ class TarReader:
                 )
                 raise unreadable(error, index_path, problem) if isinstance(error, OSError) else problem from error
             if self.manifest.verify and CHECKSUM not in (rows.dtype.names or ()):  # a cached shard's
-                rows = self._indexed_anew(shard, index_path.removesuffix(INDEX_SUFFIX))
+                rows = self._indexed_anew(shard, index_path.removesuffix(index_suffix(self.manifest.image_member)))
             if len(rows) != self.manifest.counts[shard]:
                 raise ShardError(changed)
         except BaseException:
@@ -381,7 +388,7 @@ class TarReader:
         """The index, with checksums, of a shard that is the one in the manifest: all of it is read."""
         if sha256_of(path) != self.manifest.checksums[shard]:
             raise ShardError(f"{path}: its checksum differs from the manifest; delete it, it is fetched again")
-        return build_index(path, self.manifest.name(shard))
+        return build_index(path, self.manifest.name(shard), image_member=self.manifest.image_member)
 
     def _open_file(self, shard: int) -> tuple[int, str]:
         """A descriptor of the shard on this machine, and the path of its index."""
@@ -484,7 +491,8 @@ def write_shards(
     for path in {*existing} - {part.with_suffix("") for part in parts}:
         path.unlink()
     for part in parts:
-        part.with_name(f"{part.name.removesuffix('.part')}{INDEX_SUFFIX}").unlink(missing_ok=True)
+        for index in folder.glob(f"{glob.escape(part.name.removesuffix('.part'))}*{INDEX_SUFFIX}"):
+            index.unlink()
     deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand, or to be replaced
     merge_entries(folder, dict.fromkeys(deleted))
     paths = [part.rename(part.with_suffix("")) for part in parts]

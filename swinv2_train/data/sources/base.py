@@ -93,19 +93,26 @@ def open_source(
     progress: Callable[[str], None] | None = None,
     cache: ShardCache | None = None,
     verify: bool = False,
+    image_member: str | None = None,
 ) -> Source:
     """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
 
-    Arguments as tar_reader.open_manifest's; what has no checksums cannot be verified.  Raises ShardError.
+    Arguments as tar_reader.open_manifest's (of a folder, image_member is what its images' names end in); what has no
+    checksums cannot be verified.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
     if not os.path.isdir(directory):
-        return open_manifest(pattern, key, progress, cache, verify)
+        return open_manifest(pattern, key, progress, cache, verify, image_member)
     if verify:
         raise ShardError(
             f"data.verify=true, but {key} '{directory}' is a directory, whose files have no checksums to compare; pack "
             "it (swinv2-make-shards SOURCE OUT), or set data.verify=false"
         )
     if is_saved_dataset(directory):
+        if image_member is not None:
+            raise ShardError(
+                f"data.image_member ({image_member}) names members of shards and files of folders, but {key} "
+                f"'{directory}' is a saved data set, whose images are a column; set data.image_member=null"
+            )
         return open_saved_dataset(directory, key, progress)
-    return open_folder(directory, key, progress)
+    return open_folder(directory, key, progress, image_member)

@@ -21,12 +21,14 @@ import numpy as np
 from swinv2_train.config import MachineError
 from swinv2_train.data.class_names import canonical, in_order, is_left_out, listed
 from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, lacking, unreadable
+from swinv2_train.data.shards.manifest import INDEX_SUFFIX
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 
 _THREADS = 16
 """How many folders are listed at a time: on a network file system every file's size is a question to the server."""
 _SAY_SEC = 10.0
+_ARRAYS = (".npy", ".npz")
 _NO_ENDING = "without an ending"
 _ENDING_CHARS, _ENDINGS_LISTED = 12, 8
 
@@ -66,14 +68,20 @@ class Folder(VirtualShards):
         return FolderReader(self)
 
 
-def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], None] | None = None) -> Folder:
+def open_folder(
+    path: str,
+    key: str = "data.shards",
+    progress: Callable[[str], None] | None = None,
+    image_member: str | None = None,
+) -> Folder:
     """List the images below `path`, with the size of each file.
 
-    key: the config key that error messages name.  progress: receives a line now and then.  Raises ShardError for a
-    folder without images, that cannot be read through, or with two files of one name.
+    key: the config key that error messages name.  progress: receives a line now and then.  image_member: what follows
+    KEY. in the names of images (input.npy); None = one of IMAGE_EXTENSIONS.  Raises ShardError for a folder without
+    images, that cannot be read through, or with two files of one name.
     """
     path = os.path.abspath(path)
-    listing = list_folder(path, f"{key} '{path}'", progress)
+    listing = list_folder(path, f"{key} '{path}'", progress, image_member)
     if listing.left_out and progress is not None:
         progress(say_left_out(listing.left_out, path))
     check_separators(listing.names, f"{key} '{path}'")
@@ -94,9 +102,23 @@ def open_folder(path: str, key: str = "data.shards", progress: Callable[[str], N
     return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes)
 
 
-def is_image(name: str) -> bool:
-    """By extension; what is hidden, or a system adds of itself, is no image.  name: with / between folders."""
-    return not is_hidden(name) and os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+def is_image(name: str, image_member: str | None = None) -> bool:
+    """By extension; what is hidden, or a system adds of itself, is no image, nor is a shard's index.
+
+    name: with / between folders.  image_member: as open_folder's.
+    """
+    if is_hidden(name) or name.endswith(INDEX_SUFFIX):
+        return False
+    if image_member is not None:
+        return name.lower().endswith(f".{image_member}")
+    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def beside_images(names: Iterable[str]) -> set[str]:
+    """The arrays among the images, where there are others: they are something about these, such as masks."""
+    names = list(names)
+    arrays = {name for name in names if name.lower().endswith(_ARRAYS)}
+    return arrays if len(arrays) < len(names) else set()
 
 
 def is_hidden(name: str) -> bool:
@@ -177,8 +199,10 @@ def empty_warning(path: str, empty: Sequence[str]) -> str:
     )
 
 
-def list_folder(path: str, source: str, progress: Callable[[str], None] | None = None) -> Listing:
-    """Every image below `path`, links followed.  source: what errors call it.
+def list_folder(
+    path: str, source: str, progress: Callable[[str], None] | None = None, image_member: str | None = None
+) -> Listing:
+    """Every image below `path`, links followed.  source: what errors call it.  image_member: as open_folder's.
 
     Raises ShardError when there is none, or a folder or file cannot be looked at: a link to nothing, or one that leads
     back to a folder above it; MachineError where the machine cannot list them.
@@ -188,7 +212,7 @@ def list_folder(path: str, source: str, progress: Callable[[str], None] | None =
         waiting = [_Open("", ())]
         while waiting:
             level, waiting = waiting, []
-            for part in pool.map(lambda folder: _scan(path, folder), level):
+            for part in pool.map(lambda folder: _scan(path, folder, image_member), level):
                 found.add(part)
                 waiting += part.folders
                 if progress is not None and time.monotonic() - said > _SAY_SEC:
@@ -196,6 +220,11 @@ def list_folder(path: str, source: str, progress: Callable[[str], None] | None =
                     progress(f"{path}: {len(found.images)} images found so far")
     if found.problems:
         raise ShardError(f"{found.problems[0]} ({len(found.problems)} such problems); mend or delete it")
+    if image_member is None:
+        beside = beside_images(name for name, _ in found.images)
+        for name in beside:
+            found.leave_out(name)
+        found.images = [(name, size) for name, size in found.images if name not in beside]
     if not found.images:
         raise ShardError(f"{source} holds no images ({_what_instead(path, found)})")
     found.images.sort()
@@ -232,7 +261,7 @@ class _Found:
         self.left_out[ending(name)] += 1
 
 
-def _scan(root: str, folder: _Open) -> _Found:
+def _scan(root: str, folder: _Open, image_member: str | None) -> _Found:
     """What lies directly in one folder."""
     found, path = _Found(), os.path.join(root, folder.name)
     try:
@@ -248,8 +277,10 @@ def _scan(root: str, folder: _Open) -> _Found:
                     found.leave_out(entry.name)
                 elif entry.is_dir():
                     found.folders.append(_Open(f"{name}/", (*folder.above, mine)))
-                elif is_image(entry.name) or entry.is_symlink():  # a link to nothing may have been to a class
-                    _look_at(entry, name, found)
+                elif (
+                    is_image(entry.name, image_member) or entry.is_symlink()
+                ):  # a link to nothing may have been to a class
+                    _look_at(entry, name, found, image_member)
                 else:
                     found.leave_out(entry.name)
     except OSError as error:
@@ -258,7 +289,7 @@ def _scan(root: str, folder: _Open) -> _Found:
     return found
 
 
-def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
+def _look_at(entry: os.DirEntry[str], name: str, found: _Found, image_member: str | None) -> None:
     try:
         status = entry.stat()
     except OSError as error:
@@ -266,7 +297,7 @@ def _look_at(entry: os.DirEntry[str], name: str, found: _Found) -> None:
         link = "a link to nothing" if entry.is_symlink() else f"cannot be looked at: {error.strerror}"
         found.problems.append(f"{entry.path}: {link}")
         return
-    if is_image(entry.name) and stat.S_ISREG(status.st_mode):
+    if is_image(entry.name, image_member) and stat.S_ISREG(status.st_mode):
         found.images.append((name, status.st_size))
     else:  # opening a pipe would wait for ever
         found.leave_out(entry.name)

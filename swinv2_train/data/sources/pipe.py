@@ -45,8 +45,10 @@ def open_stream(pattern: str, key: str = "data.shards") -> Stream:
     return Stream(tuple(expand_commands(pattern, key)))
 
 
-def read_command(command: str) -> Iterator[Sample]:
+def read_command(command: str, image_member: str | None = None) -> Iterator[Sample]:
     """The samples of the tar that a shell command prints, in order, each as the index would choose its members.
+
+    image_member: as build_index's.
 
     Raises ShardError, naming the command, when it fails, or prints a tar that is cut off or damaged in any way; the
     last sample before that is not given, as it may be half of one.  An index finds a sample's members wherever they
@@ -55,7 +57,7 @@ def read_command(command: str) -> Iterator[Sample]:
     output = _CommandOutput(command)
     try:
         whole: Sample | None = None
-        for sample in _grouped(output):
+        for sample in _grouped(output, image_member):
             if whole is not None:
                 yield whole
             whole = sample
@@ -67,7 +69,7 @@ def read_command(command: str) -> Iterator[Sample]:
         output.close()
 
 
-def _grouped(output: _CommandOutput) -> Iterator[Sample]:
+def _grouped(output: _CommandOutput, image_member: str | None) -> Iterator[Sample]:
     key, members = "", dict[str, bytes]()
     earlier: set[str] = set()
     passed_over = PassedOver()
@@ -78,7 +80,7 @@ def _grouped(output: _CommandOutput) -> Iterator[Sample]:
             continue
         if named[0] != key:
             if members:
-                yield _sample(key, members, output.name)
+                yield _sample(key, members, output.name, image_member)
             earlier.add(key)
             key, members = named[0], {}
             if key in earlier:
@@ -93,11 +95,12 @@ def _grouped(output: _CommandOutput) -> Iterator[Sample]:
         members[named[1]] = output.read_at(entry.size, entry.offset)
     passed_over.warn(output.name)
     if members:
-        yield _sample(key, members, output.name)
+        yield _sample(key, members, output.name, image_member)
 
 
-def _sample(key: str, members: dict[str, bytes], name: str) -> Sample:
-    extension = next((each for each in IMAGE_EXTENSIONS if each in members), "")
+def _sample(key: str, members: dict[str, bytes], name: str, image_member: str | None) -> Sample:
+    wanted = IMAGE_EXTENSIONS if image_member is None else (image_member,)
+    extension = next((each for each in wanted if each in members), "")
     return Sample(key, members.get(extension, b""), extension, read_targets(members), name)
 
 

@@ -1,4 +1,4 @@
-"""Crops and flips of uint8 images, resized by torch's own antialiased kernel (up to twice Pillow's speed)."""
+"""Crops and flips, resized by torch's own antialiased kernels (of uint8 up to twice Pillow's speed)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,36 @@ from swinv2_train.config import DataConfig
 
 
 def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """image: uint8 (3, H, W) -> uint8 (3, *size), antialiased; untouched when it already has the size.
+    """image: (C, H, W) -> (C, *size), antialiased.  uint8 stays uint8; any other type becomes float32, unrounded.
 
-    interpolation: bilinear or bicubic.  Within 2 grey levels of Pillow's resize (6 on tiny crops).
+    interpolation: bilinear or bicubic.  Within 2 grey levels of Pillow's resize of uint8 (6 on tiny crops), the filter
+    is the same one.  A value of which any of the filter's pixels is NaN (no data) is NaN.  An image that has the size
+    already keeps its values.
     """
     if tuple(image.shape[-2:]) == tuple(size):
-        return image
-    return F.interpolate(image[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
+        return image if image.dtype == torch.uint8 else image.float()
+    if image.dtype == torch.uint8:
+        return F.interpolate(image[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
+    values = image.float().contiguous()
+    missing = values.isnan()
+    if not missing.any():
+        return F.interpolate(values[None], size, mode=interpolation, align_corners=False, antialias=True)[0]
+    resized = F.interpolate(
+        values.masked_fill(missing, 0)[None], size, mode=interpolation, align_corners=False, antialias=True
+    )[0]
+    return resized.masked_fill_(_reached(missing, size, interpolation), torch.nan)
+
+
+def _reached(missing: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """bool (C, H, W) -> (C, *size): where the filter's window holds any that is True.
+
+    The bilinear filter is nowhere negative, so it shows what it reaches; the bicubic one reaches as far again.
+    """
+    marks = missing[None].float()
+    if interpolation == "bicubic":
+        rows, columns = (math.ceil(max(1.0, old / new)) for old, new in zip(missing.shape[-2:], size, strict=True))
+        marks = F.max_pool2d(marks, (2 * rows + 1, 2 * columns + 1), stride=1, padding=(rows, columns))
+    return F.interpolate(marks, size, mode="bilinear", align_corners=False, antialias=True)[0] > 0
 
 
 def random_resized_crop(
@@ -30,7 +53,7 @@ def random_resized_crop(
     interpolation: str,
     rng: np.random.Generator,
 ) -> torch.Tensor:
-    """A random box of the image, resized to `size` (h, w) pixels: uint8 (3, H, W) -> (3, h, w).
+    """A random box of the image, resized to `size` (h, w) pixels: (C, H, W) -> (C, h, w).
 
     scale: the box's share of the area, ratio: its width over height (log-uniform), both [low, high].  torchvision's
     RandomResizedCrop rule: ten tries, then the largest centred box whose ratio is allowed.
@@ -63,15 +86,22 @@ def random_flip(image: torch.Tensor, probability: float, rng: np.random.Generato
     return image.flip(-1) if rng.random() < probability else image
 
 
+def random_dihedral(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """One of the eight ways to turn a square onto itself, each as likely: (C, H, W) -> (C, H, W) or (C, W, H)."""
+    number = int(rng.integers(8))
+    turned = image.rot90(number % 4, (1, 2))
+    return turned.flip(1) if number >= 4 else turned
+
+
 def eval_crop(image: torch.Tensor, size: tuple[int, int], data: DataConfig) -> torch.Tensor:
-    """What evaluations and probes see of an image: uint8 (3, H, W) -> (3, *size), by data.eval_crop and the like."""
+    """What evaluations and probes see of an image: (C, H, W) -> (C, *size), by data.eval_crop and the like."""
     return centre_crop(image, size, data.eval_crop_pct, data.interpolation, data.eval_crop == "squash")
 
 
 def centre_crop(
     image: torch.Tensor, size: tuple[int, int], crop_pct: float, interpolation: str, squash: bool = False
 ) -> torch.Tensor:
-    """The evaluation's crop: uint8 (3, H, W) -> (3, *size).
+    """The evaluation's crop: (C, H, W) -> (C, *size).
 
     The image is resized, its shape kept, until it just covers size / crop_pct, then the centre is cut out.  squash:
     it is resized to size / crop_pct whatever its shape, so that with crop_pct 1 nothing of it is lost (the official
@@ -95,6 +125,6 @@ def centre_crop(
 
 
 def _centre(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(3, H, W) -> (3, *size)"""
+    """(C, H, W) -> (C, *size)"""
     top, left = round((image.shape[-2] - size[0]) / 2), round((image.shape[-1] - size[1]) / 2)
     return image[:, top : top + size[0], left : left + size[1]]

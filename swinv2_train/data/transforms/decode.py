@@ -1,4 +1,4 @@
-"""Image bytes to uint8 pixels: libjpeg-turbo for JPEG (jpeg.py), Pillow for everything else.
+"""Image bytes to uint8 RGB: libjpeg-turbo for JPEG (jpeg.py), Pillow for everything else.  Other values: bands.py.
 
 What is not whole is damage, whichever decoder is at work; what the machine lacks is none.
 """
@@ -6,14 +6,17 @@ What is not whole is damage, whichever decoder is at work; what the machine lack
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from swinv2_train.config import MachineError
+from swinv2_train.config import ConfigError, MachineError
 from swinv2_train.data.sample import lacking
+from swinv2_train.data.transforms import numpy_files
 from swinv2_train.data.transforms.gif import count_frames
 from swinv2_train.data.transforms.jpeg import decode_jpeg
 from swinv2_train.data.transforms.png import SIGNATURE, Png, check_rows, read_png
@@ -24,8 +27,12 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 89_478_485
 """Largest height x width that is decoded; Pillow's own warning limit (a quarter of a GiB as RGB)."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 """Pillow's names of what it may be asked for: of the others some run programs, and some do not miss their own end."""
+_NO_PHOTOGRAPH = (
+    "an array is no photograph; set model.in_chans to its bands, or data.bands=[0,1,2] where there are three, and "
+    "data.mean, data.std or data.scale to what its numbers are"
+)
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """TIFF tags."""
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -46,17 +53,27 @@ def decode_image(
     several frames the first is decoded.  Returns uint8 (3, H, W), possibly a channels-last view.
     Raises DecodeError for damaged bytes, MachineError where the machine cannot decode any.
     """
-    from PIL import UnidentifiedImageError
-
-    check_pixels = partial(_check_pixels, max_pixels=max_pixels)
-    try:
+    check_pixels = partial(check_size, max_pixels=max_pixels)
+    with reading(data, extension):
         if data[:2] == b"\xff\xd8":
             pixels = decode_jpeg(data, check_pixels)
         elif data[:8] == SIGNATURE:
             pixels = _decode_png(read_png(data, check_pixels), notes)
+        elif data[:6] == numpy_files.SIGNATURE or data[:4] == numpy_files.ZIP_SIGNATURE:
+            raise DecodeError(_NO_PHOTOGRAPH)
         else:
             pixels = _decode_with_pillow(data, max_pixels, notes)
-    except DecodeError:
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+@contextmanager
+def reading(data: bytes, extension: str) -> Iterator[None]:
+    """What a decoder raises on damaged bytes is a DecodeError; MachineError where the machine was the reason."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        yield
+    except (DecodeError, ConfigError):
         raise
     except Exception as error:  # Pillow raises half a dozen types on damaged files; all mean the same to the caller
         fault = lacking(error) or (lacking(MemoryError()) if _short_of_memory(data) else None)
@@ -65,7 +82,6 @@ def decode_image(
         if isinstance(error, UnidentifiedImageError):  # its own text holds a memory address
             raise DecodeError(f"not a readable .{extension} image (no known format)") from error
         raise DecodeError(f"not a readable .{extension} image ({type(error).__name__}: {str(error)[:300]})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def _short_of_memory(data: bytes) -> bool:
@@ -74,7 +90,7 @@ def _short_of_memory(data: bytes) -> bool:
 
     try:
         try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 pixels = min(image.height * image.width, MAX_PIXELS)
         except Exception as error:  # noqa: BLE001  damaged, most likely; the room for a small one is looked for
             if lacking(error) is not None:
@@ -93,26 +109,39 @@ def _decode_png(png: Png, notes: set[str] | None) -> np.ndarray:
         _note(notes, "PNG")
     with Image.open(io.BytesIO(png.data), formats=["PNG"]) as image:
         image.load()
-        last_row = image.crop((0, png.height - 1, png.width, png.height)).tobytes()
-        if png.interlaced or last_row.count(0) == len(last_row):  # as black as what never came
-            check_rows(png)
+        check_png_rows(png, np.asarray(image.crop((0, png.height - 1, png.width, png.height))))
+        if png.data[24] > 8 and notes is not None:
+            notes.add(
+                "some PNG files have 16 bits, of which a photograph keeps 8; data.bands=[0,1,2] with data.scale, or "
+                "model.in_chans=1 for grey, reads them as they are"
+            )
         return _rgb(image)
+
+
+def check_png_rows(png: Png, last_row: np.ndarray) -> None:
+    """Raises ValueError where the compressed pixels may end, and do, before the picture does."""
+    if png.interlaced or not last_row.any():  # as black as what never came
+        check_rows(png)
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int, notes: set[str] | None) -> np.ndarray:
     from PIL import Image
     from PIL.TiffImagePlugin import TiffImageFile
 
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        _check_pixels(image.height, image.width, max_pixels)
-        frames = count_frames(data) if image.format == "GIF" else getattr(image, "n_frames", 1)
-        if frames > 1:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        check_size(image.height, image.width, max_pixels)
+        if count_image_frames(data, image) > 1:
             _note(notes, str(image.format))
         if isinstance(image, TiffImageFile):
             if _SIGNED in image.tag_v2.get(_SAMPLE_FORMAT, ()):
                 raise ValueError("signed samples have no defined black and white")
             check_tiff(data, image, _first_page)
         return _rgb(image)
+
+
+def count_image_frames(data: bytes, image: Image.Image) -> int:
+    """Frames or pages of a file that Pillow has opened.  Raises ValueError where a GIF is cut off."""
+    return count_frames(data) if image.format == "GIF" else int(getattr(image, "n_frames", 1))
 
 
 def _first_page(data: bytes) -> np.ndarray:
@@ -150,6 +179,7 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raises DecodeError for more pixels than are decoded."""
     if height * width > max_pixels:
         raise DecodeError(f"{height} x {width} pixels, more than the {max_pixels} that are decoded")

@@ -48,6 +48,12 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     raise ValueError("no frame header before the pixels")
 
 
+def is_grey(data: bytes) -> bool:
+    """Whether the file has one component.  Raises ValueError where the header says nothing."""
+    frames = (start for marker, start, end in _segments(data) if marker in _FRAMES and end - start >= 10)
+    return any(data[start + 9] == 1 for start in frames)
+
+
 def decode_jpeg(data: bytes, check_pixels: Callable[[int, int], None]) -> np.ndarray:
     """uint8 (H, W, 3).  check_pixels: called with height and width before anything is decoded.
 

@@ -150,7 +150,7 @@ def test_a_tilde_is_the_home_in_every_key_that_names_a_path(monkeypatch, tmp_pat
         (("optim.learning_rate=1",), "unknown key optim.learning_rate: did you mean optim.lr?"),
         (("batch_size=8",), "did you mean train.global_batch_size?"),
         (("hardware=a100",), "did you mean a100_40gb or a100_80gb?"),
-        (("model.in_chans=4",), "images have 3 channels here"),
+        (("model.num_channels=4",), "the number of bands is model.in_chans"),
         (("modle=tiny",), "unknown key modle: did you mean model?"),
         (("experiment=simmim_base",), "did you mean simmim_base_192 or simmim_base_192_800ep?"),
         ((), "data.shards=VALUE; nor has run_dir: run_dir=VALUE"),

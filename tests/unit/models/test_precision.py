@@ -136,11 +136,10 @@ def test_norms_are_native_on_cuda_alone(device, weights, input_dtype, computed):
     """By the device that a tensor says it is on, without one: fake tensors, which torch.compile traces with too."""
     with FakeTensorMode():
         norm = Float32LayerNorm(8, device=device, dtype=weights)
-        x = torch.randn(3, 8, device=device, dtype=input_dtype, requires_grad=True)
+        x = torch.randn(3, 8, device=device, dtype=input_dtype)
         with Operations() as operations:
             out = norm(x)
-            out.sum().backward()
-    assert out.dtype == weights and norm.weight.grad.dtype == weights
+    assert out.dtype == weights and out.device.type == device
     assert operations.dtypes("native_layer_norm") == {computed}
 
 
