@@ -61,6 +61,23 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
     assert "--max-restarts 2" in several and "SIGUSR1" in several
 
 
+def test_memory_of_a_card_grows_in_place_unless_the_user_says_otherwise(job, tmp_path):
+    """What reaches the tasks; a user's own setting stays, by its old name too."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PYTORCH_ALLOC_CONF"\n')
+    python.chmod(0o755)
+    for own, expected in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:99"}, "max_split_size_mb:99"),
+    ):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "NPROC_PER_NODE": "1", **own}
+        said = subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True)
+        assert said.strip() == expected
+    job('echo "$PYTORCH_ALLOC_CONF" > seen')
+    assert (tmp_path / "seen").read_text().strip() == "expandable_segments:True"
+
+
 @pytest.fixture
 def job(tmp_path) -> Callable[..., tuple[bool, int]]:
     """job(TASK, overrides...): train.sbatch itself, with stand-ins for srun and scontrol; requeued?, exit code."""
