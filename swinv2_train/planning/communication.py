@@ -118,7 +118,7 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward
 
 
 def _last_bucket(parameters: int, bucket: int) -> float:
-    """Share of the gradients in the last of a pass's buckets, which is full, or sent as it is, when the pass is over."""
+    """Share of the gradients in the last of a pass's buckets, which is sent when the pass is over."""
     return (parameters - (-(-parameters // bucket) - 1) * bucket) / parameters
 
 

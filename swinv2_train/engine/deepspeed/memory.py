@@ -181,6 +181,7 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bo
     w, state = _weight_bytes(config), _state_bytes(config)
     share, group = -(-sizes.parameters // world_size), -(-sizes.largest_group // world_size)
     buckets, largest_block = buckets_of(config, sizes.layers), sizes.layers.largest_block
+    copied = largest_block if on_cpu else max(largest_block, buckets.prefetch_bucket_size)
     return Zero3Memory(
         resident={
             WEIGHTS: w * (share + sizes.layers.small),
@@ -196,11 +197,7 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bo
             bucket=buckets.reduce_bucket_size,
             element_bytes=w,
             world_size=world_size,
-            copied=0
-            if world_size == 1
-            else largest_block
-            if on_cpu
-            else max(largest_block, buckets.prefetch_bucket_size),
+            copied=copied if world_size > 1 else 0,
             one_by_one=on_cpu,
         ),
     )
