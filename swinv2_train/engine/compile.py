@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from torch import nn
@@ -49,7 +49,7 @@ def compile_choice(config: Config, device_type: str, here: bool = True) -> Compi
 
 def _missing() -> str | None:
     """What torch's compiler needs on CUDA and does not find here; None where it is complete."""
-    if sys.platform == "win32" or importlib.util.find_spec("triton") is None:
+    if sys.platform == "win32" or find_spec("triton") is None:
         return "the package triton is missing"
     return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "there is no C compiler (gcc, clang)"
 
@@ -74,10 +74,8 @@ def compile_blocks(
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     torch._dynamo.config.suppress_errors = fall_back
-    if backend == "inductor":
-        import torch._inductor.config
-
-        torch._inductor.config.deterministic = True
+    # Not by torch._inductor.config: torch.compile itself sets it back when it restores the state of the process.
+    options = {"deterministic": True} if backend == "inductor" else None
     for block in module.modules():
         if isinstance(block, block_types):
-            block.compile(dynamic=False, backend=backend)
+            block.compile(dynamic=False, backend=backend, options=options)

@@ -43,7 +43,7 @@ class _Kept:
 
 
 class HostCopies:
-    """Tensors that autograd saves, in CPU memory from the forward to the backward pass: keep() and fetch() are its hooks.
+    """Tensors that autograd saves, in CPU memory between the passes: keep() and fetch() are its hooks.
 
     On CUDA a stream of its own copies both ways, beside the passes.  Whoever fetches a tensor has the one that was kept
     before it sent as well, because a backward pass asks for them in reverse order.  Memory is used again in the next
