@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_train.config import Config
 from swinv2_train.engine.activation_checkpointing import apply_recompute
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.models import SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
@@ -25,7 +26,7 @@ from swinv2_train.models.initial import on_meta
 from swinv2_train.models.precision import Float32LayerNorm
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.planning.meta_cache import Results, signature
-from swinv2_train.planning.op_cost import Operation, cost_of
+from swinv2_train.planning.op_cost import Operation, cost_of, fused, is_fused
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 
@@ -35,6 +36,8 @@ CPU_ALLOCATION_UNIT = 64
 """Bytes to which torch aligns an allocation in CPU memory (c10/core/alignment.h)."""
 META = torch.device("meta")
 FORWARD, BACKWARD = "forward", "backward"
+ENDS = "ends"
+"""What is in no stage: patch embedding, head, loss."""
 ATTENTION, OTHER, TABLES = "attention", "other", "tables"
 
 aten = torch.ops.aten
@@ -157,15 +160,22 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
     backward = counter.peaks()
     for handle in handles:
         handle.remove()
+    forward_operations, backward_operations = (
+        counter.operations[: counter.forward_operations],
+        counter.operations[counter.forward_operations :],
+    )
+    if compile_choice(config, "cpu" if on_cpu else "cuda", here=False).blocks:
+        forward_operations = fused(forward_operations, counter.fusable[: counter.forward_operations])
+        backward_operations = fused(backward_operations, counter.fusable[counter.forward_operations :])
     return Trace(
         forward_peaks=forward,
         backward_peaks=backward,
         gradients=counter.gradients,
         host_bytes=counter.host,
-        operations=counter.operations,
+        operations=forward_operations + backward_operations,
         num_parameters=count_parameters(module),
         weight_bytes=sum(weights.values()),
-        forward_operations=counter.forward_operations,
+        forward_operations=len(forward_operations),
         model_flops_per_image=6 * task.multiply_adds,
     )
 
@@ -233,8 +243,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unit = unit
         self.on_cpu = on_cpu
         self.phase = FORWARD
-        self.where: list[tuple[str, str]] = [("ends", OTHER)]
+        self.where: list[tuple[str, str]] = [(ENDS, OTHER)]
         self.operations: list[Operation] = []
+        self.fusable: list[bool] = []
         self.forward_operations = 0
         self.host = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in outside}  # the engine's, not ours
@@ -276,7 +287,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._find_tables()
         peaks = [self._forward_peak(place, moment) for place, moment in self._at_peak.items()]
         self.phase, self.forward_operations = BACKWARD, len(self.operations)
-        self.where[:] = [("ends", OTHER)]
+        self.where[:] = [(ENDS, OTHER)]
         self._highest.clear()
         self._at_peak.clear()
         self._look()
@@ -377,6 +388,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self._costs:
             self._costs[key] = cost_of(key[0], args, inputs, outputs)
         self.operations.append(self._costs[key])
+        self.fusable.append(self.where[-1][0] != ENDS and is_fused(key[0]))
 
 
 def _by(place: int, owners: dict[tuple[str, str, str], int]) -> dict[str, int]:
