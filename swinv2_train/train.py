@@ -35,6 +35,7 @@ from swinv2_train.runtime import (
     RunDirLock,
     StopNow,
     StopRequest,
+    arithmetic,
     read_environment,
     set_threads,
     tune_allocator,
@@ -99,13 +100,14 @@ def train(config: Config) -> int:
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                run = build_run(
-                    config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
-                    start.probe,
-                )  # fmt: skip
-                on_main(world, lambda: announce(run, log))
-                with run.monitor.manual_gc:
-                    exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
+                with arithmetic(config.runtime.deterministic):
+                    run = build_run(
+                        config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
+                        start.probe,
+                    )  # fmt: skip
+                    on_main(world, lambda: announce(run, log, start.initial))
+                    with run.monitor.manual_gc:
+                        exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
                     log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
@@ -145,7 +147,7 @@ def acknowledge(console: Console, activity: RankActivity, accumulation: int, nam
     console.say(f"{name}{' again' if again else ''}: stopping {what}")
 
 
-def announce(run: loop.Run, log: RunLog) -> None:
+def announce(run: loop.Run, log: RunLog, initial: Initial | None) -> None:
     """Say and write down what is run here, with what and for how long.  On rank 0, when nothing is refused any more."""
     start = describe_start(run.config, run.world, run.task)
     before = [each.get("start", {}).get("precision") for each in read_environment(Path(run.config.run_dir))]
@@ -157,7 +159,8 @@ def announce(run: loop.Run, log: RunLog) -> None:
     if start.slow_bf16 is not None:
         log.say(f"warning: {start.slow_bf16}")
     run_dir = Path(run.config.run_dir)
-    write_run_files(run_dir, run.config, run.world, start.record(), run.position.classes)
+    started_from = {} if initial is None or run.position.step else {"initial_weights": initial.report}
+    write_run_files(run_dir, run.config, run.world, start.record() | started_from, run.position.classes)
     try:  # or the page of the start before would say that the run has stopped
         write_report(run_dir, run.length.last_step, curves=False)
     except Exception as error:  # noqa: BLE001  the run counts

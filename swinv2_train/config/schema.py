@@ -433,6 +433,8 @@ class RuntimeConfig:
     """A micro-batch, optimizer step or wait for data longer than this ends the run, with all stacks; null = never."""
     gc_every_steps: Annotated[int | None, at_least(1)]
     """Steps between Python's garbage collections, on all ranks at the same step; null = left to Python."""
+    deterministic: bool
+    """Refuse GPU operations that may sum in another order each time (docs/resume.md); slower where others stand in."""
     profile: bool
     """Write a trace of a few steps to RUN_DIR/profile/ (docs/profiling.md)."""
     profile_steps: Annotated[list[int], first_last(MOST_TRACED, "a trace of more is too large to open")]
@@ -447,6 +449,8 @@ class ProbeConfig:
     """Probes of the frozen encoder's mean-pooled features: knn, linear, both, or [] = none."""
     every_steps: Annotated[int | None, at_least(1)]
     """Steps between probes during training, and one at the end; null = at the end only."""
+    before_first_step: bool
+    """Also probe the weights that a new run starts from; the report sets these scores beside the last ones."""
     shards: Annotated[str | None, PATH]
     """Labelled images that the probes are fitted on, in data.shards' notation; null = data.shards."""
     eval_shards: Annotated[str | None, PATH]

@@ -13,6 +13,7 @@ from swinv2_train.engine.compile import compile_choice
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.monitoring.metrics import device_peak_flops
 from swinv2_train.planning.table import time_text
+from swinv2_train.runtime import arithmetic_record
 from swinv2_train.runtime.cpu_speed import CpuSpeed, cpu_speed, slow_bf16
 from swinv2_train.tasks.task import Task
 
@@ -33,6 +34,8 @@ class Start:
     """blocks or none, and why."""
     step_sec: float | None
     """Expected seconds of a step, by arithmetic alone; None where the device's rate is not known."""
+    arithmetic: dict[str, Any]
+    """TF32, cuDNN's choices, deterministic operations (runtime/arithmetic.py)."""
     slow_bf16: str | None
     """What is said of bf16 on this processor; None where it is not used or as fast as it should be."""
 
@@ -69,6 +72,7 @@ def describe_start(config: Config, world: World, task: Task) -> Start:
         attention="fused" if fused else "reference",
         compile=str(compile_choice(config, world.device.type)),
         step_sec=_step_sec(config, world, task, speed),
+        arithmetic=arithmetic_record(),
         slow_bf16=slow_bf16(speed) if speed is not None and precision == "bf16" else None,
     )
 

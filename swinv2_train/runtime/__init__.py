@@ -3,6 +3,7 @@
 Knows config and storage alone.
 """
 
+from swinv2_train.runtime.arithmetic import arithmetic, arithmetic_record, check_workspace
 from swinv2_train.runtime.environment import (
     RECORDED_PACKAGES,
     environment_record,
@@ -27,7 +28,10 @@ __all__ = [
     "STOP_SIGNALS",
     "StopNow",
     "StopRequest",
+    "arithmetic",
+    "arithmetic_record",
     "available_cores",
+    "check_workspace",
     "environment_record",
     "git_commit",
     "keep_random_state",
