@@ -70,20 +70,20 @@ def gains(config: Config, hardware: HardwareConfig) -> Iterator[tuple[str, float
     """What was done, and images/s with it over images/s without."""
     now = planned(config, hardware).images_per_sec
     with norms_on_copies():
-        yield "native bf16 LayerNorm (C1)", now / planned(config, hardware).images_per_sec
+        yield "native bf16 LayerNorm", now / planned(config, hardware).images_per_sec
     plain = replace(config, model=replace(config.model, compile="none"))
     eager = planned(plain, hardware).images_per_sec
-    yield "model.compile=auto (C2)", now / eager
+    yield "model.compile=auto", now / eager
     with norms_on_copies():
-        yield "both", now / planned(plain, hardware).images_per_sec
+        yield "both, against neither", now / planned(plain, hardware).images_per_sec
     # Compiled graphs call torch.library's operation as before.
     slow = planned(plain, hardware, OPERATION_US).images_per_sec
-    yield "fused attention as a plain Function (C4), not compiled", eager / slow
+    yield "fused attention as a plain Function, not compiled", eager / slow
     if getattr(config.task, "norm_target", None) is not None:
         with mock.patch.object(simmim, "local_statistics", square_pooling):
-            yield "separable norm_target (C10)", now / planned(config, hardware).images_per_sec
+            yield "separable norm_target", now / planned(config, hardware).images_per_sec
     if config.model.recompute.endswith("@cpu"):
-        yield "copies on their own stream (C13)", now / planned(config, hardware, moved_after=True).images_per_sec
+        yield "copies on their own stream", now / planned(config, hardware, moved_after=True).images_per_sec
 
 
 def main() -> None:
