@@ -173,7 +173,8 @@ def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> Engin
     if config.zero_stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
         return EngineMemory(
             resident={WEIGHTS: 2 * n, GRADIENTS: 4 * n, MASTERS: 4 * share, MOMENTS: 8 * share},
-            exchange={COPIES: 6 * min(n, EXCHANGED_TOGETHER) if world_size > 1 else 0},
+            # The fp32 gradients in one piece, and again in bf16 where they are summed so.
+            exchange={COPIES: (6 if summed_bytes(config) == 2 else 4) * min(n, EXCHANGED_TOGETHER) * (world_size > 1)},
             kept_gradient_bytes=2,
         )
     buckets = buckets_of(config, sizes.layers)
