@@ -9,6 +9,7 @@ import torch
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.monitoring.metrics import device_peak_flops
 from swinv2_train.planning.table import time_text
@@ -29,6 +30,8 @@ class Start:
     engine: str
     parameters: int
     attention: str
+    compile: str
+    """blocks or none, and why."""
     step_sec: float | None
     """Expected seconds of a step, by arithmetic alone; None where the device's rate is not known."""
     arithmetic: dict[str, Any]
@@ -40,7 +43,7 @@ class Start:
         """For the console."""
         parts = [
             f"{self.device}, {self.precision}, {self.engine}, {self.parameters / 1e6:,.1f} M parameters",
-            f"{self.attention} attention",
+            f"{self.attention} attention, compiled: {self.compile}",
         ]
         if self.step_sec is not None:
             left = time_text(steps_left * self.step_sec)
@@ -67,6 +70,7 @@ def describe_start(config: Config, world: World, task: Task) -> Start:
         engine="plain torch" if name == "local" else f"DeepSpeed ZeRO-{config.engine.zero_stage}",
         parameters=parameters,
         attention="fused" if fused else "reference",
+        compile=str(compile_choice(config, world.device.type)),
         step_sec=_step_sec(config, world, task, speed),
         arithmetic=arithmetic_record(),
         slow_bf16=slow_bf16(speed) if speed is not None and precision == "bf16" else None,
