@@ -21,7 +21,7 @@ from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
 from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
-from swinv2_train.storage.json_files import number, optional, read_json, record, whole
+from swinv2_train.storage.json_files import mapping, number, optional, read_json, record, text, whole
 
 USAGE = """swinv2-status RUN_DIR [--json]
 
@@ -40,6 +40,7 @@ _STATUS = record(
     may={
         **{name: optional(whole()) for name in ("total_steps", "checkpoint_step")},
         **dict.fromkeys(("loss", "images_per_sec", "seconds_left"), _FINITE),
+        "attention": mapping(text(2000)),
         "slowest_rank": optional(
             record({"rank": whole(), "own_sec": number(), "data_wait_sec": number(), "median_sec": number()})
         ),
@@ -125,6 +126,8 @@ def status_text(status: Mapping[str, Any]) -> str:
         lines.append(_scores_text(status["scores"]))
     if status["classes"]:
         lines.append(f"{len(status['classes'])} classes: {listed(status['classes'])}")
+    if paths := status.get("attention"):
+        lines.append(f"attention: {_paths_text(paths)}")
     slowest = status.get("slowest_rank")
     if slowest and status["world_size"] > 1:
         lines.append(
@@ -133,6 +136,12 @@ def status_text(status: Mapping[str, Any]) -> str:
         )
     lines += [text for rank in status["ranks"] if (text := _rank_text(status, rank))]
     return "\n".join(lines)
+
+
+def _paths_text(paths: Mapping[str, str]) -> str:
+    """How the stages attend, in one word where all do alike."""
+    same = len(set(paths.values())) == 1
+    return next(iter(paths.values())) if same else "; ".join(f"{stage} {path}" for stage, path in paths.items())
 
 
 def _headline(status: Mapping[str, Any]) -> str:
