@@ -106,7 +106,7 @@ def train(config: Config) -> int:
                         config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
                         start.probe,
                     )  # fmt: skip
-                    on_main(world, lambda: announce(run, log))
+                    on_main(world, lambda: announce(run, log, start.initial))
                     with run.monitor.manual_gc:
                         exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
@@ -155,7 +155,7 @@ def tell_failure(log: RunLog, world: World, case: failures.Case, cause: str) -> 
     log.say(f"warning: {text}")
 
 
-def announce(run: loop.Run, log: RunLog) -> None:
+def announce(run: loop.Run, log: RunLog, initial: Initial | None) -> None:
     """Say and write down what is run here, with what and for how long.  On rank 0, when nothing is refused any more."""
     start = describe_start(run.config, run.world, run.task, run.attention.record())
     before = [each.get("start", {}).get("precision") for each in read_environment(Path(run.config.run_dir))]
@@ -167,7 +167,8 @@ def announce(run: loop.Run, log: RunLog) -> None:
     if start.slow_bf16 is not None:
         log.say(f"warning: {start.slow_bf16}")
     run_dir = Path(run.config.run_dir)
-    write_run_files(run_dir, run.config, run.world, start.record(), run.position.classes)
+    started_from = {} if initial is None or run.position.step else {"initial_weights": initial.report}
+    write_run_files(run_dir, run.config, run.world, start.record() | started_from, run.position.classes)
     try:  # or the page of the start before would say that the run has stopped
         write_report(run_dir, run.length.last_step, curves=False)
     except Exception as error:  # noqa: BLE001  the run counts

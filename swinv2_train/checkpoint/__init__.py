@@ -18,7 +18,7 @@ from swinv2_train.checkpoint.finding import (
     remove_unfinished,
     verified_checkpoint,
 )
-from swinv2_train.checkpoint.loading import ema_note, load_checkpoint, read_checkpoint_weights
+from swinv2_train.checkpoint.loading import device_note, ema_note, load_checkpoint, read_checkpoint_weights
 from swinv2_train.checkpoint.saved_state import COMPLETE, read_state
 from swinv2_train.checkpoint.saving import Save, SaveError
 
@@ -27,6 +27,7 @@ __all__ = [
     "Save",
     "SaveError",
     "checkpoint_classes",
+    "device_note",
     "ema_note",
     "find_checkpoint",
     "load_checkpoint",

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from swinv2_train.checkpoint.finding import read_marker
-from swinv2_train.checkpoint.random_states import restore_random_states
+from swinv2_train.checkpoint.random_states import derived_seed, has_gpu_state, restore_random_states
 from swinv2_train.checkpoint.saved_state import read_state
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
@@ -27,7 +25,8 @@ def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> di
     """Restore engine and random states on every rank; returns the saved state.  Collective.
 
     Random states are restored where as many ranks saved them; at another number of ranks each rank's is derived from
-    (seed, step, rank).  Raises ConfigError on all ranks when path is no complete checkpoint or does not fit the engine.
+    (seed, step, rank), and so are a GPU's after a CPU (device_note).  Raises ConfigError on all ranks when path is no
+    complete checkpoint or does not fit the engine.
     """
     error: BaseException | None = None
     marker: dict[str, Any] = {}
@@ -39,11 +38,24 @@ def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> di
         error = caught
     raise_together(error)
     engine.load(path / "engine")
+    derived = derived_seed(seed, state["step"])
     if marker["world_size"] == world.world_size:  # last: loading may draw random numbers
-        raise_together(restore_random_states(path / "rng", world))
+        raise_together(restore_random_states(path / "rng", world, derived))
     else:
-        seed_everything(int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0]), world.rank)
+        seed_everything(derived, world.rank)
     return state
+
+
+def device_note(checkpoint: Path, world: World) -> str | None:
+    """That a resume changes between CPU and GPU, whose random numbers and roundings differ; None = it does not."""
+    saved_on_gpu, on_gpu = has_gpu_state(checkpoint / "rng"), world.device.type == "cuda"
+    if saved_on_gpu is None or saved_on_gpu == on_gpu:
+        return None
+    names = {True: "a GPU", False: "a CPU"}
+    return (
+        f"note: {checkpoint} was saved on {names[saved_on_gpu]} and goes on on {names[on_gpu]}: the images stay the "
+        "same, but stochastic depth draws other numbers and sums are rounded differently"
+    )
 
 
 def ema_note(checkpoint: Path, ema_decay: float | None) -> str | None:

@@ -42,7 +42,27 @@ def random_states(world: World) -> dict[str, bytes]:
     return {f"{path}.json": (json.dumps(plain) + "\n").encode(), f"{path}.safetensors": save(tensors)}
 
 
-def restore_random_states(folder: Path, world: World) -> BaseException | None:
+def derived_seed(seed: int, step: int) -> int:
+    """What stands for a run's seed where a resume after this step begins random numbers anew."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def has_gpu_state(folder: Path) -> bool | None:
+    """Whether rank 0's random states are those of a rank on a GPU; None where they cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "rank_0000.safetensors", "pt") as file:
+            return "cuda" in file.keys()  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError):
+        return None
+
+
+def restore_random_states(folder: Path, world: World, seed: int) -> BaseException | None:
+    """Set this rank's random states to the saved ones; returns what is wrong with the files, or None.
+
+    seed: for the numbers of a GPU where the run was saved on a CPU, which has none.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -58,7 +78,10 @@ def restore_random_states(folder: Path, world: World) -> BaseException | None:
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
         torch.set_rng_state(tensors["torch"])
         if world.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["cuda"], world.device)
+            if "cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["cuda"], world.device)
+            else:
+                torch.cuda.manual_seed(int(np.random.SeedSequence([seed, world.rank]).generate_state(1)[0]))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         return ConfigError(f"{path}: the random state cannot be read ({error}); choose another checkpoint")
     return None

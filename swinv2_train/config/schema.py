@@ -33,6 +33,7 @@ from swinv2_train.config.rules import (
     positive,
     size,
     size_or_0,
+    word_or_indices,
 )
 from swinv2_train.config.scale import ScaleConfig
 
@@ -139,9 +140,11 @@ class TaskConfig:
     init_from: Annotated[str | None, PATH]
     """Weights that a new run starts from: a run, a checkpoint or a file of any known format; null = fresh ones."""
     init_format: str | None
-    """Format of init_from: microsoft, simmim, timm, huggingface or mmpretrain; null = by its names."""
+    """Format of init_from: microsoft, simmim, timm, huggingface, mmpretrain or torchvision; null = by its names."""
     init_head: Annotated[str, PATH]
     """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
+    init_bands: Annotated[Any, word_or_indices("mean", "repeat", "fresh")]
+    """For weights of other channels: mean, repeat, fresh or a list (docs/weights.md); null = they are an error."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""
@@ -446,6 +449,8 @@ class ProbeConfig:
     """Probes of the frozen encoder's mean-pooled features: knn, linear, both, or [] = none."""
     every_steps: Annotated[int | None, at_least(1)]
     """Steps between probes during training, and one at the end; null = at the end only."""
+    before_first_step: bool
+    """Also probe the weights that a new run starts from; the report sets these scores beside the last ones."""
     shards: Annotated[str | None, PATH]
     """Labelled images that the probes are fitted on, in data.shards' notation; null = data.shards."""
     eval_shards: Annotated[str | None, PATH]

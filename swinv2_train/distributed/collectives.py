@@ -24,7 +24,7 @@ class World:
     rank: int
     """0 .. world_size - 1 over all hosts."""
     local_rank: int
-    """0 .. local_world_size - 1 on this host; also the number of its accelerator."""
+    """0 .. local_world_size - 1 on this host."""
     world_size: int
     """Processes of the run."""
     local_world_size: int

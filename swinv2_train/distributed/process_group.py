@@ -23,8 +23,10 @@ from swinv2_train.distributed.collectives import World, _active
 def init_distributed(timeout_sec: int) -> World:
     """Join the process group that torchrun or srun announces, or make a group of one.
 
-    timeout_sec: seconds after which a waiting collective ends the run.  Uses NCCL with an accelerator, gloo without.
-    Also writes RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE to the environment, where DeepSpeed looks for them.
+    timeout_sec: seconds after which a waiting collective ends the run, in this group and in every group made later.
+    Uses NCCL with an accelerator, gloo without.  Also writes RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE to the
+    environment, where DeepSpeed looks for them.  It takes LOCAL_RANK for the number of this process' accelerator, so
+    on CUDA that is what LOCAL_RANK becomes: 0 where a task of SLURM sees its own accelerator alone.
     Raises ConfigError when the announced ranks make no sense.
     """
     environment = _announced_ranks()
@@ -48,7 +50,12 @@ def init_distributed(timeout_sec: int) -> World:
         device = torch.device("cpu")
     world = World(rank, local_rank, world_size, local_world_size, device)
     os.environ.update({name: str(value) for name, value in environment.items()})
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed demands that both say the same
+            os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index)
     timeout = datetime.timedelta(seconds=timeout_sec)
+    _limit_later_groups(timeout)
     atexit.register(_remove_empty_log_folders)
     if device.type == "cpu":
         atexit.register(_let_gloo_finish)
@@ -58,8 +65,17 @@ def init_distributed(timeout_sec: int) -> World:
         rank=rank,
         world_size=world_size,
         timeout=timeout,
+        device_id=device if device.type == "cuda" and world_size > 1 else None,  # NCCL fails here, not in a first step
     )
     return world
+
+
+def _limit_later_groups(timeout: datetime.timedelta) -> None:
+    """DeepSpeed's copies of the world are made without a timeout: torch's default would cut NCCL's off at 10 minutes,
+    before a hang is diagnosed, and gloo's at 30.
+    """
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def shutdown_distributed() -> None:

@@ -196,6 +196,7 @@ def page_of(run: RunRecord, total_steps: int | None = None) -> str:
     sections = [
         _header(run, total_steps),
         _tiles(run),
+        _section("What the frozen encoder was worth", _before_and_after(run)),
         _section("Curves", _charts(run)),
         _section("Ranks", _ranks(run)),
         _section("Pictures", _pictures(run)),
@@ -312,6 +313,26 @@ def _tiles(run: RunRecord) -> str:
             f"{'median of the run' if name.startswith('perf/') else f'step {step:,}'}</div></div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _before_and_after(run: RunRecord) -> str:
+    """The probes of the weights that the run started from beside the newest; "" for a run without the first."""
+    rows, steps = [], set()
+    for name, label in _PROBES:
+        first = next(iter(zip(*run.curve(name), strict=True)), None)
+        latest = run.latest(name)
+        if first is None or first[0] != 0 or latest is None or latest[0] == 0 or not math.isfinite(first[1]):
+            continue
+        steps.add(latest[0])
+        rows.append((label, f"{first[1]:.2f} %", f"{latest[1]:.2f} %", f"{latest[1] - first[1]:+.2f}"))
+    texts = [str(start.get("start", {}).get("initial_weights", "")) for start in run.starts]
+    started = _folded("Weights that the run started from", next(filter(None, texts), ""))
+    if not rows:
+        return started
+    last = " and ".join(f"{step:,}" for step in sorted(steps))
+    head = f"<tr><th></th><th>before the first step</th><th>after step {last}</th><th>difference</th></tr>"
+    body = "".join("<tr><td>" + "</td><td>".join(map(_esc, row)) + "</td></tr>" for row in rows)
+    return f'<table class="numbers">{head}{body}</table>{started}'
 
 
 def _charts(run: RunRecord, only: int | None = None) -> str:

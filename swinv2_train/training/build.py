@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from swinv2_train.checkpoint import checkpoint_classes, ema_note, load_checkpoint, newest_checkpoint
+from swinv2_train.checkpoint import checkpoint_classes, device_note, ema_note, load_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.load import config_yaml
@@ -91,8 +91,9 @@ def build_run(
     if newest is not None:
         state = load_checkpoint(newest, engine, world, config.seed)
         log.say(f"resuming from {newest}")
-        if note := ema_note(newest, config.optim.ema_decay):
-            log.say(note)
+        for note in (ema_note(newest, config.optim.ema_decay), device_note(newest, world)):
+            if note is not None:
+                log.say(note)
     else:
         engine.initialise(InitialValues(task.module, config.seed))
         if initial is not None:

@@ -61,6 +61,8 @@ def fit(run: Run, stop: StopRequest) -> bool:
     monitor.start(saver.saved_step)
     prefetcher, front = open_prefetcher(run, stop), Front()
     stopped = not make_up_for_scores(run, stop)
+    if position.step == 0 and run.probe is not None and run.config.probe.before_first_step and not stopped:
+        probe_encoder(run, run.probe)
     while not stopped and position.step < length.last_step:
         monitor.step_begins()
         ready = prefetcher.take()
@@ -242,11 +244,16 @@ def measure(run: Run, last: bool, stop: StopRequest) -> dict[str, float]:
             scores = scores_of(run, run.eval_loader, stop)
         run.monitor.log_scores(scores)
     if run.probe is not None and (is_due(step, run.config.probe.every_steps) or last):
-        with activity.doing("probing"), label(EVALUATION):
-            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), run.monitor.marking_probes())
-        run.monitor.log_scores(probed)
-        scores = scores | probed
+        scores = scores | probe_encoder(run, run.probe)
     return scores
+
+
+def probe_encoder(run: Run, probe: Probe) -> dict[str, float]:
+    """What the encoder is worth as it is, logged."""
+    with run.monitor.between_steps(), run.monitor.activity.doing("probing"), label(EVALUATION):
+        probed = probe.scores(partial(run.task.features, run.engine.evaluate), run.monitor.marking_probes())
+    run.monitor.log_scores(probed)
+    return probed
 
 
 def scores_of(run: Run, loader: EvalLoader, stop: StopRequest) -> dict[str, float]:

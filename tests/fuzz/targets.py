@@ -258,7 +258,7 @@ def _runs() -> list[Target]:
             found[name]
 
     def rng(run_dir: Path) -> None:
-        problem = restore_random_states(run_dir / _CHECKPOINT / "rng", ONE)
+        problem = restore_random_states(run_dir / _CHECKPOINT / "rng", ONE, 0)
         if problem is not None:
             raise problem
 

@@ -340,7 +340,8 @@ def build(settings, shards, monkeypatch):
             building, "build_engine", lambda *arguments: SimpleNamespace(settings=arguments, initialise=print)
         )
         monkeypatch.setattr(building, "load_checkpoint", lambda *arguments: state)
-        monkeypatch.setattr(building, "ema_note", lambda *_: None)  # there is no checkpoint on disk
+        for note in ("ema_note", "device_note"):
+            monkeypatch.setattr(building, note, lambda *_: None)  # there is no checkpoint on disk
         task = build_task(config, torch.device("cpu"))
         sources = building.Sources(*(open_manifest(pattern.partition("=")[2], "data.shards") for pattern in shards))
         log = SilentLog()
@@ -383,7 +384,7 @@ def test_ranks_draw_different_random_numbers_once_the_model_stands(build):
 IDENTITY = {
     "task.num_classes": 5, "model.name": "tiny", "model.img_size": 64, "model.patch_size": 2, "model.window_size": 8,
     "model.pretrained_window_sizes": [4, 4], "model.embed_dim": 16, "model.depths": [2, 1], "model.num_heads": [2, 2],
-    "model.mlp_ratio": 2.0, "model.drop_path_rate": 0.3, "model.extra_norm_period": 1,
+    "model.mlp_ratio": 2.0, "model.drop_path_rate": 0.3, "model.extra_norm_period": 1, "model.in_chans": 4,
     "model.clamp_to_shorter_side": True,
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from swinv2_train.checkpoint import (
     COMPLETE,
     Save,
     SaveError,
+    device_note,
     load_checkpoint,
     newest_checkpoint,
     remove_unfinished,
@@ -50,8 +51,8 @@ class OneTensor:
         self.value = torch.tensor(float((directory / "value").read_text()))
 
 
-def save(run_dir, step, keep=2, best=None, value=0.0):
-    return save_checkpoint(run_dir, OneTensor(value), {"step": step, "images_seen": 8 * step}, ONE, keep, best)
+def save(run_dir, step, keep=2, best=None, value=0.0, world=ONE):
+    return save_checkpoint(run_dir, OneTensor(value), {"step": step, "images_seen": 8 * step}, world, keep, best)
 
 
 def steps(run_dir):
@@ -236,3 +237,24 @@ def test_state_that_json_cannot_hold_is_an_error_and_no_checkpoint(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_checkpoint(tmp_path, OneTensor(), {"step": 1, "x": torch.ones(1)}, ONE, 2, None)
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_of_a_cpu_goes_on_on_a_gpu(tmp_path, monkeypatch):
+    """It holds no random state of a GPU, whose numbers then follow from (seed, step, rank); it was a KeyError."""
+    path = save(tmp_path, 1)
+    seeds, restored = [], []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(device))
+    gpu = World(0, 0, 1, 1, torch.device("cuda", 0))
+    for seed in (0, 0, 5):
+        load_checkpoint(path, OneTensor(), gpu, seed)
+    assert seeds[0] == seeds[1] != seeds[2] and restored == []
+    assert "was saved on a CPU and goes on on a GPU" in (device_note(path, gpu) or "")
+    assert device_note(path, ONE) is None
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    path = save(tmp_path, 2, world=gpu)
+    load_checkpoint(path, OneTensor(), gpu, 0)
+    assert len(seeds) == 3 and restored == [gpu.device]
+    assert "was saved on a GPU and goes on on a CPU" in (device_note(path, ONE) or "")
+    assert device_note(path, gpu) is None

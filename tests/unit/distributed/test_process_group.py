@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+from types import SimpleNamespace
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from swinv2_train.distributed import init_distributed, shutdown_distributed
 from swinv2_train.distributed.process_group import _announced_ranks
+from swinv2_train.engine.deepspeed.startup import import_deepspeed
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
@@ -15,3 +22,57 @@ def test_the_ranks_of_a_host_are_what_its_launcher_says(name, monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", name: "4"}.items():
         monkeypatch.setenv(key, value)
     assert _announced_ranks() == {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}
+
+
+@pytest.mark.parametrize(("visible", "device"), [(1, 0), (4, 2)], ids=["--gpus-per-task", "--gpus-per-node"])
+def test_deepspeed_is_told_the_device_that_a_task_of_slurm_sees(visible, device, monkeypatch):
+    """DeepSpeed takes LOCAL_RANK for a device: with --gpus-per-task=1 every task but the first asked for one that it
+    does not see."""
+    from deepspeed.runtime import engine as deepspeed_engine
+
+    task = {
+        "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NODELIST": "gpu", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+    }  # fmt: skip
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    ours, groups = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", ours.append)
+    monkeypatch.setattr("swinv2_train.distributed.process_group._store", lambda *arguments: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **more: groups.append((arguments, more)))
+    world = init_distributed(60)
+    assert (world.local_rank, world.device) == (2, torch.device("cuda", device)) and ours == [world.device]
+    assert groups[0][0] == ("nccl",) and groups[0][1]["device_id"] == world.device
+
+    theirs = []
+    accelerator = SimpleNamespace(set_device=theirs.append, device_name="cuda:{}".format)
+    monkeypatch.setattr(deepspeed_engine, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(deepspeed_engine, "dist", SimpleNamespace(get_world_size=lambda: 4, get_rank=lambda: 2))
+    engine = torch.nn.Module.__new__(deepspeed_engine.DeepSpeedEngine)
+    torch.nn.Module.__init__(engine)
+    engine._configure_with_arguments(None, None)
+    engine._set_distributed_vars(None)
+    assert theirs == [device] and engine.device == world.device
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(device)  # zero.Init reads it
+
+
+def test_every_group_that_is_made_later_has_the_runs_time_limit(run_distributed):
+    """DeepSpeed clones the world without a timeout; torch's own ends NCCL after 10 minutes, before a hang is named."""
+
+    def command(world):
+        shutdown_distributed()
+        init_distributed(77)
+        deepspeed = import_deepspeed()
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        groups = [deepspeed.utils.groups._clone_world_group(), dist.new_group([0])]
+        own = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+        return [*own, dist.distributed_c10d._get_default_timeout("nccl").total_seconds()]
+
+    assert run_distributed(command, 1) == [[77.0] * 3]

@@ -61,6 +61,25 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
     assert "--max-restarts 2" in several and "SIGUSR1" in several
 
 
+@pytest.mark.parametrize(
+    ("visible", "processes"),
+    [("0", 1), ("2,3,5", 3), ("GPU-8932f937,MIG-f2a4", 2), ("", 1), ("-1", 1), ("NoDevFiles", 1), ("0,-1,2", 1)],
+)
+def test_torchrun_starts_a_process_for_every_gpu_that_is_shown(visible, processes, tmp_path):
+    """And not for those that the machine has: ranks without one of their own would be refused."""
+    for name, text in {"python": 'echo "$@"', "nvidia-smi": "seq -f 'GPU %g: NVIDIA' 0 7"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def started(**variables: str) -> str:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), **variables}
+        return subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True)
+
+    assert f"--nproc-per-node {processes} " in started(CUDA_VISIBLE_DEVICES=visible)
+    assert "--nproc-per-node 8 " in started()
+    assert "--nproc-per-node 4 " in started(CUDA_VISIBLE_DEVICES=visible, NPROC_PER_NODE="4")
+
+
 @pytest.fixture
 def job(tmp_path) -> Callable[..., tuple[bool, int]]:
     """job(TASK, overrides...): train.sbatch itself, with stand-ins for srun and scontrol; requeued?, exit code."""
