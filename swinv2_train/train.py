@@ -119,7 +119,7 @@ def train(config: Config) -> int:
                 exit_code, reason = exit_code_of(error), str(error)
                 raise
             except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
-                told = worker_death(raised) or raised
+                told = worker_death(raised) or failures.lost_device(raised) or raised
                 console.fail(told)
                 reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED

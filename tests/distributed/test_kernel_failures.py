@@ -16,15 +16,16 @@ import torch
 
 from swinv2_train import train
 from swinv2_train.config import Config
-from swinv2_train.config.exit_codes import EXIT_DONE
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED
 from swinv2_train.distributed import World
 from swinv2_train.models.kernels import cpu_attention
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.status import read_status, status_text
+from swinv2_train.tasks.simmim import SimMIMTask
 from tests.support.harness import run_distributed
 from tests.support.kernel_faults import break_library
 from tests.support.shard_files import noise_shards
-from tests.support.small_run import weights_of
+from tests.support.small_run import run_alone, weights_of
 
 pytestmark = pytest.mark.skipif(cpu_attention.problem() is not None, reason="there is no compiled kernel here")
 ENGINES = {
@@ -119,3 +120,20 @@ def test_a_kernel_that_fails_on_one_rank_at_the_start_serves_on_none(settings, t
     assert line.startswith("warning: ") and "rank 1: the kernels failed (windows of 2x2" in line and CAUSE in line
     assert all(path.startswith("reference: rank 1: ") for path in paths_of(tmp_path / "failing"))
     assert paths_of(tmp_path / "plain") == {"reference: model.attention=reference"}
+
+
+def test_a_device_that_is_lost_ends_the_run_with_the_remedy(settings, tmp_path, capfd):
+    """A CUDA error that stays is met behind the kernel, at whatever waits for the device: nothing is taken again."""
+    config = settings("train.max_steps=2", f"run_dir={tmp_path / 'run'}", task="simmim")
+
+    def break_device() -> None:  # in the fork alone
+        def lost(*arguments: Any) -> Any:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        SimMIMTask.loss = lost  # type: ignore[method-assign]
+
+    assert run_alone(config, break_device) == EXIT_FAILED
+    reason = read_status(tmp_path / "run")["reason"]
+    assert "an illegal memory access was encountered: this process has lost its device" in reason
+    assert "with model.attention=reference" in reason
+    assert "model.attention=reference" in capfd.readouterr().err

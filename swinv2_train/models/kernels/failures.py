@@ -38,7 +38,7 @@ def case_of(dtype: torch.dtype, grid: WindowGrid, head_dim: int) -> Case:
     return Case(dtype, grid._replace(size=(rows, cols)), head_dim)
 
 
-MOST_OF_A_CAUSE = 400
+MOST_OF_A_CAUSE = 300
 Told = Callable[[Case, str], None]
 
 _failed: dict[Case, str] = {}
@@ -94,6 +94,22 @@ def cause_of(error: Exception) -> str:
     return text if len(text) <= MOST_OF_A_CAUSE else f"{text[: MOST_OF_A_CAUSE - 3]}..."
 
 
+def lost_device(error: BaseException) -> RuntimeError | None:
+    """What to say of an error after which a process cannot use its device any more; None for any other.
+
+    Kernels run behind the host's back, so that an illegal address, say, is met at whatever waits for the device next.
+    """
+    if not isinstance(error, torch.AcceleratorError):
+        return None
+    told = RuntimeError(
+        f"{cause_of(error)}: this process has lost its device, so the step cannot be taken again; the same command "
+        "goes on from the newest checkpoint, with model.attention=reference if the fused attention kernels did it "
+        "(CUDA_LAUNCH_BLOCKING=1 shows where)"
+    )
+    told.__cause__ = error
+    return told
+
+
 def text(rank: int, case: Case, cause: str) -> str:
     """What is told of a failure as it happens."""
     return f"the fused attention kernel failed on rank {rank} ({case}): {cause}; the reference stands in"
@@ -111,11 +127,8 @@ def got_over(case: Case, error: Exception, device: torch.device) -> None:
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
-        except RuntimeError as lost:
-            raise RuntimeError(
-                f"the fused attention kernels failed ({case}) and left {device} unusable for this process: {cause}; "
-                "the same command with model.attention=reference goes on from the newest checkpoint"
-            ) from lost
+        except RuntimeError as error_that_stays:
+            raise (lost_device(error_that_stays) or error_that_stays) from error
     if case not in _failed:
         _failed[case] = _pending[case] = cause
         for tell in _watchers:

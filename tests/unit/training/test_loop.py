@@ -158,9 +158,9 @@ def make_run(
     position = Position(step, 16 * step, losses, world.device, 16, 16)
     log, activity, engine, task = Log(), RankActivity(), Engine(), Task()
     encoder = SwinTransformerV2(32, 4, embed_dim=8, depths=(1,) * 4, num_heads=(1,) * 4, window_size=4)
+    attention = AttentionPaths(config, world, encoder, log.say, lambda _: None)
     return loop.Run(
-        config=config, world=world, task=task, attention=AttentionPaths(config, world, encoder, log.say, lambda _: None),
-        engine=engine, position=position,
+        config=config, world=world, task=task, attention=attention, engine=engine, position=position,
         saver=Saver(config, world, engine, position, log, activity, step or None),
         monitor=Monitor(config, world, position, total, task.multiply_adds, log, activity),
         eval_loader=Loader([batch_of(3.0, "eval0"), batch_of(5.0, "eval1")]) if evaluation else None, probe=None,
