@@ -6,6 +6,7 @@ Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import warnings
@@ -68,6 +69,14 @@ def tried(cases: Iterable[Case], device: torch.device) -> dict[Case, str]:
     return trial.problems_of(cases, device, fused_window_attention)
 
 
+@functools.lru_cache(maxsize=1024)  # a layer asks in every forward pass
+def _asked(
+    device: torch.device, dtype: torch.dtype, grid: WindowGrid, num_heads: int, head_dim: int
+) -> tuple[bool, Case]:
+    """Whether the kernels know these sizes, and which case they are."""
+    return unknown(device, dtype, grid, num_heads, head_dim) is None, case_of(dtype, grid, head_dim)
+
+
 def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
     """Whether :func:`fused_window_attention` is to be used for this qkv (B, H, W, 3C): the kernels of its device know
     its dtype and sizes, :func:`fused_problem` has nothing against it, and they have agreed with the reference.
@@ -75,13 +84,13 @@ def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
     Where a compiler traces this, what was tried before counts: a run tries what it will use at its start.
     """
     dim = qkv.shape[-1] // (3 * num_heads)
-    if fused_problem(qkv.device) is not None or unknown(qkv.device, qkv.dtype, grid, num_heads, dim) is not None:
-        return False
     if _traced(qkv):
-        return True
-    case = case_of(qkv.dtype, grid, dim)
-    if failures.failed(case):
+        return fused_problem(qkv.device) is None and unknown(qkv.device, qkv.dtype, grid, num_heads, dim) is None
+    known, case = _asked(qkv.device, qkv.dtype, grid, num_heads, dim)
+    if not known or fused_problem(qkv.device) is not None or failures.failed(case):
         return False
+    if trial.is_good(case, qkv.device):
+        return True
     for problem in tried([case], qkv.device).values():
         warnings.warn(f"fused attention is not used on {qkv.device} ({case}): {problem}", stacklevel=2)
         return False

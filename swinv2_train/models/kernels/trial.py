@@ -69,6 +69,11 @@ def problems_of(
     return {case: _bad[case, device.type] for case in cases if (case, device.type) in _bad}
 
 
+def is_good(case: Case, device: torch.device) -> bool:
+    """Whether this process knows that the kernels are good at it."""
+    return (case, device.type) in _good
+
+
 def forget() -> None:
     """Let everything be tried again in this process."""
     _good.clear()
