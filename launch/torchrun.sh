@@ -24,6 +24,7 @@ else
     gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c ^GPU || true)"
 fi
 processes="${NPROC_PER_NODE:-$gpus}"
+source "$(dirname "${BASH_SOURCE[0]}")/node_caches.sh"
 exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
     --max-restarts "${MAX_RESTARTS:-0}" --shutdown-timeout "${SHUTDOWN_TIMEOUT_SEC:-600}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m swinv2_train.train "$@"

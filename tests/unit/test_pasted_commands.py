@@ -58,7 +58,7 @@ kill() {{ '{folder}/bin/kill' "$@"; }}
 """What is no program is the arguments of one; kill is bash's own."""
 PROGRAMS = (
     "python", ".venv/bin/python", "torchrun", "sbatch", "srun", "make", "pip", "git", "wandb", "pgrep", "kill", "tail",
-    "swinv2-status", "swinv2-make-shards", "launch/torchrun.sh",
+    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "launch/torchrun.sh",
 )  # fmt: skip
 
 
@@ -126,6 +126,8 @@ def check(words: list[str], document: Path) -> None:
         evaluate.parse(arguments)
     elif program == "swinv2_train.export":
         export.parse(arguments)
+    elif program == "swinv2_train.doctor":
+        assert arguments == []
     elif program in ("swinv2_train.make_shards", "swinv2-make-shards"):
         assert make_shards.run(arguments) == 2  # there are no such images
     elif program.startswith("swinv2-"):

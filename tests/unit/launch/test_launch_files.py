@@ -80,6 +80,26 @@ def test_torchrun_starts_a_process_for_every_gpu_that_is_shown(visible, processe
     assert "--nproc-per-node 4 " in started(CUDA_VISIBLE_DEVICES=visible, NPROC_PER_NODE="4")
 
 
+def test_kernels_are_compiled_on_a_disk_of_the_node(tmp_path):
+    """By torchrun.sh and, under srun, by every task; what is set stays, and nobody else's folder is used."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$TRITON_CACHE_DIR $TORCHINDUCTOR_CACHE_DIR"\n')
+    python.chmod(0o755)
+
+    def folders(**variables: str) -> list[str]:
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
+        return subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True).split()
+
+    own = tmp_path / f"swinv2-{os.getuid()}"
+    assert folders(TMPDIR="/nowhere", SLURM_TMPDIR=str(tmp_path)) == [f"{own}/triton", f"{own}/inductor"]
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert folders(TMPDIR=str(tmp_path), TRITON_CACHE_DIR="/mine") == ["/mine", f"{own}/inductor"]
+    assert folders(TMPDIR="/proc/nowhere") == []
+    own.rmdir()
+    own.symlink_to("/usr")
+    assert folders(TMPDIR=str(tmp_path)) == []
+
+
 @pytest.fixture
 def job(tmp_path) -> Callable[..., tuple[bool, int]]:
     """job(TASK, overrides...): train.sbatch itself, with stand-ins for srun and scontrol; requeued?, exit code."""
