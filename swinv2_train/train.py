@@ -22,6 +22,7 @@ from swinv2_train.data.loading.workers import worker_death
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.distributed import World, init_distributed, on_main, shutdown_distributed
 from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.models.kernels import failures
@@ -162,7 +163,7 @@ def announce(run: loop.Run, log: RunLog, initial: Initial | None) -> None:
     if before and before[-1] not in (None, start.precision):
         log.say(f"note: engine.precision is {start.precision}; until here the run was in {before[-1]}")
     log.say(start.line(run.length.last_step - run.position.step))
-    if run.config.model.compile != "none":
+    if compile_choice(run.config, run.world.device.type).blocks:
         log.say("note: the first step compiles the blocks, which may take minutes")
     if start.slow_bf16 is not None:
         log.say(f"warning: {start.slow_bf16}")

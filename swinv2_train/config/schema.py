@@ -123,8 +123,8 @@ class ModelConfig:
     """Activation checkpointing: none, blocks, stages:I-J, attention or every:K; then @PLACE (docs/model.md)."""
     attention: Annotated[str, one_of("reference", "fused")]
     """fused: kernels without N x N scores in memory (Triton, C++), where there are any; or reference (torch)."""
-    compile: Annotated[str, one_of("none", "blocks")]
-    """none, or blocks: torch.compile each block; the first steps take longer, later ones less time and memory."""
+    compile: Annotated[str, one_of("auto", "none", "blocks")]
+    """blocks: torch.compile each block, for a longer first step and shorter later ones; none; auto: blocks on CUDA."""
     sequential_stages: list[int]
     """Stages, from 1, that attend in a chunk of windows at a time (arXiv:2111.09883 section 3.5: [1, 2]); [] = none."""
     attention_chunk_windows: Annotated[int | None, at_least(1)]

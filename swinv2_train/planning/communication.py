@@ -11,6 +11,11 @@ and counted on 2 and 4 ranks (benchmarks/communication_volume_cpu_202611.md):
 | ZeRO-2 | A all-reduces of wN | all-gather of wN, a norm for each parameter group |
 | ZeRO-3 | A times: all-gathers of wG, reduce-scatters of wN | the small parameters, one gather each; the norms |
 
+The last bucket of each micro-batch has no pass left to go on beside.  Under ZeRO-1 and 2 the passes also wait, when a
+bucket is full, until the one before it has been summed (average_tensor of stage_1_and_2.py lets the current stream wait
+for the stream of reductions; DeepSpeed #8364), so a sum goes on beside the filling of one bucket and no more: what a
+fabric is too slow for there shows up as exposed, bucket by bucket, if all buckets take equally long to fill.
+
 G: what stays whole from one pass to the next is gathered once, everything else twice.  That is the last block, blocks
 before it as far as engine.max_reuse_distance reaches, and all layers outside of blocks (whose reuse DeepSpeed looks for
 without counting the blocks in between).  Recomputation adds nothing: a block computed again has been gathered for its
@@ -50,6 +55,8 @@ class Collective:
     calls: int
     beside: float
     """Share of the passes that it can go on beside; 0 = it comes after them."""
+    last: float = 0.0
+    """Share of it that comes when the passes are over in any case: what is in the last bucket."""
 
     def sent(self, ranks: int) -> float:
         """Bytes that one rank sends, and receives."""
@@ -76,7 +83,8 @@ def collectives(
         return [Collective(SUM, "gradients", w * n, -(-n // EXCHANGED_TOGETHER), 0.0), weights]
     times = accumulation if stage == 2 else 1
     beside = backward * times / accumulation if config.overlap_comm else 0.0
-    return [Collective(SUM, "gradients", times * w * n, times * reductions, beside), weights, norms]
+    last = _last_bucket(n, buckets.reduce_bucket_size)
+    return [Collective(SUM, "gradients", times * w * n, times * reductions, beside, last), weights, norms]
 
 
 def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward: float) -> list[Collective]:
@@ -97,9 +105,21 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward
     beside = (1.0, backward) if config.overlap_comm else (0.0, 0.0)
     return [
         Collective(GATHER, "weights", w * accumulation * gathered, accumulation * gathers, beside[0]),
-        Collective(SCATTER, "gradients", w * accumulation * sizes.parameters, accumulation * scatters, beside[1]),
+        Collective(
+            SCATTER,
+            "gradients",
+            w * accumulation * sizes.parameters,
+            accumulation * scatters,
+            beside[1],
+            _last_bucket(sizes.parameters, buckets.reduce_bucket_size),
+        ),
         Collective(GATHER, "small parameters", w * sum(small), len(small), 0.0),
     ]
+
+
+def _last_bucket(parameters: int, bucket: int) -> float:
+    """Share of the gradients in the last of a pass's buckets, which is sent when the pass is over."""
+    return (parameters - (-(-parameters // bucket) - 1) * bucket) / parameters
 
 
 def num_nodes(hardware: HardwareConfig, ranks: int) -> int:

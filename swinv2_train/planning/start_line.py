@@ -9,6 +9,7 @@ import torch
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.monitoring.metrics import device_peak_flops
 from swinv2_train.planning.table import time_text
@@ -32,6 +33,8 @@ class Start:
     """fused, or reference where no stage is."""
     attention_paths: dict[str, str]
     """How each stage attends, and why (training/attention_paths.py)."""
+    compile: str
+    """blocks or none, and why."""
     step_sec: float | None
     """Expected seconds of a step, by arithmetic alone; None where the device's rate is not known."""
     arithmetic: dict[str, Any]
@@ -43,7 +46,7 @@ class Start:
         """For the console."""
         parts = [
             f"{self.device}, {self.precision}, {self.engine}, {self.parameters / 1e6:,.1f} M parameters",
-            f"{self.attention} attention",
+            f"{self.attention} attention, compiled: {self.compile}",
         ]
         if self.step_sec is not None:
             left = time_text(steps_left * self.step_sec)
@@ -71,6 +74,7 @@ def describe_start(config: Config, world: World, task: Task, attention_paths: di
         parameters=parameters,
         attention="fused" if fused else "reference",
         attention_paths=attention_paths,
+        compile=str(compile_choice(config, world.device.type)),
         step_sec=_step_sec(config, world, task, speed),
         arithmetic=arithmetic_record(),
         slow_bf16=slow_bf16(speed) if speed is not None and precision == "bf16" else None,

@@ -37,7 +37,7 @@ _STARTS = listing(
     record(
         {},
         may={
-            "start": record({}, may={"precision": text(20), "slow_bf16": optional(text(1000))}),
+            "start": record({}, may={"precision": text(20), "compile": text(200), "slow_bf16": optional(text(1000))}),
             "started_at": text(100), "hostname": text(300), "world_size": whole(), "cpu_cores": optional(whole()),
             "gpus": optional(listing(record({}, may={"name": text(300)}))), "versions": mapping(optional(text(300))),
         },

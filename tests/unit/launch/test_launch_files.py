@@ -53,12 +53,34 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
         command = [ROOT / "launch" / "torchrun.sh", "data.shards='a b/{0..3}.tar'", "optim.betas=[0.9, 0.95]"]
         return subprocess.check_output(command, env=environment, text=True).splitlines()
 
+    python.write_text('#!/bin/sh\necho "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR"\n')
+    own = f"/scratch/swinv2-{os.getuid()}"
+    assert words(TMPDIR="/scratch") == [f"{own}/triton {own}/inductor"]
+    assert words(TRITON_CACHE_DIR="/mine", TORCHINDUCTOR_CACHE_DIR="/too") == ["/mine /too"]
+    python.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     alone = words(NPROC_PER_NODE="8")
     assert alone[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
     assert alone[-3:] == ["swinv2_train.train", "data.shards='a b/{0..3}.tar'", "optim.betas=[0.9, 0.95]"]
     several = " ".join(words(NNODES="4", NODE_RANK="3", MASTER_ADDR="node1", MAX_RESTARTS="2"))
     assert "--nnodes 4 --node-rank 3 --master-addr node1 --master-port 29500" in several
     assert "--max-restarts 2" in several and "SIGUSR1" in several
+
+
+def test_memory_of_a_card_grows_in_place_unless_the_user_says_otherwise(job, tmp_path):
+    """What reaches the tasks; a user's own setting stays, by its old name too."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PYTORCH_ALLOC_CONF"\n')
+    python.chmod(0o755)
+    for own, expected in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:99"}, "max_split_size_mb:99"),
+    ):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "NPROC_PER_NODE": "1", **own}
+        said = subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True)
+        assert said.strip() == expected
+    job('echo "$PYTORCH_ALLOC_CONF" > seen')
+    assert (tmp_path / "seen").read_text().strip() == "expandable_segments:True"
 
 
 @pytest.mark.parametrize(
