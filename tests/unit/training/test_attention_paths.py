@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from swinv2_train.distributed import World
+from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.models.initial import on_meta
 from swinv2_train.models.kernels import cpu_attention, failures, trial
 from swinv2_train.models.kernels.failures import case_of
+from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.models.windows import window_grid
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.training.attention_paths import AttentionPaths
@@ -106,3 +108,31 @@ def test_what_fails_later_is_left_out_where_it_is_used_once(size, stages):
     assert uses(encoder) == [number not in stages for number in (1, 2, 3, 4)]
     assert len(said) == 1 and "RuntimeError: gone" in said[0] and said[0].endswith("; the step is taken again")
     assert changes == [chosen.record()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_compiled_blocks_fall_back_too(which, monkeypatch):
+    """Their graphs hold the kernel as one operation, and are made anew without it when a stage leaves it out."""
+    config = composed([*SIZES, "model.attention=fused", "engine.precision=fp32", "model.drop_path_rate=0"])
+    torch.manual_seed(0)
+    encoder = build_model(config.model, 3)
+    compile_blocks(encoder, (SwinBlock,), backend="eager")
+    chosen = AttentionPaths(config, WORLD, encoder, lambda text: None, lambda paths: None)
+    images = torch.randn(2, 3, 48, 32)
+
+    def gradients() -> list[torch.Tensor]:
+        encoder.zero_grad()
+        encoder(images).square().sum().backward()
+        return [parameter.grad for parameter in encoder.parameters()]
+
+    good = gradients()
+    break_library(monkeypatch, which, window=(4, 4))
+    with failures.surviving(lambda *what: None):
+        assert not all(torch.isfinite(gradient).all() for gradient in gradients()) or failures.pending()
+        assert failures.pending() and chosen.fell_back()
+        assert uses(encoder) == [False, False, False, True], "the third stage has 6 x 4 tokens"
+        for ours, fused in zip(gradients(), good, strict=True):
+            torch.testing.assert_close(ours, fused, rtol=1e-3, atol=1e-4)
+        assert not failures.pending()
+    torch.compiler.reset()
