@@ -132,7 +132,8 @@ def test_an_export_of_bands_has_its_channels_and_no_processor_of_photographs(tmp
     path = save_weights(model, tmp_path / "a.safetensors", "microsoft")[0]
     numbers = f"[{','.join(['0.5'] * channels)}]"
     config = composed([
-        "model=demo", "task=classify", "task.num_classes=7", "task.rand_augment=null", "data=folder", "run_dir=r", "data.shards=x",
+        "model=demo", "task=classify", "task.num_classes=7", "task.rand_augment=null", "data=folder",
+        "run_dir=r", "data.shards=x",
         "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=64", "model.window_size=4",
         f"model.in_chans={channels}", f"data.mean={numbers}", f"data.std={numbers}",
     ])  # fmt: skip
