@@ -25,9 +25,6 @@ if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # those that are shown, before t
 else
     gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c ^GPU || true)"
 fi
-# Kernels are compiled where they run, onto the node's own disk.
-caches="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/swinv2-$(id -u)"
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$caches/triton}" TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$caches/inductor}"
 processes="${NPROC_PER_NODE:-$gpus}"
 source "$(dirname "${BASH_SOURCE[0]}")/node_caches.sh"
 exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
