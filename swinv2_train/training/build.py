@@ -27,7 +27,7 @@ from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import RankActivity
+from swinv2_train.monitoring.watchdog import RankActivity, timeout_warning
 from swinv2_train.runtime import StopRequest, amend_start, record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
@@ -104,8 +104,12 @@ def build_run(
                 log.say(f"warning: {not_finite}")
     if isinstance(sources.training, Stream):
         log.say(NOT_ELASTIC)
-    if warning := recompute_warning(config.model.recompute):
-        log.say(f"warning: {warning}")
+    for warning in (
+        recompute_warning(config.model.recompute),
+        timeout_warning(config.runtime, world.world_size),
+    ):
+        if warning is not None:
+            log.say(f"warning: {warning}")
     loader = build_train_loader(
         sources.training, config.data, task.train_transform, config.seed, batch, micro_batch,
         world.rank, world.world_size, state["images_seen"],

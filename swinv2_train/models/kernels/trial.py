@@ -20,6 +20,7 @@ from torch import Tensor
 
 from swinv2_train.models.kernels import cpu_attention, failures
 from swinv2_train.models.kernels.failures import Case
+from swinv2_train.models.kernels.requirements import missing_for_triton
 from swinv2_train.models.precision import without_autocast
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
 from swinv2_train.models.windows import WindowGrid
@@ -98,9 +99,15 @@ def _trial(case: Case, device: torch.device, fused: Attention) -> str | None:
                 results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, s, t))])
         differences = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
     except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
-        return failures.cause_of(error)
+        return _with_missing(failures.cause_of(error), device)
     good = all(difference <= _BOUNDS[case.dtype] for difference in differences)  # not if one is not a number
     return None if good else f"the kernels are {max(differences):.2g} from the reference"
+
+
+def _with_missing(cause: str, device: torch.device) -> str:
+    """A cause, and what this machine lacks: of a header that is not there Triton says only that gcc returned 1."""
+    missing = missing_for_triton() if device.type == "cuda" else {}
+    return "; ".join([cause, *(f"{name}: {problem}" for name, problem in missing.items())])
 
 
 # What was good in an earlier process ----------------------------------------------------------------------------------

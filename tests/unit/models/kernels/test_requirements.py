@@ -7,8 +7,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
-from swinv2_train.models.kernels import requirements
+from swinv2_train.models.kernels import requirements, trial
 
 PATHS = sysconfig.get_paths()
 
@@ -83,3 +84,12 @@ def test_the_names_are_those_of_triton_itself(monkeypatch, tmp_path):
     for name, value in {"TRITON_HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
         assert Path(knobs.cache_knobs().dir) == requirements.triton_cache()
+
+
+def test_a_kernel_that_fails_on_a_gpu_is_told_with_what_the_machine_lacks(monkeypatch):
+    """On a CPU the same failure has nothing to do with Triton's needs."""
+    checks = {"a C compiler": lambda: None, "Python.h": lambda: "install python3-dev"}
+    monkeypatch.setattr(requirements, "REQUIREMENTS", checks)
+    gcc = "CalledProcessError: gcc returned 1"
+    assert trial._with_missing(gcc, torch.device("cuda", 0)) == f"{gcc}; Python.h: install python3-dev"
+    assert trial._with_missing(gcc, torch.device("cpu")) == gcc
