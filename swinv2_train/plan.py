@@ -201,7 +201,7 @@ def steps(config: Config) -> int | None:
         return config.train.max_steps
     images = config.plan.num_images
     shards = config.data.shards
-    quick = Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file()
+    quick = bool(shards) and (Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file())
     if images is None and not is_pipe(shards) and quick:
         images = open_source(shards, "data.shards", image_member=config.data.image_member).num_samples
     return None if images is None else total_steps(config.train, images)

@@ -208,7 +208,9 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
 
 def incoming_data(config: Config) -> Callable[[], object]:
     """What changes while shards of an address are on their way to this host."""
-    cache = shard_cache_for(f"{config.data.shards}::{config.data.eval_shards}", config.data)
+    data = config.data
+    training = (data.shards, *(source.shards for source in data.mix.values()))
+    cache = shard_cache_for("::".join((*training, str(data.eval_shards))), data)
     return (lambda: None) if cache is None else cache.incoming
 
 

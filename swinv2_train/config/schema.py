@@ -262,6 +262,16 @@ class EvalSplitConfig:
 
 
 @dataclass
+class MixSourceConfig:
+    """One of data.mix.  It is the user's own entry, so its default is here and not in conf/."""
+
+    shards: Annotated[str, PATH]
+    """Its shards, in data.shards' notation; no pipe."""
+    weight: Annotated[float, positive()] = 1.0
+    """Its share of every batch is this over the sum of all sources'."""
+
+
+@dataclass
 class DataConfig:
     shards: Annotated[str, PATH]
     """Training shards: path or address (https://, ..) with {00..11} or *, or pipe:COMMAND, joined by ::, or a folder"""
@@ -269,6 +279,8 @@ class DataConfig:
     """Evaluation shards, in the same notation; null = no evaluation."""
     eval_splits: dict[str, EvalSplitConfig]
     """Further splits by name, scored only by the evaluate command: +data.eval_splits.NAME.shards=PATTERN"""
+    mix: dict[str, MixSourceConfig]
+    """Sources in place of data.shards: +data.mix.NAME.shards=PATTERN +data.mix.NAME.weight=0.7 (docs/data.md)"""
     num_workers: Annotated[int, at_least(0)]
     """Loader processes per rank; 0 decodes in the training process."""
     prefetch_batches: Annotated[int, at_least(1)]
@@ -520,5 +532,7 @@ TASKS: dict[str, type[TaskConfig]] = {
 """The tasks by name: a line each.  What else is known of one stands in its class and in its implementation."""
 
 
-SPLITS = "data.eval_splits."
-"""Below it the user's own names begin."""
+SPLITS, MIX = "data.eval_splits.", "data.mix."
+"""Below them the user's own names begin."""
+OWN_ENTRIES: dict[str, tuple[str, type]] = {SPLITS: ("split", EvalSplitConfig), MIX: ("source", MixSourceConfig)}
+"""What is below each: what it is called, and its keys."""

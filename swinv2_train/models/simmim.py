@@ -131,12 +131,16 @@ class SimMIM(nn.Module):
         mask: Tensor | None = None,
         weight: Tensor | None = None,
         measured: Tensor | None = None,
+        by_image: bool = False,
     ) -> dict[str, Tensor]:
         """images: (B, C, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool, True where hidden.
         weight: (B,), how much each image counts in the loss; None = 1.  measured: (B, C, H, W) bool, False for values
         that are no target (images has any finite number there); None = all are.
 
-        Returns {"loss": (), "reconstruction": (B, C, H, W)}, both at least float32.  Where the encoder padded odd maps
+        Returns {"loss": (), "reconstruction": (B, C, H, W)}, both at least float32; by_image adds each image's own
+        "image_losses" and what it counts, "image_counts", (B,) each, without gradients.
+
+        Where the encoder padded odd maps
         before merging, what the decoder says beyond the image is cut off.  Without a mask nothing is hidden or
         predicted: {"features": (B, num_features)}, the encoder's pooled_features.  Raises ValueError for other shapes.
         """
@@ -149,7 +153,14 @@ class SimMIM(nn.Module):
         if self.norm_target is not None:
             target = norm_target(target, self.norm_target, measured)
         hidden = target_weights(mask, self.encoder.patch_size, weight, measured, self.norm_target).to(target.dtype)
-        return {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}
+        outputs = {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}
+        if by_image:
+            with torch.no_grad():
+                whole = hidden.expand_as(target).flatten(1)
+                outputs["image_counts"] = whole.sum(1)
+                errors = ((reconstruction - target).abs().flatten(1) * whole).sum(1)
+                outputs["image_losses"] = errors / outputs["image_counts"].clamp(min=1e-12)
+        return outputs
 
 
 def encoder_of(model: SwinTransformerV2 | SimMIM) -> SwinTransformerV2:

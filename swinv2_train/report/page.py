@@ -198,6 +198,7 @@ def page_of(run: RunRecord, total_steps: int | None = None) -> str:
         _tiles(run),
         _section("What the frozen encoder was worth", _before_and_after(run)),
         _section("Curves", _charts(run)),
+        _section("Sources", _sources(run)),
         _section("Ranks", _ranks(run)),
         _section("Pictures", _pictures(run)),
         _parent_section(parent) if parent is not None else "",
@@ -343,7 +344,13 @@ def _charts(run: RunRecord, only: int | None = None) -> str:
         named |= {name for name, _ in names}
         series = [Series(label, *run.curve(name), smooth=smooth) for name, label in names]
         charts.append(chart(title, series, unit=unit, from_zero=from_zero, x_range=x_range))
-    for name in sorted({key for line in run.metrics for key in line} - named):
+    of_sources = [name for name in _metric_names(run) if name.startswith("mix/")]
+    named |= set(of_sources)
+    series = [
+        Series(name.split("/")[1], *run.curve(name), smooth=True) for name in of_sources if name.endswith("/loss")
+    ]
+    charts.append(chart("Loss of each source", series, x_range=x_range))
+    for name in sorted(set(_metric_names(run)) - named):
         charts.append(chart(metric_words(name), [Series(name, *run.curve(name))], x_range=x_range))
     charts = [drawn for drawn in charts if drawn]
     if not charts:
@@ -355,6 +362,31 @@ def _charts(run: RunRecord, only: int | None = None) -> str:
         else ""
     )
     return f'<div class="charts">{"".join(shown)}</div>{more}'
+
+
+def _metric_names(run: RunRecord) -> list[str]:
+    return sorted({key for line in run.metrics for key in line})
+
+
+def _sources(run: RunRecord) -> str:
+    """What each source of a mixture has contributed."""
+    names = [name.split("/")[1] for name in _metric_names(run) if re.fullmatch(r"mix/[^/]+/images", name)]
+    latest = {name: run.latest(f"mix/{name}/images") for name in names}
+    images = {name: found[1] for name, found in latest.items() if found is not None}
+    total = sum(images.values())
+    rows = ""
+    for name, count in images.items():
+        passes, loss = run.latest(f"mix/{name}/passes"), run.latest(f"mix/{name}/loss")
+        cells = (
+            name,
+            f"{100 * count / total:.2f} %" if total else "–",
+            f"{count:,.0f}",
+            value_text(passes[1] if passes else None),
+            value_text(loss[1] if loss else None),
+        )
+        rows += "<tr><td>" + "</td><td>".join(map(_esc, cells)) + "</td></tr>"
+    head = "<tr><th>source</th><th>share</th><th>images so far</th><th>passes over it</th><th>training loss</th></tr>"
+    return f'<table class="numbers">{head}{rows}</table>' if rows else ""
 
 
 def metric_words(name: str) -> str:

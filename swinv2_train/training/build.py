@@ -21,6 +21,7 @@ from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, difference, matched
+from swinv2_train.data.sources.mixture import Mixture, open_mixture
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
 from swinv2_train.distributed import World, gather_objects
 from swinv2_train.distributed.interruptible import on_main_unless_stopped
@@ -249,6 +250,8 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
 def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> Source | Stream:
     """Where training images come from.  names: of the classes of the run that goes on; None without."""
     pattern, labelled = config.data.shards, config.task.label_classes is not None
+    if config.data.mix:
+        return _open_mixture(config, names, say)
     if is_pipe(pattern):
         if labelled:
             say(f"note: a pipe names no classes: its labels are taken as the numbers of {MODELS_CLASSES}")
@@ -265,6 +268,25 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
     if labelled and names is None and source.classes is not None:
         names = source.classes  # the model's first images say what its classes are
     return _checked(config, source, "data.shards", names, say)
+
+
+def _open_mixture(config: Config, names: tuple[str, ...] | None, say: Say) -> Mixture:
+    """The sources of data.mix, their labels by the names of classes: the run's, or all sources' together."""
+    if config.task.label_classes is None:
+        return open_mixture(config.data, say, lambda source, key: _checked(config, source, key, None, say))
+    plain = open_mixture(config.data, say, lambda source, key: source)
+    without = [name for name, source in zip(plain.names, plain.sources, strict=True) if source.classes is None]
+    if without and len(without) < len(plain.names):
+        raise ConfigError(
+            f"data.mix: {', '.join(without)} names no classes, but other sources do, and their labels meet by name; "
+            "put a classes.txt beside its shards"
+        )
+    names = plain.classes if names is None else names
+    prepared = [
+        _checked(config, source, f"data.mix.{name}.shards", names, say)
+        for name, source in zip(plain.names, plain.sources, strict=True)
+    ]
+    return dataclasses.replace(plain, sources=tuple(prepared))
 
 
 def _checked(config: Config, source: Source, key: str, names: tuple[str, ...] | None, say: Say) -> Source:

@@ -146,9 +146,13 @@ def take_step(
         with label(FORWARD):
             loss = run.task.loss(run.engine.forward, batch)
         losses.add({"train/loss": loss}, weight=share)
+        add_source_losses(losses, batch, run.position.source_names)
         if watch.factor is not None and number == len(shares):
-            mean = losses.read()["train/loss"]
-            losses.add({"train/loss": torch.tensor(mean, dtype=torch.float64)})
+            means = losses.read()
+            mean = means["train/loss"]
+            for name, value in means.items():
+                known = name == "train/loss" or not math.isnan(value)  # a source without images in this step has none
+                losses.add({name: torch.tensor(value, dtype=torch.float64)}, weight=float(known))
             problem = watch.problem(mean)
             if problem is not None:
                 loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
@@ -170,6 +174,18 @@ def take_step(
     if watch.factor is not None:
         watch.add(mean)
     return Outcome(losses, grad_norm, lr)
+
+
+def add_source_losses(losses: Means, batch: Batch, names: tuple[str, ...]) -> None:
+    """Each source's mean loss over its images of a batch, as mix/NAME/loss, where there are several."""
+    if "image_losses" not in batch:
+        return
+    each, counts = batch["image_losses"]
+    sources = batch["sources"].to(counts.device)
+    for number, name in enumerate(names):
+        weight = torch.where(sources == number, counts, torch.zeros_like(counts)).double()
+        mean = (each.double() * weight).sum() / weight.sum().clamp(min=1e-12)
+        losses.add({f"mix/{name}/loss": mean}, weight=weight.sum())
 
 
 def get_over(run: Run, bad: BadStepError, bad_steps: BadSteps) -> None:

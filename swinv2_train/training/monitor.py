@@ -203,6 +203,7 @@ class Monitor:
         self._position.count_bad_images()
         values |= speed | {name: max(ranks[name]) for name in mine}
         values["data/skipped_images"] = self._position.bad_images
+        values |= self._position.source_counts()
         if self._world.world_size > 1 and speed and own_sec:
             values |= self._name_slowest(ranks["perf/own_step_sec"], ranks["data/wait_sec"])
         images_per_sec = speed.get("perf/images_per_sec")

