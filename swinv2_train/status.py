@@ -22,7 +22,7 @@ from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
 from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
 from swinv2_train.runtime import read_environment
-from swinv2_train.storage.json_files import number, optional, read_json, record, whole
+from swinv2_train.storage.json_files import mapping, number, optional, read_json, record, text, whole
 
 USAGE = """swinv2-status RUN_DIR [--json]
 
@@ -41,6 +41,7 @@ _STATUS = record(
     may={
         **{name: optional(whole()) for name in ("total_steps", "checkpoint_step")},
         **dict.fromkeys(("loss", "images_per_sec", "seconds_left"), _FINITE),
+        "attention": mapping(text(2000)),
         "slowest_rank": optional(
             record({"rank": whole(), "own_sec": number(), "data_wait_sec": number(), "median_sec": number()})
         ),
@@ -130,6 +131,8 @@ def status_text(status: Mapping[str, Any]) -> str:
         lines.append(f"compiled: {shown(status['compile'])}")
     if status["classes"]:
         lines.append(f"{len(status['classes'])} classes: {listed(status['classes'])}")
+    if paths := status.get("attention"):
+        lines.append(f"attention: {_paths_text(paths)}")
     slowest = status.get("slowest_rank")
     if slowest and status["world_size"] > 1:
         lines.append(
@@ -138,6 +141,12 @@ def status_text(status: Mapping[str, Any]) -> str:
         )
     lines += [text for rank in status["ranks"] if (text := _rank_text(status, rank))]
     return "\n".join(lines)
+
+
+def _paths_text(paths: Mapping[str, str]) -> str:
+    """How the stages attend, in one word where all do alike."""
+    same = len(set(paths.values())) == 1
+    return next(iter(paths.values())) if same else "; ".join(f"{stage} {path}" for stage, path in paths.items())
 
 
 def _headline(status: Mapping[str, Any]) -> str:

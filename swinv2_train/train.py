@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.engine.compile import compile_choice
 from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
 from swinv2_train.monitoring.watchdog import DATA_WAIT, ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
@@ -100,7 +102,7 @@ def train(config: Config) -> int:
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                with arithmetic(config.runtime.deterministic):
+                with arithmetic(config.runtime.deterministic), failures.surviving(partial(tell_failure, log, world)):
                     run = build_run(
                         config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
                         start.probe,
@@ -118,7 +120,7 @@ def train(config: Config) -> int:
                 exit_code, reason = exit_code_of(error), str(error)
                 raise
             except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
-                told = worker_death(raised) or raised
+                told = worker_death(raised) or failures.lost_device(raised) or raised
                 console.fail(told)
                 reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED
@@ -147,9 +149,16 @@ def acknowledge(console: Console, activity: RankActivity, accumulation: int, nam
     console.say(f"{name}{' again' if again else ''}: stopping {what}")
 
 
+def tell_failure(log: RunLog, world: World, case: failures.Case, cause: str) -> None:
+    """Of an attention kernel on this rank: in its log, and from rank 0 on the console.  A training step tells all."""
+    text = failures.text(world.rank, case, cause)
+    print(text, file=sys.stderr)
+    log.say(f"warning: {text}")
+
+
 def announce(run: loop.Run, log: RunLog, initial: Initial | None) -> None:
     """Say and write down what is run here, with what and for how long.  On rank 0, when nothing is refused any more."""
-    start = describe_start(run.config, run.world, run.task)
+    start = describe_start(run.config, run.world, run.task, run.attention.record())
     before = [each.get("start", {}).get("precision") for each in read_environment(Path(run.config.run_dir))]
     if before and before[-1] not in (None, start.precision):
         log.say(f"note: engine.precision is {start.precision}; until here the run was in {before[-1]}")

@@ -30,6 +30,9 @@ class Start:
     engine: str
     parameters: int
     attention: str
+    """fused, or reference where no stage is."""
+    attention_paths: dict[str, str]
+    """How each stage attends, and why (training/attention_paths.py)."""
     compile: str
     """blocks or none, and why."""
     step_sec: float | None
@@ -55,7 +58,7 @@ class Start:
         return asdict(self)
 
 
-def describe_start(config: Config, world: World, task: Task) -> Start:
+def describe_start(config: Config, world: World, task: Task, attention_paths: dict[str, str]) -> Start:
     """What this start computes with.  task: as it is trained, its attention chosen.
 
     On a CPU the time follows from the rate that was measured on this machine (runtime/cpu_speed.py).
@@ -70,6 +73,7 @@ def describe_start(config: Config, world: World, task: Task) -> Start:
         engine="plain torch" if name == "local" else f"DeepSpeed ZeRO-{config.engine.zero_stage}",
         parameters=parameters,
         attention="fused" if fused else "reference",
+        attention_paths=attention_paths,
         compile=str(compile_choice(config, world.device.type)),
         step_sec=_step_sec(config, world, task, speed),
         arithmetic=arithmetic_record(),

@@ -509,10 +509,16 @@ def _environment_value(value: Any) -> str:
     if value is None or value == []:
         return "–"
     if isinstance(value, Mapping):
-        return "<br>".join(f"{_esc(str(k))} {_esc('–' if v is None else str(v))}" for k, v in value.items())
+        return "<br>".join(f"{_esc(str(k))} {_inner_value(v)}" for k, v in value.items())
     if isinstance(value, list):
         return _esc(" ".join(" ".join(map(str, v.values())) if isinstance(v, Mapping) else str(v) for v in value))
     return _esc(str(value))
+
+
+def _inner_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return _esc("; ".join(f"{key}: {'–' if each is None else each}" for key, each in value.items()))
+    return _esc("–" if value is None else str(value))
 
 
 def _section(title: str, body: str) -> str:

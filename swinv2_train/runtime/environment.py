@@ -85,6 +85,20 @@ def record_environment(run_dir: Path, world_size: int, start: Mapping[str, Any] 
     return record
 
 
+def amend_start(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Put facts of the newest start, which became others while it ran, in place of those kept as "start".
+
+    On rank 0.  What cannot be written is said on stderr alone: the run counts.
+    """
+    starts = read_environment(run_dir)
+    if starts:
+        starts[-1]["start"] = {**starts[-1].get("start", {}), **facts}
+        try:
+            replace_text(run_dir / "environment.json", json.dumps(starts, indent=2) + "\n")
+        except OSError as error:
+            print(f"environment.json keeps what was true at the start: {error}", file=sys.stderr)
+
+
 def read_environment(run_dir: Path) -> list[dict[str, Any]]:
     """The records of all starts of a run, oldest first; empty when the file is missing or unreadable."""
     try:

@@ -16,10 +16,12 @@ from swinv2_train.distributed.front import Front
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.evaluation.probe import Probe
 from swinv2_train.evaluation.scoring import Batch, StoppedError, evaluate_loader, in_lockstep
+from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.metrics import BadSteps, LossWatch, Means, ranks_where
 from swinv2_train.monitoring.profiling import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, label
 from swinv2_train.runtime import StopRequest, keep_random_state
 from swinv2_train.tasks.task import Task
+from swinv2_train.training.attention_paths import AttentionPaths
 from swinv2_train.training.lr_schedule import RunLength, lr_at
 from swinv2_train.training.monitor import Monitor, Outcome, is_due
 from swinv2_train.training.position import Position
@@ -34,6 +36,7 @@ class Run:
     config: Config
     world: World
     task: Task
+    attention: AttentionPaths
     engine: Engine
     position: Position
     saver: Saver
@@ -72,8 +75,10 @@ def fit(run: Run, stop: StopRequest) -> bool:
         before = keep_random_state(run.world.device)
         try:
             with monitor.own_time():
-                shares = loss_shares(run, ready.micro_batches)
-                outcome = take_step(run, ready.copies, shares, lr, watch, prefetcher, front, stop)
+                shares, copies = loss_shares(run, ready.micro_batches), ready.copies
+                while (outcome := take_step(run, copies, shares, lr, watch, prefetcher, front, stop)) is None:
+                    before()
+                    copies = prefetcher.copies(ready.micro_batches)
         except StoppedError:
             before()
             stopped = True
@@ -131,11 +136,13 @@ def take_step(
     prefetcher: StepPrefetcher,
     front: Front,
     stop: StopRequest,
-) -> Outcome:
+) -> Outcome | None:
     """Forward, backward and the optimizer's step.
 
     copies: micro-batches on the device; shares: what each counts.  The prefetcher prepares the next step meanwhile.
     The device is waited for once, for the gradient norm (engine/deepspeed/grad_norm.py).
+    Returns None on every rank where an attention kernel failed on any: nothing has moved, no rank uses it any more, and
+    the same step is to be taken again.
     Raises BadStepError on every rank, and nothing has moved.  Of several micro-batches, StoppedError before one of them
     where any rank is to stop; the engine may then only be saved.
     """
@@ -156,6 +163,8 @@ def take_step(
             problem = watch.problem(mean)
             if problem is not None:
                 loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
+        if failures.pending():
+            loss = loss * math.nan  # as above; the other ranks learn of it when no engine takes the step
         with label(BACKWARD):
             run.engine.backward(loss * share)
         run.monitor.micro_batch_done(number, len(shares))
@@ -166,6 +175,8 @@ def take_step(
         with label(OPTIMIZER):
             grad_norm = run.engine.step(lr)
     except NonFiniteError as error:
+        if run.attention.fell_back():
+            return None
         ranks = ranks_where(not bool(torch.isfinite(loss)), run.world)
         cause = problem or f"{error}; the last loss was not finite on ranks {ranks or 'none'}"
         saved = run.saver.saved_step
