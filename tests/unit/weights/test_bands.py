@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from swinv2_train.models import SwinTransformerV2
 from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.weights import load_weights, read_weights, save_weights
 from swinv2_train.weights.bands import adapted_bands
-from tests.support.weights_samples import SMALL, classifier, simmim, state_of
+from swinv2_train.weights.export import ExportRequest, export
+from tests.support.configs import composed
+from tests.support.weights_samples import SMALL, assert_same, classifier, simmim, state_of
 
 
 def adapted(weight: torch.Tensor, channels: int, bands) -> torch.Tensor:
@@ -119,3 +123,23 @@ def test_timm_and_transformers_take_an_export_with_its_channels(tmp_path, format
         found = theirs(images).logits
     expected = model(images)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()  # measured 2e-6
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_an_export_of_bands_has_its_channels_and_no_processor_of_photographs(tmp_path, capsys, channels):
+    small = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "pretrained_window_sizes": (0, 0)}
+    model = classifier(in_chans=channels, **small)
+    path = save_weights(model, tmp_path / "a.safetensors", "microsoft")[0]
+    numbers = f"[{','.join(['0.5'] * channels)}]"
+    config = composed([
+        "model=demo", "task=classify", "task.num_classes=7", "task.rand_augment=null", "data=folder",
+        "run_dir=r", "data.shards=x",
+        "model.embed_dim=8", "model.depths=[1,1]", "model.num_heads=[1,2]", "model.img_size=64", "model.window_size=4",
+        f"model.in_chans={channels}", f"data.mean={numbers}", f"data.std={numbers}",
+    ])  # fmt: skip
+    for format, out in (("huggingface", tmp_path / "hf"), ("timm", tmp_path / "timm.safetensors")):
+        files = export(config, ExportRequest(format, out, weights=str(path)))
+        assert_same(state_of(model), dict(read_weights(out)))
+        assert not any(file.name == "preprocessor_config.json" for file in files)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == channels
+    assert capsys.readouterr().err.count("note: no preprocessor_config.json") == 1
