@@ -415,6 +415,8 @@ class EngineConfig:
     """ZeRO-3: nothing more is prefetched while this many elements are gathered."""
     overlap_comm: bool
     """Overlap the gradient reduction with the backward pass."""
+    communication_data_type: Annotated[str | None, one_of("fp32")]
+    """What gradients are summed over ranks in: fp32, or null = as precision says (bf16 gradients in bf16)."""
     deepspeed_overrides: dict[str, Any]
     """Any other key of DeepSpeed's own configuration; a key that is generated from ours is refused."""
 

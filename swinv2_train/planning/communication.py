@@ -19,7 +19,8 @@ fabric is too slow for there shows up as exposed, bucket by bucket, if all bucke
 G: what stays whole from one pass to the next is gathered once, everything else twice.  That is the last block, blocks
 before it as far as engine.max_reuse_distance reaches, and all layers outside of blocks (whose reuse DeepSpeed looks for
 without counting the blocks in between).  Recomputation adds nothing: a block computed again has been gathered for its
-backward pass.  Small are parameters of at most engine.persistence_threshold elements.
+backward pass.  Small are parameters of at most engine.persistence_threshold elements.  With
+engine.communication_data_type=fp32 the sums and scatters of bf16 gradients have 4 bytes an element.
 
 Ring algorithms: a rank sends (W-1)/W of what is gathered or scattered and twice that of what is summed, and receives as
 much; all cards of a node carry the rings' traffic together, so the ring is as fast as the slower of a rank's link in
@@ -35,7 +36,7 @@ from dataclasses import dataclass
 
 from swinv2_train.config import EngineConfig, HardwareConfig
 from swinv2_train.engine.deepspeed.buckets import buckets_of
-from swinv2_train.engine.deepspeed.memory import EXCHANGED_TOGETHER
+from swinv2_train.engine.deepspeed.memory import EXCHANGED_TOGETHER, summed_bytes
 from swinv2_train.engine.model_sizes import ModelSizes
 from swinv2_train.planning.hardware import required
 
@@ -70,7 +71,7 @@ def collectives(
     if ranks == 1 or config.name == "local":
         return []
     stage, n, w = config.zero_stage, sizes.parameters, 2 if config.precision == "bf16" else 4
-    buckets = buckets_of(config, sizes.layers)
+    buckets, g = buckets_of(config, sizes.layers), summed_bytes(config)
     norms = Collective(SUM, "norms", NORM_BYTES * len(sizes.groups), len(sizes.groups), 0.0)
     if stage == 3:
         return _zero_3(config, sizes, accumulation, backward) + [norms]
@@ -80,11 +81,11 @@ def collectives(
     pieces = sum(max(1, group // buckets.reduce_bucket_size) for group in sizes.groups)
     weights = Collective(GATHER, "weights", w * n, pieces, 0.0)
     if stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
-        return [Collective(SUM, "gradients", w * n, -(-n // EXCHANGED_TOGETHER), 0.0), weights]
+        return [Collective(SUM, "gradients", g * n, -(-n // EXCHANGED_TOGETHER), 0.0), weights]
     times = accumulation if stage == 2 else 1
     beside = backward * times / accumulation if config.overlap_comm else 0.0
     last = _last_bucket(n, buckets.reduce_bucket_size)
-    return [Collective(SUM, "gradients", times * w * n, times * reductions, beside, last), weights, norms]
+    return [Collective(SUM, "gradients", times * g * n, times * reductions, beside, last), weights, norms]
 
 
 def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward: float) -> list[Collective]:
@@ -108,7 +109,7 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward
         Collective(
             SCATTER,
             "gradients",
-            w * accumulation * sizes.parameters,
+            summed_bytes(config) * accumulation * sizes.parameters,
             accumulation * scatters,
             beside[1],
             _last_bucket(sizes.parameters, buckets.reduce_bucket_size),

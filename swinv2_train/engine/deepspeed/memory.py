@@ -146,6 +146,16 @@ def _weight_bytes(config: EngineConfig) -> int:
     return 2 if config.precision == "bf16" else 4
 
 
+def summed_bytes(config: EngineConfig) -> int:
+    """Of a gradient while it is summed over ranks."""
+    return 4 if config.communication_data_type == "fp32" else _weight_bytes(config)
+
+
+def _wider_copy(config: EngineConfig) -> int:
+    """Bytes of a gradient's copy where it is summed in another type than its own; 0 where it is not."""
+    return summed_bytes(config) if summed_bytes(config) != _weight_bytes(config) else 0
+
+
 def _state_bytes(config: EngineConfig) -> int:
     return 2 if config.optimizer_states == "bf16" else 4
 
@@ -163,7 +173,8 @@ def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> Engin
     if config.zero_stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
         return EngineMemory(
             resident={WEIGHTS: 2 * n, GRADIENTS: 4 * n, MASTERS: 4 * share, MOMENTS: 8 * share},
-            exchange={COPIES: 6 * min(n, EXCHANGED_TOGETHER) if world_size > 1 else 0},
+            # The fp32 gradients in one piece, and again in bf16 where they are summed so.
+            exchange={COPIES: (6 if summed_bytes(config) == 2 else 4) * min(n, EXCHANGED_TOGETHER) * (world_size > 1)},
             kept_gradient_bytes=2,
         )
     buckets = buckets_of(config, sizes.layers)
@@ -171,7 +182,8 @@ def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> Engin
         resident={WEIGHTS: w * n, MASTERS: state * share, MOMENTS: 2 * state * share},
         backward={
             BUCKETS: w * buckets.reduce_bucket_size * (2 if config.overlap_comm else 1),
-            COPIES: w * buckets.reduce_bucket_size + (4 * sizes.largest_parameter if w == 2 else 0),
+            COPIES: (w + _wider_copy(config)) * buckets.reduce_bucket_size
+            + (4 * sizes.largest_parameter if w == 2 else 0),
         },
         kept_gradient_bytes=4 if config.zero_stage == 1 else 4 / world_size,
     )
@@ -188,7 +200,7 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bo
             MASTERS: state * share,
             MOMENTS: 2 * state * share,
             GRADIENTS: 4 * share,
-            BUCKETS: w * buckets.reduce_bucket_size,
+            BUCKETS: (w + _wider_copy(config)) * buckets.reduce_bucket_size,
         },
         step={GRADIENTS: state * group},
         gathering=Gathering(

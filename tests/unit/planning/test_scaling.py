@@ -69,6 +69,10 @@ def test_the_bytes_of_every_stage() -> None:
     }
     assert volume("engine=zero3", "engine.max_reuse_distance=5000")[GATHER, "weights"] == 3 * 2 * (n - 20)
     assert volume("engine=zero3", "engine.persistence_threshold=0")[GATHER, "weights"] == 3 * 2 * (gathered + 30)
+    wide = "engine.communication_data_type=fp32"
+    for stage, kind, times in ((1, SUM, 1), (2, SUM, 3), (3, SCATTER, 3)):
+        planned, plain = volume(f"engine=zero{stage}", wide), volume(f"engine=zero{stage}")
+        assert planned == plain | {(kind, "gradients"): times * 4 * n}
     assert volume("engine=local") == volume("engine=zero3", ranks=1) == {}
 
 
