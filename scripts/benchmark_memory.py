@@ -26,6 +26,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,6 +109,7 @@ def measure(case: Case, device: torch.device, size: str) -> dict[str, float]:
     And the seconds of the second.
     """
     torch.manual_seed(0)
+    warnings.filterwarnings("error", message="fused attention is not used")  # or the row would be another's
     settings: dict[str, Any] = {"img_size": case.img_size, "window_size": case.window_size, "drop_path_rate": 0.1}
     settings |= {"sequential_stages": case.sequential_stages, "attention_chunk_mib": CHUNK_MIB[size]}
     settings["fused_attention"] = case.fused and case.implementation == "ours"

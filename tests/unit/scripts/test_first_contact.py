@@ -107,7 +107,7 @@ def test_a_set_of_wheels_that_is_not_closed_is_told(tmp_path):
 
 
 def test_idle_is_what_no_stream_covers():
-    assert busy_us([(0, 10), (5, 20), (30, 40), (32, 35)]) == 30
+    assert busy_us([(0, 10), (5, 20), (30, 40), (32, 35), (36, 38)]) == 30
     events = [{"ph": "X", "cat": "kernel", "name": "k", "ts": ts, "dur": dur} for ts, dur in ((0, 25), (75, 25))]
     found, calls = summary([*events, {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 500}])
     assert found["idle_share"] == 0.5 and found["launches"] == 2 and calls == {"k": [25, 25]}
