@@ -173,3 +173,17 @@ def test_a_restart_keeps_its_overrides(job, tmp_path):
     job("exit 3", "optim.lr=0.1", "data.shards='a b/{0..3}.tar'")
     job("exit 3", "optim.lr=0.2")
     assert "optim.lr=0.1 data.shards='a b/{0..3}.tar' run_dir='run'" in (tmp_path / "started").read_text()
+
+
+def test_every_task_of_srun_compiles_on_its_node(job, tmp_path):
+    """The command that srun is given, run as a task would: its caches, and its overrides whole."""
+    (tmp_path / "launch" / "node_caches.sh").write_text((ROOT / "launch" / "node_caches.sh").read_text())
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$TRITON_CACHE_DIR" > {tmp_path}/told\nfor word; do echo "$word"; done >> {tmp_path}/told\n'
+    )
+    task = f'export SLURM_TMPDIR={tmp_path}; while [[ "$1" == --* ]]; do shift; done; exec "$@"'
+    job(task, "data.shards='a b/{0..3}.tar'")
+    cache, *words = (tmp_path / "told").read_text().splitlines()
+    assert cache == f"{tmp_path}/swinv2-{os.getuid()}/triton"
+    assert words == ["-m", "swinv2_train.train", "data.shards='a b/{0..3}.tar'", "run_dir='run'"]
