@@ -13,7 +13,7 @@ FUZZ_SEED ?= 0
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo proof ablations test test-fast test-slurm fuzz bench lint format types clean
+.PHONY: help setup demo proof ablations test test-fast test-gpu test-slurm fuzz bench lint format types clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,11 +32,16 @@ $(STAMP): setup.cfg constraints.txt
 demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides
 	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
-test: setup  ## the whole test suite: the quick part, the slow tests, and what must be alone
-	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) -m serial && exit $$code
+test: setup  ## the whole test suite: the quick part, the slow tests, what must be alone, and tests/gpu on a card, if there is one
+	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) -m serial || code=$$?; \
+	$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || exit $$code; \
+	$(PYTEST) tests/gpu && exit $$code
 
 test-fast: setup  ## the quick part of the tests
 	$(PYTEST) $(QUICK)
+
+test-gpu: setup  ## the kernels and the step on the card of this machine; on the CPU, in an interpreter, without one
+	$(PYTEST) tests/gpu
 
 test-slurm: setup  ## the launch files on a real SLURM (Debian: apt-get install slurm-wlm munge)
 	$(PYTEST) tests/slurm

@@ -1,6 +1,9 @@
 """The planner's memory against what a training step really takes, case by case in fresh processes.
 
     python benchmarks/planner_memory.py [--only TEXT]     # all cases of this machine's device; prints a Markdown table
+    python benchmarks/planner_memory.py --case "KEY=VALUE ..." [--case ...]      # these instead
+
+A case that fails is told in its row, and the others go on; exit code 1 where one did.
 
 On the CPU: resident memory (VmHWM, set back before the step) over that of the resting engine, glibc told to give freed
 memory back; the rank that takes most counts.  On CUDA:
@@ -18,8 +21,11 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 
 import torch
 from torch import Tensor
@@ -220,7 +226,7 @@ def measured(case: Case) -> dict[str, float]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = []
+    ranks, said = [], []
     for rank in range(case.ranks):
         variables = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_WORLD_SIZE": case.ranks,
@@ -229,36 +235,51 @@ def measured(case: Case) -> dict[str, float]:
         }  # fmt: skip
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         command = [sys.executable, __file__, "--child", json.dumps(case)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        said.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115  as long as the rank
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said[-1], text=True))
     outputs = [rank.communicate()[0] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError(f"{case}: a rank failed")
+    for rank, errors in zip(ranks, said, strict=True):
+        if rank.returncode:
+            errors.seek(0)
+            raise RuntimeError((errors.read().strip().splitlines() or [f"exit code {rank.returncode}"])[-1])
     numbers = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {key: max(each[key] for each in numbers) for key in numbers[0]}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose text holds this")
+    parser.add_argument(
+        "--case", action="append", metavar="OVERRIDES", help="of one rank, with train.micro_batch_size=N"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         overrides, ranks, passes = json.loads(arguments.child)
         measure(Case(overrides, ranks, passes))
-        return
+        return 0
     cases = CUDA_CASES if torch.cuda.is_available() else CPU_CASES
+    if arguments.case:
+        cases = [Case(overrides) for overrides in arguments.case]
     print("| case | ranks | a step adds, predicted MiB | measured | ratio | at rest, predicted | measured |")
     print("|---|---|---|---|---|---|---|", flush=True)
+    failed = False
     for case in cases:
         if arguments.only in case.overrides:
-            plan, real = predicted(case), measured(case)
             name = case.overrides.replace("train.micro_batch_size", "micro") + (" (passes)" if case.passes else "")
+            try:
+                plan, real = predicted(case), measured(case)
+            except (RuntimeError, ValueError) as error:  # one that is refused, or does not fit on this device
+                print(f"| {name} | {case.ranks} | | {str(error).replace('|', '/')[:300]} | | | |", flush=True)
+                failed = True
+                continue
             print(
                 f"| {name} | {case.ranks} | {plan['adds']:,.0f} | {real['adds']:,.0f} | "
                 f"{plan['adds'] / real['adds']:.2f} | {plan['rests']:,.0f} | {real['rests']:,.0f} |",
                 flush=True,
             )
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,15 @@ if [[ "${NNODES:-1}" == 1 && -z "${MASTER_ADDR:-}" ]]; then
 else
     where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-processes="${NPROC_PER_NODE:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c ^GPU || true)}"
+# Blocks that grow leave fewer holes, and more of a card to ZeRO-3's gathers.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
+if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # those that are shown, before the first that is none
+    gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed -n '/^ *\(-.*\|NoDevFiles\|\)$/q;p' | wc -l)"
+else
+    gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c ^GPU || true)"
+fi
+processes="${NPROC_PER_NODE:-$gpus}"
+source "$(dirname "${BASH_SOURCE[0]}")/node_caches.sh"
 exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
     --max-restarts "${MAX_RESTARTS:-0}" --shutdown-timeout "${SHUTDOWN_TIMEOUT_SEC:-600}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m swinv2_train.train "$@"

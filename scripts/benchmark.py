@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -39,6 +38,7 @@ from scripts.benchmark_tables import Entry, Table, details, summary
 from scripts.benchmark_worker import BOUNDS, Refused, Setting, Worker, compete, prepare
 from scripts.contestants import PEERS, PRODUCTS, Case, Contestant
 from swinv2_train.runtime import available_cores
+from swinv2_train.runtime.environment import version_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {  # images per step on a CPU and on a GPU
@@ -201,7 +201,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         if importlib.util.find_spec(package) is not None:
-            found[package] = importlib.metadata.version(package)
+            found[package] = version_of(package) or "not installed"  # ours may be a bare checkout
     return found
 
 

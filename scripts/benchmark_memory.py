@@ -1,6 +1,6 @@
 """Peak memory of a real training step at high resolution: this project beside the official arithmetic.
 
-    python scripts/benchmark_memory.py [--out FILE]
+    python scripts/benchmark_memory.py [--only ROW] [--out FILE]
 
 On a GPU: SwinV2-G at 1536 px; then the largest batch at 1536 px, and the largest image, that stay within --budget-gib.
 Without one: the same table for a model of the same shape, 1/16 as wide and less deep, in CPU memory, and what the
@@ -12,6 +12,8 @@ element, float32), and the rest of a gradient is let go when the backward pass h
 (5.6 GiB for giant in bf16) where ZeRO-3 would have a sixteenth and what is in use: an upper bound of such a rank.
 The official arithmetic (scripts/official_arithmetic.py) gets the same share, keeps float32 weights under
 torch.autocast(bfloat16), as it was trained, and has its own block checkpointing.
+Ours attends by the fused kernels, as a run does, but for rows named "reference attention".  The seconds are of the
+second of two steps, in a process that does nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import os
 import platform
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,10 +61,13 @@ class Case:
     batch_size: int
     recompute: str = "none"
     sequential_stages: tuple[int, ...] = ()
+    fused: bool = True
 
     @property
     def name(self) -> str:
         policies = [self.implementation, *([] if self.recompute == "none" else [f"recompute {self.recompute}"])]
+        if self.implementation == "ours" and not self.fused:
+            policies.append("reference attention")
         if self.sequential_stages:
             policies.append("sequential stages " + ", ".join(map(str, self.sequential_stages)))
         return "; ".join(policies)
@@ -97,10 +104,15 @@ class Share:
 
 
 def measure(case: Case, device: torch.device, size: str) -> dict[str, float]:
-    """GiB in this process: peak of two steps (in the first, AdamW makes its moments), and states before and after."""
+    """GiB in this process: peak of two steps (in the first, AdamW makes its moments), and states before and after.
+
+    And the seconds of the second.
+    """
     torch.manual_seed(0)
+    warnings.filterwarnings("error", message="fused attention is not used")  # or the row would be another's
     settings: dict[str, Any] = {"img_size": case.img_size, "window_size": case.window_size, "drop_path_rate": 0.1}
     settings |= {"sequential_stages": case.sequential_stages, "attention_chunk_mib": CHUNK_MIB[size]}
+    settings["fused_attention"] = case.fused and case.implementation == "ours"
     before = resident(device)
     with device:
         model = swin_v2("giant", **settings) if size == "giant" else SwinTransformerV2(**SMALL, **settings)
@@ -117,12 +129,16 @@ def measure(case: Case, device: torch.device, size: str) -> dict[str, float]:
     states = resident(device) + 8 * count_parameters(model) / RANKS / GIB - before  # with the moments to come
     reset_peak(device)
     for _ in range(2):
+        begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = F.cross_entropy(forward(images).float(), labels)
         loss.backward()
         assert torch.isfinite(loss), f"the loss is {float(loss)}"
         share.step()
-    return {"peak": peak(device) - before, "states": states}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begin
+    return {"peak": peak(device) - before, "states": states, "seconds": seconds}
 
 
 def resident(device: torch.device) -> float:
@@ -164,6 +180,7 @@ def side_by_side(size: str, img_size: int) -> Iterator[Case]:
     for window in (32, 24):
         for stages in ((1, 2, 3, 4), (1, 2), ()):  # (1, 2) as in the paper
             yield Case("ours", img_size, window, 1, "blocks", stages)
+        yield Case("ours", img_size, window, 1, "blocks", fused=False)
         yield Case("official", img_size, window, 1, "blocks")
         if size != "giant" or window == 24:
             yield Case("official", img_size, window, 1)
@@ -172,9 +189,11 @@ def side_by_side(size: str, img_size: int) -> Iterator[Case]:
 def row(case: Case, result: dict[str, Any], budget: float) -> str:
     first = f"| {case.name} | {case.img_size} / {case.window_size} | {case.batch_size} |"
     if "failed" in result:
-        return f"{first} | | {result['failed']} |"
+        return f"{first} | | | {result['failed']} |"
     fits = "yes" if result["peak"] <= budget else "no"
-    return f"{first} {result['peak']:.2f} | {result['peak'] - result['states']:.2f} | {fits} |"
+    return (
+        f"{first} {result['peak']:.2f} | {result['peak'] - result['states']:.2f} | {result['seconds']:.2f} | {fits} |"
+    )
 
 
 def largest(cases: Iterator[Case], run: Any, budget: float) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -199,6 +218,9 @@ def main() -> None:
     parser.add_argument("--size", choices=("giant", "small"), help="default: giant on a GPU, small without one")
     parser.add_argument("--img-size", type=int, help="default: 1536 for giant, 768 for small")
     parser.add_argument("--budget-gib", type=float, help="default: 37.3 (40 GB) for giant, 1 for small")
+    parser.add_argument(
+        "--only", help="one row of the first table alone, by its name and window: 'ours; recompute blocks; 32'"
+    )
     parser.add_argument("--out", type=Path, help="write the table there too")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -225,14 +247,14 @@ def main() -> None:
         else f"CPU, {platform.processor() or platform.machine()}"
     )
     say(f"{size}, bf16, one training step as one of {RANKS} ranks; {card}, torch {torch.__version__}\n")
-    header = (
-        f"| | image / window, px | batch | peak, GiB | without weights and optimizer | within {budget:.1f} GiB |\n"
-        + "|---" * 6
-        + "|"
-    )
+    columns = ("", "image / window, px", "batch", "peak, GiB", "without weights and optimizer", "s a step")
+    header = f"| {' | '.join(columns)} | within {budget:.1f} GiB |\n{'|---' * 7}|"
     say(header)
     for case in side_by_side(size, img_size):
-        say(row(case, run(case), budget))
+        if options.only is None or options.only == f"{case.name}; {case.window_size}":
+            say(row(case, run(case), budget))
+    if options.only is not None:
+        return
     best = Case("ours", img_size, 32, 1, "blocks", (1, 2, 3, 4))
     say(f"\nLargest batch at {img_size} px:\n\n{header}")
     for case, result in largest((replace(best, batch_size=n) for n in (2, 3, 4, 5, 6, 8, 12, 16)), run, budget):

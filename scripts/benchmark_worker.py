@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -122,6 +123,7 @@ def compete(connection: Connection, contestant: Contestant, setting: Setting) ->
         if contestant.compiled:
             torch._dynamo.config.recompile_limit = 256  # whole peers have more blocks than the limit of 8
         torch.set_num_threads(setting.threads)
+        warnings.filterwarnings("error", message="fused attention is not used")  # or "ours" would be another path
         if contestant.tuned or contestant.implementation == "ours":
             tune_allocator()
         runner = (Products if contestant.implementation == PRODUCTS else Training)(contestant, setting)

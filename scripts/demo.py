@@ -3,8 +3,8 @@
     make demo                                # or: python scripts/demo.py
     make demo DEMO_ARGS="train.epochs=1"     # overrides; a key of one task goes to that task's run alone
 
-Two processes under torchrun, DeepSpeed ZeRO stage 3, bf16.  Ctrl-C leaves a complete checkpoint; run again, it goes on
-from there, or says that everything is done.
+Two processes under torchrun (one where there is one GPU), DeepSpeed ZeRO stage 3, bf16.  Ctrl-C leaves a complete
+checkpoint; run again, it goes on from there, or says that everything is done.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "classify",
         ),
     )
-    if torch.cuda.device_count() < PROCESSES:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # each process needs a GPU of its own, so all use the CPU
     precision = [f"engine.precision={precision_for(pretrain)}"]
     commands = [
         last_of_each([*command, *precision, *overrides_of(options.overrides, task)]) for _, _, command, task in phases
@@ -95,7 +93,7 @@ def precision_for(run_dir: Path) -> str:
     """bf16, or fp32 on a CPU whose bf16 would turn minutes into hours; what a run was begun with, it goes on with."""
     if (run_dir / "config.yaml").exists():
         return load_run_config(run_dir).engine.precision
-    if torch.cuda.device_count() >= PROCESSES:
+    if torch.cuda.is_available():
         return "bf16"
     if (slow := slow_bf16(cpu_speed())) is None:
         return "bf16"
@@ -110,13 +108,18 @@ def overrides_of(overrides: Sequence[str], task: str) -> list[str]:
     return [override for override in overrides if override.partition("=")[0].lstrip("+~") not in foreign]
 
 
+def num_processes() -> int:
+    """Each needs a GPU of its own; on a CPU they share the cores."""
+    return 1 if torch.cuda.device_count() == 1 else PROCESSES
+
+
 def run_ranks(command: list[str]) -> int:
     """torchrun in this process, so that its long failure reports stay away; returns the ranks' exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says so itself; train sets its threads anyway
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     grace = ["--shutdown-timeout", str(SAVE_SEC)]
     try:
-        torchrun(["--standalone", "--nproc-per-node", str(PROCESSES), *grace, *command])
+        torchrun(["--standalone", "--nproc-per-node", str(num_processes()), *grace, *command])
     except SignalException:  # Ctrl-C: torchrun has passed it on and waited for the ranks
         return EXIT_STOPPED
     except ChildFailedError as error:

@@ -43,8 +43,9 @@ from swinv2_train.engine.local import to_device
 from swinv2_train.evaluation.confusion import confusion_map
 from swinv2_train.evaluation.probe import build_probe
 from swinv2_train.evaluation.splits import COMPARED, Scored, Split, _finite, build_loader, compared, open_splits, score
+from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import ticking
-from swinv2_train.runtime import set_threads
+from swinv2_train.runtime import arithmetic, set_threads
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Forward, Picture, Task
@@ -102,7 +103,11 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
             print(text, file=sys.stderr, flush=True)
 
     avoid_compiler()  # the first call of the attention kernel, and the probe, would import torch._dynamo: 3 s of CPU
-    with torch.no_grad():
+
+    def stood_in(case: failures.Case, cause: str) -> None:
+        print(f"warning: {failures.text(world.rank, case, cause)}", file=sys.stderr)
+
+    with torch.no_grad(), arithmetic(config.runtime.deterministic), failures.surviving(stood_in):
         results = {name: score(task, forward, split, loaders[name], say, names) for name, split in splits.items()}
         crops: dict[float, dict[str, float]] = {}
         for value in request.crop_pcts:

@@ -34,13 +34,22 @@ from swinv2_train.config import Config, ConfigError, HardwareConfig, is_pipe
 from swinv2_train.config.command_line import compose_overrides, load_run_config, run_on_weights
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
 from swinv2_train.data.sources.base import open_source
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.planning.hardware import fill_from_machine, required
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.picture import draw_curve, draw_plan
 from swinv2_train.planning.scaling import scaling_curve, scaling_json
 from swinv2_train.planning.search import Search, recommend
 from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
-from swinv2_train.planning.table import host_line, memory_table, plan_json, scaling_lines, speed_lines, verdict
+from swinv2_train.planning.table import (
+    host_line,
+    memory_table,
+    plan_json,
+    reserved_line,
+    scaling_lines,
+    speed_lines,
+    verdict,
+)
 from swinv2_train.report.plots import plots_problem
 from swinv2_train.runtime.cpu_speed import CpuSpeed, slow_bf16
 from swinv2_train.runtime.environment import read_environment
@@ -124,9 +133,11 @@ def plan(config: Config, arguments: list[str]) -> None:
     print(f"{config.model.name}, {config.model.img_size} px, window {config.model.window_size}, {config.task.name}: "
           f"{memory.sizes.parameters:,} parameters; {config.engine.name} ZeRO-{config.engine.zero_stage} "
           f"{config.engine.precision}, recompute {config.model.recompute}, sequential stages "
-          f"{config.model.sequential_stages}; {batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
+          f"{config.model.sequential_stages}, compiled: {compile_choice(config, str(hardware.device), here=False)}; "
+          f"{batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
           f"time on each of {gpus} ranks\n")  # fmt: skip
-    print(memory_table(memory), verdict(memory, hardware, gpus), host_line(memory, hardware, gpus), "", sep="\n")
+    print(memory_table(memory), verdict(memory, hardware, gpus), reserved_line(hardware), sep="\n")
+    print(host_line(memory, hardware, gpus), "", sep="\n")
     print(*speed_lines(config, hardware, memory, speed, trace.model_flops_per_image, gpus, steps(config)), sep="\n")
     if in_fp32 is not None:
         _, trace = plan_memory(in_fp32, hardware, gpus)
@@ -190,7 +201,7 @@ def steps(config: Config) -> int | None:
         return config.train.max_steps
     images = config.plan.num_images
     shards = config.data.shards
-    quick = Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file()
+    quick = bool(shards) and (Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file())
     if images is None and not is_pipe(shards) and quick:
         images = open_source(shards, "data.shards", image_member=config.data.image_member).num_samples
     return None if images is None else total_steps(config.train, images)

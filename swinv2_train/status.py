@@ -21,7 +21,8 @@ from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
 from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
-from swinv2_train.storage.json_files import number, optional, read_json, record, whole
+from swinv2_train.runtime import read_environment
+from swinv2_train.storage.json_files import mapping, number, optional, read_json, record, text, whole
 
 USAGE = """swinv2-status RUN_DIR [--json]
 
@@ -40,6 +41,7 @@ _STATUS = record(
     may={
         **{name: optional(whole()) for name in ("total_steps", "checkpoint_step")},
         **dict.fromkeys(("loss", "images_per_sec", "seconds_left"), _FINITE),
+        "attention": mapping(text(2000)),
         "slowest_rank": optional(
             record({"rank": whole(), "own_sec": number(), "data_wait_sec": number(), "median_sec": number()})
         ),
@@ -48,8 +50,8 @@ _STATUS = record(
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """RUN_DIR/status.json with "state" as it is by now, "silent_sec", "classes" (the names of the model's) and "ranks",
-    each with its own "silent_sec".
+    """RUN_DIR/status.json with "state" as it is by now, "silent_sec", "classes" (the names of the model's), "compile"
+    (what model.compile came to, and why) and "ranks", each with its own "silent_sec".
 
     state: running, done, stopped, failed, or lost (it should run, but no sign of life came for "silent_sec" seconds, or
     its process has ended).  silent_sec: since the last sign of life.  Raises ConfigError where there is no such file.
@@ -67,6 +69,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         for rank in read_ranks(run_dir).values()
     ]
     status["scores"] = latest_scores(run_dir)
+    starts = read_environment(run_dir)
+    status["compile"] = starts[-1].get("start", {}).get("compile") if starts else None
     status |= {"silent_sec": now - status["updated_at"], "ranks": ranks, "classes": read_run_classes(run_dir)}
     if status["state"] == "running" and _lost(status, patience):
         status["state"] = "lost"
@@ -123,8 +127,12 @@ def status_text(status: Mapping[str, Any]) -> str:
         lines.append("no complete checkpoint yet" if saved is None else f"last complete checkpoint: step {saved}")
     if status.get("scores"):
         lines.append(_scores_text(status["scores"]))
+    if status["compile"]:
+        lines.append(f"compiled: {shown(status['compile'])}")
     if status["classes"]:
         lines.append(f"{len(status['classes'])} classes: {listed(status['classes'])}")
+    if paths := status.get("attention"):
+        lines.append(f"attention: {_paths_text(paths)}")
     slowest = status.get("slowest_rank")
     if slowest and status["world_size"] > 1:
         lines.append(
@@ -133,6 +141,12 @@ def status_text(status: Mapping[str, Any]) -> str:
         )
     lines += [text for rank in status["ranks"] if (text := _rank_text(status, rank))]
     return "\n".join(lines)
+
+
+def _paths_text(paths: Mapping[str, str]) -> str:
+    """How the stages attend, in one word where all do alike."""
+    same = len(set(paths.values())) == 1
+    return next(iter(paths.values())) if same else "; ".join(f"{stage} {path}" for stage, path in paths.items())
 
 
 def _headline(status: Mapping[str, Any]) -> str:

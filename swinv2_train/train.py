@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from swinv2_train.data.loading.workers import worker_death
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.distributed import World, init_distributed, on_main, shutdown_distributed
 from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
 from swinv2_train.monitoring.watchdog import DATA_WAIT, ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
@@ -34,6 +37,7 @@ from swinv2_train.runtime import (
     RunDirLock,
     StopNow,
     StopRequest,
+    arithmetic,
     read_environment,
     set_threads,
     tune_allocator,
@@ -98,13 +102,14 @@ def train(config: Config) -> int:
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
-                run = build_run(
-                    config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
-                    start.probe,
-                )  # fmt: skip
-                on_main(world, lambda: announce(run, log))
-                with run.monitor.manual_gc:
-                    exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
+                with arithmetic(config.runtime.deterministic), failures.surviving(partial(tell_failure, log, world)):
+                    run = build_run(
+                        config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
+                        start.probe,
+                    )  # fmt: skip
+                    on_main(world, lambda: announce(run, log, start.initial))
+                    with run.monitor.manual_gc:
+                        exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
                     log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
@@ -115,7 +120,7 @@ def train(config: Config) -> int:
                 exit_code, reason = exit_code_of(error), str(error)
                 raise
             except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
-                told = worker_death(raised) or raised
+                told = worker_death(raised) or failures.lost_device(raised) or raised
                 console.fail(told)
                 reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED
@@ -144,19 +149,27 @@ def acknowledge(console: Console, activity: RankActivity, accumulation: int, nam
     console.say(f"{name}{' again' if again else ''}: stopping {what}")
 
 
-def announce(run: loop.Run, log: RunLog) -> None:
+def tell_failure(log: RunLog, world: World, case: failures.Case, cause: str) -> None:
+    """Of an attention kernel on this rank: in its log, and from rank 0 on the console.  A training step tells all."""
+    text = failures.text(world.rank, case, cause)
+    print(text, file=sys.stderr)
+    log.say(f"warning: {text}")
+
+
+def announce(run: loop.Run, log: RunLog, initial: Initial | None) -> None:
     """Say and write down what is run here, with what and for how long.  On rank 0, when nothing is refused any more."""
-    start = describe_start(run.config, run.world, run.task)
+    start = describe_start(run.config, run.world, run.task, run.attention.record())
     before = [each.get("start", {}).get("precision") for each in read_environment(Path(run.config.run_dir))]
     if before and before[-1] not in (None, start.precision):
         log.say(f"note: engine.precision is {start.precision}; until here the run was in {before[-1]}")
     log.say(start.line(run.length.last_step - run.position.step))
-    if run.config.model.compile != "none":
+    if compile_choice(run.config, run.world.device.type).blocks:
         log.say("note: the first step compiles the blocks, which may take minutes")
     if start.slow_bf16 is not None:
         log.say(f"warning: {start.slow_bf16}")
     run_dir = Path(run.config.run_dir)
-    write_run_files(run_dir, run.config, run.world, start.record(), run.position.classes)
+    started_from = {} if initial is None or run.position.step else {"initial_weights": initial.report}
+    write_run_files(run_dir, run.config, run.world, start.record() | started_from, run.position.classes)
     try:  # or the page of the start before would say that the run has stopped
         write_report(run_dir, run.length.last_step, curves=False)
     except Exception as error:  # noqa: BLE001  the run counts
@@ -204,7 +217,9 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
 
 def incoming_data(config: Config) -> Callable[[], object]:
     """What changes while shards of an address are on their way to this host."""
-    cache = shard_cache_for(f"{config.data.shards}::{config.data.eval_shards}", config.data)
+    data = config.data
+    training = (data.shards, *(source.shards for source in data.mix.values()))
+    cache = shard_cache_for("::".join((*training, str(data.eval_shards))), data)
     return (lambda: None) if cache is None else cache.incoming
 
 

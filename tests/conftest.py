@@ -1,22 +1,33 @@
-"""Shared by all tests: one thread, no accelerator probing, and the harness of real ranks."""
+"""Shared by all tests: one thread, the CPU alone but for tests/gpu, and the harness of real ranks."""
 
 from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported: forked ranks must not inherit a pool of OpenMP threads that exists in the parent only.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MKL_NUM_THREADS", "1")
-if "CUDA_VISIBLE_DEVICES" not in os.environ and not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, by whomever
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Cards are for a call of tests/gpu alone (make test-gpu); any other call, and every process it starts, sees none:
+    its ranks are more than a machine has cards.
+    """
+    of_gpu = Path(__file__).parent / "gpu"
+    places = [Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args]
+    if all(place.is_relative_to(of_gpu) for place in places) and torch.cuda.is_available():
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, by whomever
 
 
 def pytest_collection_finish() -> None:

@@ -30,7 +30,7 @@ def _of_training_images(run_dir: Path) -> tuple[str, ...] | None:
     try:
         config = load_run_config(run_dir)
         shards, count = config.data.shards, config.task.label_classes
-        if count is None or is_pipe(shards) or is_remote(shards.removeprefix("file://")):
+        if count is None or not shards or is_pipe(shards) or is_remote(shards.removeprefix("file://")):
             return None
         directory = os.path.expanduser(shards.removeprefix("file://"))
         if not os.path.isdir(directory):

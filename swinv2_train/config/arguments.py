@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import all_keys
 from swinv2_train.config.load import one_line
-from swinv2_train.config.schema import SPLITS
+from swinv2_train.config.schema import MIX, SPLITS
 from swinv2_train.config.secret_texts import without_secrets
 
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
@@ -113,7 +113,9 @@ def _word(one: _Given) -> str:
     if one.value is None:
         return one.prefix + one.key
     value = one.value
-    if one.key in _text_keys() or re.fullmatch(re.escape(SPLITS) + r"[^.]+\.(shards|labels)", one.key):
+    if one.key in _text_keys() or re.fullmatch(
+        rf"({re.escape(SPLITS)}|{re.escape(MIX)})[^.]+\.(shards|labels)", one.key
+    ):
         value = _as_text(value)
     elif one.key in _list_keys() and value.startswith("[") and value.endswith("]"):
         value = f"[{','.join(_as_text(each.strip()) for each in _elements(value[1:-1]))}]"

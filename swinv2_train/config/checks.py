@@ -6,8 +6,8 @@ from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import check_values
 from swinv2_train.config.pixels import check_bands
 from swinv2_train.config.recompute import parse_recompute
-from swinv2_train.config.rules import between, one_of
-from swinv2_train.config.schema import PROBE_SCORES, SPLITS, Config, averaged_score, is_pipe
+from swinv2_train.config.rules import between, one_of, positive
+from swinv2_train.config.schema import MIX, PROBE_SCORES, SPLITS, Config, averaged_score, is_pipe
 
 BF16_LARGEST_DECAY = 0.996
 """1 - 2^-8, one step of bf16: times more than this, a bf16 number is rounded to what it was."""
@@ -17,6 +17,7 @@ def check_config(config: Config) -> None:
     """Check every range and every relation between keys that needs no file, model or process group."""
     check_values(config)
     _check_lengths(config)
+    _check_mix(config)
     _check_checksums(config)
     _check_model(config)
     check_bands(config)
@@ -42,6 +43,25 @@ def _check_lengths(config: Config) -> None:
                 f"{other} has no length where data.shards is a pipe ({config.data.shards}), whose images cannot be "
                 f"counted beforehand; set {key}"
             )
+
+
+def _check_mix(config: Config) -> None:
+    """Sources that are mixed stand in place of data.shards, and each can be read anywhere."""
+    data = config.data
+    if data.mix and data.shards:
+        raise ConfigError(
+            f"data.shards ({data.shards}) and data.mix ({', '.join(data.mix)}) both name training images; make the "
+            "first a source of the mixture (+data.mix.NAME.shards=PATTERN), or leave one out"
+        )
+    if not data.mix and not data.shards:
+        raise ConfigError("data.shards is empty; name shards or a folder: data.shards=PATTERN")
+    for name, source in data.mix.items():
+        if is_pipe(source.shards) or not source.shards:
+            raise ConfigError(
+                f"{MIX}{name}.shards ({source.shards}) names no files, whose order a mixture needs to know; name "
+                "shards or a folder"
+            )
+        positive().check(f"{MIX}{name}.weight", source.weight)
 
 
 def _check_checksums(config: Config) -> None:
@@ -77,7 +97,8 @@ def _check_labels(config: Config) -> None:
 def _check_hang_timeout(config: Config) -> None:
     """A shard that is still being fetched is no hang."""
     hang_sec, data = config.runtime.hang_timeout_sec, config.data
-    if hang_sec is not None and "://" in data.shards and hang_sec <= data.fetch_give_up_sec:
+    training = "::".join((data.shards, *(source.shards for source in data.mix.values())))
+    if hang_sec is not None and "://" in training and hang_sec <= data.fetch_give_up_sec:
         raise ConfigError(
             f"runtime.hang_timeout_sec ({hang_sec:g}) must be more than data.fetch_give_up_sec "
             f"({data.fetch_give_up_sec:g}), which a shard at an address may take; raise the one or lower the other"

@@ -226,8 +226,7 @@ def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Con
     own = {key: given[key] for key in own_keys if key in given}
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in own_keys]
     if "run_dir" not in given and "weights" in own:
-        unused = ["run_dir=unused", "data.shards=unused"]  # what training needs and these commands do not look at
-        return compose_overrides([*unused, *overrides]), own
+        return compose_overrides(overrides, ("run_dir", "data.shards")), own
     if "run_dir" not in given:
         raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
     return load_run_config(Path(given["run_dir"]), prepared(overrides)), own
@@ -286,7 +285,8 @@ def compose_overrides(overrides: list[str], unused: tuple[str, ...] = ()) -> Con
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("train", prepared(overrides))
     for key in unused:
-        if OmegaConf.select(composed, key, throw_on_missing=False) is None:
+        mixed = key == "data.shards" and OmegaConf.select(composed, "data.mix")  # which stands in place of it
+        if OmegaConf.select(composed, key, throw_on_missing=False) is None and not mixed:
             OmegaConf.update(composed, key, "unused")
     return load_config(composed)
 

@@ -21,7 +21,7 @@ from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import all_keys, keys_of, known_keys
 from swinv2_train.config.near_names import did_you_mean_key
 from swinv2_train.config.saved import literal
-from swinv2_train.config.schema import SPLITS, TASKS, Config, EvalSplitConfig, TaskConfig
+from swinv2_train.config.schema import OWN_ENTRIES, TASKS, Config, TaskConfig
 from swinv2_train.config.secret_texts import public
 
 
@@ -42,6 +42,8 @@ def load_config(composed: DictConfig) -> Config:
     _check_keys(composed, TASKS[task_name])
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(schema, composed))
+        if merged.data.mix and OmegaConf.is_missing(merged.data, "shards"):
+            merged.data.shards = ""
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(_missing(missing))
         _expand_homes(merged, TASKS[task_name])
@@ -54,7 +56,7 @@ def load_config(composed: DictConfig) -> Config:
 
 def _missing(keys: list[str]) -> str:
     """All of them at once: a user who is told one a time starts as often."""
-    first, *others = [f"{'+' * key.startswith(SPLITS)}{key}=VALUE" for key in keys]
+    first, *others = [f"{'+' * key.startswith(tuple(OWN_ENTRIES))}{key}=VALUE" for key in keys]
     more = f"; nor has {', '.join(keys[1:])}: {' '.join(others)}" if others else ""
     return f"{keys[0]} has no value; set it on the command line: {first}{more}"
 
@@ -62,8 +64,9 @@ def _missing(keys: list[str]) -> str:
 def _expand_homes(merged: DictConfig, task: type[TaskConfig]) -> None:
     """Put the home in place of ~ in every key that names a file or directory; a shell does so at a word's begin."""
     keys = [key.name for key in all_keys(task) if key.is_path]
-    fields = [key.name for key in keys_of(EvalSplitConfig) if key.is_path]
-    keys += [f"{SPLITS}{name}.{field}" for name in merged.data.eval_splits for field in fields]
+    for below, (_, cls) in OWN_ENTRIES.items():
+        fields = [key.name for key in keys_of(cls) if key.is_path]
+        keys += [f"{below}{name}.{field}" for name in OmegaConf.select(merged, below[:-1]) for field in fields]
     for key in keys:
         value = OmegaConf.select(merged, key)
         if isinstance(value, str) and "~" in value:
@@ -85,8 +88,9 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
     for key in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
         if key in known or key.startswith("engine.deepspeed_overrides."):
             continue
-        if key.startswith(SPLITS):
-            _check_split_key(key)
+        below = next((below for below in OWN_ENTRIES if key.startswith(below)), None)
+        if below is not None:
+            _check_own_key(key, below)
             continue
         if key + "." in sections:
             raise ConfigError(
@@ -99,8 +103,9 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
 def _check_texts(composed: DictConfig, task: type[TaskConfig]) -> None:
     """A text that YAML or a dictionary on the command line has read as a number is another text: 1e-3 becomes 0.001."""
     texts = [key.name for key in all_keys(task) if key.kind in (str, str | None, list[str])]
-    splits = OmegaConf.select(composed, SPLITS.removesuffix("."))
-    texts += [f"{SPLITS}{name}.{key.name}" for name in splits or () for key in keys_of(EvalSplitConfig)]
+    for below, (_, cls) in OWN_ENTRIES.items():
+        names = OmegaConf.select(composed, below.removesuffix("."))
+        texts += [f"{below}{name}.{key.name}" for name in names or () for key in keys_of(cls) if key.is_path]
     for name in texts:
         value = OmegaConf.select(composed, name, throw_on_missing=False)
         for each in value if isinstance(value, ListConfig) else [value]:
@@ -110,14 +115,15 @@ def _check_texts(composed: DictConfig, task: type[TaskConfig]) -> None:
                 )
 
 
-def _check_split_key(key: str) -> None:
-    """data.eval_splits.NAME.shards and .labels, the name fit for a file's."""
-    name, *rest = key.removeprefix(SPLITS).split(".")
-    known = [f"{SPLITS}{name}.{field.name}" for field in dataclasses.fields(EvalSplitConfig)]
+def _check_own_key(key: str, below: str) -> None:
+    """data.eval_splits.NAME.shards and their like, the name fit for a file's."""
+    what, cls = OWN_ENTRIES[below]
+    name, *rest = key.removeprefix(below).split(".")
+    known = [f"{below}{name}.{field.name}" for field in dataclasses.fields(cls)]
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ConfigError(f"{SPLITS}{name}: a split's name is made of letters, digits, _ and -")
+        raise ConfigError(f"{below}{name}: a {what}'s name is made of letters, digits, _ and -")
     if not rest:
-        raise ConfigError(f"{key} is a split, not a value; set its shards: +{key}.shards=PATTERN")
+        raise ConfigError(f"{key} is a {what}, not a value; set its shards: +{key}.shards=PATTERN")
     if key not in known:
         raise ConfigError(f"unknown key {key}: {_nearest_keys(key, known)}")
 
@@ -136,8 +142,9 @@ def unknown_key(key: str, task: type[TaskConfig] | None = None) -> str:
     """The message about a dotted key that the configuration (of one task, or of any) does not have."""
     if key.startswith("engine.deepspeed_overrides."):
         return f"{key} is not among our own keys; add it with a plus: +{key}=VALUE"
-    if f"{key}.".startswith(SPLITS):
-        return f"{key}: a split is added with a plus: +{SPLITS}NAME.shards=PATTERN"
+    for below, (what, _) in OWN_ENTRIES.items():
+        if f"{key}.".startswith(below):
+            return f"{key}: a {what} is added with a plus: +{below}NAME.shards=PATTERN"
     leaf = key.rsplit(".", 1)[-1]
     if leaf in NO_KEYS:
         return f"unknown key {key}: {NO_KEYS[leaf]}"

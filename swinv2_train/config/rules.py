@@ -188,6 +188,18 @@ def size_or_0() -> Rule:
     return Rule(f"0, {size().allows}", check)
 
 
+def word_or_indices(*words: str) -> Rule:
+    """One of a few words, or a list of whole numbers from 0."""
+    allows = f"one of {', '.join(words)}, or a list of whole numbers from 0"
+
+    def check(key: str, value: Any) -> None:
+        listed = isinstance(value, (list, tuple)) and len(value) > 0
+        if value not in words and not (listed and all(type(v) is int and v >= 0 for v in value)):
+            raise ConfigError(f"{key} ({value}) must be {allows}: {key}=[2,1,0]")
+
+    return Rule(allows, check)
+
+
 def matching(pattern: str, allows: str, hint: str) -> Rule:
     """A text that a regular expression matches as a whole; hint: what the message ends with."""
 

@@ -33,6 +33,7 @@ from swinv2_train.config.rules import (
     positive,
     size,
     size_or_0,
+    word_or_indices,
 )
 from swinv2_train.config.scale import ScaleConfig
 
@@ -122,8 +123,8 @@ class ModelConfig:
     """Activation checkpointing: none, blocks, stages:I-J, attention or every:K; then @PLACE (docs/model.md)."""
     attention: Annotated[str, one_of("reference", "fused")]
     """fused: kernels without N x N scores in memory (Triton, C++), where there are any; or reference (torch)."""
-    compile: Annotated[str, one_of("none", "blocks")]
-    """none, or blocks: torch.compile each block; the first steps take longer, later ones less time and memory."""
+    compile: Annotated[str, one_of("auto", "none", "blocks")]
+    """blocks: torch.compile each block, for a longer first step and shorter later ones; none; auto: blocks on CUDA."""
     sequential_stages: list[int]
     """Stages, from 1, that attend in a chunk of windows at a time (arXiv:2111.09883 section 3.5: [1, 2]); [] = none."""
     attention_chunk_windows: Annotated[int | None, at_least(1)]
@@ -139,9 +140,11 @@ class TaskConfig:
     init_from: Annotated[str | None, PATH]
     """Weights that a new run starts from: a run, a checkpoint or a file of any known format; null = fresh ones."""
     init_format: str | None
-    """Format of init_from: microsoft, simmim, timm, huggingface or mmpretrain; null = by its names."""
+    """Format of init_from: microsoft, simmim, timm, huggingface, mmpretrain or torchvision; null = by its names."""
     init_head: Annotated[str, PATH]
     """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
+    init_bands: Annotated[Any, word_or_indices("mean", "repeat", "fresh")]
+    """For weights of other channels: mean, repeat, fresh or a list (docs/weights.md); null = they are an error."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""
@@ -259,6 +262,16 @@ class EvalSplitConfig:
 
 
 @dataclass
+class MixSourceConfig:
+    """One of data.mix.  It is the user's own entry, so its default is here and not in conf/."""
+
+    shards: Annotated[str, PATH]
+    """Its shards, in data.shards' notation; no pipe."""
+    weight: Annotated[float, positive()] = 1.0
+    """Its share of every batch is this over the sum of all sources'."""
+
+
+@dataclass
 class DataConfig:
     shards: Annotated[str, PATH]
     """Training shards: path or address (https://, ..) with {00..11} or *, or pipe:COMMAND, joined by ::, or a folder"""
@@ -266,6 +279,8 @@ class DataConfig:
     """Evaluation shards, in the same notation; null = no evaluation."""
     eval_splits: dict[str, EvalSplitConfig]
     """Further splits by name, scored only by the evaluate command: +data.eval_splits.NAME.shards=PATTERN"""
+    mix: dict[str, MixSourceConfig]
+    """Sources in place of data.shards: +data.mix.NAME.shards=PATTERN +data.mix.NAME.weight=0.7 (docs/data.md)"""
     num_workers: Annotated[int, at_least(0)]
     """Loader processes per rank; 0 decodes in the training process."""
     prefetch_batches: Annotated[int, at_least(1)]
@@ -400,6 +415,8 @@ class EngineConfig:
     """ZeRO-3: nothing more is prefetched while this many elements are gathered."""
     overlap_comm: bool
     """Overlap the gradient reduction with the backward pass."""
+    communication_data_type: Annotated[str | None, one_of("fp32")]
+    """What gradients are summed over ranks in: fp32, or null = as precision says (bf16 gradients in bf16)."""
     deepspeed_overrides: dict[str, Any]
     """Any other key of DeepSpeed's own configuration; a key that is generated from ours is refused."""
 
@@ -430,6 +447,8 @@ class RuntimeConfig:
     """A micro-batch, optimizer step or wait for data longer than this ends the run, with all stacks; null = never."""
     gc_every_steps: Annotated[int | None, at_least(1)]
     """Steps between Python's garbage collections, on all ranks at the same step; null = left to Python."""
+    deterministic: bool
+    """Refuse GPU operations that may sum in another order each time (docs/resume.md); slower where others stand in."""
     profile: bool
     """Write a trace of a few steps to RUN_DIR/profile/ (docs/profiling.md)."""
     profile_steps: Annotated[list[int], first_last(MOST_TRACED, "a trace of more is too large to open")]
@@ -444,6 +463,8 @@ class ProbeConfig:
     """Probes of the frozen encoder's mean-pooled features: knn, linear, both, or [] = none."""
     every_steps: Annotated[int | None, at_least(1)]
     """Steps between probes during training, and one at the end; null = at the end only."""
+    before_first_step: bool
+    """Also probe the weights that a new run starts from; the report sets these scores beside the last ones."""
     shards: Annotated[str | None, PATH]
     """Labelled images that the probes are fitted on, in data.shards' notation; null = data.shards."""
     eval_shards: Annotated[str | None, PATH]
@@ -513,5 +534,7 @@ TASKS: dict[str, type[TaskConfig]] = {
 """The tasks by name: a line each.  What else is known of one stands in its class and in its implementation."""
 
 
-SPLITS = "data.eval_splits."
-"""Below it the user's own names begin."""
+SPLITS, MIX = "data.eval_splits.", "data.mix."
+"""Below them the user's own names begin."""
+OWN_ENTRIES: dict[str, tuple[str, type]] = {SPLITS: ("split", EvalSplitConfig), MIX: ("source", MixSourceConfig)}
+"""What is below each: what it is called, and its keys."""

@@ -75,7 +75,7 @@ def _limit_later_groups(timeout: datetime.timedelta) -> None:
     before a hang is diagnosed, and gloo's at 30.
     """
     dist.distributed_c10d.default_pg_timeout = timeout
-    dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
 def shutdown_distributed() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_train.config import ConfigError, Recompute, parse_recompute
+from swinv2_train.engine.host_copies import HostCopies
 
 Forward = Callable[..., Any]
 
@@ -40,6 +41,7 @@ def apply_recompute(module: nn.Module, policy: str, block_types: tuple[type[nn.M
             f"model.recompute ({policy}): the model's blocks ({len(blocks)} {names}) leave nothing to recompute; "
             "set model.recompute=none"
         )
+    again = functools.partial(_cpu, HostCopies()) if recompute.place == "cpu" else _PLACES.get(recompute.place, _stay)
     for target in targets:
         assert "forward" not in vars(target), "this module is recomputed already"
         if recompute.place == "fairscale":
@@ -48,9 +50,7 @@ def apply_recompute(module: nn.Module, policy: str, block_types: tuple[type[nn.M
             checkpoint_wrapper(target, offload_to_cpu=True)
         else:
             # Through a weak reference: a module that holds itself in a cycle is freed late, and its memory with it.
-            vars(target)["forward"] = functools.partial(
-                _recomputed, _PLACES[recompute.place], type(target).forward, weakref.ref(target)
-            )
+            vars(target)["forward"] = functools.partial(_recomputed, again, type(target).forward, weakref.ref(target))
     return len(targets)
 
 
@@ -85,17 +85,17 @@ def _stay(run: Forward, x: Tensor, *rest: Any) -> Any:
     return checkpoint(run, x, *rest, use_reentrant=False)
 
 
-def _cpu(run: Forward, x: Tensor, *rest: Any) -> Any:
-    with _saved_on_cpu(x):  # of all that is saved, the checkpoint leaves its input alone to these hooks
+def _cpu(copies: HostCopies, run: Forward, x: Tensor, *rest: Any) -> Any:
+    with _saved_on_cpu(copies, x):  # of all that is saved, the checkpoint leaves its input alone to these hooks
         return _stay(run, x, *rest)
 
 
-def _saved_on_cpu(x: Tensor) -> AbstractContextManager[Any]:
+def _saved_on_cpu(copies: HostCopies, x: Tensor) -> AbstractContextManager[Any]:
     if x.is_meta:  # a shape moves nowhere, but it must not count as kept on the device either
         return torch.autograd.graph.saved_tensors_hooks(
             lambda saved: (saved.shape, saved.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device="meta")
         )
-    return torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
+    return torch.autograd.graph.saved_tensors_hooks(copies.keep, copies.fetch)
 
 
 def _partitioned(run: Forward, x: Tensor, *rest: Any) -> Any:
@@ -109,7 +109,7 @@ def _partitioned(run: Forward, x: Tensor, *rest: Any) -> Any:
     return checkpointing.checkpoint(lambda alias: run(alias, *rest), x.view_as(x))
 
 
-_PLACES: dict[str, Callable[..., Any]] = {"stay": _stay, "cpu": _cpu, "partitioned": _partitioned}
+_PLACES: dict[str, Callable[..., Any]] = {"stay": _stay, "partitioned": _partitioned}
 
 
 def recompute_warning(policy: str) -> str | None:

@@ -10,7 +10,7 @@ from torch import nn
 from swinv2_train.config import Config, EngineConfig
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
-from swinv2_train.engine.compile import compile_blocks
+from swinv2_train.engine.compile import compile_blocks, compile_choice
 from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.engine.deepspeed.engine import ZeroEngine
 from swinv2_train.engine.deepspeed.memory import zero_memory
@@ -52,8 +52,8 @@ def build_engine(
     check_engine(config.engine)
     assert accumulation_steps >= 1, accumulation_steps
     apply_recompute(module, config.model.recompute, block_types)
-    if config.model.compile == "blocks":
-        compile_blocks(module, block_types)
+    if compile_choice(config, world.device.type).blocks:
+        compile_blocks(module, block_types, fall_back=config.model.compile == "auto")
     return ENGINES[config.engine.name].build(module, param_groups, config, world, accumulation_steps, block_types)
 
 

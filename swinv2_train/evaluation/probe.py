@@ -94,7 +94,7 @@ def _images(config: Config) -> tuple[_Images, _Images]:
     def images(name: str) -> _Images:
         own = getattr(config.probe, name)
         if own is None:
-            return _Images(f"probe.{name}", f"data.{name}", getattr(config.data, name))
+            return _Images(f"probe.{name}", f"data.{name}", getattr(config.data, name) or None)
         return _Images(f"probe.{name}", f"probe.{name}", own)
 
     return images("shards"), images("eval_shards")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinv2_train.models.cache import cached_table
 from swinv2_train.models.patch_conv import PatchConv2d
 from swinv2_train.models.precision import at_least_float32
 from swinv2_train.models.swin_v2 import SwinTransformerV2
@@ -59,19 +62,42 @@ def local_statistics(images: Tensor, window_px: int, measured: Tensor | None = N
         square = _window_sums(known**2, window_px) / counts.clamp(min=1)
         variance = ((square - mean**2) * (counts / (counts - 1).clamp(min=1))).clamp(min=0)
         return mean, (variance + 1e-6) ** 0.5
-    pad = window_px // 2
-    mean = F.avg_pool2d(images, window_px, stride=1, padding=pad, count_include_pad=False)
-    square = F.avg_pool2d(images**2, window_px, stride=1, padding=pad, count_include_pad=False)
-    count = F.avg_pool2d(
-        torch.ones_like(images), window_px, stride=1, padding=pad, count_include_pad=True, divisor_override=1
-    )
+    mean, square = (_box_mean(x, window_px) for x in (images, images**2))
+    height, width = images.shape[-2:]
+    count = _pixels_in_window((height, width), window_px, images.dtype, images.device)
     variance = ((square - mean**2) * (count / (count - 1))).clamp(min=0)
     return mean, (variance + 1e-6) ** 0.5
 
 
+def _box_mean(values: Tensor, window_px: int) -> Tensor:
+    """Mean of the square window around every pixel, along rows and then along columns: 2 x window_px reads a pixel.
+
+    All rows of a window are equally long, at a border too, so the mean of their means is the window's.  A difference of
+    cumulative sums would read two, and lose the digits of a sum over the whole image.
+    """
+    return _along_both_sides(values, window_px, count_include_pad=False)
+
+
 def _window_sums(values: Tensor, window_px: int) -> Tensor:
     """(B, C, H, W) -> the same shape: the sum over the window around every pixel."""
-    return F.avg_pool2d(values, window_px, stride=1, padding=window_px // 2, divisor_override=1)
+    return _along_both_sides(values, window_px, divisor_override=1)
+
+
+def _along_both_sides(values: Tensor, window_px: int, **pool: Any) -> Tensor:
+    for kernel, padding in (((1, window_px), (0, window_px // 2)), ((window_px, 1), (window_px // 2, 0))):
+        values = F.avg_pool2d(values, kernel, stride=1, padding=padding, **pool)
+    return values
+
+
+@cached_table
+def _pixels_in_window(size: tuple[int, int], window_px: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How many pixels of a map of this size are in the window around each: (H, W)."""
+    reach = window_px // 2
+    sides = []
+    for length in size:
+        at = torch.arange(length, device=device)
+        sides.append((at + reach + 1).clamp(max=length) - (at - reach).clamp(min=0))
+    return torch.outer(*sides).to(dtype)
 
 
 class SimMIM(nn.Module):
@@ -105,12 +131,16 @@ class SimMIM(nn.Module):
         mask: Tensor | None = None,
         weight: Tensor | None = None,
         measured: Tensor | None = None,
+        by_image: bool = False,
     ) -> dict[str, Tensor]:
         """images: (B, C, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool, True where hidden.
         weight: (B,), how much each image counts in the loss; None = 1.  measured: (B, C, H, W) bool, False for values
         that are no target (images has any finite number there); None = all are.
 
-        Returns {"loss": (), "reconstruction": (B, C, H, W)}, both at least float32.  Where the encoder padded odd maps
+        Returns {"loss": (), "reconstruction": (B, C, H, W)}, both at least float32; by_image adds each image's own
+        "image_losses" and what it counts, "image_counts", (B,) each, without gradients.
+
+        Where the encoder padded odd maps
         before merging, what the decoder says beyond the image is cut off.  Without a mask nothing is hidden or
         predicted: {"features": (B, num_features)}, the encoder's pooled_features.  Raises ValueError for other shapes.
         """
@@ -123,7 +153,14 @@ class SimMIM(nn.Module):
         if self.norm_target is not None:
             target = norm_target(target, self.norm_target, measured)
         hidden = target_weights(mask, self.encoder.patch_size, weight, measured, self.norm_target).to(target.dtype)
-        return {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}
+        outputs = {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}
+        if by_image:
+            with torch.no_grad():
+                whole = hidden.expand_as(target).flatten(1)
+                outputs["image_counts"] = whole.sum(1)
+                errors = ((reconstruction - target).abs().flatten(1) * whole).sum(1)
+                outputs["image_losses"] = errors / outputs["image_counts"].clamp(min=1e-12)
+        return outputs
 
 
 def encoder_of(model: SwinTransformerV2 | SimMIM) -> SwinTransformerV2:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._distributed_c10d import Work
+from torch.distributed import ProcessGroup, Work
+
+_COLLECTIVES = (
+    "allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier", "gather", "scatter", "alltoall",
+    "alltoall_base", "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base",
+    "reduce_scatter", "reduce_scatter_tensor_coalesced", "_reduce_scatter_base", "_end_coalescing",
+    "all_gather_single", "all_gather_single_coalesced", "all_to_all_single", "gather_single",
+    "reduce_scatter_single", "reduce_scatter_single_coalesced",
+)  # fmt: skip
+"""What torch.distributed asks of a group, by the names of every version that is supported."""
 
 STRAGGLER_RATIO = 1.25
 """A rank whose own time is more than this many times the median of all ranks is a straggler."""
@@ -20,15 +29,17 @@ STREAK_LENGTH = 3
 class ComputeTimer:
     """What a rank spends in a piece of work apart from waiting in collectives.
 
-    A wait is what its stream (on CUDA) or its thread (on a CPU) spends in Work.wait, through which torch's and
-    DeepSpeed's collectives all go.  On CUDA, collectives that overlap with the computation count as waits too, so there
-    the numbers compare ranks with each other and are no shares of the step.
+    A wait is what its stream (on CUDA) or its thread (on a CPU) spends in a collective of a process group, or waiting
+    for one that was begun: NCCL runs one that nobody asked to be asynchronous on the stream that computes, without a
+    Work to wait for.  On CUDA, collectives that overlap with the computation count as waits too, so there the numbers
+    compare ranks with each other and are no shares of the step.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._whole: list[Any] = []
         self._waits: list[Any] = []
+        self._is_waiting = False
 
     @contextmanager
     def measured(self, wanted: bool = True) -> Iterator[None]:
@@ -37,29 +48,40 @@ class ComputeTimer:
         if not wanted:
             yield
             return
-        plain = Work.wait
-
-        def wait(work: Work, *arguments: Any, **more: Any) -> Any:
-            with self._span(self._waits):
-                return plain(work, *arguments, **more)
-
-        Work.wait = wait  # type: ignore[method-assign,assignment]
+        places = [(ProcessGroup, name) for name in _COLLECTIVES if name in vars(ProcessGroup)] + [(Work, "wait")]
+        plain = [(owner, name, vars(owner)[name]) for owner, name in places]  # getattr would bind them to nothing
+        for owner, name in places:
+            setattr(owner, name, self._waiting(getattr(owner, name)))
         try:
             with self._span(self._whole):
                 yield
         finally:
-            Work.wait = plain  # type: ignore[method-assign]
+            for owner, name, method in plain:
+                setattr(owner, name, method)
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """What happens inside does not count."""
-        with self._span(self._waits):
-            yield
+        self._is_waiting = True
+        try:
+            with self._span(self._waits):
+                yield
+        finally:
+            self._is_waiting = False
 
     def read(self) -> float:
         """Its own seconds in the last measured piece, 0 where it was not wanted.  On CUDA this waits for the device."""
         whole, waits = (sum(map(self._seconds, spans)) for spans in (self._whole, self._waits))
         return max(0.0, whole - waits)
+
+    def _waiting(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            if self._is_waiting:  # a wait within a wait counts once
+                return method(*arguments, **more)
+            with self.excluded():
+                return method(*arguments, **more)
+
+        return call
 
     @contextmanager
     def _span(self, spans: list[Any]) -> Iterator[None]:

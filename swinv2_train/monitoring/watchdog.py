@@ -121,6 +121,18 @@ class RankActivity:
         return (last_time - first_time) / (last_step - first_step) * max(0, total_steps - last_step)
 
 
+def timeout_warning(config: RuntimeConfig, world_size: int) -> str | None:
+    """A line for the user where the process group gives up before a hang could be diagnosed; None where it does not."""
+    hang_sec, group_sec = config.hang_timeout_sec, config.process_group_timeout_sec
+    if world_size == 1 or hang_sec is None or hang_sec < group_sec:
+        return None
+    return (
+        f"runtime.hang_timeout_sec ({hang_sec:g}) is not below runtime.process_group_timeout_sec ({group_sec}): a hang "
+        "ends the run by a collective's own limit, and nobody says which rank was waited for; lower the one or raise "
+        "the other"
+    )
+
+
 class Heartbeat:
     """Writes a rank's signs of life until close(), and ends the process when the rank hangs.
 

@@ -11,10 +11,16 @@ and counted on 2 and 4 ranks (benchmarks/communication_volume_cpu_202611.md):
 | ZeRO-2 | A all-reduces of wN | all-gather of wN, a norm for each parameter group |
 | ZeRO-3 | A times: all-gathers of wG, reduce-scatters of wN | the small parameters, one gather each; the norms |
 
+The last bucket of each micro-batch has no pass left to go on beside.  Under ZeRO-1 and 2 the passes also wait, when a
+bucket is full, until the one before it has been summed (average_tensor of stage_1_and_2.py lets the current stream wait
+for the stream of reductions; DeepSpeed #8364), so a sum goes on beside the filling of one bucket and no more: what a
+fabric is too slow for there shows up as exposed, bucket by bucket, if all buckets take equally long to fill.
+
 G: what stays whole from one pass to the next is gathered once, everything else twice.  That is the last block, blocks
 before it as far as engine.max_reuse_distance reaches, and all layers outside of blocks (whose reuse DeepSpeed looks for
 without counting the blocks in between).  Recomputation adds nothing: a block computed again has been gathered for its
-backward pass.  Small are parameters of at most engine.persistence_threshold elements.
+backward pass.  Small are parameters of at most engine.persistence_threshold elements.  With
+engine.communication_data_type=fp32 the sums and scatters of bf16 gradients have 4 bytes an element.
 
 Ring algorithms: a rank sends (W-1)/W of what is gathered or scattered and twice that of what is summed, and receives as
 much; all cards of a node carry the rings' traffic together, so the ring is as fast as the slower of a rank's link in
@@ -30,7 +36,7 @@ from dataclasses import dataclass
 
 from swinv2_train.config import EngineConfig, HardwareConfig
 from swinv2_train.engine.deepspeed.buckets import buckets_of
-from swinv2_train.engine.deepspeed.memory import EXCHANGED_TOGETHER
+from swinv2_train.engine.deepspeed.memory import EXCHANGED_TOGETHER, summed_bytes
 from swinv2_train.engine.model_sizes import ModelSizes
 from swinv2_train.planning.hardware import required
 
@@ -50,6 +56,8 @@ class Collective:
     calls: int
     beside: float
     """Share of the passes that it can go on beside; 0 = it comes after them."""
+    last: float = 0.0
+    """Share of it that comes when the passes are over in any case: what is in the last bucket."""
 
     def sent(self, ranks: int) -> float:
         """Bytes that one rank sends, and receives."""
@@ -63,7 +71,7 @@ def collectives(
     if ranks == 1 or config.name == "local":
         return []
     stage, n, w = config.zero_stage, sizes.parameters, 2 if config.precision == "bf16" else 4
-    buckets = buckets_of(config, sizes.layers)
+    buckets, g = buckets_of(config, sizes.layers), summed_bytes(config)
     norms = Collective(SUM, "norms", NORM_BYTES * len(sizes.groups), len(sizes.groups), 0.0)
     if stage == 3:
         return _zero_3(config, sizes, accumulation, backward) + [norms]
@@ -73,10 +81,11 @@ def collectives(
     pieces = sum(max(1, group // buckets.reduce_bucket_size) for group in sizes.groups)
     weights = Collective(GATHER, "weights", w * n, pieces, 0.0)
     if stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
-        return [Collective(SUM, "gradients", w * n, -(-n // EXCHANGED_TOGETHER), 0.0), weights]
+        return [Collective(SUM, "gradients", g * n, -(-n // EXCHANGED_TOGETHER), 0.0), weights]
     times = accumulation if stage == 2 else 1
     beside = backward * times / accumulation if config.overlap_comm else 0.0
-    return [Collective(SUM, "gradients", times * w * n, times * reductions, beside), weights, norms]
+    last = _last_bucket(n, buckets.reduce_bucket_size)
+    return [Collective(SUM, "gradients", times * g * n, times * reductions, beside, last), weights, norms]
 
 
 def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward: float) -> list[Collective]:
@@ -97,9 +106,21 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward
     beside = (1.0, backward) if config.overlap_comm else (0.0, 0.0)
     return [
         Collective(GATHER, "weights", w * accumulation * gathered, accumulation * gathers, beside[0]),
-        Collective(SCATTER, "gradients", w * accumulation * sizes.parameters, accumulation * scatters, beside[1]),
+        Collective(
+            SCATTER,
+            "gradients",
+            summed_bytes(config) * accumulation * sizes.parameters,
+            accumulation * scatters,
+            beside[1],
+            _last_bucket(sizes.parameters, buckets.reduce_bucket_size),
+        ),
         Collective(GATHER, "small parameters", w * sum(small), len(small), 0.0),
     ]
+
+
+def _last_bucket(parameters: int, bucket: int) -> float:
+    """Share of the gradients in the last of a pass's buckets, which is sent when the pass is over."""
+    return (parameters - (-(-parameters // bucket) - 1) * bucket) / parameters
 
 
 def num_nodes(hardware: HardwareConfig, ranks: int) -> int:

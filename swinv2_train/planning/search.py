@@ -6,11 +6,12 @@ import copy
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig
 from swinv2_train.engine.build import engine_memory
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.engine.memory import EngineMemory
 from swinv2_train.monitoring.console import counted
 from swinv2_train.planning.memory import MemoryPlan, extrapolated, memory_by_phase, model_sizes
@@ -107,6 +108,7 @@ class Search:
         """A setting with the memory and speed that the plan of it says."""
         engine = self._engine(setting)
         trace = self._trace(setting, engine.kept_gradient_bytes)
+        trace = trace.compiled() if self._compiles(setting) else trace
         return self._candidate(setting, engine, trace, pass_seconds(self.hardware, trace))
 
     def preference(self, candidate: Candidate) -> tuple[float, int, bool, bool, int, int]:
@@ -141,12 +143,15 @@ class Search:
                 two = self._trace(Setting(stage, recompute, stages, 2 * FEW), 0)
                 for size in sizes:
                     trace = extrapolated(one, two, size / FEW)
-                    passes = extrapolated_pass(self.hardware, one, two, size / FEW)
-                    if size == 1:
-                        passes = passes.times(1 - SLACK)
+                    passes: dict[bool, PassSeconds] = {}
                     for zero_stage in _zero_stages(self.config):
                         setting = Setting(zero_stage, recompute, stages, size)
-                        yield self._candidate(setting, self._engine(setting), trace, passes)
+                        compiles = self._compiles(setting)
+                        if compiles not in passes:
+                            pair = (one.compiled(), two.compiled()) if compiles else (one, two)
+                            seconds = extrapolated_pass(self.hardware, *pair, size / FEW)
+                            passes[compiles] = seconds.times(1 - SLACK) if size == 1 else seconds
+                        yield self._candidate(setting, self._engine(setting), trace, passes[compiles])
 
     def _candidate(self, setting: Setting, engine: EngineMemory, trace: Trace, passes: PassSeconds) -> Candidate:
         chosen = apply(self.config, setting)
@@ -159,10 +164,15 @@ class Search:
         engine = apply(self.config, setting).engine
         return engine_memory(engine, self.sizes, self.num_gpus, accumulation, self.on_cpu, ema)
 
+    def _compiles(self, setting: Setting) -> bool:
+        return compile_choice(apply(self.config, setting), str(self.hardware.device), here=False).blocks
+
     def _trace(self, setting: Setting, kept_gradient_bytes: float) -> Trace:
         key = (setting.recompute, setting.sequential_stages, setting.micro_batch_size, kept_gradient_bytes)
         if key not in self._traces:
-            self._traces[key] = trace_step(apply(self.config, setting), kept_gradient_bytes, self.on_cpu)
+            config = apply(self.config, setting)
+            config = replace(config, model=replace(config.model, compile="none"))  # which follows from the stage too
+            self._traces[key] = trace_step(config, kept_gradient_bytes, self.on_cpu)
         return self._traces[key]
 
 

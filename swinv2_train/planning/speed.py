@@ -207,7 +207,11 @@ def _communication(
 ) -> tuple[float, float, float]:
     """Seconds (hidden behind the passes, that the step waits for bytes, that it waits for messages)."""
     room = accumulation * passes.total
-    parts = [(seconds(each, hardware, ranks), each.beside) for each in sent]
+    parts = []
+    for each in sent:
+        for_bytes, for_messages = seconds(each, hardware, ranks)
+        for share, beside in ((1 - each.last, each.beside), (each.last, 0.0)):
+            parts.append(((share * for_bytes, share * for_messages), beside))
     if hardware.device == "cuda":  # block inputs go to CPU memory and come back
         moved = 2 * passes.moved_to_host * accumulation / (required(hardware.host_gb_per_sec) * 1e9)
         parts.append(((moved, 0.0), 1.0))

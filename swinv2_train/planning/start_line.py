@@ -9,9 +9,11 @@ import torch
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.monitoring.metrics import device_peak_flops
 from swinv2_train.planning.table import time_text
+from swinv2_train.runtime import arithmetic_record
 from swinv2_train.runtime.cpu_speed import CpuSpeed, cpu_speed, slow_bf16
 from swinv2_train.tasks.task import Task
 
@@ -28,8 +30,15 @@ class Start:
     engine: str
     parameters: int
     attention: str
+    """fused, or reference where no stage is."""
+    attention_paths: dict[str, str]
+    """How each stage attends, and why (training/attention_paths.py)."""
+    compile: str
+    """blocks or none, and why."""
     step_sec: float | None
     """Expected seconds of a step, by arithmetic alone; None where the device's rate is not known."""
+    arithmetic: dict[str, Any]
+    """TF32, cuDNN's choices, deterministic operations (runtime/arithmetic.py)."""
     slow_bf16: str | None
     """What is said of bf16 on this processor; None where it is not used or as fast as it should be."""
 
@@ -37,7 +46,7 @@ class Start:
         """For the console."""
         parts = [
             f"{self.device}, {self.precision}, {self.engine}, {self.parameters / 1e6:,.1f} M parameters",
-            f"{self.attention} attention",
+            f"{self.attention} attention, compiled: {self.compile}",
         ]
         if self.step_sec is not None:
             left = time_text(steps_left * self.step_sec)
@@ -49,7 +58,7 @@ class Start:
         return asdict(self)
 
 
-def describe_start(config: Config, world: World, task: Task) -> Start:
+def describe_start(config: Config, world: World, task: Task, attention_paths: dict[str, str]) -> Start:
     """What this start computes with.  task: as it is trained, its attention chosen.
 
     On a CPU the time follows from the rate that was measured on this machine (runtime/cpu_speed.py).
@@ -64,7 +73,10 @@ def describe_start(config: Config, world: World, task: Task) -> Start:
         engine="plain torch" if name == "local" else f"DeepSpeed ZeRO-{config.engine.zero_stage}",
         parameters=parameters,
         attention="fused" if fused else "reference",
+        attention_paths=attention_paths,
+        compile=str(compile_choice(config, world.device.type)),
         step_sec=_step_sec(config, world, task, speed),
+        arithmetic=arithmetic_record(),
         slow_bf16=slow_bf16(speed) if speed is not None and precision == "bf16" else None,
     )
 

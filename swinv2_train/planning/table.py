@@ -6,6 +6,7 @@ import dataclasses
 
 from swinv2_train.config import Config, HardwareConfig
 from swinv2_train.planning.communication import sent_by_card, total_sent
+from swinv2_train.planning.hardware import required
 from swinv2_train.planning.memory import MemoryPlan
 from swinv2_train.planning.scaling import Curve
 from swinv2_train.planning.speed import SpeedPlan, planned_mfu
@@ -44,6 +45,13 @@ def verdict(plan: MemoryPlan, hardware: HardwareConfig, num_gpus: int) -> str:
         f"fits on {where}: peak {plan.peak / GIB:.2f} GiB in the {plan.peak_phase} of {plan.available / GIB:.1f} GiB, "
         f"{100 * share:.0f} % free (margin asked for: {100 * plan.margin:.0f} %)"
     )
+
+
+def reserved_line(hardware: HardwareConfig) -> str:
+    """What of the device's memory the plan does not count on, and what for."""
+    reserved, memory = required(hardware.reserved_gib), required(hardware.memory_gib)
+    for_what = "" if hardware.device == "cpu" else ": CUDA's context, NCCL's buffers, workspaces, fragments"
+    return f"set aside: {reserved:.3g} of {memory:.3g} GiB (hardware.reserved_gib{for_what}; an assumption)"
 
 
 def host_line(plan: MemoryPlan, hardware: HardwareConfig, num_gpus: int) -> str:

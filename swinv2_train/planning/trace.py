@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_train.config import Config
 from swinv2_train.engine.activation_checkpointing import apply_recompute
+from swinv2_train.engine.compile import compile_choice
 from swinv2_train.models import SwinTransformerV2, count_parameters
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cache import TABLES as TABLE_CACHE
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.precision import Float32LayerNorm
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.planning.meta_cache import Results, signature
-from swinv2_train.planning.op_cost import Operation, cost_of
+from swinv2_train.planning.op_cost import Operation, cost_of, fused, is_fused
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 
@@ -34,6 +36,8 @@ CPU_ALLOCATION_UNIT = 64
 """Bytes to which torch aligns an allocation in CPU memory (c10/core/alignment.h)."""
 META = torch.device("meta")
 FORWARD, BACKWARD = "forward", "backward"
+ENDS = "ends"
+"""What is in no stage: patch embedding, head, loss."""
 ATTENTION, OTHER, TABLES = "attention", "other", "tables"
 
 aten = torch.ops.aten
@@ -76,6 +80,8 @@ class Trace:
     host_bytes: int
     """What the inputs of recomputed modules take in CPU memory, where the policy keeps them there."""
     operations: list[Operation]
+    fusable: list[bool]
+    """Whether torch.compile may make one of an operation and its neighbours: elementwise, and inside of a block."""
     num_parameters: int
     weight_bytes: int
     forward_operations: int
@@ -91,6 +97,14 @@ class Trace:
     def backward(self) -> Peak:
         return max(self.backward_peaks, key=lambda peak: peak.total)
 
+    def compiled(self) -> Trace:
+        """The same with compiled blocks: fewer operations, which move less (op_cost.fused); memory as it was."""
+        n = self.forward_operations
+        forward = fused(self.operations[:n], self.fusable[:n])
+        operations = forward + fused(self.operations[n:], self.fusable[n:])
+        fusable = [False] * len(operations)
+        return replace(self, operations=operations, fusable=fusable, forward_operations=len(forward))
+
     @property
     def flops(self) -> int:
         return sum(operation.flops for operation in self.operations)
@@ -105,6 +119,10 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
         task = build_task(config, META)
     if config.engine.precision == "bf16":
         task.module.bfloat16()
+    if on_cpu:
+        for module in task.module.modules():
+            if isinstance(module, Float32LayerNorm):
+                module.meta_stands_for = "cpu"
     policy = config.model.recompute.removesuffix(
         "@partitioned"
     )  # which frees nothing (engine/activation_checkpointing.py)
@@ -152,17 +170,19 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
     backward = counter.peaks()
     for handle in handles:
         handle.remove()
-    return Trace(
+    trace = Trace(
         forward_peaks=forward,
         backward_peaks=backward,
         gradients=counter.gradients,
         host_bytes=counter.host,
         operations=counter.operations,
+        fusable=counter.fusable,
         num_parameters=count_parameters(module),
         weight_bytes=sum(weights.values()),
         forward_operations=counter.forward_operations,
         model_flops_per_image=6 * task.multiply_adds,
     )
+    return trace.compiled() if compile_choice(config, "cpu" if on_cpu else "cuda", here=False).blocks else trace
 
 
 def _parts(encoder: SwinTransformerV2) -> Iterator[tuple[nn.Module, str]]:
@@ -228,8 +248,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unit = unit
         self.on_cpu = on_cpu
         self.phase = FORWARD
-        self.where: list[tuple[str, str]] = [("ends", OTHER)]
+        self.where: list[tuple[str, str]] = [(ENDS, OTHER)]
         self.operations: list[Operation] = []
+        self.fusable: list[bool] = []
         self.forward_operations = 0
         self.host = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in outside}  # the engine's, not ours
@@ -271,7 +292,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._find_tables()
         peaks = [self._forward_peak(place, moment) for place, moment in self._at_peak.items()]
         self.phase, self.forward_operations = BACKWARD, len(self.operations)
-        self.where[:] = [("ends", OTHER)]
+        self.where[:] = [(ENDS, OTHER)]
         self._highest.clear()
         self._at_peak.clear()
         self._look()
@@ -372,6 +393,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self._costs:
             self._costs[key] = cost_of(key[0], args, inputs, outputs)
         self.operations.append(self._costs[key])
+        self.fusable.append(self.where[-1][0] != ENDS and is_fused(key[0]))
 
 
 def _by(place: int, owners: dict[tuple[str, str, str], int]) -> dict[str, int]:

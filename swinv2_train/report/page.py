@@ -196,7 +196,9 @@ def page_of(run: RunRecord, total_steps: int | None = None) -> str:
     sections = [
         _header(run, total_steps),
         _tiles(run),
+        _section("What the frozen encoder was worth", _before_and_after(run)),
         _section("Curves", _charts(run)),
+        _section("Sources", _sources(run)),
         _section("Ranks", _ranks(run)),
         _section("Pictures", _pictures(run)),
         _parent_section(parent) if parent is not None else "",
@@ -314,6 +316,26 @@ def _tiles(run: RunRecord) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
+def _before_and_after(run: RunRecord) -> str:
+    """The probes of the weights that the run started from beside the newest; "" for a run without the first."""
+    rows, steps = [], set()
+    for name, label in _PROBES:
+        first = next(iter(zip(*run.curve(name), strict=True)), None)
+        latest = run.latest(name)
+        if first is None or first[0] != 0 or latest is None or latest[0] == 0 or not math.isfinite(first[1]):
+            continue
+        steps.add(latest[0])
+        rows.append((label, f"{first[1]:.2f} %", f"{latest[1]:.2f} %", f"{latest[1] - first[1]:+.2f}"))
+    texts = [str(start.get("start", {}).get("initial_weights", "")) for start in run.starts]
+    started = _folded("Weights that the run started from", next(filter(None, texts), ""))
+    if not rows:
+        return started
+    last = " and ".join(f"{step:,}" for step in sorted(steps))
+    head = f"<tr><th></th><th>before the first step</th><th>after step {last}</th><th>difference</th></tr>"
+    body = "".join("<tr><td>" + "</td><td>".join(map(_esc, row)) + "</td></tr>" for row in rows)
+    return f'<table class="numbers">{head}{body}</table>{started}'
+
+
 def _charts(run: RunRecord, only: int | None = None) -> str:
     """The charts of a run; `only`: how many are in sight, the others folded away."""
     charts, named = [], set(_NO_CHART)
@@ -322,7 +344,13 @@ def _charts(run: RunRecord, only: int | None = None) -> str:
         named |= {name for name, _ in names}
         series = [Series(label, *run.curve(name), smooth=smooth) for name, label in names]
         charts.append(chart(title, series, unit=unit, from_zero=from_zero, x_range=x_range))
-    for name in sorted({key for line in run.metrics for key in line} - named):
+    of_sources = [name for name in _metric_names(run) if name.startswith("mix/")]
+    named |= set(of_sources)
+    series = [
+        Series(name.split("/")[1], *run.curve(name), smooth=True) for name in of_sources if name.endswith("/loss")
+    ]
+    charts.append(chart("Loss of each source", series, x_range=x_range))
+    for name in sorted(set(_metric_names(run)) - named):
         charts.append(chart(metric_words(name), [Series(name, *run.curve(name))], x_range=x_range))
     charts = [drawn for drawn in charts if drawn]
     if not charts:
@@ -334,6 +362,31 @@ def _charts(run: RunRecord, only: int | None = None) -> str:
         else ""
     )
     return f'<div class="charts">{"".join(shown)}</div>{more}'
+
+
+def _metric_names(run: RunRecord) -> list[str]:
+    return sorted({key for line in run.metrics for key in line})
+
+
+def _sources(run: RunRecord) -> str:
+    """What each source of a mixture has contributed."""
+    names = [name.split("/")[1] for name in _metric_names(run) if re.fullmatch(r"mix/[^/]+/images", name)]
+    latest = {name: run.latest(f"mix/{name}/images") for name in names}
+    images = {name: found[1] for name, found in latest.items() if found is not None}
+    total = sum(images.values())
+    rows = ""
+    for name, count in images.items():
+        passes, loss = run.latest(f"mix/{name}/passes"), run.latest(f"mix/{name}/loss")
+        cells = (
+            name,
+            f"{100 * count / total:.2f} %" if total else "–",
+            f"{count:,.0f}",
+            value_text(passes[1] if passes else None),
+            value_text(loss[1] if loss else None),
+        )
+        rows += "<tr><td>" + "</td><td>".join(map(_esc, cells)) + "</td></tr>"
+    head = "<tr><th>source</th><th>share</th><th>images so far</th><th>passes over it</th><th>training loss</th></tr>"
+    return f'<table class="numbers">{head}{rows}</table>' if rows else ""
 
 
 def metric_words(name: str) -> str:
@@ -456,10 +509,16 @@ def _environment_value(value: Any) -> str:
     if value is None or value == []:
         return "–"
     if isinstance(value, Mapping):
-        return "<br>".join(f"{_esc(str(k))} {_esc('–' if v is None else str(v))}" for k, v in value.items())
+        return "<br>".join(f"{_esc(str(k))} {_inner_value(v)}" for k, v in value.items())
     if isinstance(value, list):
         return _esc(" ".join(" ".join(map(str, v.values())) if isinstance(v, Mapping) else str(v) for v in value))
     return _esc(str(value))
+
+
+def _inner_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return _esc("; ".join(f"{key}: {'–' if each is None else each}" for key, each in value.items()))
+    return _esc("–" if value is None else str(value))
 
 
 def _section(title: str, body: str) -> str:

@@ -3,8 +3,10 @@
 Knows config and storage alone.
 """
 
+from swinv2_train.runtime.arithmetic import arithmetic, arithmetic_record, check_workspace
 from swinv2_train.runtime.environment import (
     RECORDED_PACKAGES,
+    amend_start,
     environment_record,
     git_commit,
     read_environment,
@@ -27,7 +29,11 @@ __all__ = [
     "STOP_SIGNALS",
     "StopNow",
     "StopRequest",
+    "amend_start",
+    "arithmetic",
+    "arithmetic_record",
     "available_cores",
+    "check_workspace",
     "environment_record",
     "git_commit",
     "keep_random_state",

@@ -37,7 +37,7 @@ _STARTS = listing(
     record(
         {},
         may={
-            "start": record({}, may={"precision": text(20), "slow_bf16": optional(text(1000))}),
+            "start": record({}, may={"precision": text(20), "compile": text(200), "slow_bf16": optional(text(1000))}),
             "started_at": text(100), "hostname": text(300), "world_size": whole(), "cpu_cores": optional(whole()),
             "gpus": optional(listing(record({}, may={"name": text(300)}))), "versions": mapping(optional(text(300))),
         },
@@ -83,6 +83,20 @@ def record_environment(run_dir: Path, world_size: int, start: Mapping[str, Any] 
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(starts, indent=2) + "\n")
     return record
+
+
+def amend_start(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Put facts of the newest start, which became others while it ran, in place of those kept as "start".
+
+    On rank 0.  What cannot be written is said on stderr alone: the run counts.
+    """
+    starts = read_environment(run_dir)
+    if starts:
+        starts[-1]["start"] = {**starts[-1].get("start", {}), **facts}
+        try:
+            replace_text(run_dir / "environment.json", json.dumps(starts, indent=2) + "\n")
+        except OSError as error:
+            print(f"environment.json keeps what was true at the start: {error}", file=sys.stderr)
 
 
 def read_environment(run_dir: Path) -> list[dict[str, Any]]:

@@ -125,6 +125,8 @@ class ClassifyTask:
         logits = forward(images=images).float()  # (B, classes)
         labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
         losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        if "sources" in batch:  # with mixup and cutmix, by the label of the image itself
+            batch["image_losses"] = losses.detach(), weight
         if kept is None:
             return _mean(losses, weight)
         partners = F.cross_entropy(logits, labels.flip(0), label_smoothing=self.label_smoothing, reduction="none")

@@ -85,7 +85,10 @@ class SimMIMTask:
         return {**meta_images(size, self.encoder.img_size, self.bands), "mask": mask}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        return self._outputs(forward, batch)["loss"]
+        outputs = self._outputs(forward, batch)
+        if "sources" in batch:
+            batch["image_losses"] = outputs["image_losses"], outputs["image_counts"]
+        return outputs["loss"]
 
     def count(self, batch: Batch) -> float:
         if self.normalise.nodata:
@@ -143,6 +146,8 @@ class SimMIMTask:
         measured = self.normalise.measured(batch["images"])
         if measured is not None:
             inputs["measured"] = measured.to(inputs["images"].device)
+        if "sources" in batch:
+            inputs["by_image"] = True
         outputs: dict[str, Tensor] = forward(**inputs)
         return outputs
 

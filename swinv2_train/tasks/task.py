@@ -91,7 +91,11 @@ class Task(Protocol):
         """What a user should know of the training images at the start."""
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """The loss of a training batch, () float32: the mean over its images, weighted by batch["weight"]."""
+        """The loss of a training batch, () float32: the mean over its images, weighted by batch["weight"].
+
+        Of several sources batch["sources"] holds the number of each image's, (B,) int64; then batch["image_losses"] is
+        to become (each image's own loss, what it counts), both (B,) and without gradients: so each source's is logged.
+        """
 
     def count(self, batch: Batch) -> float:
         """What the loss of a training batch is the mean over: its images or hidden pixels, weighted by batch["weight"].

@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from swinv2_train.checkpoint import checkpoint_classes, device_note, ema_note, load_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.command_line import load_run_config
@@ -21,20 +19,20 @@ from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, difference, matched
+from swinv2_train.data.sources.mixture import Mixture, open_mixture
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
-from swinv2_train.distributed import World, gather_objects
+from swinv2_train.distributed import World
 from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
-from swinv2_train.models.attention import WindowAttention
-from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import RankActivity
-from swinv2_train.runtime import StopRequest, record_environment, seed_everything
+from swinv2_train.monitoring.watchdog import RankActivity, timeout_warning
+from swinv2_train.runtime import StopRequest, amend_start, record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.task import Task
+from swinv2_train.training.attention_paths import AttentionPaths
 from swinv2_train.training.initial_values import InitialValues
 from swinv2_train.training.initial_weights import Initial
 from swinv2_train.training.length_warnings import length_warnings
@@ -79,6 +77,15 @@ def build_run(
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
+    activity = activity or RankActivity()
+
+    def paths_changed(paths: dict[str, str]) -> None:
+        activity.publish(attention=paths)
+        if world.is_main:
+            amend_start(Path(config.run_dir), {"attention_paths": paths})
+
+    attention = AttentionPaths(config, world, task.encoder, log.say, paths_changed)
+    activity.publish(attention=attention.record())
     engine = build_engine(task.module, param_groups, config, world, accumulation, task.block_types)
     seed_everything(config.seed, world.rank)
     state: dict[str, Any] = {"step": 0, "images_seen": 0}
@@ -97,10 +104,12 @@ def build_run(
                 log.say(f"warning: {not_finite}")
     if isinstance(sources.training, Stream):
         log.say(NOT_ELASTIC)
-    if warning := recompute_warning(config.model.recompute):
-        log.say(f"warning: {warning}")
-    if config.model.attention == "fused" and (problem := without_fused(task.module, world)) is not None:
-        log.say(f"note: model.attention (fused) is not used: {problem}; the reference serves")
+    for warning in (
+        recompute_warning(config.model.recompute),
+        timeout_warning(config.runtime, world.world_size),
+    ):
+        if warning is not None:
+            log.say(f"warning: {warning}")
     loader = build_train_loader(
         sources.training, config.data, task.train_transform, config.seed, batch, micro_batch,
         world.rank, world.world_size, state["images_seen"],
@@ -123,7 +132,6 @@ def build_run(
     for line in length_warnings(config, length, reached.step):
         log.say(line)
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
-    activity = activity or RankActivity()
     position = Position(
         reached.step, reached.images_seen, loader, world.device, reached.first_batch_size, batch, sources.classes,
         loader.bad_images_before,
@@ -133,6 +141,7 @@ def build_run(
         config=config,
         world=world,
         task=task,
+        attention=attention,
         engine=engine,
         position=position,
         saver=Saver(config, world, engine, position, log, activity, saved_step),
@@ -142,18 +151,6 @@ def build_run(
         accumulation_steps=accumulation,
         length=length,
     )
-
-
-def without_fused(module: nn.Module, world: World) -> str | None:
-    """Where any rank has no fused kernels, none uses them, or their numbers would differ; why, or None."""
-    problems = gather_objects(fused_problem(world.device))
-    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
-    if not found:
-        return None
-    for attention in module.modules():
-        if isinstance(attention, WindowAttention):
-            attention.fused = False
-    return found[0] if world.world_size > 1 else found[0].removeprefix("rank 0: ")
 
 
 def checked_newest(run_dir: Path, config: Config) -> Path | None:
@@ -249,6 +246,8 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
 def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> Source | Stream:
     """Where training images come from.  names: of the classes of the run that goes on; None without."""
     pattern, labelled = config.data.shards, config.task.label_classes is not None
+    if config.data.mix:
+        return _open_mixture(config, names, say)
     if is_pipe(pattern):
         if labelled:
             say(f"note: a pipe names no classes: its labels are taken as the numbers of {MODELS_CLASSES}")
@@ -265,6 +264,25 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
     if labelled and names is None and source.classes is not None:
         names = source.classes  # the model's first images say what its classes are
     return _checked(config, source, "data.shards", names, say)
+
+
+def _open_mixture(config: Config, names: tuple[str, ...] | None, say: Say) -> Mixture:
+    """The sources of data.mix, their labels by the names of classes: the run's, or all sources' together."""
+    if config.task.label_classes is None:
+        return open_mixture(config.data, say, lambda source, key: _checked(config, source, key, None, say))
+    plain = open_mixture(config.data, say, lambda source, key: source)
+    without = [name for name, source in zip(plain.names, plain.sources, strict=True) if source.classes is None]
+    if without and len(without) < len(plain.names):
+        raise ConfigError(
+            f"data.mix: {', '.join(without)} names no classes, but other sources do, and their labels meet by name; "
+            "put a classes.txt beside its shards"
+        )
+    names = plain.classes if names is None else names
+    prepared = [
+        _checked(config, source, f"data.mix.{name}.shards", names, say)
+        for name, source in zip(plain.names, plain.sources, strict=True)
+    ]
+    return dataclasses.replace(plain, sources=tuple(prepared))
 
 
 def _checked(config: Config, source: Source, key: str, names: tuple[str, ...] | None, say: Say) -> Source:

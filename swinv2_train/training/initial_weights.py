@@ -16,7 +16,7 @@ from swinv2_train.models.initial import on_meta
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.task import Task
-from swinv2_train.weights import Head, LoadReport, match_weights, read_weights, trained_windows, weights_classes
+from swinv2_train.weights import Bands, Head, LoadReport, match_weights, read_weights, trained_windows, weights_classes
 
 
 class Initial(NamedTuple):
@@ -44,13 +44,14 @@ def initial_weights(config: Config, task: Task, world: World, classes: tuple[str
         shapes = {name: tuple(tensor.shape) for name, tensor in task.module.state_dict().items()}
         fixed: dict[str, Head] = {"auto": "auto", "fresh": "fresh"}
         head: Head = fixed.get(init_head, Path(init_head))
+        bands: Bands | None = config.task.init_bands
         said: list[str] = []
         try:
             source = read_weights(init_from, config.task.init_format)
             if head == "auto" and "head.weight" in source.entries and "head.weight" in shapes:
                 rows = source.entries["head.weight"].shape[0], shapes["head.weight"][0]
                 head, said = head_by_name(weights_classes(init_from), classes, rows)
-            weights, report = match_weights(source, shapes, head=head)
+            weights, report = match_weights(source, shapes, head=head, bands=bands)
         except ConfigError as error:
             raise ConfigError(f"task.init_from: {error}") from error
         matched.append((weights, report))

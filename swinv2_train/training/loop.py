@@ -16,10 +16,12 @@ from swinv2_train.distributed.front import Front
 from swinv2_train.engine import Engine, NonFiniteError
 from swinv2_train.evaluation.probe import Probe
 from swinv2_train.evaluation.scoring import Batch, StoppedError, evaluate_loader, in_lockstep
+from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.metrics import BadSteps, LossWatch, Means, ranks_where
 from swinv2_train.monitoring.profiling import BACKWARD, EVALUATION, FORWARD, OPTIMIZER, label
 from swinv2_train.runtime import StopRequest, keep_random_state
 from swinv2_train.tasks.task import Task
+from swinv2_train.training.attention_paths import AttentionPaths
 from swinv2_train.training.lr_schedule import RunLength, lr_at
 from swinv2_train.training.monitor import Monitor, Outcome, is_due
 from swinv2_train.training.position import Position
@@ -34,6 +36,7 @@ class Run:
     config: Config
     world: World
     task: Task
+    attention: AttentionPaths
     engine: Engine
     position: Position
     saver: Saver
@@ -58,6 +61,8 @@ def fit(run: Run, stop: StopRequest) -> bool:
     monitor.start(saver.saved_step)
     prefetcher, front = open_prefetcher(run, stop), Front()
     stopped = not make_up_for_scores(run, stop)
+    if position.step == 0 and run.probe is not None and run.config.probe.before_first_step and not stopped:
+        probe_encoder(run, run.probe)
     while not stopped and position.step < length.last_step:
         monitor.step_begins()
         ready = prefetcher.take()
@@ -70,8 +75,10 @@ def fit(run: Run, stop: StopRequest) -> bool:
         before = keep_random_state(run.world.device)
         try:
             with monitor.own_time():
-                shares = loss_shares(run, ready.micro_batches)
-                outcome = take_step(run, ready.copies, shares, lr, watch, prefetcher, front, stop)
+                shares, copies = loss_shares(run, ready.micro_batches), ready.copies
+                while (outcome := take_step(run, copies, shares, lr, watch, prefetcher, front, stop)) is None:
+                    before()
+                    copies = prefetcher.copies(ready.micro_batches)
         except StoppedError:
             before()
             stopped = True
@@ -129,11 +136,13 @@ def take_step(
     prefetcher: StepPrefetcher,
     front: Front,
     stop: StopRequest,
-) -> Outcome:
+) -> Outcome | None:
     """Forward, backward and the optimizer's step.
 
     copies: micro-batches on the device; shares: what each counts.  The prefetcher prepares the next step meanwhile.
     The device is waited for once, for the gradient norm (engine/deepspeed/grad_norm.py).
+    Returns None on every rank where an attention kernel failed on any: nothing has moved, no rank uses it any more, and
+    the same step is to be taken again.
     Raises BadStepError on every rank, and nothing has moved.  Of several micro-batches, StoppedError before one of them
     where any rank is to stop; the engine may then only be saved.
     """
@@ -144,12 +153,18 @@ def take_step(
         with label(FORWARD):
             loss = run.task.loss(run.engine.forward, batch)
         losses.add({"train/loss": loss}, weight=share)
+        add_source_losses(losses, batch, run.position.source_names)
         if watch.factor is not None and number == len(shares):
-            mean = losses.read()["train/loss"]
-            losses.add({"train/loss": torch.tensor(mean, dtype=torch.float64)})
+            means = losses.read()
+            mean = means["train/loss"]
+            for name, value in means.items():
+                known = name == "train/loss" or not math.isnan(value)  # a source without images in this step has none
+                losses.add({name: torch.tensor(value, dtype=torch.float64)}, weight=float(known))
             problem = watch.problem(mean)
             if problem is not None:
                 loss = loss * math.nan  # no engine takes a step that is not finite, so these gradients are dropped
+        if failures.pending():
+            loss = loss * math.nan  # as above; the other ranks learn of it when no engine takes the step
         with label(BACKWARD):
             run.engine.backward(loss * share)
         run.monitor.micro_batch_done(number, len(shares))
@@ -160,6 +175,8 @@ def take_step(
         with label(OPTIMIZER):
             grad_norm = run.engine.step(lr)
     except NonFiniteError as error:
+        if run.attention.fell_back():
+            return None
         ranks = ranks_where(not bool(torch.isfinite(loss)), run.world)
         cause = problem or f"{error}; the last loss was not finite on ranks {ranks or 'none'}"
         saved = run.saver.saved_step
@@ -168,6 +185,18 @@ def take_step(
     if watch.factor is not None:
         watch.add(mean)
     return Outcome(losses, grad_norm, lr)
+
+
+def add_source_losses(losses: Means, batch: Batch, names: tuple[str, ...]) -> None:
+    """Each source's mean loss over its images of a batch, as mix/NAME/loss, where there are several."""
+    if "image_losses" not in batch:
+        return
+    each, counts = batch["image_losses"]
+    sources = batch["sources"].to(counts.device)
+    for number, name in enumerate(names):
+        weight = torch.where(sources == number, counts, torch.zeros_like(counts)).double()
+        mean = (each.double() * weight).sum() / weight.sum().clamp(min=1e-12)
+        losses.add({f"mix/{name}/loss": mean}, weight=weight.sum())
 
 
 def get_over(run: Run, bad: BadStepError, bad_steps: BadSteps) -> None:
@@ -231,11 +260,16 @@ def measure(run: Run, last: bool, stop: StopRequest) -> dict[str, float]:
             scores = scores_of(run, run.eval_loader, stop)
         run.monitor.log_scores(scores)
     if run.probe is not None and (is_due(step, run.config.probe.every_steps) or last):
-        with activity.doing("probing"), label(EVALUATION):
-            probed = run.probe.scores(partial(run.task.features, run.engine.evaluate), run.monitor.marking_probes())
-        run.monitor.log_scores(probed)
-        scores = scores | probed
+        scores = scores | probe_encoder(run, run.probe)
     return scores
+
+
+def probe_encoder(run: Run, probe: Probe) -> dict[str, float]:
+    """What the encoder is worth as it is, logged."""
+    with run.monitor.between_steps(), run.monitor.activity.doing("probing"), label(EVALUATION):
+        probed = probe.scores(partial(run.task.features, run.engine.evaluate), run.monitor.marking_probes())
+    run.monitor.log_scores(probed)
+    return probed
 
 
 def scores_of(run: Run, loader: EvalLoader, stop: StopRequest) -> dict[str, float]:

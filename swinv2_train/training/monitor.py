@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
+from swinv2_train.engine.compile import seconds_compiling
 from swinv2_train.monitoring.console import counted, ticking
 from swinv2_train.monitoring.metrics import (
     Means,
@@ -63,6 +64,7 @@ class Monitor:
         self._compute_timer = ComputeTimer(world.device)
         self._streak = StragglerStreak()
         self._step_began = 0.0
+        self._is_first_step = True
         self._profiler = (
             StepProfiler(config.runtime, Path(config.run_dir), world.rank) if config.runtime.profile else None
         )
@@ -141,6 +143,9 @@ class Monitor:
         """
         self._speed.step_done()
         self.activity.step_done(self._position.step)
+        if self._is_first_step and (taken := seconds_compiling()) > 0:
+            self.log.say(f"compiling the blocks took {taken:.1f} s; other sizes and the first evaluation compile anew")
+        self._is_first_step = False
         self._records.write(self._position.step, micro_batches)
         step = self._position.step
         if outcome is None:
@@ -198,6 +203,7 @@ class Monitor:
         self._position.count_bad_images()
         values |= speed | {name: max(ranks[name]) for name in mine}
         values["data/skipped_images"] = self._position.bad_images
+        values |= self._position.source_counts()
         if self._world.world_size > 1 and speed and own_sec:
             values |= self._name_slowest(ranks["perf/own_step_sec"], ranks["data/wait_sec"])
         images_per_sec = speed.get("perf/images_per_sec")

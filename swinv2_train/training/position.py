@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from swinv2_train.data.loading.loader import TrainLoader
+from swinv2_train.data.loading.mixed_order import MixedOrder
 from swinv2_train.data.loading.pipe_loader import StreamLoader
+from swinv2_train.data.sources.mixture import Mixture
 from swinv2_train.distributed import all_reduce_sum
 
 
@@ -34,6 +36,22 @@ class Position:
     bad_images: int = 0
     """Damaged samples of the run over all ranks and starts, when they were last counted."""
     _uncounted: int = 0  # those of this rank since then
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Of the sources that are mixed (data.mix); empty for one that is not."""
+        mixture = getattr(self.loader, "manifest", None)
+        return mixture.names if isinstance(mixture, Mixture) else ()
+
+    def source_counts(self) -> dict[str, float]:
+        """What each source of a mixture has contributed so far: mix/NAME/images, and mix/NAME/passes over it."""
+        found: dict[str, float] = {}
+        if isinstance(self.loader, TrainLoader) and isinstance(self.loader.order, MixedOrder):
+            order = self.loader.order
+            counted = zip(self.source_names, order.counted(self.images_seen), order.orders, strict=True)
+            for name, images, own in counted:
+                found |= {f"mix/{name}/images": images, f"mix/{name}/passes": images / own.num_samples}
+        return found
 
     def advance(self, micro_batches: Sequence[dict[str, Any]]) -> None:
         """A step was completed: batch_size images of all ranks, of which micro_batches were this rank's."""

@@ -54,13 +54,19 @@ class StepPrefetcher:
         self._ready: PreparedStep | None = None
 
     def prepare(self) -> None:
-        """Make the next step ready.  Collective."""
+        """Make the next step ready, where it is not.  Collective."""
+        if self._ready is not None:
+            return
         with self._waiting():
             micro_batches, problem = self._next_batches()
-        copies = iter(micro_batches) if self._stream is None else Copies(micro_batches, self._device, self._stream)
+        copies = self.copies(micro_batches)
         with self._activity.doing(RANK_WAIT):
             state = all_reduce_max(FAILED if problem else STOP if self._stop.requested else GO)
         self._ready = PreparedStep(state, micro_batches, copies, problem)
+
+    def copies(self, micro_batches: list[Batch]) -> Iterator[Batch]:
+        """Micro-batches on the device, each to be asked for when the one before is computed."""
+        return iter(micro_batches) if self._stream is None else Copies(micro_batches, self._device, self._stream)
 
     def _next_batches(self) -> tuple[list[Batch], ConfigError | None]:
         """The step's batches; none where a stop is asked for, which need not wait for data that may never come."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from swinv2_train.config import Config
 from swinv2_train.engine.deepspeed.config import check_engine
 from swinv2_train.evaluation.probe import check_probe
+from swinv2_train.runtime import check_workspace
 from swinv2_train.tasks import task_class
 
 
@@ -17,5 +18,7 @@ def preflight(config: Config, *, training: bool) -> None:
     if training:
         check_engine(config.engine)
     check_probe(config, training)
+    if config.runtime.deterministic:
+        check_workspace()
     if training:
         task_class(config.task).preflight(config.task)

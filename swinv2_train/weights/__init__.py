@@ -19,6 +19,7 @@ from swinv2_train.checkpoint import COMPLETE, checkpoint_classes, find_checkpoin
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.weights.bands import Bands
 from swinv2_train.weights.files import open_weights
 from swinv2_train.weights.huggingface import (
     Preprocessing,
@@ -34,6 +35,7 @@ from swinv2_train.weights.writing import write_named_safetensors, write_torch
 __all__ = [
     "FORMATS",
     "WRITTEN_FORMATS",
+    "Bands",
     "ConvertedWeights",
     "Head",
     "LoadReport",
@@ -102,14 +104,15 @@ def load_weights(
     *,
     format: str | None = None,
     head: Head = "load",
+    bands: Bands | None = None,
     strict: bool = True,
     averaged: bool = False,
 ) -> LoadReport:
     """Copy the weights at path into a model, parameter by parameter, in the model's dtype and on its devices.
 
-    head and strict: see :func:`match_weights`; averaged: see :func:`read_weights`.  Nothing is changed when names or
-    shapes do not fit.  Raises ConfigError for what read_weights and match_weights refuse, ValueError for a head that
-    means nothing or a module on the meta device; it must not be sharded either.
+    head, bands and strict: see :func:`match_weights`; averaged: see :func:`read_weights`.  Nothing is changed when
+    names or shapes do not fit.  Raises ConfigError for what read_weights and match_weights refuse, ValueError for a
+    head that means nothing or a module on the meta device; it must not be sharded either.
     """
     own = module.state_dict(keep_vars=True)
     unreal = [name for name, tensor in own.items() if tensor.is_meta]
@@ -119,7 +122,7 @@ def load_weights(
         )
     source = read_weights(path, format, averaged=averaged)
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    weights, report = match_weights(source, shapes, head=head, strict=strict)
+    weights, report = match_weights(source, shapes, head=head, bands=bands, strict=strict)
     for name in weights:
         own[name].copy_(weights[name])
     return report

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from swinv2_train.config import Config, ConfigError, pair
+from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.models.initial import on_meta
 from swinv2_train.tasks import build_task
@@ -58,15 +59,9 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
     classes = weights_classes(path) if config.task.label_classes is not None else None
     if classes is not None and len(classes) > (config.task.label_classes or 0):
         classes = None
-    data = config.data
-    preprocessing = Preprocessing(
-        mean=(data.mean[0], data.mean[1], data.mean[2]),
-        std=(data.std[0], data.std[1], data.std[2]),
-        img_size=pair("model.img_size", config.model.img_size),
-        crop_pct=data.eval_crop_pct,
-        squash=data.eval_crop == "squash",
-        interpolation=data.interpolation,
-    )
+    preprocessing = _preprocessing(config)
+    if request.format == "huggingface" and preprocessing is None:
+        print("note: no preprocessor_config.json, for transformers reads photographs alone", file=sys.stderr)
     files = save_weights(
         module, request.out, request.format, weights=weights, preprocessing=preprocessing, classes=classes
     )
@@ -80,3 +75,18 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
     }
     print(json.dumps(line))
     return files
+
+
+def _preprocessing(config: Config) -> Preprocessing | None:
+    """How photographs are prepared; None where images are read as values of bands (data/transforms/bands.py)."""
+    if Bands.of(config) is not None:
+        return None
+    data = config.data
+    return Preprocessing(
+        mean=(data.mean[0], data.mean[1], data.mean[2]),
+        std=(data.std[0], data.std[1], data.std[2]),
+        img_size=pair("model.img_size", config.model.img_size),
+        crop_pct=data.eval_crop_pct,
+        squash=data.eval_crop == "squash",
+        interpolation=data.interpolation,
+    )

@@ -271,6 +271,11 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 """Metadata of known training programs.  None of these is imported or called: every one becomes a stand-in."""
 
+_DEEPSPEED = "module"
+"""Where DeepSpeed's mp_rank_00_model_states.pt has the weights."""
+_DEEPSPEED_MARKS = ("ds_version", "ds_config", "dp_world_size", "global_samples")
+"""What else stands there, one of them at least."""
+
 
 def _can_be_mapped(path: Path) -> bool:
     """Whether the records of a zip file lie in it as they are; compressed ones do not.
@@ -298,13 +303,41 @@ def _can_be_mapped(path: Path) -> bool:
     return True
 
 
+def _load_torch(path: Path, mapped: bool) -> tuple[Any, list[str]]:
+    """What a torch file holds, and the names of the objects in it that were replaced by stand-ins unasked.
+
+    That is done to a file of DeepSpeed's alone, whose weights are apart from the rest: nothing of an object is looked
+    up, called or kept, and one among the weights is found there to be no tensor.
+    """
+    unknown: list[str] = []
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
+        warnings.simplefilter("ignore")
+        try:
+            # mapped where possible: a tensor takes memory when it is read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), unknown
+        except pickle.UnpicklingError as error:
+            if not mapped or not re.search(r"GLOBAL (\S+)", str(error)):
+                raise
+            unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+                try:
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except Exception:  # noqa: BLE001  a stand-in does not serve
+                    raise error from None
+            if _is_deepspeed(content):
+                return content, unknown
+            raise
+
+
+def _is_deepspeed(content: object) -> bool:
+    if not isinstance(content, dict) or not isinstance(dict.get(content, _DEEPSPEED), dict):
+        return False
+    return any(mark in dict.keys(content) for mark in _DEEPSPEED_MARKS)
+
+
 def _open_torch(path: Path, zipped: bool) -> WeightFile:
     try:
-        mapped = zipped and _can_be_mapped(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
-            warnings.simplefilter("ignore")
-            # mapped where possible: a tensor takes memory when it is read
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        content, unknown = _load_torch(path, mapped=zipped and _can_be_mapped(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -318,7 +351,10 @@ def _open_torch(path: Path, zipped: bool) -> WeightFile:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, not named tensors; save the model's state_dict")
     # dict.items, dict.get, Tensor.detach: a file may give its objects attributes, which would stand before the methods
-    tensors, left_out, where = content, [], ""
+    tensors, left_out, where = content, [f"{name} (an object)" for name in unknown], ""
+    if _is_deepspeed(content):
+        left_out += [f"{name}.*" for name in ("optimizer", "lr_scheduler") if dict.get(content, name)]
+        tensors, where = dict.__getitem__(content, _DEEPSPEED), f"{_DEEPSPEED}."
     for _ in range(_CONTAINERS_DEEP):
         containers = [key for key in CONTAINERS if isinstance(dict.get(tensors, key), dict)]
         if not containers:

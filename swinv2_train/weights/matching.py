@@ -17,6 +17,7 @@ from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.config.shown import shown
 from swinv2_train.models import SIZES
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.weights.bands import PROJECTION, Bands, adaptation, adapted_bands
 from swinv2_train.weights.names import ConvertedWeights
 
 Shape = tuple[int, ...]
@@ -43,6 +44,8 @@ class LoadReport:
     """What the source has and the model does not want: buffers, another task's head or decoder, other containers."""
     prefix: str = ""
     """What stood before all names in the source."""
+    bands: str = ""
+    """How the patch embedding came to the model's channels, where the source has others; "" where it has not."""
     not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Of the weights that were read so far, those that hold NaN or infinity: how many values, of how many."""
 
@@ -63,13 +66,20 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{len(names)} {what}: {_some(names)}")
+        if self.bands:
+            lines.append(f"note: {self.bands}")
         if self.not_finite:
             lines.append(f"warning: {self.not_finite_text()}")
         return "\n".join(lines)
 
 
 def match_weights(
-    source: ConvertedWeights, target: Mapping[str, Shape], *, head: Head = "load", strict: bool = True
+    source: ConvertedWeights,
+    target: Mapping[str, Shape],
+    *,
+    head: Head = "load",
+    bands: Bands | None = None,
+    strict: bool = True,
 ) -> tuple[LazyTensors, LoadReport]:
     """The source's weights by the names of a model, converted to it; nothing is read but with indices the head.
 
@@ -79,6 +89,9 @@ def match_weights(
     takes it where the source has one; "fresh" leaves the model's own.  A sequence of class indices, or a Path to a file
     with one index a line, gathers those rows of the source's head, in that order (ImageNet-22K to 1K: the official
     map22kto1k.txt).  What the model has no task part for is left out.
+
+    bands: how a patch embedding of another number of channels is adapted (bands.py); None refuses it.  A sequence and
+    "fresh" are done with the same number too.
 
     strict=False reports missing and unexpected names in place of raising.  A shape that differs is always a
     ConfigError, as is a source of which nothing fits; it lists the first few names and says what the difference means.
@@ -93,14 +106,27 @@ def match_weights(
     assert len(theirs) == len(source.entries), "two names differ by 'encoder.' only"
     added = {name for name in shapes if _is_added(name)}
     backbone = {name: shape for name, shape in shapes.items() if name not in added}
+    said_of_bands = ""
+    if bands is not None and PROJECTION in theirs and len(theirs[PROJECTION].shape) == 4 and PROJECTION in backbone:
+        source_channels, channels = theirs[PROJECTION].shape[1], backbone[PROJECTION][1]
+        if source_channels != channels or not isinstance(bands, str):
+            said_of_bands = adaptation(source_channels, channels, bands)
+        if bands != "fresh":
+            theirs[PROJECTION] = adapted_bands(theirs[PROJECTION], channels, bands, origin)
     missing = [name for name in backbone if name not in theirs]
     unexpected = [name for name in theirs if name not in backbone and not _is_added(name)]
-    misshapen = [name for name in backbone if name in theirs and tuple(theirs[name].shape) != tuple(backbone[name])]
+    anew = {PROJECTION} if bands == "fresh" else set()
+    misshapen = [
+        name
+        for name in backbone
+        if name in theirs and name not in anew and tuple(theirs[name].shape) != tuple(backbone[name])
+    ]
     none_fits = len(missing) == len(backbone)
     if misshapen or none_fits or (strict and (missing or unexpected)):
         said = {name: entry.shape for name, entry in theirs.items()}
         raise ConfigError(_misfit(origin, misshapen, missing, unexpected, said, backbone, none_fits))
 
+    missing += sorted(anew & theirs.keys() & backbone.keys())
     if not isinstance(head, str):
         theirs |= _gathered(theirs, shapes, read_indices(head), origin)
     if head == "fresh" or _absent_by_choice(head, added, theirs):
@@ -122,6 +148,7 @@ def match_weights(
         unexpected=tuple(named[name] for name in unexpected),
         left_out=(*(named[name] for name in unwanted), *source.left_out),
         prefix=source.prefix,
+        bands=said_of_bands,
     )
     return LazyTensors({ours[name]: _watched(ours[name], theirs[name], report.not_finite) for name in loaded}), report
 
@@ -256,6 +283,10 @@ def _misfit(
     meaning = _differences(model_facts(theirs), model_facts(ours))
     if meaning is None and misshapen:
         meaning = "Sizes are the same otherwise: name another file"
+    elif meaning is not None and misshapen == [PROJECTION] and theirs[PROJECTION][2:] == tuple(ours[PROJECTION])[2:]:
+        meaning += (
+            ", or let init_bands=mean adapt the patch embedding (or repeat, fresh, or a band of the file for each)"
+        )
     elif meaning is None:
         meaning = "Sizes are the same: the file is incomplete, or holds other parts; name another file, or strict=False"
     return f"{origin} does not fit the model: {'; '.join(problems)}. {meaning}"

@@ -1,15 +1,12 @@
 """Everyone's parameter names: which implementation a file is from, and the way from its names to the official ones.
 
-Official names: patch_embed, layers.I.blocks.J, layers.I.downsample, norm, head; a SimMIM model has them behind
-``encoder.``, and ``encoder.mask_token`` and ``decoder.0`` besides.  The norm on the main branch of huge and giant
-(arXiv:2111.09883 section 3.6), which the official code does not have, is layers.I.blocks.J.norm3.
+The names themselves are in naming.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +14,10 @@ from torch import Tensor
 from swinv2_train.config import ConfigError
 from swinv2_train.config.shown import shown
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.weights.naming import HUGGINGFACE, OFFICIAL, QKV, TIMM, TORCHVISION, Naming, mmpretrain_naming
 from swinv2_train.weights.wrappers import unwrap
 
-FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain")
+FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain", "torchvision")
 """The formats that are read; a run directory of our own is one more, named by its path."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,7 +25,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BUFFER = re.compile(r"(^|\.)(relative_coords_table|relative_position_index|attn_mask|k_bias)$")
 _TASK_PARTS = ("head.", "classifier.", "decoder.", "mask_token")
 """Beginnings of what a task adds to a backbone, in any naming."""
-_QKV = "attn.qkv.weight"
+_BIAS = "attn.qkv.bias"
+"""torchvision's; its middle third, the keys', counts as 0 there."""
 _QKV_PARTS = tuple(f"attention.self.{part}.weight" for part in ("query", "key", "value"))
 
 
@@ -59,106 +58,6 @@ class ConvertedWeights(LazyTensors):
         self.left_out = tuple(left_out)
 
 
-@dataclass(frozen=True)
-class Naming:
-    """How one implementation calls the parts of the backbone, and its head."""
-
-    prefix: str
-    """Before the backbone's names in a complete model; a bare backbone goes without."""
-    stages: str
-    """What "layers" is called."""
-    downsample_shift: int
-    """0: a stage ends with the merging, as in the official code; 1: the next stage begins with it."""
-    in_block: Mapping[str, str]
-    """Beginnings of official names inside a block, and theirs."""
-    outside: Mapping[str, str]
-    """Beginnings of official names outside of the stages, and theirs."""
-
-    def official(self, name: str) -> str | None:
-        """The official name of one of theirs (without prefix); None when it is none."""
-        match = re.fullmatch(rf"{re.escape(self.stages)}\.([0-9]+)\.(blocks\.[0-9]+|downsample)\.(.+)", name)
-        if match is None:
-            return _exchange(name, {theirs: ours for ours, theirs in self.outside.items()})
-        stage, part, rest = int(match[1]), match[2], match[3]
-        if part == "downsample":
-            stage -= self.downsample_shift
-            return f"layers.{stage}.downsample.{rest}" if stage >= 0 else None
-        inside = _exchange(rest, {theirs: ours for ours, theirs in self.in_block.items()})
-        return None if inside is None else f"layers.{stage}.{part}.{inside}"
-
-    def theirs(self, name: str) -> str:
-        """Their name (without prefix) of an official one; KeyError when they have none."""
-        match = re.fullmatch(r"layers\.(\d+)\.(blocks\.\d+|downsample)\.(.+)", name)
-        if match is None:
-            found = _exchange(name, self.outside)
-        elif match[2] == "downsample":
-            found = f"{self.stages}.{int(match[1]) + self.downsample_shift}.downsample.{match[3]}"
-        else:
-            inside = _exchange(match[3], self.in_block)
-            found = None if inside is None else f"{self.stages}.{match[1]}.{match[2]}.{inside}"
-        if found is None:
-            raise KeyError(name)
-        return found
-
-
-def _exchange(name: str, beginnings: Mapping[str, str]) -> str | None:
-    for beginning, replacement in beginnings.items():
-        if name.startswith(beginning):
-            return replacement + name[len(beginning) :]
-    return None
-
-
-_ATTENTION = ("attn.logit_scale", "attn.cpb_mlp.", _QKV, "attn.q_bias", "attn.v_bias", "attn.proj.")
-_BLOCK = {name: name for name in (*_ATTENTION, "norm1.", "norm2.", "norm3.", "mlp.fc1.", "mlp.fc2.")}
-_OUTSIDE = {name: name for name in ("patch_embed.proj.", "patch_embed.norm.", "norm.")}
-_SIMMIM = {"mask_token": "mask_token", "decoder.0.": "decoder.0."}
-
-OFFICIAL = Naming("encoder.", "layers", 0, _BLOCK, {**_OUTSIDE, "head.": "head.", **_SIMMIM})
-TIMM = Naming("", "layers", 1, _BLOCK, {**_OUTSIDE, "head.": "head.fc."})
-HUGGINGFACE = Naming(
-    "swinv2.",
-    "encoder.layers",
-    0,
-    {
-        "attn.logit_scale": "attention.self.logit_scale",
-        "attn.cpb_mlp.": "attention.self.continuous_position_bias_mlp.",
-        "attn.q_bias": "attention.self.query.bias",
-        "attn.v_bias": "attention.self.value.bias",
-        "attn.proj.": "attention.output.dense.",
-        "norm1.": "layernorm_before.",
-        "norm2.": "layernorm_after.",
-        "mlp.fc1.": "intermediate.dense.",
-        "mlp.fc2.": "output.dense.",
-    },
-    {
-        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-        "patch_embed.norm.": "embeddings.norm.",
-        "mask_token": "embeddings.mask_token",
-        "norm.": "layernorm.",
-        "head.": "classifier.",
-        "decoder.0.": "decoder.0.",
-    },
-)
-
-
-def mmpretrain_naming(num_stages: int) -> Naming:
-    """mmpretrain numbers the final norm by the last stage; norm3 in a block is the extra norm, as with us."""
-    attention = {name: name.replace("attn.", "attn.w_msa.") for name in _ATTENTION}
-    norms = {name: name for name in ("norm1.", "norm2.", "norm3.")}
-    return Naming(
-        "backbone.",
-        "stages",
-        1,
-        {**attention, **norms, "mlp.fc1.": "ffn.layers.0.0.", "mlp.fc2.": "ffn.layers.1."},
-        {
-            "patch_embed.proj.": "patch_embed.projection.",
-            "patch_embed.norm.": "patch_embed.norm.",
-            "norm.": f"norm{num_stages - 1}.",
-            "head.": "head.fc.",
-        },
-    )
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Which format
 
@@ -182,9 +81,8 @@ def detect_format(entries: Mapping[str, LazyTensor], said: str | None, origin: s
     known = f"the formats are {', '.join(FORMATS)}; the file's names begin with {first}"
     if found is not None:
         raise ConfigError(f"{origin}: the names are not of format={said} but of {found}; {known}")
-    for mark, whose in {"meta_mlp": "timm's swin_transformer_v2_cr", "features.": "torchvision's"}.items():
-        if mark in names:
-            raise ConfigError(f"{origin}: looks like {whose}, which is not read; {known}")
+    if "meta_mlp" in names:
+        raise ConfigError(f"{origin}: looks like timm's swin_transformer_v2_cr, which is not read; {known}")
     raise ConfigError(f"{origin}: not the names of a Swin V2 model; {known}")
 
 
@@ -193,6 +91,8 @@ def _detected(entries: Mapping[str, LazyTensor]) -> str | None:
         return "huggingface"
     if any(".attn.w_msa." in name for name in entries):
         return "mmpretrain"
+    if any(re.match(r"features\.\d+\.\d+\.attn\.", name) for name in entries):
+        return "torchvision"
     if not any(re.match(r"(encoder\.)?layers\.\d+\.blocks\.\d+\.(attn|mlp|norm)", name) for name in entries):
         return None
     if any(name.startswith(("encoder.", "decoder.")) or name == "mask_token" for name in entries):
@@ -231,6 +131,9 @@ def to_official(
     format = detect_format(weights, said, origin)
     _check_filled(weights, origin)
     naming = _naming(format, weights)
+    if format == "mmpretrain":
+        weights, beside = _without_side_parts(weights, naming)
+        dropped += [unwrapped.sources[name] for name in beside]
     found: dict[str, _Found] = {}
 
     def add(name: str, entry: LazyTensor, sources: tuple[str, ...]) -> None:
@@ -241,6 +144,8 @@ def to_official(
 
     if format == "huggingface":
         weights = _join_qkv(weights, add, origin)
+    if format == "torchvision":
+        weights = _split_bias(weights, add, origin)
     for source, entry in weights.items():
         if entry.dtype not in FLOATS:
             raise ConfigError(f"{origin}: {shown(source)} is {entry.dtype}, not a float; save the weights as float32")
@@ -276,6 +181,8 @@ def _check_filled(weights: Mapping[str, LazyTensor], origin: str) -> None:
 def _naming(format: str, entries: Mapping[str, LazyTensor]) -> Naming:
     if format == "huggingface":
         return HUGGINGFACE
+    if format == "torchvision":
+        return TORCHVISION
     if format == "mmpretrain":
         stages = [int(match[1]) for name in entries if (match := re.search(r"(?:^|\.)stages\.([0-9]+)\.", name))]
         return mmpretrain_naming(max(stages, default=0) + 1)
@@ -301,8 +208,50 @@ def _join_qkv(
             listed = ", ".join(f"{name} {part.shape} {part.dtype}" for name, part in pairs)
             raise ConfigError(f"{origin}: {listed} do not belong together; fetch or save the file again")
         rows, columns = parts[0].shape[0], parts[0].shape[1:]
-        add(block[1] + _QKV, LazyTensor((3 * rows, *columns), parts[0].dtype, _joined(parts)), names)
+        add(block[1] + QKV, LazyTensor((3 * rows, *columns), parts[0].dtype, _joined(parts)), names)
     return rest
+
+
+def _split_bias(
+    entries: Mapping[str, LazyTensor], add: Callable[[str, LazyTensor, tuple[str, ...]], None], origin: str
+) -> dict[str, LazyTensor]:
+    """Give the first and the last third of each bias of queries, keys and values to add; returns what is left.
+
+    The keys' third is nothing: torchvision sets it to 0 before each use.
+    """
+    rest = dict(entries)
+    for source, entry in entries.items():
+        if not source.endswith(_BIAS):
+            continue
+        stem = source.removesuffix("qkv.bias")
+        names = [TORCHVISION.official(f"{stem}{part}_bias") for part in ("q", "v")]
+        if None in names:
+            continue
+        if len(entry.shape) != 1 or entry.shape[0] % 3 or entry.dtype not in FLOATS:
+            raise ConfigError(
+                f"{origin}: {shown(source)} is {entry.shape} {entry.dtype}, not a bias of queries, keys and values "
+                "(3C); fetch or save the file again"
+            )
+        queries, _, values = _thirds(rest.pop(source))
+        for name, third in zip(names, (queries, values), strict=True):
+            add(str(name), third, (source,))
+    return rest
+
+
+def _without_side_parts(entries: Mapping[str, LazyTensor], naming: Naming) -> tuple[dict[str, LazyTensor], list[str]]:
+    """mmpretrain's weights without what is beside the way of an image through the backbone, and the names of that.
+
+    These are the norms of what a dense head takes of the stages before the last (norm0 to norm2 with out_indices 0 to
+    3), and SkySense++'s tokens for annotations, which are the only ones that its mask token hides.
+    """
+    final = naming.outside["norm."]
+    beside = [
+        name
+        for name in entries
+        if (match := re.fullmatch(r"(?:backbone\.)?(?:(norm[0-9]+\.)(?:weight|bias)|(?:mask|vocabulary)_[a-z]+)", name))
+        and match[1] != final
+    ]
+    return {name: entry for name, entry in entries.items() if name not in set(beside)}, beside
 
 
 def _joined(parts: list[LazyTensor]) -> Callable[[], Tensor]:
@@ -355,9 +304,9 @@ def from_official(entries: Mapping[str, LazyTensor], format: str) -> dict[str, L
     for full_name, entry in entries.items():
         name = full_name.removeprefix("encoder.")
         own = "" if name.startswith(("head.", "decoder.")) else prefix
-        if format == "huggingface" and name.endswith(_QKV):
+        if format == "huggingface" and name.endswith(QKV):
             for theirs, row in zip(_QKV_PARTS, _thirds(entry), strict=True):
-                renamed[f"{own}encoder.{name.removesuffix(_QKV)}{theirs}"] = row
+                renamed[f"{own}encoder.{name.removesuffix(QKV)}{theirs}"] = row
         else:
             renamed[own + naming.theirs(name)] = entry
     return renamed

@@ -20,11 +20,12 @@ _BLOCK = re.compile(
     r"(?:^|\.)(?:"
     r"(?:swinv2\.)?encoder\.layers\.[0-9]+\.blocks\.[0-9]+\.attention\.self\."
     r"|(?:backbone\.)?stages\.[0-9]+\.blocks\.[0-9]+\.attn\.w_msa\."
+    r"|features\.[0-9]+\.[0-9]+\.attn\."
     r"|(?:encoder\.)?layers\.[0-9]+\.blocks\.[0-9]+\.(?:attn|mlp|norm)"
     r")"
 )
 """What tells a Swin V2 of any naming; whatever stands before it is a prefix."""
-_NUMBERED = re.compile(r"(?:^|(?<=\.))(?:layers|stages|blocks)\.([0-9]+)(?=\.|$)")
+_NUMBERED = re.compile(r"(?:^|\.)(?:layers|stages|blocks|features)\.([0-9]+)(?:\.([0-9]+))?(?=\.|$)")
 _FIRST = ("", "model.", "net.", "backbone.", "encoder.", "teacher.", "student.")
 """Which copy of the model is taken where there are several: the plain one, then a teacher, which is a student's EMA."""
 _AT_LEAST = 100
@@ -79,7 +80,7 @@ def check_numbers(names: Iterable[str], origin: str) -> None:
     names = list(names)
     most = max(_AT_LEAST, len(names))
     for name in names:
-        for digits in _NUMBERED.findall(name):
+        for digits in filter(None, (number for found in _NUMBERED.findall(name) for number in found)):
             if len(digits) > 9 or int(digits) >= most:
                 raise ConfigError(
                     f"{origin}: {shown(name)} has the number {shown(digits, 30)}, but the file holds {len(names)} "

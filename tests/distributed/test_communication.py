@@ -20,7 +20,11 @@ CASES = {
         ("engine=zero3 engine.persistence_threshold=0", 1),
         ("engine=zero3 engine.max_reuse_distance=1000000000 engine.max_live_parameters=1000000000", 1),
     ],
-    4: [("engine=zero2", 1), ("engine=zero3 model.recompute=attention", 1)],
+    4: [
+        ("engine=zero2", 1),
+        ("engine=zero3 model.recompute=attention", 1),
+        *((f"engine=zero{stage} engine.communication_data_type=fp32", 1) for stage in (1, 2, 3)),
+    ],
 }
 
 

@@ -86,15 +86,20 @@ def test_a_run_under_zero_3_measures_what_the_evaluate_command_does_and_trains_a
         *settings, *(value for value in SMALL if not value.startswith("engine")), *zero, "train.max_steps=5",
         f"data.shards={shards[0]}", f"data.eval_shards={shards[1]}",
     )  # fmt: skip
-    runs = {"plain": (), "probed": (PROBES, "probe.every_steps=2")}
+    runs = {"plain": (), "probed": (PROBES, "probe.every_steps=2", "probe.before_first_step=true")}
     configs = [composed([*common, *own, f"run_dir={tmp_path / name}"]) for name, own in runs.items()]
     for config in configs:
         command = lambda world, config=config: guarded(lambda: train.train(config))  # noqa: E731
         assert run_distributed(command, 2, init=False, timeout_sec=300) == [0, 0]
     plain, probed = (read_metrics(tmp_path / name) for name in runs)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
-        assert [line.get(name) for line in plain] == [line.get(name) for line in probed], name
-    assert [line["step"] for line in probed if set(NAMES) <= line.keys()] == [2, 4, 5]
+        assert [line.get(name) for line in plain] == [line.get(name) for line in probed if line["step"]], name
+    assert [line["step"] for line in probed if set(NAMES) <= line.keys()] == [0, 2, 4, 5]
+    assert probed[0]["images_seen"] == 0 and set(probed[0]) == {"step", "images_seen", *NAMES}
+    page = (tmp_path / "probed" / "report.html").read_text()
+    assert "<th>before the first step</th><th>after step 5</th>" in page
+    assert f"<td>{probed[0][NAMES[0]]:.2f} %</td><td>{probed[-1][NAMES[0]]:.2f} %</td>" in page
+    assert "before the first step" not in (tmp_path / "plain" / "report.html").read_text()
     last = {name: probed[-1][name] for name in NAMES}
     assert all(50 < last[name] < 100 for name in NAMES if name.endswith("top1")), last
     line = evaluated(capfd, f"run_dir={tmp_path / 'probed'}", ranks=1 if task == "simmim" else 2)

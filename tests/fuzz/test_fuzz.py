@@ -28,7 +28,7 @@ from tests.fuzz.campaign import campaign, table
 from tests.fuzz.targets import targets
 from tests.support.configs import composed
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
 settings.register_profile(
     "ours", max_examples=200, deadline=5000, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

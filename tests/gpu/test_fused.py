@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from swinv2_train.models import SwinTransformerV2, attention
-from swinv2_train.models.kernels import dispatch
+from swinv2_train.models.kernels import dispatch, failures, trial
+from swinv2_train.models.kernels.failures import case_of
 from swinv2_train.models.windows import WindowGrid, window_grid
 
 tl = pytest.importorskip("triton.language", reason="the package triton is not installed")
@@ -407,18 +409,52 @@ def test_a_model_attends_by_the_kernels_where_they_are_available(size, monkeypat
 
 
 @pytest.mark.usefixtures("exact_bfloat16")
-def test_kernels_that_fail_or_are_wrong_are_found_before_they_serve(monkeypatch):
-    """In the trial that fused_problem makes on a card: here with the interpreter's kernels, then with broken ones."""
+@pytest.mark.parametrize(("size", "window"), [((10, 12), 8), ((6, 5), 4)])
+def test_kernels_that_fail_or_are_wrong_are_found_before_they_serve(size, window, monkeypatch, tmp_path):
+    """In the trial of a run's cases: here with Triton's kernels as they are, then with broken ones."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     device = torch.device(DEVICE)
+    case = case_of(torch.bfloat16, window_grid(size, (window, window), shifted=True), 32)
     state = torch.random.get_rng_state()
-    assert dispatch._trial.__wrapped__(device) is None
-    assert torch.equal(torch.random.get_rng_state(), state)
-    right = dispatch.fused_window_attention
-    monkeypatch.setattr(dispatch, "fused_window_attention", lambda *arguments: right(*arguments) * 1.2)
-    assert "from the reference" in dispatch._trial.__wrapped__(device)
+    right, results = dispatch.fused_window_attention, []
 
     def fail(*arguments):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(dispatch, "fused_window_attention", fail)
-    assert "RuntimeError: no such instruction" in dispatch._trial.__wrapped__(device)
+    for kernels in (right, lambda *arguments: right(*arguments) * 1.2, fail):
+        trial.forget()
+        for path in tmp_path.rglob("kernels_good_*"):
+            path.unlink()
+        results.append(trial.problems_of([case], device, kernels))
+    trial.forget()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert results[0] == {} and "from the reference" in results[1][case]
+    assert results[2][case] == "RuntimeError: no such instruction"
+
+
+@pytest.mark.parametrize("which", ["forward_kernel", "query_gradient_kernel", "table_reduction_kernel"])
+def test_a_kernel_that_fails_while_it_serves_leaves_no_gradient_to_step_with(which, monkeypatch):
+    """Its launch is what raises, as a compiler or a driver would; the reference gives the forward pass."""
+
+    class Broken:
+        def __getitem__(self, programs):
+            raise RuntimeError("no such instruction")
+
+    modules = [
+        SimpleNamespace(**{name: f for name, f in vars(module).items() if name.endswith("_kernel")})
+        for module in dispatch._kernels()
+    ]
+    for module in modules:
+        if hasattr(module, which):
+            setattr(module, which, Broken())
+    grid = window_grid((10, 9), (9, 8), shifted=True)
+    qkv, scale, table, grad = inputs(grid, 1, 16)
+    leaves = [each.to(DEVICE).requires_grad_() for each in (qkv, scale, table)]
+    good = dispatch.fused_window_attention(*leaves, grid, 1)
+    monkeypatch.setattr(dispatch, "_kernels", lambda: modules)
+    with failures.surviving(lambda *what: None):
+        out = dispatch.fused_window_attention(*leaves, grid, 1)
+        assert (out - good).abs().max() <= 1e-4 * good.abs().max()
+        gradients = torch.autograd.grad(out, leaves, grad.to(DEVICE))
+        assert list(failures.pending()) == [case_of(torch.float32, grid, 16)]
+    assert all(gradient.isnan().any() for gradient in gradients)

@@ -57,14 +57,15 @@ def watched_run(config: Any) -> tuple[int, dict[int, Counter[str]]]:
     ("engine", "task"), [("local", "finetune"), ("zero1", "simmim"), ("zero2", "finetune"), ("zero3", "simmim")]
 )
 def test_a_step_without_a_log_line_waits_only_after_its_backward_pass(engine, task, shards, tmp_path):
-    """Between the last backward pass and the optimizer, for the ranks' agreement and the gradient norm."""
+    """Between the last backward pass and the optimizer, for the ranks' agreement and the gradient norm; and where
+    DeepSpeed itself waits for its streams: after every backward pass and, on one GPU, for every gathered module."""
     config = six_steps(engine, task, tmp_path / "run", shards, "data.num_workers=2")
     # a new interpreter: other tests may have begun to use the device in this one, and then a fork cannot
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         code, found = process.submit(watched_run, config).result(timeout=300)
     assert code == EXIT_DONE
     for step in (3, 4):
-        assert set(found[step]) == {"agreement", "optimizer"}, found
+        assert set(found[step]) - {"deepspeed"} == {"agreement", "optimizer"}, found
     assert found[5]["elsewhere"] > 0, "step 4 is logged, so a wait can be seen at all"
 
 

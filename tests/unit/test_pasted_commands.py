@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from swinv2_train import evaluate, export, make_shards, plan, weights
 from swinv2_train.config import ConfigError
@@ -58,7 +59,7 @@ kill() {{ '{folder}/bin/kill' "$@"; }}
 """What is no program is the arguments of one; kill is bash's own."""
 PROGRAMS = (
     "python", ".venv/bin/python", "torchrun", "sbatch", "srun", "make", "pip", "git", "wandb", "pgrep", "kill", "tail",
-    "swinv2-status", "swinv2-make-shards", "launch/torchrun.sh",
+    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "launch/torchrun.sh",
 )  # fmt: skip
 
 
@@ -126,6 +127,8 @@ def check(words: list[str], document: Path) -> None:
         evaluate.parse(arguments)
     elif program == "swinv2_train.export":
         export.parse(arguments)
+    elif program == "swinv2_train.doctor":
+        assert arguments == []
     elif program in ("swinv2_train.make_shards", "swinv2-make-shards"):
         assert make_shards.run(arguments) == 2  # there are no such images
     elif program.startswith("swinv2-"):
@@ -209,7 +212,7 @@ def examples(document: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_the_python_of_weights_md_does_what_it_shows(tmp_path, monkeypatch, capsys):
-    """Everybody's files are written here by our own writers, which other tests hold against theirs."""
+    """Files are written here by torchvision itself and by our own writers, which other tests hold against theirs."""
     monkeypatch.chdir(tmp_path)
     tiny = swin_v2("tiny")
     save_weights(tiny, "swinv2_tiny_patch4_window8_256.pth", "microsoft")
@@ -218,6 +221,9 @@ def test_the_python_of_weights_md_does_what_it_shows(tmp_path, monkeypatch, caps
     save_weights(tiny, "timm.safetensors", "timm")
     save_weights(tiny, "model.safetensors", "timm")
     save_weights(tiny, "swinv2-tiny-hf", "huggingface")
+    torch.save(torchvision.models.swin_v2_t().state_dict(), "swin_v2_t-b137f0e2.pth")
+    deepspeed = {"module": torch.load("swinv2_tiny_patch4_window8_256.pth")["model"], "optimizer": {"state": {}}}
+    torch.save(deepspeed, "mp_rank_00_model_states.pt")
     torch.save(Evil(), "evil.pth")
     names = {name: getattr(weights, name) for name in ("load_weights", "read_weights", "save_weights")}
     scope = {"swin_v2": swin_v2, "timm": importlib.import_module("timm"), **names}

@@ -14,6 +14,7 @@ import pytest
 from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.monitoring.watchdog import STATUS
+from swinv2_train.runtime import record_environment
 from swinv2_train.status import read_status, status_text
 from tests.support.small_run import run_alone
 from tests.unit.monitoring.test_watchdog import start, wait_for
@@ -34,6 +35,15 @@ def wait_for_state(run_dir: Path, state: str) -> None:
     while read_status(run_dir)["state"] != state:
         assert time.monotonic() < deadline, read_status(run_dir)
         time.sleep(0.05)
+
+
+def test_it_says_whether_blocks_are_compiled_and_why(tmp_path):
+    """Of the newest start; a start of an earlier version has nothing to say."""
+    start(tmp_path, "heartbeat.close(0, None)", timeout_sec=60).communicate(timeout=30)
+    record_environment(tmp_path, 1, {"precision": "bf16"})
+    assert read_status(tmp_path)["compile"] is None and "compiled" not in status_text(read_status(tmp_path))
+    record_environment(tmp_path, 1, {"precision": "bf16", "compile": "blocks (auto: CUDA)"})
+    assert "\ncompiled: blocks (auto: CUDA)" in status_text(read_status(tmp_path))
 
 
 @pytest.mark.timeout(60)

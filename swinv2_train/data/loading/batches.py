@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from swinv2_train.data.loading.order import GlobalOrder, Location, rank_batch, rank_shards
+from swinv2_train.data.loading.order import Location, Order, rank_batch, rank_shards
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BatchRequest:
 class TrainBatches:
     """The endless sequence of one rank's training micro-batches, from image number `start` on."""
 
-    order: GlobalOrder
+    order: Order
     start: int
     global_batch_size: int
     micro_batch_size: int

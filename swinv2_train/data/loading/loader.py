@@ -16,13 +16,15 @@ import torch
 
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.data.loading.batches import BatchRequest, EvalBatches, TrainBatches
-from swinv2_train.data.loading.order import GlobalOrder, Location, rank_shards
+from swinv2_train.data.loading.mixed_order import MixedOrder
+from swinv2_train.data.loading.order import GlobalOrder, Location, Order, rank_shards
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
 from swinv2_train.data.sample import LABEL, Sample, SampleError, ShardError, Targets, example_targets
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.sources.band_names import with_band_names
 from swinv2_train.data.sources.base import Source
+from swinv2_train.data.sources.mixture import Mixture
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.decode import DecodeError
 
@@ -97,13 +99,13 @@ class TrainLoader:
         self.manifest, self.config, self.seed = manifest, config, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.start_images = rank, world_size, start_images
-        self.order = GlobalOrder(manifest.counts, seed, config.lanes, config.window_shards)
+        self.order: Order = order_of(manifest, seed, config)
         self.bad_images_before = 0
         """Damaged samples of the run, all ranks, until this start."""
         mixed = (math.ceil(config.lanes / world_size) + 1) * config.window_shards
         self._fetch = _Fetcher(manifest, config, transform, seed, mixed, micro_batch_size, held=2 * passes)
         self._workers = Workers(self)
-        if isinstance(manifest, Manifest):
+        if isinstance(manifest, Manifest | Mixture):
             _check_room(self.order, manifest, config, start_images, global_batch_size, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -114,6 +116,8 @@ class TrainLoader:
         for batch in self._workers.run(self._fetch, batches, self.config):
             images_seen += self.micro_batch_size * self.world_size
             bad_images += batch["num_bad"]
+            if "sources" in batch:
+                batch["sources"] = torch.tensor(batch["sources"])
             self.check_bad_images(bad_images, images_seen)  # of the other ranks' samples only the caller knows
             yield batch
 
@@ -148,6 +152,12 @@ class TrainLoader:
                 f"data.shards are not the shards of the checkpoint (another number, order or content){held}; "
                 "name the same shards, or start a new run_dir"
             )
+        if state.get("mix") != mine.get("mix"):
+            raise ConfigError(
+                f"data.mix ({_mix_text(mine.get('mix'))}) differs from the checkpoint's "
+                f"({_mix_text(state.get('mix'))}), which would change the order of images; give the same weights, or "
+                "start a new run_dir from its weights (task.init_from)"
+            )
         for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
             if state.get(name) != mine[name]:
                 raise ConfigError(
@@ -174,7 +184,24 @@ class TrainLoader:
             "window_shards": self.config.window_shards,
             "manifest": self.manifest.digest,
             "num_samples": self.manifest.num_samples,
+            **({"mix": _mix_of(self.manifest)} if isinstance(self.manifest, Mixture) else {}),
         }
+
+
+def order_of(manifest: Source, seed: int, config: DataConfig) -> Order:
+    """The global order of a source's samples, or of several sources'."""
+    if isinstance(manifest, Mixture):
+        counts = [source.counts for source in manifest.sources]
+        return MixedOrder(counts, manifest.weights, seed, config.lanes, config.window_shards)
+    return GlobalOrder(manifest.counts, seed, config.lanes, config.window_shards)
+
+
+def _mix_of(mixture: Mixture) -> dict[str, int]:
+    return dict(zip(mixture.names, mixture.weights, strict=True))
+
+
+def _mix_text(mix: Mapping[str, int] | None) -> str:
+    return "none" if mix is None else ", ".join(f"{name} {weight}" for name, weight in mix.items())
 
 
 class EvalLoader:
@@ -248,8 +275,8 @@ def _check_labels(manifest: Source, config: DataConfig, transform: Transform, ke
 
 
 def _check_room(
-    order: GlobalOrder,
-    manifest: Manifest,
+    order: Order,
+    manifest: Manifest | Mixture,
     config: DataConfig,
     start: int,
     global_batch_size: int,
@@ -261,13 +288,21 @@ def _check_room(
         return
     mixed = config.window_shards * config.lanes
     now, later = rank_shards(order, start, global_batch_size, rank, world_size, mixed)
-    needed = sum(manifest.sizes[shard] for shard in now + later[: len(now)])
+    needed = sum(_cached_bytes(manifest, shard) for shard in now + later[: len(now)])
     if needed > manifest.cache.max_bytes:
         raise ConfigError(
             f"data.cache_gib ({config.cache_gib:g}) is too small: rank {rank} alone mixes {len(now)} shards at a time, "
             f"{needed / 2**30:.3g} GiB with as many that follow; raise it, or lower data.lanes ({config.lanes}) or "
             f"data.window_shards ({config.window_shards})"
         )
+
+
+def _cached_bytes(source: Source, shard: int) -> int:
+    """What a shard takes in the cache."""
+    if isinstance(source, Mixture):
+        number, own = source.part(shard)
+        return _cached_bytes(source.sources[number], own)
+    return source.sizes[shard] if isinstance(source, Manifest) and source.cache is not None else 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,7 +347,9 @@ class _Fetcher(Fetch):
         # within the usual limit of 1024 file descriptors: one for a shard that is open, one for one that is at hand
         self.source, self.reader = manifest, manifest.open_reader(min(max_open, 256))
         self.transform, self.seed = transform, seed
-        self.bands = with_band_names(bands_of(transform), manifest)
+        self._parts = manifest.sources if isinstance(manifest, Mixture) else (manifest,)
+        self._bands = [with_band_names(bands_of(transform), source) for source in self._parts]
+        self.bands = self._bands[0]
         self.rows, self.held = rows, held
         self.on_bad_sample = config.on_bad_sample
         self.first_sample = np.cumsum([0, *manifest.counts]).tolist()
@@ -349,6 +386,8 @@ class _Fetcher(Fetch):
         batch["keys"] = keys
         batch["num_bad"] = len(problems)
         batch["problems"] = problems
+        if isinstance(self.source, Mixture):
+            batch["sources"] = [0 if place is None else self.source.part(place[1])[0] for place in request.locations]
         return batch | self.noted()
 
     def _rng(self, location: Location) -> np.random.Generator:
@@ -358,6 +397,8 @@ class _Fetcher(Fetch):
     def _row(self, location: Location, rng: np.random.Generator) -> Row:
         _, shard, index = location
         sample: Sample = self.reader.read(shard, index)
+        if isinstance(self.source, Mixture):
+            self.bands = self._bands[self.source.part(shard)[0]]
         try:
             for name in self.transform.needs:
                 if name not in sample.targets:

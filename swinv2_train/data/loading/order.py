@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -55,6 +56,23 @@ class GlobalOrder:
         shards, indices = self._block(epoch, lane_number, block)
         element -= lane.block_starts[block]
         return epoch, int(shards[element]), int(indices[element])
+
+    @property
+    def round(self) -> int:
+        """Positions within which every lane has its turn."""
+        return self.lanes
+
+    def own(self, position: int) -> tuple[GlobalOrder, int, int]:
+        """The order of the source at a position, the position there, and the number of its first shard."""
+        return self, position, 0
+
+    def lane(self, position: int) -> tuple[int, int]:
+        """The lane that a position reads, and the number of its source's first shard."""
+        return (position % self.num_samples) % self.lanes, 0
+
+    def pace(self, first_shard: int) -> float:
+        """Positions from one sample of a lane to its next, of the source whose first shard this is."""
+        return self.lanes
 
     def lane_blocks(self, position: int) -> Iterator[tuple[int, list[int]]]:
         """The blocks of the lane at `position`, from the one in which it stands there on, without end.
@@ -120,48 +138,65 @@ def _generator(seed: int, *spawn_key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=spawn_key)))
 
 
-def rank_batch(order: GlobalOrder, start: int, global_batch_size: int, rank: int, world_size: int) -> list[Location]:
+class Order(Protocol):
+    """What ranks and loaders ask of an order: GlobalOrder, or MixedOrder of several."""
+
+    num_samples: int
+
+    @property
+    def round(self) -> int: ...
+
+    def locate(self, position: int) -> Location: ...
+
+    def own(self, position: int) -> tuple[GlobalOrder, int, int]: ...
+
+    def lane(self, position: int) -> tuple[int, int]: ...
+
+    def pace(self, first_shard: int) -> float: ...
+
+
+def rank_batch(order: Order, start: int, global_batch_size: int, rank: int, world_size: int) -> list[Location]:
     """Rank `rank`'s part of the global batch at positions [start, start + global_batch_size)."""
     return [order.locate(place) for place in rank_positions(order, start, global_batch_size, rank, world_size)]
 
 
-def rank_positions(order: GlobalOrder, start: int, global_batch_size: int, rank: int, world_size: int) -> list[int]:
+def rank_positions(order: Order, start: int, global_batch_size: int, rank: int, world_size: int) -> list[int]:
     """The stream positions of rank_batch: the batch is sorted by lane and cut into equal slices, one for each rank.
 
     So a rank reads few lanes.
     """
     assert global_batch_size % world_size == 0, (global_batch_size, world_size)
-    positions = sorted(
-        range(start, start + global_batch_size), key=lambda position: (position % order.num_samples) % order.lanes
-    )
+    positions = sorted(range(start, start + global_batch_size), key=order.lane)
     share = global_batch_size // world_size
     return positions[rank * share : (rank + 1) * share]
 
 
 def rank_shards(
-    order: GlobalOrder, start: int, global_batch_size: int, rank: int, world_size: int, ahead: int
+    order: Order, start: int, global_batch_size: int, rank: int, world_size: int, ahead: int
 ) -> tuple[list[int], list[int]]:
     """Which shards rank `rank` mixes at position `start`, and the next `ahead` ones, soonest first.
 
     A batch smaller than the number of lanes touches some of them only, so as many batches are looked at as touch all.
     """
-    lanes: dict[int, tuple[int, int]] = {}  # lane -> first and last position in it
-    for batch in range(-(-order.lanes // global_batch_size)):
+    lanes: dict[tuple[int, int], tuple[int, int]] = {}  # lane -> first and last position in it
+    for batch in range(-(-order.round // global_batch_size)):
         first = start + batch * global_batch_size
         for position in rank_positions(order, first, global_batch_size, rank, world_size):
-            lane = (position % order.num_samples) % order.lanes
+            lane = order.lane(position)
             lanes[lane] = (lanes.get(lane, (position,))[0], position)
     now: dict[int, None] = {}
-    later: list[tuple[int, int, list[int]]] = []
-    for lane, (first, last) in lanes.items():
-        over_the_border = first // order.num_samples != last // order.num_samples  # of two epochs, maybe one more
-        samples = (last - first) // order.lanes + over_the_border
-        wanted = -(-ahead // order.window_shards)
-        for begins, shards in order.lane_blocks(first):
+    later: list[tuple[float, tuple[int, int], list[int]]] = []
+    for lane, positions in lanes.items():
+        (source, first, first_shard), (_, last, _) = map(order.own, positions)
+        over_the_border = first // source.num_samples != last // source.num_samples  # of two epochs, maybe one more
+        samples = (last - first) // source.lanes + over_the_border
+        wanted = -(-ahead // source.window_shards)
+        for begins, own_shards in source.lane_blocks(first):
+            shards = [first_shard + shard for shard in own_shards]
             if begins <= samples:
                 now |= dict.fromkeys(shards)
             elif wanted > 0:
-                later.append((begins, lane, shards))
+                later.append((begins * order.pace(first_shard), lane, shards))
                 wanted -= 1
             else:
                 break

@@ -191,6 +191,8 @@ def _generated(engine: EngineConfig, buckets: Buckets) -> dict[str, Any]:
         generated["bf16"]["check_grad_overflow"] = True  # a step with a non-finite norm is not taken
         generated["bf16"]["bf16_master_weights_and_grads"] = engine.optimizer_states == "bf16"
         generated["bf16"]["bf16_optimizer_states"] = engine.optimizer_states == "bf16"
+    if engine.communication_data_type is not None:
+        generated["communication_data_type"] = engine.communication_data_type
     zero = generated["zero_optimization"]
     if engine.zero_stage >= 1:
         zero["reduce_bucket_size"] = buckets.reduce_bucket_size

@@ -278,6 +278,8 @@ class ZeroEngine:
             ):
                 weights.data.copy_(master.data)
             optimizer.invalidate_secondary_tensor()
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize(self._world.device)  # DeepSpeed gathers by a stream that waits for no other
 
     # ---------------------------------------------------------------------------------------------------------------
     # Whole tensors

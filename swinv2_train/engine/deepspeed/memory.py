@@ -13,7 +13,8 @@ fp32).  The formulas are read from DeepSpeed 0.19.8 and torch's AdamW, and were 
 
 Live under ZeRO-3 are the block in use and the next one, and from the forward to the backward pass every weight of which
 autograd saved a view: a linear layer saves the transposed weight, which keeps what was gathered although DeepSpeed
-releases it, unless the layer's block is computed again.
+releases it, unless the layer's block is computed again.  What is being gathered is there twice, as a flat buffer and
+as the weights that are copied out of it.
 
 optim.ema_decay adds 4N bytes for ZeRO-0 and 4N/W for the others, beside the masters, and no temporaries.
 AdamW is fused and takes no temporaries.  The copies of an exchange are of at most 500 million
@@ -61,7 +62,11 @@ class Gathering:
     element_bytes: int
     world_size: int
     copied: int
-    """What gloo gathers into a copy at a time; 0 on accelerators."""
+    """What is there twice while it is gathered: the flat buffer of a block, or of what is fetched ahead, and the
+    weights cut out of it (partition_parameters.py, AllGatherCoalescedHandle); on a CPU gloo's own copy.  0 on one rank,
+    which gathers nothing."""
+    one_by_one: bool
+    """At an exchange, copies are of one parameter at a time, as on a CPU."""
 
     def in_forward(self, trace: StepTrace, peak: PlacePeak) -> dict[str, int]:
         """Every block is still to come, in the backward pass if not in this one."""
@@ -70,7 +75,8 @@ class Gathering:
     def in_backward(self, trace: StepTrace, peak: PlacePeak) -> dict[str, int]:
         """Where a bucket gets full, copies of it: the gradients put together, and a rank's share of them in fp32.
 
-        By then the window is full, and gloo copies what takes the place of a freed weight: one parameter at a time.
+        By then the window is full, and on a CPU gloo copies what takes the place of a freed weight: one parameter at a
+        time.  Elsewhere a block may just be gathered ahead.
         """
         places = [place for place, _ in trace.gradients]
         first = places.index(peak.place) if peak.place in places else 0
@@ -78,7 +84,8 @@ class Gathering:
         parts = self._live(trace, peak, sum(to_come))
         if peak.place in self._places_of_exchange(trace.gradients):
             exchanged = self.element_bytes * self.bucket + 4 * self.bucket // self.world_size
-            parts[COPIES] = max(parts[COPIES], exchanged + self.element_bytes * min(self.copied, max(to_come)))
+            gathered = min(self.copied, max(to_come) if self.one_by_one else sum(to_come))
+            parts[COPIES] = max(parts[COPIES], exchanged + self.element_bytes * gathered)
         return parts
 
     def _live(self, trace: StepTrace, peak: PlacePeak, to_come: int) -> dict[str, int]:
@@ -139,6 +146,16 @@ def _weight_bytes(config: EngineConfig) -> int:
     return 2 if config.precision == "bf16" else 4
 
 
+def summed_bytes(config: EngineConfig) -> int:
+    """Of a gradient while it is summed over ranks."""
+    return 4 if config.communication_data_type == "fp32" else _weight_bytes(config)
+
+
+def _wider_copy(config: EngineConfig) -> int:
+    """Bytes of a gradient's copy where it is summed in another type than its own; 0 where it is not."""
+    return summed_bytes(config) if summed_bytes(config) != _weight_bytes(config) else 0
+
+
 def _state_bytes(config: EngineConfig) -> int:
     return 2 if config.optimizer_states == "bf16" else 4
 
@@ -156,7 +173,8 @@ def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> Engin
     if config.zero_stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
         return EngineMemory(
             resident={WEIGHTS: 2 * n, GRADIENTS: 4 * n, MASTERS: 4 * share, MOMENTS: 8 * share},
-            exchange={COPIES: 6 * min(n, EXCHANGED_TOGETHER) if world_size > 1 else 0},
+            # The fp32 gradients in one piece, and again in bf16 where they are summed so.
+            exchange={COPIES: (6 if summed_bytes(config) == 2 else 4) * min(n, EXCHANGED_TOGETHER) * (world_size > 1)},
             kept_gradient_bytes=2,
         )
     buckets = buckets_of(config, sizes.layers)
@@ -164,7 +182,8 @@ def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> Engin
         resident={WEIGHTS: w * n, MASTERS: state * share, MOMENTS: 2 * state * share},
         backward={
             BUCKETS: w * buckets.reduce_bucket_size * (2 if config.overlap_comm else 1),
-            COPIES: w * buckets.reduce_bucket_size + (4 * sizes.largest_parameter if w == 2 else 0),
+            COPIES: (w + _wider_copy(config)) * buckets.reduce_bucket_size
+            + (4 * sizes.largest_parameter if w == 2 else 0),
         },
         kept_gradient_bytes=4 if config.zero_stage == 1 else 4 / world_size,
     )
@@ -174,13 +193,14 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bo
     w, state = _weight_bytes(config), _state_bytes(config)
     share, group = -(-sizes.parameters // world_size), -(-sizes.largest_group // world_size)
     buckets, largest_block = buckets_of(config, sizes.layers), sizes.layers.largest_block
+    copied = largest_block if on_cpu else max(largest_block, buckets.prefetch_bucket_size)
     return Zero3Memory(
         resident={
             WEIGHTS: w * (share + sizes.layers.small),
             MASTERS: state * share,
             MOMENTS: 2 * state * share,
             GRADIENTS: 4 * share,
-            BUCKETS: w * buckets.reduce_bucket_size,
+            BUCKETS: (w + _wider_copy(config)) * buckets.reduce_bucket_size,
         },
         step={GRADIENTS: state * group},
         gathering=Gathering(
@@ -189,7 +209,8 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bo
             bucket=buckets.reduce_bucket_size,
             element_bytes=w,
             world_size=world_size,
-            copied=largest_block if on_cpu and world_size > 1 else 0,
+            copied=copied if world_size > 1 else 0,
+            one_by_one=on_cpu,
         ),
     )
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
+from swinv2_train.engine.host_copies import PageLocked
 from swinv2_train.engine.state.ema import EMA_KIND
 from swinv2_train.engine.state.pieces import Piece
 from swinv2_train.storage.durable import Checksum, write_durably
@@ -118,6 +119,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._locked: PageLocked | None = None
         self._thread = ThreadPoolExecutor(1, "snapshot")
         self._copying: Future[None] | None = None
 
@@ -133,7 +135,8 @@ class HostMemory:
         starts = [0, *itertools.accumulate(-(-run.numel() // 16) * 16 for run, _ in runs)]  # any dtype may begin there
         on_gpu = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         if self._memory.numel() < starts[-1]:
-            self._memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=on_gpu is not None)
+            self._locked = None if on_gpu is None else PageLocked(starts[-1])
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8) if self._locked is None else self._locked.tensor
         pairs, copies = [], {}
         for (run, offsets), start in zip(runs, starts[:-1], strict=True):
             copy = self._memory[start : start + run.numel()]

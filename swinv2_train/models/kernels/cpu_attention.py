@@ -43,7 +43,7 @@ def problem() -> str | None:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
+    compiler = _compiler()
     if not compiler:
         return None, "there is no C++ compiler (g++, clang++, or what CXX names)"
     try:
@@ -65,11 +65,30 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 def cache_directory() -> Path | None:
     """Where compiled kernels are kept: $XDG_CACHE_HOME/swinv2_train, or in ~/.cache; None where others could write."""
+    return private_directory(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "swinv2_train")
+
+
+def private_directory(path: Path) -> Path | None:
+    """The directory, made where it is missing; None where it cannot be, or others could write there."""
     try:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swinv2_train"
+        directory = path.expanduser()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return directory if _is_ours(directory) else None
     except (OSError, RuntimeError):  # the second from expanduser, where a user has no home
+        return None
+
+
+def _compiler() -> list[str]:
+    """The C++ compiler's command; empty where there is none."""
+    return shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
+
+
+@functools.cache
+def fingerprint() -> str | None:
+    """A hash of all that the kernel of this machine follows from; None where there is no compiler."""
+    try:
+        return _fingerprint(compiler) if (compiler := _compiler()) else None
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

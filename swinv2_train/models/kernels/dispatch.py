@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import swinv2_train.models.kernels.cpu_attention as cpu
+from swinv2_train.models.cosine import window_attention
+from swinv2_train.models.kernels import failures, trial
+from swinv2_train.models.kernels.failures import Case, case_of
 from swinv2_train.models.precision import without_autocast
 from swinv2_train.models.windows import MASKED_LOGIT, WindowGrid
 
@@ -26,19 +30,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WINDOW = 64
 HEAD_DIMS = (16, 128)  # the smallest and the largest
 MIN_CAPABILITY = 8  # major: the first with bfloat16 matrix units
-TRIAL_BOUND = 0.05  # of the largest entry, in bfloat16
 DENSE_TOKENS = 576  # windows of up to 24 x 24 have the bias of every pair in memory
 BIAS_BLOCK = 1024
-# Scores whose head reaches no further go into 2^x as they are: a row's largest weight is at least 2^-96 and one of 2^-24
-# of it still a normal number; the largest weight possible, times a thousand tokens and values of 1e5, is below 2^127.
 MAX_REACH = 96.0
+"""Scores whose head reaches no further go into 2^x as they are: a row's largest weight is at least 2^-96 and one of
+2^-24 of it still a normal number; the largest weight possible, times a thousand tokens and values of 1e5, is below
+2^127."""
 TABLE_PROGRAMS = 2048  # of the table's gradient; a constant, because its sums must not depend on the card
 
 
 def fused_problem(device: torch.device) -> str | None:
     """Why nothing is fused on this device, whatever the sizes, in a few words; None where something is.
 
-    Triton's interpreter, which serves tests, does not count.
+    Triton's interpreter, which serves tests, does not count.  Nothing is tried here: trial.py does that.
     """
     if device.type == "cpu":
         return cpu.problem()
@@ -47,50 +51,56 @@ def fused_problem(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "the package triton is missing"
     capability = torch.cuda.get_device_capability(device)
-    return _trial(device) if capability[0] >= MIN_CAPABILITY else f"the GPU is too old ({capability}, 8.0 is needed)"
+    return None if capability[0] >= MIN_CAPABILITY else f"the GPU is too old ({capability}, 8.0 is needed)"
 
 
-@functools.cache
-def _trial(device: torch.device) -> str | None:
-    """What goes wrong when the kernels attend in a small map on this device, beside the reference; None when nothing.
+def unknown(device: torch.device, dtype: torch.dtype, grid: WindowGrid, num_heads: int, head_dim: int) -> str | None:
+    """What of these sizes the kernels of a device do not know, in a few words; None where they know them."""
+    tokens, limits = math.prod(grid.window), {"cpu": (cpu.DTYPES, 1)}.get(device.type, (DTYPES, HEAD_DIMS[0]))
+    if dtype not in limits[0]:
+        return f"there are no kernels for {str(dtype).removeprefix('torch.')} on {device.type}"
+    if not limits[1] <= head_dim <= HEAD_DIMS[1]:
+        return f"head dim {head_dim} is not within {limits[1]} to {HEAD_DIMS[1]}"
+    if device.type == "cpu":
+        return f"windows of {tokens} tokens are more than {cpu.MAX_TOKENS}" if tokens > cpu.MAX_TOKENS else None
+    if max(grid.window) > MAX_WINDOW:
+        return f"windows of {grid.window[0]}x{grid.window[1]} are larger than {MAX_WINDOW}"
+    if math.prod(grid.size) * 3 * num_heads * head_dim >= 2**31:
+        return "offsets inside an image are 32-bit"
+    return None
 
-    So a card or a Triton that they do not work on costs speed and no run.  Draws none of the run's random numbers.
-    """
-    from swinv2_train.models.cosine import window_attention
 
-    grid, heads = WindowGrid((10, 12), (8, 8), (4, 4)), 2
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(1, *grid.size, 3 * 32 * heads, generator=generator).to(device, torch.bfloat16)
-    scale = torch.full((heads, 1, 1), 10.0, device=device)
-    table = torch.rand(15 * 15, heads, generator=generator).to(device)
-    results = []
-    try:
-        with torch.enable_grad(), without_autocast(device):
-            for attention in (fused_window_attention, window_attention):
-                q, s, t = (x.detach().requires_grad_() for x in (qkv, scale, table))
-                out = attention(q, s, t, grid, heads)
-                results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, s, t))])
-        differences = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
-    except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
-        return f"the kernels failed on {device}: {type(error).__name__}: {error}"
-    good = all(difference <= TRIAL_BOUND for difference in differences)  # not if one is not a number
-    return None if good else f"on {device} the kernels are {max(differences):.2g} from the reference"
+def tried(cases: Iterable[Case], device: torch.device) -> dict[Case, str]:
+    """What is wrong with the kernels, by case, each tried where it was not yet (trial.py); nothing of good ones."""
+    return trial.problems_of(cases, device, fused_window_attention)
+
+
+@functools.lru_cache(maxsize=1024)  # a layer asks in every forward pass
+def _asked(
+    device: torch.device, dtype: torch.dtype, grid: WindowGrid, num_heads: int, head_dim: int
+) -> tuple[bool, Case]:
+    """Whether the kernels know these sizes, and which case they are."""
+    return unknown(device, dtype, grid, num_heads, head_dim) is None, case_of(dtype, grid, head_dim)
 
 
 def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
     """Whether :func:`fused_window_attention` is to be used for this qkv (B, H, W, 3C): the kernels of its device know
-    its dtype and sizes, and :func:`fused_problem` has nothing against it."""
+    its dtype and sizes, :func:`fused_problem` has nothing against it, and they have agreed with the reference.
+
+    Where a compiler traces this, what was tried before counts: a run tries what it will use at its start.
+    """
     dim = qkv.shape[-1] // (3 * num_heads)
-    if qkv.device.type == "cpu":
-        known = qkv.dtype in cpu.DTYPES and math.prod(grid.window) <= cpu.MAX_TOKENS and dim <= HEAD_DIMS[1]
-    else:
-        known = (
-            qkv.dtype in DTYPES
-            and max(grid.window) <= MAX_WINDOW
-            and HEAD_DIMS[0] <= dim <= HEAD_DIMS[1]
-            and grid.size[0] * grid.size[1] * qkv.shape[-1] < 2**31  # offsets inside an image are 32-bit
-        )
-    return known and fused_problem(qkv.device) is None
+    if _traced(qkv):
+        return fused_problem(qkv.device) is None and unknown(qkv.device, qkv.dtype, grid, num_heads, dim) is None
+    known, case = _asked(qkv.device, qkv.dtype, grid, num_heads, dim)
+    if not known or fused_problem(qkv.device) is not None or failures.failed(case):
+        return False
+    if trial.is_good(case, qkv.device):
+        return True
+    for problem in tried([case], qkv.device).values():
+        warnings.warn(f"fused attention is not used on {qkv.device} ({case}): {problem}", stacklevel=2)
+        return False
+    return True
 
 
 def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
@@ -99,7 +109,8 @@ def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: Wind
     softmax(cos(q, k) scale + bias + mask) v, as :mod:`swinv2_train.models.attention` computes it on cut windows.
     qkv: (B, H, W, 3C), the projection of the map itself, channels ordered (3, h, d); float32, bfloat16 or, on CUDA,
     float16.
-    scale: (h, 1, 1) float32, exp(logit_scale).  table: ((2rows-1)(2cols-1), h) float32, the bias of every offset.
+    scale: (h, 1, 1) float32, exp(logit_scale).  table: ((2rows-1)(2cols-1), h) float32, the bias of every offset,
+    between 0 and 16 as 16 sigmoid makes it: beside bfloat16 it is read in float16 on CUDA.
     Returns (B, H, W, C) in qkv's dtype.  Beside its arguments and the result it keeps the softmax's denominators for
     the backward pass, (B*nW, h, N) float32.  All gradients are the same bit for bit in every run: no sum is atomic.
     """
@@ -109,7 +120,7 @@ def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: Wind
     elif torch.is_grad_enabled():
         out = _WindowAttention.apply(*arguments)
     else:
-        out = _attend(*arguments)[0]
+        out = _forward_surviving(*arguments)[0]
     return out
 
 
@@ -343,7 +354,7 @@ def _attend_backward(
     scale_summands = lse.new_empty(splits * heads if whole else programs[0])
     common = {**launch.constants, "STRIDE": stride, "num_warps": tiles.warps}
     owned, streamed = (tiles.owned, tail(tokens, tiles.owned)), (tiles.streamed, tail(tokens, tiles.streamed))
-    window = {"ROWS": grid.window[0], "COLS": grid.window[1]}
+    rows_and_cols = {"ROWS": grid.window[0], "COLS": grid.window[1]}
     with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
         bias, _ = launch.bias(scale, table.contiguous(), qkv.dtype)
         if not whole:
@@ -364,7 +375,7 @@ def _attend_backward(
                 BLOCK=tiles.side, TAIL=tail(tokens, tiles.side), WHOLE=whole, num_warps=tiles.side_warps,
             )  # fmt: skip
             table_kernels.table_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
-                partial.sum(0), grad_table, heads, **window, STRIDE=stride, BLOCK=64, BLOCK_Q=32, num_warps=4,
+                partial.sum(0), grad_table, heads, **rows_and_cols, STRIDE=stride, BLOCK=64, BLOCK_Q=32, num_warps=4,
             )  # fmt: skip
         else:
             partial = lse.new_empty(splits, 2 * groups - 1, heads, bins)
@@ -373,7 +384,7 @@ def _attend_backward(
                 GROUP=group, BLOCK=tiles.side, BINS=bins, num_warps=tiles.side_warps,
             )  # fmt: skip
             table_kernels.offset_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
-                partial, grad_table, splits, heads, **window, GROUP=group, BINS=bins,
+                partial, grad_table, splits, heads, **rows_and_cols, GROUP=group, BINS=bins,
                 BLOCK=64, BLOCK_SPLITS=32, num_warps=4,
             )  # fmt: skip
     torch.sum(scale_summands.view(-1, heads), 0, out=grad_scale.view(-1))
@@ -383,6 +394,35 @@ def _attend_backward(
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     rows, cols = sizes
     return rows, cols
+
+
+def _case(qkv: Tensor, sizes: tuple[Any, ...]) -> Case:
+    size, window, shift, heads = sizes
+    grid = WindowGrid(_pair(size), _pair(window), _pair(shift))
+    return case_of(qkv.dtype, grid, qkv.shape[-1] // (3 * heads))
+
+
+def _forward_surviving(qkv: Tensor, scale: Tensor, table: Tensor, *sizes: Any) -> tuple[Tensor, Tensor]:
+    """_attend; where it fails and that is got over, the reference's result without denominators (failures.py)."""
+    try:
+        return _attend(qkv, scale, table, *sizes)
+    except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
+        failures.got_over(_case(qkv, sizes), error, qkv.device)
+    size, window, shift, heads = sizes
+    with without_autocast(qkv.device):
+        out = window_attention(qkv, scale, table, WindowGrid(_pair(size), _pair(window), _pair(shift)), heads)
+    return out.contiguous(), _forward_fake(qkv, scale, table, *sizes)[1].fill_(math.nan)
+
+
+def _backward_surviving(
+    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor, *sizes: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """_attend_backward; where it fails and that is got over, gradients that no step is taken with (failures.py)."""
+    try:
+        return _attend_backward(grad, qkv, scale, table, out, lse, *sizes)
+    except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
+        failures.got_over(_case(qkv, sizes), error, qkv.device)
+    return tuple(each.fill_(math.nan) for each in _backward_fake(grad, qkv, scale, table, out, lse, *sizes))  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -396,7 +436,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _attend(*inputs)
+        output = _forward_surviving(*inputs)
         qkv, scale, table, *ctx.sizes = inputs
         ctx.save_for_backward(qkv, scale, table, *output)
         return output[0]
@@ -404,7 +444,7 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_attend_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
+        return (*_backward_surviving(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -413,14 +453,14 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 _forward = torch.library.custom_op(
     "swinv2_train::window_attention",
-    _attend,
+    _forward_surviving,
     mutates_args=(),
     schema="(Tensor qkv, Tensor scale, Tensor table, int[] size, int[] window, int[] shift, int heads) "
     "-> (Tensor, Tensor)",
 )
 _backward = torch.library.custom_op(
     "swinv2_train::window_attention_backward",
-    _attend_backward,
+    _backward_surviving,
     mutates_args=(),
     schema="(Tensor grad, Tensor qkv, Tensor scale, Tensor table, Tensor out, Tensor lse, "
     "int[] size, int[] window, int[] shift, int heads) -> (Tensor, Tensor, Tensor)",

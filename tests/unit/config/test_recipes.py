@@ -82,6 +82,7 @@ class Recipe(NamedTuple):
 
 SIMMIM_100 = Run(IN1K, 62_557, 6_256, (4e-6, 8e-4, 4.860002e-4, 4e-5), 0.05, 5.0)
 SIMMIM_800 = Run(IN1K, 500_456, 6_256, (2e-6, 4e-4, 4e-4, 4e-5), 0.05, 5.0)
+CONTINUE = Run(IN1K, 31_279, 3_128, (5e-7, 2e-4, 1.215024e-4, 1e-5), 0.05, 5.0)
 SIMMIM_G = Run(IN22K_EXT, 151_910, 30_000, (0.0, 1.4e-3, 9.638944e-4, 0.0), 0.1, 100.0)
 SCRATCH_22K = Run(IN22K, 311_949, 17_331, (1e-6, 1e-3, 5.506769e-4, 1e-5), 0.1, 5.0)
 SECOND_STAGE_G = Run(IN22K_EXT, 227_865, 20_000, (0.0, 1.4e-3, 8.053983e-4, 0.0), 0.1, 100.0)
@@ -119,6 +120,12 @@ RECIPES = {
         SIMMIM_800, "huge", 663_873_546, 192, 12, (), 0.0, (101, 331), norm_target=47
     ),
     "simmim_giant_192": Recipe(SIMMIM_G, "giant", 3_010_430_176, 192, 12, (), 0.0, (205, 677)),
+    "continue_simmim_base_192": Recipe(
+        CONTINUE, "base", 90_042_744, 192, 12, (), 0.0, (101, 325), after="simmim_base_192"
+    ),
+    "continue_simmim_tiny_256": Recipe(
+        CONTINUE, "tiny", 29_940_618, 256, 8, (), 0.0, (53, 169), after="in1k_tiny_256_w8"
+    ),
     "in22k_base_192": Recipe(SCRATCH_22K, "base", 109_280_841, 192, 12, (), 0.2, (101, 324), head=21_841),
     "in22k_large_192": Recipe(SCRATCH_22K, "large", 228_772_549, 192, 12, (), 0.2, (101, 324), head=21_841),
     "in22k_giant_192": Recipe(

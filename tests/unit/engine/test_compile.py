@@ -7,9 +7,38 @@ import copy
 import pytest
 import torch
 
-from swinv2_train.engine.compile import compile_blocks
+from swinv2_train.engine import compile as compiling
+from swinv2_train.engine.compile import compile_blocks, compile_choice, seconds_compiling
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.swin_v2 import SwinBlock
+from tests.support.configs import composed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "blocks", "why"),
+    [
+        ([], "cuda", True, "auto: CUDA"),
+        ([], "cpu", False, "auto: on a CPU it gains little"),
+        (["engine=zero2", "model.recompute=blocks"], "cuda", True, "auto: CUDA"),
+        (["engine=local"], "cuda", True, "auto: CUDA"),
+        (["engine=zero3"], "cuda", False, "auto: ZeRO-3's gathering cuts the graphs at every layer"),
+        (["model.recompute=blocks@cpu"], "cuda", False, "auto: not tested with model.recompute=blocks@cpu"),
+        (["engine=zero3", "model.compile=blocks"], "cuda", True, "model.compile=blocks"),
+        (["model.compile=blocks"], "cpu", True, "model.compile=blocks"),
+        (["model.compile=none"], "cuda", False, "model.compile=none"),
+    ],
+)
+def test_auto_compiles_on_cuda_where_that_is_tested(overrides, device, blocks, why):
+    config = composed(["run_dir=unused", "data.shards=unused", *overrides])
+    assert compile_choice(config, device, here=False) == (blocks, why)
+
+
+def test_auto_without_a_compiler_says_what_is_missing(monkeypatch):
+    config = composed(["run_dir=unused", "data.shards=unused"])
+    monkeypatch.setenv("PATH", "")
+    assert compile_choice(config, "cuda") == (False, "auto: there is no C compiler (gcc, clang)")
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    assert str(compile_choice(config, "cuda")) == "none (auto: the package triton is missing)"
 
 
 def models(backend, **changes):
@@ -69,8 +98,40 @@ def test_blocks_of_other_rates_share_their_graphs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
-def test_inductor_gives_the_same(fused):
+def test_inductor_gives_the_same(fused, monkeypatch):
     """The real compiler, with padding: a map of 10 x 10 in windows of 4."""
     plain, compiled = models("inductor", fused_attention=fused, depths=(2,))
-    same(plain, compiled, (40, 40))
+    from torch._inductor.graph import GraphLowering
+
+    before, lower, modes = seconds_compiling(), GraphLowering.run, []
+
+    def watched(self, *args):
+        modes.append(torch._inductor.config.deterministic)
+        return lower(self, *args)
+
+    monkeypatch.setattr(GraphLowering, "run", watched)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        same(plain, compiled, (40, 40))
+    assert seconds_compiling() > before
+    assert len(modes) >= 4 and all(modes), "a kernel was chosen by its time: two starts of a run sum in other orders"
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_costs_speed_and_no_run(monkeypatch):
+    """fall_back, as model.compile=auto has it; model.compile=blocks ends with the compiler's error."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no ptxas")
+
+    try:
+        plain, _ = models("eager", depths=(1,))
+        compiled = copy.deepcopy(plain)
+        compile_blocks(compiled, (SwinBlock,), broken, fall_back=True)
+        same(plain, compiled, (32, 32))
+        torch._dynamo.reset()
+        compile_blocks(compiled, (SwinBlock,), broken)
+        with pytest.raises(Exception, match="no ptxas"):
+            run(compiled, torch.randn(1, 3, 32, 32))
+    finally:
+        torch._dynamo.config.suppress_errors = False

@@ -61,6 +61,62 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
     assert "--max-restarts 2" in several and "SIGUSR1" in several
 
 
+def test_memory_of_a_card_grows_in_place_unless_the_user_says_otherwise(job, tmp_path):
+    """What reaches the tasks; a user's own setting stays, by its old name too."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PYTORCH_ALLOC_CONF"\n')
+    python.chmod(0o755)
+    for own, expected in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:99"}, "max_split_size_mb:99"),
+    ):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "NPROC_PER_NODE": "1", **own}
+        said = subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True)
+        assert said.strip() == expected
+    job('echo "$PYTORCH_ALLOC_CONF" > seen')
+    assert (tmp_path / "seen").read_text().strip() == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes"),
+    [("0", 1), ("2,3,5", 3), ("GPU-8932f937,MIG-f2a4", 2), ("", 1), ("-1", 1), ("NoDevFiles", 1), ("0,-1,2", 1)],
+)
+def test_torchrun_starts_a_process_for_every_gpu_that_is_shown(visible, processes, tmp_path):
+    """And not for those that the machine has: ranks without one of their own would be refused."""
+    for name, text in {"python": 'echo "$@"', "nvidia-smi": "seq -f 'GPU %g: NVIDIA' 0 7"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def started(**variables: str) -> str:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), **variables}
+        return subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True)
+
+    assert f"--nproc-per-node {processes} " in started(CUDA_VISIBLE_DEVICES=visible)
+    assert "--nproc-per-node 8 " in started()
+    assert "--nproc-per-node 4 " in started(CUDA_VISIBLE_DEVICES=visible, NPROC_PER_NODE="4")
+
+
+def test_kernels_are_compiled_on_a_disk_of_the_node(tmp_path):
+    """By torchrun.sh and, under srun, by every task; what is set stays, and nobody else's folder is used."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$TRITON_CACHE_DIR $TORCHINDUCTOR_CACHE_DIR"\n')
+    python.chmod(0o755)
+
+    def folders(**variables: str) -> list[str]:
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), **variables}
+        return subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True).split()
+
+    own = tmp_path / f"swinv2-{os.getuid()}"
+    assert folders(TMPDIR="/nowhere", SLURM_TMPDIR=str(tmp_path)) == [f"{own}/triton", f"{own}/inductor"]
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert folders(TMPDIR=str(tmp_path), TRITON_CACHE_DIR="/mine") == ["/mine", f"{own}/inductor"]
+    assert folders(TMPDIR="/proc/nowhere") == []
+    own.rmdir()
+    own.symlink_to("/usr")
+    assert folders(TMPDIR=str(tmp_path)) == []
+
+
 @pytest.fixture
 def job(tmp_path) -> Callable[..., tuple[bool, int]]:
     """job(TASK, overrides...): train.sbatch itself, with stand-ins for srun and scontrol; requeued?, exit code."""
@@ -117,3 +173,17 @@ def test_a_restart_keeps_its_overrides(job, tmp_path):
     job("exit 3", "optim.lr=0.1", "data.shards='a b/{0..3}.tar'")
     job("exit 3", "optim.lr=0.2")
     assert "optim.lr=0.1 data.shards='a b/{0..3}.tar' run_dir='run'" in (tmp_path / "started").read_text()
+
+
+def test_every_task_of_srun_compiles_on_its_node(job, tmp_path):
+    """The command that srun is given, run as a task would: its caches, and its overrides whole."""
+    (tmp_path / "launch" / "node_caches.sh").write_text((ROOT / "launch" / "node_caches.sh").read_text())
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$TRITON_CACHE_DIR" > {tmp_path}/told\nfor word; do echo "$word"; done >> {tmp_path}/told\n'
+    )
+    task = f'export SLURM_TMPDIR={tmp_path}; while [[ "$1" == --* ]]; do shift; done; exec "$@"'
+    job(task, "data.shards='a b/{0..3}.tar'")
+    cache, *words = (tmp_path / "told").read_text().splitlines()
+    assert cache == f"{tmp_path}/swinv2-{os.getuid()}/triton"
+    assert words == ["-m", "swinv2_train.train", "data.shards='a b/{0..3}.tar'", "run_dir='run'"]

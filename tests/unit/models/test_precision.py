@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinv2_train.models import SimMIM, swin_v2
@@ -119,6 +120,35 @@ def test_bf16_norm_keeps_its_bias_gradient():
     norm = Float32LayerNorm(8).bfloat16()
     norm(torch.randn(8192, 8).bfloat16()).backward(torch.ones(8192, 8).bfloat16())
     assert torch.equal(norm.bias.grad.float(), torch.full((8,), 8192.0))
+
+
+@pytest.mark.parametrize(
+    ("device", "weights", "input_dtype", "computed"),
+    [
+        ("cuda", torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        ("cuda", torch.float32, torch.bfloat16, torch.float32),  # as under autocast
+        ("cuda", torch.bfloat16, torch.float32, torch.float32),
+        ("cpu", torch.bfloat16, torch.bfloat16, torch.float32),
+        ("meta", torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_norms_are_native_on_cuda_alone(device, weights, input_dtype, computed):
+    """By the device that a tensor says it is on, without one: fake tensors, which torch.compile traces with too."""
+    with FakeTensorMode():
+        norm = Float32LayerNorm(8, device=device, dtype=weights)
+        x = torch.randn(3, 8, device=device, dtype=input_dtype)
+        with Operations() as operations:
+            out = norm(x)
+    assert out.dtype == weights and out.device.type == device
+    assert operations.dtypes("native_layer_norm") == {computed}
+
+
+def test_on_meta_a_norm_takes_the_path_of_the_device_that_it_stands_for():
+    norm = Float32LayerNorm(8, device="meta", dtype=torch.bfloat16)
+    norm.meta_stands_for = "cpu"
+    with Operations() as operations:
+        norm(torch.zeros(3, 8, device="meta", dtype=torch.bfloat16))
+    assert operations.dtypes("native_layer_norm") == {torch.float32}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.simmim import masked_l1, norm_target
@@ -116,6 +117,24 @@ def test_norm_target_is_the_sliding_window_of_the_official_code(size, window_px)
                 window = images[0, channel, rows, cols]
                 expected = (images[0, channel, y, x] - window.mean()) / (window.var(unbiased=True) + 1e-6).sqrt()
                 assert got[0, channel, y, x].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "window_px"), [((191, 64), 47), ((33, 50), 47), ((7, 130), 3), ((3, 3), 5)])
+def test_norm_target_in_float32_is_the_square_window_of_float64(size, window_px):
+    """Rows and then columns give the official code's square pooling, at borders, in odd sizes, and in float32 as near
+    to float64 as that is itself.  Bright images, where digits are lost first; the sums' order alone may differ."""
+    images = 2 + 0.5 * torch.randn(2, 3, *size)
+
+    def square_window(x):
+        pool = {"stride": 1, "padding": window_px // 2}
+        mean, square = (F.avg_pool2d(y, window_px, count_include_pad=False, **pool) for y in (x, x**2))
+        count = F.avg_pool2d(torch.ones_like(x), window_px, divisor_override=1, **pool)
+        return (x - mean) / (((square - mean**2) * (count / (count - 1))).clamp(min=0) + 1e-6) ** 0.5
+
+    exact = square_window(images.double())
+    assert relative_error(norm_target(images.double(), window_px), exact) < 1e-11
+    own, official = (relative_error(f(images), exact) for f in (lambda x: norm_target(x, window_px), square_window))
+    assert own < max(2 * official, 5e-6), (own, official)
 
 
 def test_parts_that_do_not_fit_are_rejected():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import torch
-from torch._C._distributed_c10d import Work
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, Work
 
 from swinv2_train.monitoring.stragglers import STREAK_LENGTH, ComputeTimer, StragglerStreak, slowest
 
@@ -23,6 +24,30 @@ def test_own_time_counts_what_is_asked_for_and_leaves_torch_as_it_was():
     with own.measured(False):
         time.sleep(0.05)
     assert own.read() == 0.0
+
+
+def test_a_synchronous_collective_of_nccl_is_a_wait_though_there_is_no_work_to_wait_for(run_distributed):
+    """torch runs it on the stream that computes since 2.8; the wait for a slow rank counted as each rank's own time."""
+
+    def command(world):
+        plain = vars(ProcessGroup)["allreduce"]
+
+        def synchronous(group, tensors, options):
+            plain.__get__(group)(tensors, options).wait()
+            time.sleep(0.2)
+
+        ProcessGroup.allreduce = synchronous
+        timer = ComputeTimer(torch.device("cpu"))
+        with timer.measured():
+            time.sleep(0.1)
+            dist.all_reduce(torch.ones(1))
+        ProcessGroup.allreduce = plain
+        dist.all_reduce(torch.ones(1))  # what was put back serves
+        dist.barrier()
+        return timer.read()
+
+    for own in run_distributed(command, 2):
+        assert 0.1 <= own < 0.1 + TIMER_SEC
 
 
 def test_the_slowest_rank_is_that_of_computation_and_data_together():

@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.monitoring.watchdog import STATUS, RankActivity, diagnose_hang, read_ranks, silent_ranks
-from tests.support.configs import composed
+from swinv2_train.monitoring.watchdog import (
+    STATUS,
+    RankActivity,
+    diagnose_hang,
+    read_ranks,
+    silent_ranks,
+    timeout_warning,
+)
+from tests.support.configs import composed, make_config
 from tests.support.processes import forked_code
 
 pytestmark = pytest.mark.slow
@@ -271,3 +278,15 @@ def test_a_rank_waits_for_another_whose_download_moves(doing, code, tmp_path):
     process = start(tmp_path, other + body, timeout_sec=0.8)
     out, error = process.communicate(timeout=40)
     assert process.returncode == code, (out, error)
+
+
+@pytest.mark.parametrize(
+    ("hang_sec", "group_sec", "ranks", "warns"),
+    [(900, 1800, 8, False), (900, 900, 8, True), (900, 600, 8, True), (900, 600, 1, False), (None, 600, 8, False)],
+)
+def test_a_process_group_that_gives_up_before_a_hang_is_named_is_a_warning(hang_sec, group_sec, ranks, warns):
+    """NCCL aborts the process then, with a trace of C++ alone."""
+    runtime = {"hang_timeout_sec": hang_sec, "process_group_timeout_sec": group_sec}
+    said = timeout_warning(make_config(runtime=runtime).runtime, ranks)
+    assert (said is not None) is warns
+    assert said is None or f"runtime.process_group_timeout_sec ({group_sec})" in said

@@ -11,6 +11,7 @@ from swinv2_train.config import Config
 from swinv2_train.distributed import World
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.build import engine_memory
+from swinv2_train.engine.memory import COPIES
 from swinv2_train.engine.model_sizes import LayerSizes, ModelSizes
 from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import LOADER, plan_memory
@@ -27,6 +28,9 @@ ENGINES = {
     "zero1": ["engine=zero1"],
     "zero1 fp32": ["engine=zero1", "engine.precision=fp32"],
     "zero2": ["engine=zero2"],
+    "zero1 fp32 sums": ["engine=zero1", "engine.communication_data_type=fp32"],
+    "zero2 fp32 sums": ["engine=zero2", "engine.communication_data_type=fp32"],
+    "zero3 fp32 sums": ["engine=zero3", "engine.communication_data_type=fp32"],
     "zero3": ["engine=zero3"],
     "zero3 fp32": ["engine=zero3", "engine.precision=fp32"],
     "zero3 blocks": ["engine=zero3", "model.recompute=blocks"],
@@ -109,3 +113,14 @@ def test_gradients_of_earlier_micro_batches_rest() -> None:
     one, four = (engine_memory(composed("engine=zero0").engine, sizes, 2, n, False) for n in (1, 4))
     assert (one.kept_gradient_bytes, four.kept_gradient_bytes) == (4, 0)
     assert sum(four.resident.values()) - sum(one.resident.values()) == 4_000_000
+
+
+def test_what_zero_3_gathers_is_there_twice() -> None:
+    """On a card a block's flat buffer stands beside the weights that are cut out of it; one rank gathers nothing."""
+    overrides = ["engine=zero3", "model.recompute=blocks", "hardware=a100_40gb"]
+    config = composed(*overrides)
+    plan, trace = plan_memory(config, fill_from_machine(config.hardware, 2, rates=False), 2)
+    assert plan.phases["forward"][COPIES] == 2 * plan.sizes.layers.largest_block
+    for ranks, copied in ((1, 0), (2, 2 * plan.sizes.layers.largest_block)):
+        memory = engine_memory(config.engine, plan.sizes, ranks, 1, on_cpu=False)
+        assert memory.in_forward(trace, trace.forward).get(COPIES, 0) == copied

@@ -27,7 +27,7 @@ from swinv2_train.planning.communication import (
 from swinv2_train.planning.hardware import fill_from_machine
 from swinv2_train.planning.memory import plan_memory
 from swinv2_train.planning.scaling import COUNTS, scaling_curve
-from swinv2_train.planning.speed import measured_pass, optimizer_seconds, pass_seconds, plan_speed
+from swinv2_train.planning.speed import PassSeconds, measured_pass, optimizer_seconds, pass_seconds, plan_speed
 from tests.support import configs
 
 pytestmark = pytest.mark.slow
@@ -69,6 +69,10 @@ def test_the_bytes_of_every_stage() -> None:
     }
     assert volume("engine=zero3", "engine.max_reuse_distance=5000")[GATHER, "weights"] == 3 * 2 * (n - 20)
     assert volume("engine=zero3", "engine.persistence_threshold=0")[GATHER, "weights"] == 3 * 2 * (gathered + 30)
+    wide = "engine.communication_data_type=fp32"
+    for stage, kind, times in ((1, SUM, 1), (2, SUM, 3), (3, SCATTER, 3)):
+        planned, plain = volume(f"engine=zero{stage}", wide), volume(f"engine=zero{stage}")
+        assert planned == plain | {(kind, "gradients"): times * 4 * n}
     assert volume("engine=local") == volume("engine=zero3", ranks=1) == {}
 
 
@@ -113,6 +117,25 @@ def test_only_what_overlaps_is_hidden() -> None:
         together.append(speed)
     assert together[0].hidden > 0 == together[1].hidden
     assert together[0].step_sec < together[1].step_sec
+
+
+def test_the_last_bucket_of_a_pass_comes_after_it() -> None:
+    """Its gradients are complete when nothing is left to compute; with one bucket for all of them nothing is hidden."""
+    hardware = fill_from_machine(composed("hardware=a100_40gb").hardware, 8)
+    for engine in ("zero1", "zero2", "zero3"):
+        found = {}
+        for bucket in (1000, SIZES.parameters):
+            config = composed(f"engine={engine}", "engine.precision=fp32", f"engine.reduce_bucket_size={bucket}",
+                              "train.global_batch_size=1024")  # fmt: skip
+            speed = plan_speed(config, hardware, SIZES, PassSeconds(10.0, 0.0, 0.0, 0.6, 1, 0), 8)
+            (gradients,) = (each for each in speed.collectives if each.what == "gradients")
+            found[bucket] = speed, gradients
+        assert found[1000][1].last == pytest.approx((SIZES.parameters - 5 * 1000) / SIZES.parameters)
+        speed, gradients = found[SIZES.parameters]
+        assert gradients.last == 1.0
+        exposed = sum(seconds(gradients, hardware, 8))
+        assert speed.exposed + speed.latency >= exposed * 0.999, engine
+        assert found[1000][0].exposed < speed.exposed, engine
 
 
 def test_a_measured_step_takes_the_place_of_the_estimate() -> None:

@@ -20,9 +20,11 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import SampleError
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
+from swinv2_train.models import SwinTransformerV2
 from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop, saver
+from swinv2_train.training.attention_paths import AttentionPaths
 from swinv2_train.training.lr_schedule import RunLength
 from swinv2_train.training.monitor import Monitor
 from swinv2_train.training.position import Position
@@ -148,14 +150,17 @@ def make_run(
     total: int, accumulation: int = 1, evaluation: bool = True, step: int = 0, world: World = ONE, **train: Any
 ) -> loop.Run:
     config = toy_config(micro=4)  # global_batch_size 16
+    config.model.attention = "reference"
     settings = {"log_every_steps": 100, "checkpoint_every_steps": 100, "picture_every_steps": 100}
     for key, value in (settings | train).items():
         setattr(config.train, key, value)
     losses = Loader(batch_of(float(i + 1), f"train{i}", i % 2) for i in range(accumulation * (total - step)))
     position = Position(step, 16 * step, losses, world.device, 16, 16)
     log, activity, engine, task = Log(), RankActivity(), Engine(), Task()
+    encoder = SwinTransformerV2(32, 4, embed_dim=8, depths=(1,) * 4, num_heads=(1,) * 4, window_size=4)
+    attention = AttentionPaths(config, world, encoder, log.say, lambda _: None)
     return loop.Run(
-        config=config, world=world, task=task, engine=engine, position=position,
+        config=config, world=world, task=task, attention=attention, engine=engine, position=position,
         saver=Saver(config, world, engine, position, log, activity, step or None),
         monitor=Monitor(config, world, position, total, task.multiply_adds, log, activity),
         eval_loader=Loader([batch_of(3.0, "eval0"), batch_of(5.0, "eval1")]) if evaluation else None, probe=None,

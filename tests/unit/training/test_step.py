@@ -33,9 +33,14 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::mas
 
 
 def place() -> str:
-    """What the training loop is at."""
-    stack = [frame.name for frame in traceback.extract_stack()]
-    return "agreement" if "prepare" in stack else "optimizer" if "step" in stack else "elsewhere"
+    """What the training loop is at; "deepspeed" for what it does within a forward or backward pass."""
+    frames = traceback.extract_stack()
+    stack = [frame.name for frame in frames]
+    if "prepare" in stack:
+        return "agreement"
+    if "step" in stack:
+        return "optimizer"
+    return "deepspeed" if any("/deepspeed/runtime/" in frame.filename for frame in frames) else "elsewhere"
 
 
 class HostReads(TorchDispatchMode):

@@ -162,11 +162,11 @@ def test_a_wrong_or_unknown_format_is_named_with_the_known_ones(tmp_path):
         with pytest.raises(
             ConfigError,
             match=f"not of format={format} but of microsoft; the formats are microsoft, simmim, timm, huggingface, "
-            r"mmpretrain; the file's names begin with ",
+            r"mmpretrain, torchvision; the file's names begin with ",
         ):
             read_weights(tmp_path / "a.safetensors", format)
-    with pytest.raises(ConfigError, match=r"format \(torchvision\) is unknown; the formats are: microsoft, "):
-        read_weights(tmp_path / "a.safetensors", "torchvision")
+    with pytest.raises(ConfigError, match=r"format \(keras\) is unknown; the formats are: microsoft, "):
+        read_weights(tmp_path / "a.safetensors", "keras")
 
     def refused(names, match):
         save_file({name: torch.zeros(2) for name in names}, tmp_path / "b.safetensors")
@@ -177,7 +177,7 @@ def test_a_wrong_or_unknown_format_is_named_with_the_known_ones(tmp_path):
         ["conv1.weight", "bn1.weight"],
         "not the names of a Swin V2 model; the formats are .* begin with bn1.weight, conv1",
     )
-    refused(["features.0.0.weight"], "looks like torchvision's, which is not read")
+    refused(["features.0.0.weight"], "not the names of a Swin V2 model")
     refused(["stages.0.blocks.0.attn.meta_mlp.fc1.weight"], "looks like timm's swin_transformer_v2_cr")
     refused(["layers.0.blocks.0.attn.relative_position_bias_table"], "weights of Swin V1")
 

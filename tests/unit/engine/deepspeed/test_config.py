@@ -28,6 +28,7 @@ ENGINE = EngineConfig(
     max_reuse_distance=None,
     max_live_parameters=None,
     overlap_comm=True,
+    communication_data_type=None,
     deepspeed_overrides={},
 )
 SIZES = LayerSizes(largest_block=50_000_000, largest_vector=100_000, small=200_000)
@@ -76,6 +77,16 @@ def test_clipping_is_always_written(clip):
 def test_deepspeeds_in_place_linear_is_off():
     """Trap 5: it adds the bias in place, which gives wrong gradients under selective recomputation."""
     assert deepspeed_json(config(), 4, 2, SIZES)["zero_optimization"]["memory_efficient_linear"] is False
+
+
+def test_gradients_are_summed_in_their_own_type_or_in_fp32():
+    """Nothing is written for null, so that an override of before means what it did; both at once contradict."""
+    override = {"communication_data_type": "fp16"}
+    for wanted, overrides, written in ((None, {}, None), ("fp32", {}, "fp32"), (None, override, "fp16")):
+        settings = config(communication_data_type=wanted, deepspeed_overrides=overrides)
+        assert deepspeed_json(settings, 2, 1, SIZES).get("communication_data_type") == written
+    with pytest.raises(ConfigError, match=r"communication_data_type \(fp16\) contradicts what we generate \(fp32\)"):
+        check_engine(config(communication_data_type="fp32", deepspeed_overrides=override).engine)
 
 
 def test_stage_0_with_16_bit_is_refused():
