@@ -41,8 +41,11 @@ EXPERIMENTS = sorted(path.stem for path in FILES.glob("*.yaml"))
 IN1K = 1_281_167  # ILSVRC 2012, training
 IN22K = 14_197_122  # ImageNet's statistics of fall 2011: 21,841 synsets
 IN22K_EXT = 70_000_000  # arXiv:2111.09883 section 4.1: "70 million images"
+SATVISION = 1_920_000  # an epoch of arXiv:2411.17000
 CIFAR10 = 50_000
-BATCHES = {IN1K: {576, 1024, 2048}, IN22K: {4096}, IN22K_EXT: {9216}, CIFAR10: {128, 256}}
+BATCHES = {
+    IN1K: {576, 1024, 2048}, IN22K: {4096}, IN22K_EXT: {9216}, SATVISION: {2048}, CIFAR10: {128, 256}
+}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -84,6 +87,7 @@ SIMMIM_100 = Run(IN1K, 62_557, 6_256, (4e-6, 8e-4, 4.860002e-4, 4e-5), 0.05, 5.0
 SIMMIM_800 = Run(IN1K, 500_456, 6_256, (2e-6, 4e-4, 4e-4, 4e-5), 0.05, 5.0)
 CONTINUE = Run(IN1K, 31_279, 3_128, (5e-7, 2e-4, 1.215024e-4, 1e-5), 0.05, 5.0)
 SIMMIM_G = Run(IN22K_EXT, 151_910, 30_000, (0.0, 1.4e-3, 9.638944e-4, 0.0), 0.1, 100.0)
+SIMMIM_SATVISION = Run(SATVISION, 46_875, 9_375, (4e-4, 1.2e-3, 1.2e-3, 1.2e-3), 0.05, 5.0)
 SCRATCH_22K = Run(IN22K, 311_949, 17_331, (1e-6, 1e-3, 5.506769e-4, 1e-5), 0.1, 5.0)
 SECOND_STAGE_G = Run(IN22K_EXT, 227_865, 20_000, (0.0, 1.4e-3, 8.053983e-4, 0.0), 0.1, 100.0)
 SCRATCH_1K = Run(IN1K, 375_342, 25_023, (1e-6, 1e-3, 5.604229e-4, 1e-5), 0.05, 5.0)
@@ -120,6 +124,9 @@ RECIPES = {
         SIMMIM_800, "huge", 663_873_546, 192, 12, (), 0.0, (101, 331), norm_target=47
     ),
     "simmim_giant_192": Recipe(SIMMIM_G, "giant", 3_010_430_176, 192, 12, (), 0.0, (205, 677)),
+    "simmim_satvision_giant_128": Recipe(  # 14 bands: 227 C for 51 C, 14,336 for 3,072; 2 blocks for 4 in stage 4
+        SIMMIM_SATVISION, "giant", 2_653_783_008, 128, 8, (), 0.1, (197, 651)
+    ),
     "continue_simmim_base_192": Recipe(
         CONTINUE, "base", 90_042_744, 192, 12, (), 0.0, (101, 325), after="simmim_base_192"
     ),
@@ -174,6 +181,14 @@ RECIPES = {
         augment="erasing", after="in22k_giant_192",
     ),
 }  # fmt: skip
+
+SATVISION_LOW = [
+    0, 0, 0, 0, 0, 223.1222, 0, 178.9174, 204.3739, 204.7677, 194.8686, 202.1759, 201.3823, 203.3537
+]  # fmt: skip
+"""Reflectance in percent, brightness temperatures in kelvin: what becomes 0, and below what becomes 1."""
+SATVISION_HIGH = [
+    100, 100, 100, 100, 100, 352.7182, 100, 261.2920, 282.5529, 319.0373, 295.0209, 324.0677, 321.5254, 285.9848
+]  # fmt: skip
 
 WHOLE_IMAGE = {
     "in22k_to_in1k_base_384", "in22k_to_in1k_large_384", "in22k_to_in1k_giant_640", "finetune_huge_512", "giant_1536"
@@ -273,16 +288,27 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
     ranks = 1 if row.size == "demo" else 8
     assert config.train.global_batch_size % (config.train.micro_batch_size * ranks) == 0
     assert (data.hflip, data.crop_ratio) == (0.5, pytest.approx([3 / 4, 4 / 3]))
-    assert data.interpolation == ("bilinear" if row.head is None and row.run.images != CIFAR10 else "bicubic")
+    photographs = row.head is None and row.run.images not in (CIFAR10, SATVISION)
+    assert data.interpolation == ("bilinear" if photographs else "bicubic")
     if row.run.images == CIFAR10:
         assert data.eval_crop_pct == 1.0
+    elif row.run.images == SATVISION:
+        assert (data.mean, data.std, data.image_member) == ([0] * 14, [1] * 14, "input.npy")
+        scaled = [
+            [
+                factor * value + offset
+                for value, factor, offset in zip(ends, data.scale.factor, data.scale.offset, strict=True)
+            ]
+            for ends in (SATVISION_LOW, SATVISION_HIGH)
+        ]
+        assert scaled[0] == pytest.approx([0] * 14, abs=1e-6) and scaled[1] == pytest.approx([1] * 14, abs=1e-6)
     else:
         assert (data.mean, data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         assert (data.eval_crop, data.eval_crop_pct) == (("squash", 1.0) if name in WHOLE_IMAGE else ("centre", 0.875))
     if row.head is None:
         assert isinstance(task, SimMIMConfig)
         assert (task.mask_ratio, task.norm_target) == (0.6, row.norm_target)
-        assert task.mask_unit_px == (8 if row.size == "demo" else 32)
+        assert task.mask_unit_px == (8 if row.size == "demo" or row.run.images == SATVISION else 32)
         assert data.crop_scale == [0.67, 1.0]
         return
     assert isinstance(task, ClassifyConfig)
