@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def build_index(
     for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
         preference, offset, size, checksum = images.get(key, (-1, -1, -1, 0))
         extension = wanted[preference].rpartition(".")[2] if preference >= 0 else ""
-        record = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+        record: tuple[Any, ...] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
         if checksums:
             record = (*record, checksum)
         for name in sorted(targets):

@@ -345,9 +345,12 @@ class TarReader:
         try:
             image = self._bytes(fd, name, offset, size, checksum[:1])
             for target in targets_in(rows):
-                offset, size, *checksum = record[list(target_fields(target, CHECKSUM in rows.dtype.names))].tolist()
-                if size > 0:
-                    targets[target] = MEMBERS[target].read(self._bytes(fd, name, offset, size, checksum))
+                offset, size, *checksum = record[list(target_fields(target, bool(checksum)))].tolist()
+                if size < 0:
+                    continue
+                value = MEMBERS[target].read(self._bytes(fd, name, offset, size, checksum))
+                if value is not None:
+                    targets[target] = value
         except SampleError as error:
             raise SampleError(error.cause, name, key) from error
         return Sample(key, image, extension.decode(), cast(Targets, targets), name)
