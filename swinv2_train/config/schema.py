@@ -173,6 +173,9 @@ class TaskConfig:
     def check(self, config: Config) -> None:
         """The rules between keys of this section, or with others.  Raises ConfigError naming key, value and remedy."""
 
+    def check_ranks(self, ranks: int, accumulation_steps: int) -> None:
+        """What a training run asks of its number of processes, and of the micro-batches of a step on each."""
+
 
 @dataclass
 class SimMIMConfig(TaskConfig):
@@ -264,6 +267,8 @@ class SegmentConfig(TaskConfig):
     """The label of pixels that neither train nor count."""
     reduce_zero_label: bool
     """Read 0 of the label images as ignore_index, and k as class k - 1 (ADE20K as downloaded)."""
+    class_names: list[str] | None
+    """What the classes are called in pictures, tables and exports, a name per class; null = by their numbers."""
     head_norm: Annotated[str, one_of(*HEAD_NORMS)]
     """Norm of the heads: layer (over channels), group, batch (one process) or sync_batch (of all ranks; published)."""
     head_channels: Annotated[int, at_least(1)]
@@ -321,6 +326,11 @@ class SegmentConfig(TaskConfig):
                 f"task.class_weights has {len(self.class_weights)} numbers for task.num_classes ({self.num_classes}); "
                 "give one per class, or null"
             )
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ConfigError(
+                f"task.class_names has {len(self.class_names)} names for task.num_classes ({self.num_classes}); give "
+                "one per class, or null"
+            )
         if self.class_weights is not None and not any(self.class_weights):
             raise ConfigError("task.class_weights are all 0, which leaves nothing to learn; give one above 0, or null")
         if self.resize_short_px > self.resize_long_px:
@@ -342,6 +352,21 @@ class SegmentConfig(TaskConfig):
             )
         if self.head_norm in BATCH_NORMS:
             self._check_batch_norm(config)
+
+    def check_ranks(self, ranks: int, accumulation_steps: int) -> None:
+        """Batch statistics are of all images of a step, the same on every rank."""
+        other = "choose task.head_norm=layer or group, which look at one image at a time"
+        if self.head_norm == "batch" and ranks > 1:
+            raise ConfigError(
+                f"task.head_norm (batch) on {ranks} processes: each would keep statistics of its own images; set "
+                f"task.head_norm=sync_batch, or {other}"
+            )
+        if self.head_norm in BATCH_NORMS and accumulation_steps > 1:
+            raise ConfigError(
+                f"task.head_norm ({self.head_norm}) with {accumulation_steps} micro-batches per step: statistics would "
+                "be of one micro-batch alone; set train.micro_batch_size so that a step has one, or "
+                f"{other}"
+            )
 
     def tile_and_stride(self, config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
         """The (height, width) of a tile of the sliding window, and the steps between tiles, in pixels."""

@@ -51,10 +51,14 @@ class MapLayerNorm(Float32LayerNorm):
 
 
 class MapGroupNorm(nn.GroupNorm):
-    """A GroupNorm of 32 groups, or of as many as divide the channels, in at least float32; the weights' dtype."""
+    """A GroupNorm of 32 groups, or of as many as divide the channels, in at least float32; the weights' dtype.
+
+    A group has two channels or more: one place of one channel has no variance.
+    """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(math.gcd(GROUPS, channels), channels)
+        groups = math.gcd(GROUPS, channels)
+        super().__init__(max(1, channels // 2) if groups == channels else groups, channels)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
