@@ -76,17 +76,17 @@ def sum_with_gradient(values: torch.Tensor) -> torch.Tensor:
 
     Ranks must come to its backward passes in the same order too.
     """
-    total: torch.Tensor = _SumWithGradient.apply(values)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _SumWithGradient.apply(values)
     return total
 
 
 class _SumWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(gradient)
 
 
