@@ -36,7 +36,9 @@ UNFINISHED = "val/unfinished"
 
 
 class RunLog:
-    """metrics.jsonl, pictures/, their mirrors (wandb, TensorBoard) and the progress display of one run.  Does nothing on ranks other than 0.
+    """metrics.jsonl, pictures/, their mirrors (wandb, TensorBoard) and the progress display of one run.
+
+    Does nothing on ranks other than 0.
 
     run_config: the configuration as plain dicts and lists, recorded by the mirrors, without secrets.
     """

@@ -8,7 +8,6 @@ import re
 import secrets
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +63,7 @@ class WandbSink:
         self._queue.put(None)
         self._thread.join(_CLOSE_SEC)
         if self._thread.is_alive():
-            self._console.say(
-                f"warning: wandb did not finish within {_CLOSE_SEC:.0f} s; its last lines may be missing"
-            )
+            self._console.say(f"warning: wandb did not finish within {_CLOSE_SEC:.0f} s; its last lines may be missing")
 
     def _work(self) -> None:
         try:

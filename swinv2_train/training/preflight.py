@@ -11,7 +11,7 @@ from swinv2_train.tasks import task_class
 
 
 def preflight(config: Config, *, training: bool) -> None:
-    """Raise ConfigError for what the engine, the probes, the log or the task cannot do here; every command calls it first.
+    """Raise ConfigError for what engine, probes, log or task cannot do here; every command calls it first.
 
     training: for a run, or its plan.  Otherwise weights are only read, and the engine of their run may be one that this
     machine could not even load.

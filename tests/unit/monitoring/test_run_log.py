@@ -34,7 +34,9 @@ from swinv2_train.monitoring.console import open_console
 from swinv2_train.monitoring.run_log import RunLog
 run_dir = Path(sys.argv[1])
 def log_config(wandb="disabled", progress="none"):
-    return LogConfig(wandb=wandb, wandb_project="test", wandb_name=None, wandb_artifacts=[], tensorboard=False, progress=progress)
+    return LogConfig(
+        wandb=wandb, wandb_project="test", wandb_name=None, wandb_artifacts=[], tensorboard=False, progress=progress
+    )
 """
 
 
@@ -51,7 +53,14 @@ class QuietConsole:
 
 
 def make_log(run_dir: Path, wandb: str = "disabled", is_main: bool = True, progress: str = "none", run_config=None):
-    config = LogConfig(wandb=wandb, wandb_project="swinv2-test", wandb_name=None, wandb_artifacts=[], tensorboard=False, progress=progress)
+    config = LogConfig(
+        wandb=wandb,
+        wandb_project="swinv2-test",
+        wandb_name=None,
+        wandb_artifacts=[],
+        tensorboard=False,
+        progress=progress,
+    )
     return RunLog(run_dir, config, QuietConsole(), is_main, run_config)  # type: ignore[arg-type]
 
 

@@ -34,7 +34,9 @@ def log_of(run_dir: Path, console: Lines, is_main: bool = True) -> RunLog:
 
 
 def events(run_dir: Path) -> EventAccumulator:
-    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    return EventAccumulator(
+        str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
+    ).Reload()
 
 
 def test_steps_that_are_run_again_are_shown_once(tmp_path):
