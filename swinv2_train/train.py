@@ -134,9 +134,9 @@ def train(config: Config) -> int:
                 reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED
             finally:
-                stopped = exit_code == EXIT_STOPPED or exit_code > 128  # by a signal, with nothing to go on from
-                heartbeat.close(EXIT_STOPPED if stopped else exit_code, reason)
-                log.close(EXIT_DONE if stopped else exit_code)
+                was_stopped = exit_code == EXIT_STOPPED or exit_code > 128  # by a signal, with nothing to go on from
+                heartbeat.close(EXIT_STOPPED if was_stopped else exit_code, reason)
+                log.close(EXIT_DONE if was_stopped else exit_code)
                 if world.is_main and (exit_code != EXIT_USER_ERROR or (run_dir / "metrics.jsonl").exists()):
                     write_report_of(run_dir, total, console)
                 elif world.is_main:  # of a run that never was

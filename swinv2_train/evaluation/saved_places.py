@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from swinv2_train.config import Config, ConfigError
+from swinv2_train.config import SPLITS, Config, ConfigError
 from swinv2_train.config.shown import shown
 from swinv2_train.data.shards.cache_files import is_our_cache
 from swinv2_train.data.shards.transfers import is_remote, redacted
 from swinv2_train.evaluation.probe import image_patterns
-from swinv2_train.evaluation.splits import SPLITS
 
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf")
 """Protocols that read files and send no password of ours to a server of anybody's choice; fsspec knows others, which
