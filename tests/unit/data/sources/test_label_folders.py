@@ -132,7 +132,7 @@ def test_folders_that_are_not_there_are_refused(ade, folders, message):
 @pytest.mark.parametrize("value", ["[images]", "[images,a/b]", "[images,'']", "[images,..]"])
 def test_the_key_takes_two_names(value):
     with pytest.raises(ConfigError, match=r"data.label_folders .* must hold two names of folders"):
-        composed(["data=folder", "data.shards=/x", f"data.label_folders={value}"])
+        composed(["run_dir=/x", "data.shards=/x", f"data.label_folders={value}"])
 
 
 def test_names_are_found_above_and_ambiguous_synonyms_are_kept_whole(tmp_path):
