@@ -22,7 +22,7 @@ from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.models.upernet import UPerNet, upernet_multiply_adds
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
+from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values
 from swinv2_train.tasks.metrics import Mean, Metric, Sums
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment_picture import segment_picture
@@ -105,7 +105,7 @@ class SegmentTask:
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
-        fill = tuple(self.normalise.neutral())
+        fill = neutral_values(config)
         self.train_transform, self.eval_transform = (
             SegmentTransform(config.data, img_size, train, bands=self.bands, task=task, fill=fill)
             for train in (True, False)
