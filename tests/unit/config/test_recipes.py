@@ -10,9 +10,8 @@ each experiment file names its own), worked out with pencil and formula and not 
   epoch 700 of 800 on;
 - tensors: 17 a block, of which 4 decay; 4 in the patch embedding (1), 3 a merging (1), 2 in the last norm (0), 2 an
   extra norm (0), 2 in a classifier (1), 3 with SimMIM's token and decoder (1); UPerNet has 12 convolutions with a norm
-  (3 each, 1 decays), a norm for each of three maps (2, 0), its classes (2, 1), and in the auxiliary head one of the first
-  (3, 1) and of the last (2, 1): 15 that decay and 34 that do not;
-- UPerNet's parameters: docs of the model's test (tests/unit/models/test_upernet.py);
+  (3 each, 1 decays), a norm for each of three maps (2, 0) and its classes (2, 1), the auxiliary head one convolution
+  and its classes: 15 that decay and 34 that do not;
 - poly: lr (1 - step / steps), at step 0 a millionth of lr, at the end of the warm-up lr (1 - warm-up / steps).
 """
 
