@@ -574,6 +574,8 @@ class LogConfig:
     """Name of the wandb run; null = the run directory's name."""
     wandb_artifacts: Annotated[list[str], each(one_of(*ARTIFACTS))]
     """What wandb keeps as artifacts at the run's end: pictures (the task's), weights (of the last step)."""
+    tensorboard: bool
+    """Write TensorBoard event files to RUN_DIR/tensorboard/."""
     progress: Annotated[str, one_of("auto", "bar", "lines", "none")]
     """auto (a bar on a terminal, lines elsewhere), bar, lines or none."""
 

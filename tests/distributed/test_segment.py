@@ -21,7 +21,7 @@ from tests.support.configs import composed
 from tests.support.evaluation import evaluated
 from tests.support.harness import run_distributed
 from tests.support.one_rank import ONE
-from tests.support.segmentation import MODES, SEGMENT, plain_scores, png, randomised, scenes, write_scenes
+from tests.support.segmenter import MODES, SEGMENT, plain_scores, png, randomised, scenes, write_scenes
 
 ZERO_3 = ("engine=zero3", "engine.persistence_threshold=0", "engine.precision=fp32")
 EVALUATED = scenes(7, seed=1)

@@ -14,7 +14,7 @@ from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment import class_scores, segmentation_scores
 from tests.support.configs import composed
-from tests.support.segmentation import CLASSES, IGNORE, MODES, SEGMENT, plain_scores, png, randomised, scenes
+from tests.support.segmenter import CLASSES, IGNORE, MODES, SEGMENT, plain_scores, png, randomised, scenes
 
 CPU = torch.device("cpu")
 
