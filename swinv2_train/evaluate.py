@@ -82,7 +82,7 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     check_request(config, request)
     world = init_distributed(config.runtime.process_group_timeout_sec)
     check_agreement(config)
-    set_threads(config.runtime.num_threads, world.local_world_size)
+    set_threads(config.runtime.num_threads, world.cores)
     notes: list[str] = []
     names: tuple[str, ...] | None = on_main(world, lambda: models_classes(config, request, notes.append))
     splits: dict[str, Split] = on_main(world, lambda: open_splits(config, names, notes.append))

@@ -67,7 +67,7 @@ def train(config: Config) -> int:
     with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
         world = init_distributed(config.runtime.process_group_timeout_sec)
         check_agreement(config)
-        set_threads(config.runtime.num_threads, world.local_world_size)
+        set_threads(config.runtime.num_threads, world.cores)
         if world.device.type == "cpu":
             tune_allocator()
         accumulation = accumulation_steps(

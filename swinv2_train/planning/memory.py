@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from swinv2_train.config import Config, HardwareConfig, pair
 from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.data.loading.workers import MOST_WORKERS
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.engine.memory import GRADIENTS, EngineMemory
 from swinv2_train.engine.model_sizes import ModelSizes, layer_sizes
@@ -152,7 +153,8 @@ def loader_bytes(config: Config, accumulation_steps: int) -> int:
     """Decoded images in CPU memory: those of the step, and what the workers have prepared."""
     height, width = pair("model.img_size", config.model.img_size)
     batch = config.train.micro_batch_size * 3 * height * width
-    return batch * (accumulation_steps + config.data.num_workers * config.data.prefetch_batches)
+    workers = MOST_WORKERS if config.data.num_workers is None else config.data.num_workers
+    return batch * (accumulation_steps + workers * config.data.prefetch_batches)
 
 
 def _activations(peak: Peak) -> dict[str, int]:
