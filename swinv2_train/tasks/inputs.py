@@ -98,6 +98,15 @@ class Normalise:
         return values.round().clamp(0, 255).to(torch.uint8) if self.factor is None else values
 
 
+def neutral_values(config: Config) -> tuple[float, ...]:
+    """The value of each band, as it is read, that is 0 when it is normalised."""
+    data, count = config.data, config.model.in_chans
+    if not config.reads_values:
+        return tuple(255 * mean for mean in data.mean)
+    factors, offsets = per_band(data.scale.factor, count, 1.0), per_band(data.scale.offset, count, 0.0)
+    return tuple((mean - offset) / factor for mean, factor, offset in zip(data.mean, factors, offsets, strict=True))
+
+
 def _column(values: list[float], device: torch.device) -> Tensor:
     """(C, 1, 1)"""
     return torch.tensor(values, device=device).view(-1, 1, 1)
