@@ -17,7 +17,7 @@ import torch
 from swinv2_train.config import ConfigError
 from swinv2_train.data.transforms.bands import Bands, decode_bands
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
-from tests.support.images import encoded
+from tests.support.images import encoded, npy, npz, tiff
 
 TYPES = {"uint8": np.uint8, "uint16": np.uint16, "int16": np.int16, "float16": np.float16, "float32": np.float32}
 
@@ -36,24 +36,6 @@ def values(dtype: str, shape: tuple[int, ...] = (6, 9, 5), seed: int = 0) -> np.
         found = rng.integers(info.min, info.max + 1, shape).astype(kind)
         found.flat[0], found.flat[1] = info.min, info.max
     return found
-
-
-def npy(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def npz(compressed: bool = False, **arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def tiff(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **{"photometric": "minisblack", "planarconfig": "contig", **options})
-    return buffer.getvalue()
 
 
 def assert_holds(tensor: torch.Tensor, expected: np.ndarray) -> None:
