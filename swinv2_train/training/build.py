@@ -55,7 +55,7 @@ MEMORY_KEYS = (
 
 RANK_FILES = ("logs", "health", "stacks", "sample_keys", "bad_samples", "profile")
 """Folders of a run directory in which each rank writes on in files of its own."""
-WRITTEN = ("checkpoints", "pictures", "wandb", "metrics.jsonl", *RANK_FILES)
+WRITTEN = ("checkpoints", "pictures", "wandb", "tensorboard", "metrics.jsonl", *RANK_FILES)
 """What a run goes on writing in its run directory; other files there are replaced whole, and links with them."""
 
 
@@ -77,6 +77,7 @@ def build_run(
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
+    config.task.check_ranks(world.world_size, accumulation)
     activity = activity or RankActivity()
 
     def paths_changed(paths: dict[str, str]) -> None:
