@@ -28,8 +28,8 @@ MEAN, STD = [0.5, -0.1, 7.0, 3.0], [0.3, 0.2, 90.0, 11.0]
 VALUES = (
     "task=simmim", "model=demo", f"model.in_chans={BANDS}", f"model.img_size={SIDE}", "model.window_size=2",
     "task.mask_unit_px=8", f"data.scale.factor={FACTOR}", f"data.scale.offset={OFFSET}", f"data.scale.clip={CLIP}",
-    f"data.mean={MEAN}", f"data.std={STD}", "data.crop_scale=[1,1]", "data.crop_ratio=[1,1]", "data.hflip=0", "data.num_workers=0", "data.shuffle_buffer_images=3",
-    "run_dir=r",
+    f"data.mean={MEAN}", f"data.std={STD}", "data.crop_scale=[1,1]", "data.crop_ratio=[1,1]", "data.hflip=0",
+    "data.num_workers=0", "data.shuffle_buffer_images=3", "run_dir=r",
 )  # fmt: skip
 
 
