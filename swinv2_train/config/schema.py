@@ -378,10 +378,12 @@ class SegmentConfig(TaskConfig):
     def _check_batch_norm(self, config: Config) -> None:
         """Statistics are of images that count, and enough of them."""
         other = "choose task.head_norm=layer or group, which look at one image at a time"
-        if self.head_norm == "batch" and config.train.micro_batch_size < 2:
+        size = "micro_batch_size" if self.head_norm == "batch" else "global_batch_size"
+        images = getattr(config.train, size)
+        if images < 2:
             raise ConfigError(
-                f"task.head_norm (batch) with train.micro_batch_size ({config.train.micro_batch_size}): the pooled map "
-                f"of one image has no variance; raise it, or {other}"
+                f"task.head_norm ({self.head_norm}) with train.{size} ({images}): the pooled map of one image has no "
+                f"variance; raise it, or {other}"
             )
         if config.data.on_bad_sample == "replace":
             raise ConfigError(

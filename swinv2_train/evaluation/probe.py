@@ -100,6 +100,11 @@ def _images(config: Config) -> tuple[_Images, _Images]:
     return images("shards"), images("eval_shards")
 
 
+def image_patterns(config: Config) -> list[tuple[str, str | None]]:
+    """The keys of the images that the probes read, and what they name."""
+    return [(key, pattern) for _, key, pattern in _images(config)]
+
+
 class Probe:
     """Both probes of an encoder that goes on changing.  shards: as open_probe found them."""
 

@@ -70,10 +70,12 @@ def build_run(
     initial: Initial | None,
     activity: RankActivity | None = None,
     probe: Probe | None = None,
+    stop: StopRequest | None = None,
 ) -> Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
-    initial: the weights that a new run starts from, where task.init_from names some.
+    initial: the weights that a new run starts from, where task.init_from names some.  stop: may come while attention
+    kernels are compiled; StopNow on every rank.
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
@@ -85,7 +87,7 @@ def build_run(
         if world.is_main:
             amend_start(Path(config.run_dir), {"attention_paths": paths})
 
-    attention = AttentionPaths(config, world, task.encoder, log.say, paths_changed)
+    attention = AttentionPaths(config, world, task.encoder, log.say, paths_changed, stop)
     activity.publish(attention=attention.record())
     engine = build_engine(task.module, param_groups, config, world, accumulation, task.block_types)
     seed_everything(config.seed, world.rank)
@@ -191,7 +193,8 @@ def make_run_dir(run_dir: Path) -> None:
         if path.is_symlink():
             raise ConfigError(
                 f"{path} is a link (to {os.readlink(path)}), and a run writes nothing outside of its run_dir; put what "
-                "it leads to in its place, or choose a run_dir on the disk that it leads to"
+                "it leads to in its place. To have it on another disk, move the whole run directory there: run_dir may "
+                "lie on any disk, and be a link itself"
             )
         if os.path.lexists(path) and not (path.is_dir() or path.is_file()):
             raise ConfigError(f"{path} is no regular file, so that a run would wait for it; remove it")
