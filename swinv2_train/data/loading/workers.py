@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -59,6 +60,9 @@ class Fetch(ABC):
 
     bands: Bands | None = None
     """How files are read as values; None = as photographs."""
+
+    told_of_damage = "damaged sample replaced"
+    """What the log says of one that follows data.on_bad_sample=replace."""
 
     def __init__(self) -> None:
         self._notes: set[str] = set()
@@ -160,7 +164,7 @@ class Workers:
                     self._said.add(note)
                     _log.warning("%s", shown(note, MESSAGE_CHARACTERS))
             for problem in result["problems"]:
-                _log.warning("damaged sample replaced: %s", shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
+                _log.warning("%s: %s", fetch.told_of_damage, shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
             yield result
 
     def _started(self) -> Iterator[Any]:
@@ -229,7 +233,9 @@ def _stop(running: dict[str, Any]) -> None:
     if iterator is None:
         return
     workers = iterator._workers
-    iterator._workers_done_event.set()
+    # set() takes a lock that the workers share; one that is killed, or told to leave, at that moment takes it along
+    iterator._workers_done_event._flag.release()
+    iterator._workers_done_event = threading.Event()  # which torch sets again
     for requests in iterator._index_queues:
         requests.put(None)
     for number in (_LEAVE, signal.SIGKILL):
