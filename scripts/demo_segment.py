@@ -32,7 +32,7 @@ from swinv2_train.monitoring.console import duration_text
 DATA_DIR = Path("data/scenes")
 MODEL = (
     "model=tiny", f"model.img_size={compose_scenes.SIDE_PX}", "model.window_size=4", "model.embed_dim=32",
-    "model.depths=[2,2,2,2]", "model.num_heads=[1,2,4,8]", "model.drop_path_rate=0.0", "engine=local",
+    "model.depths=[2,2,2,2]", "model.num_heads=[1,2,4,8]", "model.drop_path_rate=0.0", "engine=zero1",
     "engine.precision=fp32", "data.num_workers=0", "train.checkpoint_every_steps=200",
 )  # fmt: skip
 PRETRAIN = (
