@@ -36,14 +36,14 @@ MODEL = (
     "engine.precision=fp32", "data.num_workers=0", "train.checkpoint_every_steps=200",
 )  # fmt: skip
 PRETRAIN = (
-    "task=simmim", "task.mask_unit_px=8", "data=folder", "train.epochs=10", "train.global_batch_size=128",
+    "task=simmim", "task.mask_unit_px=8", "data=folder", "train.epochs=8", "train.global_batch_size=128",
     "train.micro_batch_size=64", "optim.lr=2e-3", "optim.schedule.warmup_epochs=1", "optim.schedule.warmup_lr=1e-6",
     "optim.schedule.min_lr=1e-5",
 )  # fmt: skip
 SEGMENT = (
     "task=segment", f"task.num_classes={len(compose_scenes.CLASSES)}", "task.reduce_zero_label=false",
     "task.head_channels=48", "task.aux_channels=32", f"task.resize_long_px={compose_scenes.SIDE_PX}",
-    f"task.resize_short_px={compose_scenes.SIDE_PX}", "task.resize_scale=[0.75,1.5]", "data=folder", "train.epochs=25",
+    f"task.resize_short_px={compose_scenes.SIDE_PX}", "task.resize_scale=[0.75,1.5]", "data=folder", "train.epochs=12",
     "train.global_batch_size=32", "train.micro_batch_size=16", "optim.lr=1e-3", "optim.schedule.warmup_steps=30",
     f"task.class_names=[{','.join(compose_scenes.CLASSES)}]",
 )  # fmt: skip
