@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,16 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 
 from scripts import fetch_cifar10
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import TASKS
 from swinv2_train.config.arguments import last_of_each
 from swinv2_train.config.command_line import compose_overrides, guarded, load_run_config
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.config.load import known_keys
+from swinv2_train.distributed.torchrun import run_ranks
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
@@ -73,10 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code
     for (title, run_dir, _, _), command in zip(phases, commands, strict=True):
         print(f"\n{title} ({run_dir})", flush=True)
-        exit_code = run_ranks(["-m", "swinv2_train.train", *command])
-        if exit_code == EXIT_STOPPED:
+        ranks = ["--standalone", "--nproc-per-node", str(num_processes()), "--shutdown-timeout", str(SAVE_SEC)]
+        exit_code = run_ranks([*ranks, "-m", "swinv2_train.train", *command])
+        if exit_code in (EXIT_STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             newest = newest_checkpoint(run_dir)
             print(f"stopped; {newest or 'nothing'} is complete; `make demo` goes on from there", flush=True)
+            return EXIT_STOPPED
         if exit_code != EXIT_DONE:
             return exit_code
 
@@ -111,21 +112,6 @@ def overrides_of(overrides: Sequence[str], task: str) -> list[str]:
 def num_processes() -> int:
     """Each needs a GPU of its own; on a CPU they share the cores."""
     return 1 if torch.cuda.device_count() == 1 else PROCESSES
-
-
-def run_ranks(command: list[str]) -> int:
-    """torchrun in this process, so that its long failure reports stay away; returns the ranks' exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says so itself; train sets its threads anyway
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    grace = ["--shutdown-timeout", str(SAVE_SEC)]
-    try:
-        torchrun(["--standalone", "--nproc-per-node", str(num_processes()), *grace, *command])
-    except SignalException:  # Ctrl-C: torchrun has passed it on and waited for the ranks
-        return EXIT_STOPPED
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return next((code for code in (EXIT_USER_ERROR, EXIT_STOPPED) if code in codes), EXIT_FAILED)
-    return EXIT_DONE
 
 
 def evaluate(run_dir: Path) -> dict[str, float] | None:

@@ -22,7 +22,6 @@ from swinv2_train.config.command_line import stoppable
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
-from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import CLASSES_NAME
 from swinv2_train.data.packing import pack, read_source
 from swinv2_train.data.sample import ShardError, lacking
@@ -41,7 +40,9 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "swinv2-make-shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder, zip or tar of images; a shard pattern with --reindex")
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="folder, zip or tar of images; a shard pattern with --reindex"
+    )
     parser.add_argument("out", metavar="OUT", nargs="?", help="prefix of the shards, e.g. data/my/train")
     parser.add_argument(
         "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="aim at 100 to 500 MB each (%(default)s)"
@@ -50,8 +51,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the shards of that prefix")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
-    hold_standard_streams()
     options = parser.parse_args(arguments)
+    wanted = {"SOURCE": options.source} | ({} if options.reindex or options.verify else {"OUT": options.out})
+    if missing := [name for name, value in wanted.items() if value is None]:
+        parser.error(f"{' and '.join(missing)} missing: swinv2-make-shards images/ data/my/train, say")
     if options.samples_per_shard < 1:
         parser.error(f"--samples-per-shard ({options.samples_per_shard}) must be at least 1")
     try:
@@ -61,8 +64,6 @@ def run(arguments: Sequence[str]) -> int:
             verify_shards(options.source, tell)
             return EXIT_DONE
         else:
-            if options.out is None:
-                parser.error("OUT is missing: the prefix of the shards, e.g. data/my/train")
             entries, classes = read_source(Path(options.source))
             manifest = pack(
                 entries, options.out, options.samples_per_shard, options.seed, classes, overwrite=options.overwrite
