@@ -30,7 +30,7 @@ from swinv2_train import __version__
 from swinv2_train.config.arguments import check_once, prepared, without_launchers
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError, MachineError
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, exit_code_of
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, exit_code_of
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, home_expanded, load_config, no_value, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
@@ -121,7 +121,7 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         return EXIT_DONE
     try:
         code = command()
-        if code not in (EXIT_DONE, EXIT_STOPPED):
+        if code in (EXIT_FAILED, EXIT_USER_ERROR):
             tell_torchrun("what went wrong is said above", code)
         return code
     except (ConfigError, MachineError) as error:
