@@ -193,7 +193,7 @@ def fit(run: Run, model: SwinTransformerV2, data: Iterator[tuple[Tensor, Tensor]
     """AdamW under bf16 autocast, cosine schedule; returns the loss of every step."""
     recipe = run.recipe
     warmup = recipe.warmup_steps
-    schedule = ScheduleConfig("cosine", warmup, None, warmup_lr=0.0, min_lr=0.0, milestones=[], gamma=0.1)
+    schedule = ScheduleConfig("cosine", warmup, None, warmup_lr=0.0, min_lr=0.0, milestones=[], gamma=0.1, power=1.0)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     patterns = [pattern for pattern in NO_DECAY if pattern == "1d" or any(pattern in name for name in named)]
     spared = no_decay_names({name: parameter.ndim for name, parameter in named.items()}, patterns)

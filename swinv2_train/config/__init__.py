@@ -13,6 +13,8 @@ from swinv2_train.config.rules import pair
 from swinv2_train.config.scale import ScaleConfig
 from swinv2_train.config.schema import (
     ARTIFACTS,
+    BATCH_NORMS,
+    HEAD_NORMS,
     PIPE,
     PROBE_SCORES,
     SPLITS,
@@ -28,6 +30,7 @@ from swinv2_train.config.schema import (
     ProbeConfig,
     RuntimeConfig,
     ScheduleConfig,
+    SegmentConfig,
     SimMIMConfig,
     TaskConfig,
     TrainConfig,
@@ -37,6 +40,7 @@ from swinv2_train.config.schema import (
 
 __all__ = [
     "ARTIFACTS",
+    "BATCH_NORMS",
     "ClassifyConfig",
     "Config",
     "ConfigError",
@@ -48,6 +52,7 @@ __all__ = [
     "EXIT_USER_ERROR",
     "EngineConfig",
     "EvalSplitConfig",
+    "HEAD_NORMS",
     "HardwareConfig",
     "LogConfig",
     "MachineError",
@@ -64,6 +69,7 @@ __all__ = [
     "SPLITS",
     "ScaleConfig",
     "ScheduleConfig",
+    "SegmentConfig",
     "SimMIMConfig",
     "TASKS",
     "TaskConfig",

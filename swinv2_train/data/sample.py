@@ -94,10 +94,14 @@ class Targets(TypedDict, total=False):
 
     label: int
     """The image's class, 0 or more."""
+    segmentation: bytes
+    """The label image, a PNG file as it was packed: the class of each pixel (transforms/label_image.py reads it)."""
 
 
 LABEL = "label"
 """The name of the one integer that sorts an image into a class."""
+SEGMENTATION = "segmentation"
+"""The name of the image whose pixels are classes."""
 
 
 class Member(NamedTuple):
@@ -107,9 +111,13 @@ class Member(NamedTuple):
     read: Callable[[bytes], Any]
     """From the member's bytes to the target; None where they are none."""
     example: Any
-    """Any value: a transform makes of it a row of the shape that all rows have."""
+    """Any value: a transform makes of it, and of an image of EXAMPLE_PX x EXAMPLE_PX, a row of the shape that all rows
+    have.
+    """
 
 
+EXAMPLE_PX = 64
+"""The sides of the images that targets' examples belong to."""
 LABEL_BYTES = 64
 """A longer .cls member is no number."""
 
@@ -122,7 +130,16 @@ def read_label(content: bytes) -> int | None:
     return label if label < 2**63 else None
 
 
-MEMBERS: Mapping[str, Member] = {LABEL: Member("cls", read_label, example=0)}
+_EXAMPLE_PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d494844520000004000000040010000000082124c730000000f4944415478da63601805a3807c"
+    "000002400001e04d1d440000000049454e44ae426082"
+)
+"""A label image of EXAMPLE_PX x EXAMPLE_PX pixels of value 0."""
+
+MEMBERS: Mapping[str, Member] = {
+    LABEL: Member("cls", read_label, example=0),
+    SEGMENTATION: Member("seg.png", lambda content: content or None, example=_EXAMPLE_PNG),
+}
 """The member of each target."""
 
 

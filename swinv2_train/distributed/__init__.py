@@ -16,6 +16,7 @@ from swinv2_train.distributed.collectives import (
     gather_objects,
     on_main,
     raise_together,
+    sum_with_gradient,
 )
 from swinv2_train.distributed.process_group import init_distributed, shutdown_distributed
 
@@ -34,4 +35,5 @@ __all__ = [
     "on_main",
     "raise_together",
     "shutdown_distributed",
+    "sum_with_gradient",
 ]

@@ -71,6 +71,25 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def sum_with_gradient(values: torch.Tensor) -> torch.Tensor:
+    """As all_reduce_sum, and so that the gradient of every rank's result comes to every rank's values.
+
+    Ranks must come to its backward passes in the same order too.
+    """
+    total: torch.Tensor = _SumWithGradient.apply(values)
+    return total
+
+
+class _SumWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient)
+
+
 def all_gather(values: torch.Tensor) -> torch.Tensor:
     """Every rank's tensor, (ranks, ...) on values' own device.  values: of the same shape and dtype on every rank."""
     if not _active():

@@ -16,7 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.batch_norm import BatchNorm
 from swinv2_train.models.swin_v2 import SwinBlock, SwinTransformerV2
+from swinv2_train.models.upernet import HeadConv2d
 
 STD = 0.02
 
@@ -68,21 +70,25 @@ _VALUES_ONLY = frozenset(
 
 
 def initial_rule(model: nn.Module, name: str) -> Rule:
-    """What a parameter of a SwinTransformerV2 or SimMIM starts from; its values are not looked at.
+    """What a parameter of a SwinTransformerV2, SimMIM or UPerNet starts from; its values are not looked at.
 
     Linear layers and the mask token: normal, 0.02; biases 0; norms 1 and 0, those of a block's two branches 0 and 0
-    (official code); convolutions as torch's (uniform, 1/sqrt(fan in)); logit scales log 10.
+    (official code); convolutions as torch's (uniform, 1/sqrt(fan in)), UPerNet's as they say; logit scales log 10.
     """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     above, _, own_name = path.rpartition(".")
     if isinstance(owner, nn.Linear):
         return Normal(STD) if leaf == "weight" else Constant(0.0)
+    if isinstance(owner, HeadConv2d):
+        return Normal(owner.initial_std) if leaf == "weight" else Constant(0.0)
     if isinstance(owner, nn.Conv2d):
         return Uniform(1.0 / math.sqrt(owner.in_channels * owner.kernel_size[0] * owner.kernel_size[1]))
     if isinstance(owner, nn.LayerNorm):
         branch = isinstance(model.get_submodule(above), SwinBlock) and own_name in ("norm1", "norm2")
         return Constant(1.0 if leaf == "weight" and not branch else 0.0)
+    if isinstance(owner, nn.GroupNorm | BatchNorm):
+        return Constant(1.0 if leaf == "weight" else 0.0)
     if isinstance(owner, WindowAttention):
         return Constant(float(torch.log(torch.tensor(10.0))) if leaf == "logit_scale" else 0.0)
     assert isinstance(owner, SwinTransformerV2) and leaf == "mask_token", f"{name} has no rule for its initial values"

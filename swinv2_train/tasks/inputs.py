@@ -92,6 +92,13 @@ class Normalise:
         """bool (B, C, H, W), False where nothing was measured, on images' device; None where data.nodata is null."""
         return ~images.isnan() if self.nodata else None
 
+    def neutral(self) -> list[float]:
+        """The value of each band, as it is read, that is 0 when normalised."""
+        mean = self.mean
+        if self.factor is not None and self.offset is not None:
+            mean = (mean - self.offset) / self.factor
+        return [float(value) for value in mean.flatten().tolist()]
+
     def pixels(self, normalised: Tensor) -> Tensor:
         """Normalised float32 (B, C, H, W) back: photographs to uint8, values to scaled values in float32."""
         values = normalised * self.std + self.mean

@@ -77,6 +77,7 @@ def build_run(
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
+    config.task.check_ranks(world.world_size, accumulation)
     activity = activity or RankActivity()
 
     def paths_changed(paths: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 How far a run is: in images seen where its length is in epochs, and in optimizer steps where that is train.max_steps.
 So the batch may change at a resume: an epoch stays an epoch, a step a step, and the rate goes on where it was.
 The curves are those of the official SwinV2 code (timm's schedulers with per-iteration updates and WARMUP_PREFIX: the
-curve starts when the warm-up has ended and runs over the remaining steps).
+curve starts when the warm-up has ended and runs over the remaining steps); poly is mmcv's, over the whole run.
 """
 
 from __future__ import annotations
@@ -127,8 +127,16 @@ def lr_at(step: float, total_steps: int, config: ScheduleConfig, warmup_steps: i
     warm-up has peak.  With t = (step - warmup_steps) / (total_steps - warmup_steps):
     cosine: min_lr + (peak - min_lr) (1 + cos(pi t)) / 2;  linear: peak + (min_lr - peak) t;
     multistep: peak x gamma^(number of milestones m with step >= round(m x total_steps));  constant: peak.
-    Source: timm CosineLRScheduler, StepLRScheduler as called in microsoft/Swin-Transformer lr_scheduler.py.
+    poly counts from step 0: min_lr + (peak - min_lr) (1 - step / total_steps)^power; the warm-up multiplies it by its
+    own line over peak.
+    Source: timm CosineLRScheduler, StepLRScheduler as called in microsoft/Swin-Transformer lr_scheduler.py; poly:
+    mmcv's PolyLrUpdaterHook as in Swin-Transformer-Semantic-Segmentation, whose warmup_ratio is warmup_lr / peak.
     """
+    if config.name == "poly":
+        left = max(0.0, 1.0 - step / total_steps)
+        rate = config.min_lr + (peak - config.min_lr) * left**config.power
+        started = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+        return rate * (started + (1.0 - started) * config.warmup_lr / peak) if started < 1.0 and peak else rate
     if step < warmup_steps:
         return config.warmup_lr + (peak - config.warmup_lr) * step / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -141,7 +149,8 @@ def lr_at(step: float, total_steps: int, config: ScheduleConfig, warmup_steps: i
         return float(peak * config.gamma**passed)
     if config.name == "constant":
         return peak
-    raise ConfigError(f"optim.schedule.name '{config.name}' is unknown; choose cosine, linear, multistep or constant")
+    names = "cosine, linear, poly, multistep or constant"
+    raise ConfigError(f"optim.schedule.name '{config.name}' is unknown; choose {names}")
 
 
 def _ceil(value: float) -> int:

@@ -101,7 +101,7 @@ def toy_config(
         "overlap_comm": False,
         "deepspeed_overrides": overrides or {},
     }
-    schedule = ScheduleConfig("constant", 0, None, 0.0, 0.0, [], 0.1)
+    schedule = ScheduleConfig("constant", 0, None, 0.0, 0.0, [], 0.1, 1.0)
     return make_config(
         train={"max_steps": 10, "global_batch_size": micro * 4, "micro_batch_size": micro},
         model={"recompute": recompute},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +20,17 @@ from swinv2_train.data.loading.mixed_order import MixedOrder
 from swinv2_train.data.loading.order import GlobalOrder, Location, Order, rank_shards
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
-from swinv2_train.data.sample import LABEL, Sample, SampleError, ShardError, Targets, example_targets
+from swinv2_train.data.sample import (
+    EXAMPLE_PX,
+    LABEL,
+    MEMBERS,
+    SEGMENTATION,
+    Sample,
+    SampleError,
+    ShardError,
+    Targets,
+    example_targets,
+)
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.sources.band_names import with_band_names
 from swinv2_train.data.sources.base import Source
@@ -95,7 +105,7 @@ class TrainLoader:
         start_images: int,
     ) -> None:
         passes = accumulation_steps(global_batch_size, micro_batch_size, world_size)
-        _check_labels(manifest, config, transform, "data.shards")
+        _check_targets(manifest, config, transform, "data.shards")
         self.manifest, self.config, self.seed = manifest, config, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.start_images = rank, world_size, start_images
@@ -222,7 +232,7 @@ class EvalLoader:
         world_size: int,
         key: str = "data.eval_shards",
     ) -> None:
-        _check_labels(manifest, config, transform, key)
+        _check_targets(manifest, config, transform, key)
         self.manifest, self.config, self.micro_batch_size = manifest, config, micro_batch_size
         self.rank, self.world_size, self.key = rank, world_size, key
         self._fetch = _Fetcher(manifest, config, transform, seed=0, max_open=4, rows=micro_batch_size, held=2)
@@ -257,21 +267,35 @@ class EvalLoader:
 
 def check_labels(manifest: Source, config: DataConfig, key: str, remedy: str) -> None:
     """Raises ShardError, from the index alone, when more samples have no label than may be damaged."""
-    missing = sum(manifest.unlabelled)
+    what = f"no readable label ({manifest.labels_from})"
+    _check_missing(manifest, manifest.unlabelled, config, what, key, remedy)
+
+
+def _check_missing(
+    manifest: Source, missing: Sequence[int], config: DataConfig, what: str, key: str, remedy: str
+) -> None:
+    """missing: samples per shard that have `what`, which only so many may have as may be damaged."""
     allowed = config.max_bad_fraction * manifest.num_samples if config.on_bad_sample == "replace" else 0
-    if missing > allowed:
-        shard = next(number for number, count in enumerate(manifest.unlabelled) if count)
+    if sum(missing) > allowed:
+        shard = next(number for number, count in enumerate(missing) if count)
         raise ShardError(
-            f"{key}: {missing} of {manifest.num_samples} samples have no readable label "
-            f"({manifest.labels_from}), the first in {manifest.name(shard)}; {remedy}"
+            f"{key}: {sum(missing)} of {manifest.num_samples} samples have {what}, the first in "
+            f"{manifest.name(shard)}; {remedy}"
         )
 
 
-def _check_labels(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
+def _check_targets(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
     """A supervised run on unlabelled shards fails before its first step."""
     if LABEL in transform.needs:
         remedy = "this task needs labels: sort the images into class folders, or choose task=simmim"
         check_labels(manifest, config, key, remedy)
+    if SEGMENTATION in transform.needs:
+        what = f"no label image (.{MEMBERS[SEGMENTATION].suffix})"
+        remedy = (
+            "this task needs one beside every image: pack images with them (docs/segmentation.md); of shards that were "
+            "indexed by an older version, make the index again (swinv2-make-shards --reindex)"
+        )
+        _check_missing(manifest, manifest.unsegmented, config, what, key, remedy)
 
 
 def _check_room(
@@ -319,7 +343,7 @@ def memory_of(transform: Transform, rows: int, slots: int) -> BatchMemory | None
     """Memory for so many batches of so many of the transform's rows; None where it makes none of a plain image."""
     bands = bands_of(transform)
     count, dtype = (3, torch.uint8) if bands is None else (bands.count, torch.float32)
-    nothing = torch.zeros(count, 64, 64, dtype=dtype)  # every row has one shape, whatever the image's
+    nothing = torch.zeros(count, EXAMPLE_PX, EXAMPLE_PX, dtype=dtype)  # every row has one shape, whatever the image's
     try:
         row = transform(nothing, example_targets(transform.needs), np.random.default_rng(0))
     except SampleError:
@@ -402,7 +426,8 @@ class _Fetcher(Fetch):
         try:
             for name in self.transform.needs:
                 if name not in sample.targets:
-                    raise SampleError(f"no readable {name} ({self.source.labels_from})")
+                    where = self.source.labels_from if name == LABEL else f".{MEMBERS[name].suffix}"
+                    raise SampleError(f"no readable {name} ({where})")
             return self.transform(self.decoded(sample), sample.targets, rng)
         except DecodeError as error:
             cause = f"{error}{self.reader.place(shard, index)}"

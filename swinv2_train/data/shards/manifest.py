@@ -1,7 +1,7 @@
 """The files beside the shards: ``manifest.json``, one per folder, and an index for each shard.
 
-manifest.json holds the sample count, bytes, sha256 and label range of every shard of its folder.  Both kinds of file
-appear by atomic rename, so several processes may make them at once.
+manifest.json holds the sample count, bytes, sha256, label range and number of targets of every shard of its folder.
+Both kinds of file appear by atomic rename, so several processes may make them at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from swinv2_train.config import ConfigError
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_index import CHECKSUM, build_index
+from swinv2_train.data.shards.tar_index import CHECKSUM, build_index, targets_in
 from swinv2_train.storage.atomic import replace_text, replacing, sha256_of
 from swinv2_train.storage.json_files import file_name, mapping, optional, record, row, whole
 from swinv2_train.storage.json_files import text as text_of
@@ -68,12 +68,14 @@ def index_shard(
     with replacing(index_path) as file:
         np.save(file, index)
     labels = index["label"][index["label"] >= 0]
+    targets = {name: int((index[f"{name}_size"] > 0).sum()) for name in targets_in(index)}
     return {
         "samples": len(index),
         "bytes": os.stat(path).st_size,
         "sha256": sha256_of(path),
         "label_range": [int(labels.min()), int(labels.max())] if len(labels) else None,
         "unlabelled": len(index) - len(labels),
+        **({"targets": targets} if targets else {}),
     }
 
 
@@ -143,15 +145,25 @@ def _label_range(value: Any, where: str) -> None:
         raise ConfigError(f"{where} ({value}) must be the lowest and the highest label")
 
 
+def _label_value(value: Any, where: str) -> None:
+    text_of(5)(value, where)
+    if not value.isascii() or not value.isdigit():
+        raise ConfigError(f"{where} ({value}) must be the value of a label image's pixels")
+
+
 def _entry(value: Any, where: str) -> None:
     _FIELDS(value, where)
     if value["unlabelled"] > value["samples"]:
         raise ConfigError(f"{where}.unlabelled ({value['unlabelled']}) is more than its {value['samples']} samples")
+    for name, count in value.get("targets", {}).items():
+        if count > value["samples"]:
+            raise ConfigError(f"{where}.targets.{name} ({count}) is more than its {value['samples']} samples")
 
 
 _FIELDS = record(
     {"samples": whole(), "bytes": whole(), "sha256": _digest, "unlabelled": whole(),
-     "label_range": optional(_label_range)}
+     "label_range": optional(_label_range)},
+    may={"targets": mapping(whole()), "label_values": mapping(whole(), names=_label_value)},
 )  # fmt: skip
 _MANIFEST = record({"shards": mapping(_entry, names=file_name(deep=False))})
 

@@ -10,9 +10,9 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,10 +47,27 @@ _ASCII = bytes(range(128))
 _REMEDY = "fetch or write it again"
 
 
-def index_dtype(key_bytes: int, checksums: bool) -> np.dtype:
+def stored_targets() -> dict[str, str]:
+    """The targets of which the index says where their bytes lie, by the suffix of their member; labels are in it."""
+    return {member.suffix: name for name, member in MEMBERS.items() if name != LABEL}
+
+
+def target_fields(name: str, checksums: bool) -> tuple[str, ...]:
+    """What the fields of a target's place are called: its byte offset, its size (-1 where there is none), CRC-32."""
+    return (f"{name}_offset", f"{name}_size", *([f"{name}_{CHECKSUM}"] if checksums else []))
+
+
+def targets_in(rows: np.ndarray) -> tuple[str, ...]:
+    """The targets that at least one sample of an index has, beside labels."""
+    names = rows.dtype.names or ()
+    return tuple(name for name in stored_targets().values() if f"{name}_offset" in names)
+
+
+def index_dtype(key_bytes: int, checksums: bool, targets: Sequence[str] = ()) -> np.dtype:
     """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key.
 
-    checksums: and the CRC-32 of the image's bytes (0 where there is none).
+    checksums: and the CRC-32 of the image's bytes (0 where there is none).  targets: and where these lie, which is in
+    the indices of shards alone that have any.
     """
     fields = [
         ("offset", "<i8"),
@@ -59,7 +76,11 @@ def index_dtype(key_bytes: int, checksums: bool) -> np.dtype:
         ("extension", "S4"),
         ("key", f"S{max(key_bytes, 1)}"),
     ]
-    return np.dtype([*fields, (CHECKSUM, "<u4")] if checksums else fields)
+    if checksums:
+        fields.append((CHECKSUM, "<u4"))
+    for name in targets:
+        fields += zip(target_fields(name, checksums), ("<i8", "<i8", "<u4"), strict=False)
+    return np.dtype(fields)
 
 
 def sample_member(name: str) -> tuple[str, str] | None:
@@ -83,6 +104,7 @@ def build_index(
     """
     images: dict[str, tuple[int, int, int, int]] = {}  # key -> (rank of the extension, offset, size, checksum)
     labels: dict[str, int] = {}
+    stored, targets = stored_targets(), dict[str, dict[str, tuple[int, int, int]]]()
     keys: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
     passed_over = PassedOver()
@@ -107,6 +129,9 @@ def build_index(
                 preference = wanted.index(extension)
                 if key not in images or preference < images[key][0]:
                     images[key] = (preference, offset, size, _checksum(fd, offset, size) if checksums else 0)
+            elif extension in stored:
+                place = (offset, size, _checksum(fd, offset, size) if checksums else 0)
+                targets.setdefault(stored[extension], {})[key] = place
             elif extension == MEMBERS[LABEL].suffix:
                 label = read_label(os.pread(fd, min(size, LABEL_BYTES + 1), offset))
                 labels[key] = LABEL_UNREADABLE if label is None else label
@@ -120,12 +145,16 @@ def build_index(
         raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(wanted)}")
 
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1), checksums))
+    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1), checksums, sorted(targets)))
     for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
         preference, offset, size, checksum = images.get(key, (-1, -1, -1, 0))
         extension = wanted[preference].rpartition(".")[2] if preference >= 0 else ""
-        record = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
-        index[row] = (*record, checksum) if checksums else record
+        record: tuple[Any, ...] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+        if checksums:
+            record = (*record, checksum)
+        for name in sorted(targets):
+            record = (*record, *targets[name].get(key, (-1, -1, 0))[: 3 if checksums else 2])
+        index[row] = record
     return index
 
 
@@ -143,12 +172,13 @@ def load_index(path: str, shard_bytes: int) -> np.ndarray:
         raise ValueError(f"not an index ({error or type(error).__name__})") from error
     names = rows.dtype.names or ()
     key = rows.dtype.fields["key"][0].itemsize if "key" in names and rows.dtype.fields is not None else 0
-    if rows.ndim != 1 or rows.dtype not in (index_dtype(key, checksums=False), index_dtype(key, checksums=True)):
+    targets = sorted(targets_in(rows))
+    if rows.ndim != 1 or rows.dtype not in (index_dtype(key, checksums, targets) for checksums in (False, True)):
         raise ValueError(f"not an index (it holds {rows.dtype} {rows.shape})")
-    has = rows["size"] >= 0
-    offset, size = rows["offset"][has], rows["size"][has]
-    if len(offset) and (offset.min() < 0 or size.max() > shard_bytes or (offset > shard_bytes - size).any()):
-        raise ValueError("it names bytes that the shard does not have")
+    for fields in (("offset", "size"), *(target_fields(name, checksums=False) for name in targets)):
+        offset, size = (rows[field][rows[fields[1]] >= 0] for field in fields)
+        if len(offset) and (offset.min() < 0 or size.max() > shard_bytes or (offset > shard_bytes - size).any()):
+            raise ValueError("it names bytes that the shard does not have")
     if not np.isin(rows["extension"], [b"", *(each.encode() for each in IMAGE_EXTENSIONS)]).all():
         raise ValueError("it names files that are no images")
     return rows

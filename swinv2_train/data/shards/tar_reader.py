@@ -19,12 +19,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
 from swinv2_train.data.class_names import CLASSES_NAME, read_class_names
-from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
+from swinv2_train.data.sample import (
+    MEMBERS,
+    SEGMENTATION,
+    Sample,
+    SampleError,
+    ShardError,
+    Targets,
+    again,
+    labelled,
+    unreadable,
+)
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
     check_content,
@@ -38,7 +48,14 @@ from swinv2_train.data.shards.manifest import (
 from swinv2_train.data.shards.pattern import expand_pattern, remote_wildcards
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
-from swinv2_train.data.shards.tar_index import CHECKSUM, build_index, load_index, sample_member
+from swinv2_train.data.shards.tar_index import (
+    CHECKSUM,
+    build_index,
+    load_index,
+    sample_member,
+    target_fields,
+    targets_in,
+)
 from swinv2_train.data.shards.transfers import ONCE, base_name, folder_of, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
@@ -62,6 +79,8 @@ class Manifest:
     """Bytes per shard."""
     unlabelled: tuple[int, ...]
     """Samples per shard without a readable label."""
+    unsegmented: tuple[int, ...]
+    """Samples per shard without a label image."""
     label_range: tuple[int, int] | None
     """Lowest and highest label over all shards; None without any label."""
     digest: str
@@ -69,7 +88,7 @@ class Manifest:
     cache: ShardCache | None
     """Where shards at an address are kept on this machine; None when all are local."""
     classes: tuple[str, ...] | None = None
-    """Name of each label, of classes.txt beside the shards; None without one."""
+    """Name of each label, or class of pixels, of classes.txt beside the shards; None without one."""
     numbers: tuple[int, ...] | None = None
     """What each label of the shards counts as; None = as itself."""
     verify: bool = False
@@ -164,10 +183,13 @@ def open_manifest(
         counts=tuple(entry["samples"] for entry in entries),
         sizes=tuple(entry["bytes"] for entry in entries),
         unlabelled=tuple(entry["unlabelled"] for entry in entries),
+        unsegmented=tuple(entry["samples"] - entry.get("targets", {}).get(SEGMENTATION, 0) for entry in entries),
         label_range=label_range,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
-        classes=None if label_range is None else _class_names(paths, label_range[1], key, cache, progress),
+        classes=_class_names(paths, -1 if label_range is None else label_range[1], key, cache, progress)
+        if label_range is not None or any(entry.get("targets", {}).get(SEGMENTATION) for entry in entries)
+        else None,
         verify=verify,
         image_member=image_member,
     )
@@ -176,7 +198,7 @@ def open_manifest(
 def _class_names(
     paths: Sequence[str], last: int, key: str, cache: ShardCache | None, progress: Callable[[str], None] | None
 ) -> tuple[str, ...] | None:
-    """The names of the labels 0 .. last, of the classes.txt beside the shards; None where some have none.
+    """The names of the labels 0 .. last at least, of the classes.txt beside the shards; None where some have none.
 
     Raises ShardError for a list that is too short, and for shards of several folders whose lists differ.
     """
@@ -316,21 +338,37 @@ class TarReader:
         cannot read it.
         """
         fd, rows = self._shard(shard)
-        offset, size, label, extension, key_bytes, *checksum = rows[index].tolist()
-        name = self.manifest.name(shard)
+        record, name = rows[index], self.manifest.name(shard)
+        offset, size, label, extension, key_bytes, *checksum = record.tolist()
         key = key_bytes.decode("utf-8", "surrogateescape")
         if size <= 0:
             raise SampleError("no image" if size < 0 else "an empty image", name, key)
+        targets: dict[str, Any] = dict(labelled(self.manifest.number(label)))
         try:
-            image = again(lambda: os.pread(fd, size, offset))
+            image = self._bytes(fd, name, offset, size, checksum[:1])
+            for target in targets_in(rows):
+                offset, size, *checksum = record[list(target_fields(target, bool(checksum)))].tolist()
+                if size < 0:
+                    continue
+                value = MEMBERS[target].read(self._bytes(fd, name, offset, size, checksum))
+                if value is not None:
+                    targets[target] = value
+        except SampleError as error:
+            raise SampleError(error.cause, name, key) from error
+        return Sample(key, image, extension.decode(), cast(Targets, targets), name)
+
+    def _bytes(self, fd: int, name: str, offset: int, size: int, checksum: list[int]) -> bytes:
+        """The content of a member of the shard `name`, compared with its checksum where that is wanted."""
+        try:
+            content = again(lambda: os.pread(fd, size, offset))
         except OSError as error:
             problem = ShardError(f"{name}: reading {size} bytes at {offset} failed: {error}; check the disk")
             raise unreadable(error, f"{name}: {size} bytes at {offset}", problem) from error
-        if len(image) != size:
+        if len(content) != size:
             raise ShardError(f"{name}: ends before byte {offset + size}; it changed while it was read: fetch it again")
-        if self.manifest.verify and zlib.crc32(image) != checksum[0]:
-            raise SampleError(f"its checksum is another than the index has, at byte {offset}", name, key)
-        return Sample(key, image, extension.decode(), labelled(self.manifest.number(label)), name)
+        if self.manifest.verify and zlib.crc32(content) != checksum[0]:
+            raise SampleError(f"its checksum is another than the index has, at byte {offset}")
+        return content
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key, without reading it."""
@@ -428,13 +466,17 @@ class TarReader:
 # Writing
 
 
+Written = tuple[str, bytes, str, int | None] | tuple[str, bytes, str, int | None, bytes | None]
+"""A sample to write: key, image bytes, extension, label and, where there is one, the label image's bytes."""
+
+
 def write_shards(
-    samples: Iterable[tuple[str, bytes, str, int | None]],
+    samples: Iterable[Written],
     out_prefix: str,
     samples_per_shard: int,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write (key, image bytes, extension, label) samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
+    """Write samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
 
     The tars appear under their names only when all of them are written, and in the manifest last; when anything fails,
     nothing is left of them, and what was there is as it was.  Raises ShardError when shards of that prefix exist
@@ -455,7 +497,7 @@ def write_shards(
     keys: set[str] = set()
     writer: TarWriter | None = None
     try:
-        for number, (key, image, extension, label) in enumerate(samples):
+        for number, (key, image, extension, label, *more) in enumerate(samples):
             if key in keys:
                 raise ShardError(f"the key '{key}' comes twice; sample keys must be unique")
             keys.add(key)
@@ -474,6 +516,8 @@ def write_shards(
             sample: dict[str, Any] = {"__key__": key, extension: image}
             if label is not None:
                 sample["cls"] = str(label).encode()
+            if more and more[0] is not None:
+                sample[MEMBERS[SEGMENTATION].suffix] = more[0]
             writer.write(sample)
         if writer is None:
             raise ShardError(f"there is no sample to write to {out_prefix}-*.tar")

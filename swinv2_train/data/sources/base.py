@@ -51,6 +51,10 @@ class Source(Protocol):
         """Samples per shard without a readable label."""
 
     @property
+    def unsegmented(self) -> tuple[int, ...]:
+        """Samples per shard without a label image (the target "segmentation")."""
+
+    @property
     def label_range(self) -> tuple[int, int] | None:
         """Lowest and highest label; None without any."""
 

@@ -51,6 +51,11 @@ class Mixture:
         return tuple(count for source in self.sources for count in source.unlabelled)
 
     @property
+    def unsegmented(self) -> tuple[int, ...]:
+        """Samples per shard without a label image."""
+        return tuple(count for source in self.sources for count in source.unsegmented)
+
+    @property
     def label_range(self) -> tuple[int, int] | None:
         """Lowest and highest label; None without any."""
         ranges = [source.label_range for source in self.sources if source.label_range is not None]

@@ -60,6 +60,11 @@ class VirtualShards:
         ends = np.cumsum(self.counts)
         return tuple(int((shard < 0).sum()) for shard in np.split(self.labels, ends[:-1]))
 
+    @property
+    def unsegmented(self) -> tuple[int, ...]:
+        """Images per shard without a label image: all of them, where the source knows of none."""
+        return self.counts
+
     @cached_property
     def label_range(self) -> tuple[int, int] | None:
         """Lowest and highest label; None without any."""

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from swinv2_train.data.loading.pipe_loader import build_train_loader
-from swinv2_train.data.sample import MEMBERS, Member, SampleError, example_targets, labelled, read_label, read_targets
+from swinv2_train.data.sample import (
+    EXAMPLE_PX,
+    MEMBERS,
+    SEGMENTATION,
+    Member,
+    SampleError,
+    example_targets,
+    labelled,
+    read_label,
+    read_targets,
+)
 from swinv2_train.data.sources.pipe import open_stream, read_command
 from tests.support.configs import make_config
 from tests.support.shard_files import image_bytes, write_plain_tar
@@ -29,6 +42,12 @@ def test_a_label_is_a_non_negative_integer_or_none(content, label):
 def test_an_image_without_its_class_has_no_target():
     assert labelled(3) == {"label": 3} and labelled(0) == {"label": 0} and labelled(-1) == labelled(-2) == {}
     assert example_targets(("label",)) == {"label": 0} and example_targets(()) == {} and read_targets({}) == {}
+
+
+def test_the_example_of_a_label_image_is_one_of_the_examples_image():
+    """The loader makes a row of both to know what rows look like."""
+    with Image.open(io.BytesIO(example_targets((SEGMENTATION,))["segmentation"])) as image:
+        assert image.format == "PNG" and not np.asarray(image).any() and image.size == (EXAMPLE_PX, EXAMPLE_PX)
 
 
 def test_another_kind_of_target_is_an_entry_of_the_members(monkeypatch, tmp_path):

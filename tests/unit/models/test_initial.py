@@ -11,6 +11,7 @@ import torch
 
 from swinv2_train.models import SimMIM, swin_v2
 from swinv2_train.models.initial import Constant, Normal, Uniform, initial_rule, on_meta
+from swinv2_train.models.upernet import UPerNet
 from swinv2_train.training.initial_values import BLOCK, InitialValues
 
 SMALL = {
@@ -29,13 +30,17 @@ def classifier():
     return swin_v2("demo", num_classes=100, **SMALL)
 
 
+def segmenter():
+    return UPerNet(swin_v2("demo", num_classes=0, **SMALL), 50, 64, 32, head_norm="batch")
+
+
 def whole(values, name, shape):
     target = torch.full((math.prod(shape),), torch.nan)
     values.fill(target, name, 0)
     return target.view(shape)
 
 
-@pytest.mark.parametrize("build", [simmim, classifier])
+@pytest.mark.parametrize("build", [simmim, classifier, segmenter])
 def test_rules_are_those_of_the_constructors(build):
     """Constants exactly; what is drawn by its distribution, of which a constructor gives one sample."""
     model = build()

@@ -12,7 +12,7 @@ from tests.support.configs import make_config
 
 
 def schedule(**changes):
-    base = ScheduleConfig("cosine", 10, None, 0.0, 0.0, [0.5, 0.875], 0.1)
+    base = ScheduleConfig("cosine", 10, None, 0.0, 0.0, [0.5, 0.875], 0.1, 1.0)
     return dataclasses.replace(base, **changes)
 
 
@@ -44,6 +44,16 @@ def test_linear_falls_to_min_lr(step, lr):
 def test_multistep_falls_at_shares_of_the_whole_run(step, lr):
     """Milestones 0.5 and 0.875 of 80 steps are steps 40 and 70, counted from the start as in the official code."""
     assert lr_at(step, 80, schedule(name="multistep"), 10, 1.0) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(
+    ("step", "power", "lr"),
+    [(0, 1.0, 0.1), (5, 1.0, 0.55 * 95 / 100), (10, 1.0, 0.9), (50, 1.0, 0.5), (99, 1.0, 0.01), (50, 0.9, 0.5**0.9)],
+)
+def test_poly_runs_over_the_whole_run_and_the_warm_up_multiplies_it(step, power, lr):
+    """mmcv's: of 100 steps with 10 of warm-up from a tenth, step 5 has poly(5) = 0.95 times 1 - 0.5 x 0.9 = 0.55."""
+    config = schedule(name="poly", warmup_lr=0.1, power=power)
+    assert lr_at(step, 100, config, 10, 1.0) == pytest.approx(lr)
 
 
 def test_constant_stays_and_an_unknown_name_is_rejected():
