@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED
 from swinv2_train.config.shown import shown
 
@@ -57,4 +58,4 @@ def _code_of(failures: Mapping[int, ProcessFailure]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_ranks(sys.argv[1:]))
+    sys.exit(guarded(lambda: run_ranks(sys.argv[1:])))

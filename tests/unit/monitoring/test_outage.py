@@ -16,8 +16,8 @@ from swinv2_train.runtime import RunDirLock
 from swinv2_train.status import read_status, status_text
 from tests.support.commands import OWN_SESSION, command, finish
 from tests.support.processes import finished, forked, forked_command
-from tests.support.shard_files import make_shards
 from tests.support.shard_server import serve
+from tests.unit.data.loading.test_loader import make_shards
 
 
 def fail(run_dir: Path, error: Exception) -> None:
@@ -34,7 +34,7 @@ def test_a_server_that_is_away_before_the_first_step_is_an_outage(tmp_path):
         for path in (tmp_path / "served").iterdir():
             server.faults[path.name] = ["always 503"]
         run = command(
-            tmp_path / "run", f"data.shards={server.url}/train-000000.tar", f"data.cache_dir={tmp_path / 'cache'}",
+            tmp_path / "run", f"data.shards={server.url}/t-000000.tar", f"data.cache_dir={tmp_path / 'cache'}",
             "data.fetch_give_up_sec=1", "data.eval_shards=null", "engine=local", "engine.precision=fp32",
         )  # fmt: skip
         code, output = finish(forked_command("swinv2_train.train", *run, **OWN_SESSION))
