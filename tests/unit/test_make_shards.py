@@ -227,7 +227,12 @@ def test_files_that_cannot_be_read_or_written_are_one_message(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [([], "SOURCE and OUT missing"), (["images"], "OUT missing"), (["--verify"], "SOURCE missing"), (["--reindex"], "S")],
+    [
+        ([], "SOURCE and OUT missing"),
+        (["images"], "OUT missing"),
+        (["--verify"], "SOURCE missing"),
+        (["--reindex"], "S"),
+    ],
 )
 def test_what_is_missing_is_named_at_once(words, said, capsys):
     """One start says all."""

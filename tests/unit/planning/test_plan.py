@@ -92,6 +92,30 @@ def test_activations_are_those_that_torch_allocates(policy: str) -> None:
     assert predicted == pytest.approx(allocated(config), rel=0.04)  # measured worst 2.6 %
 
 
+SEGMENT = [
+    "model=tiny", "model.img_size=128", "model.window_size=8", "model.embed_dim=24", "model.depths=[1,1,2,1]",
+    "model.num_heads=[1,2,4,8]", "task=segment", "task.num_classes=30", "task.head_channels=64", "task.aux_channels=32",
+    "engine=local", "train.micro_batch_size=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["task.head_norm=group", "task.loss_denominator=valid", "task.aux_channels=0"],
+        ["model.recompute=blocks", "task.num_classes=200", "task.ignore_index=255"],
+        ["task.head_norm=batch", "model.attention=reference", "model.img_size=[96,160]"],
+    ],
+)
+def test_a_segmenters_activations_are_those_that_torch_allocates(overrides: list[str]) -> None:
+    """Crop, both heads, and the scores of one image's pixels at a time."""
+    config = composed(*SEGMENT, *overrides)
+    trace = trace_step(config, 4, on_cpu=True)
+    predicted = max(trace.forward.total, trace.backward.total) - trace.backward.tables
+    assert predicted == pytest.approx(allocated(config), rel=0.02)  # measured worst 0.05 %
+
+
 def test_recomputation_keeps_less_and_computes_more() -> None:
     """The order that every user expects; a trace that lost the policy would see no difference."""
     none, attention, blocks = (trace_step(composed(*TINY, f"model.recompute={each}"), 0) for each in (

@@ -519,7 +519,7 @@ def test_what_has_no_checksums_cannot_be_verified(tmp_path):
 
 
 def test_a_backslash_is_one_unless_it_guards_a_brace(tmp_path):
-    """Names and commands may hold them; they were dropped, so that such a file was not found and sed got other words."""
+    """Names and commands may hold them; they were dropped, so that such a file was not found."""
     folder = tmp_path / "a\\b \\x"
     folder.mkdir()
     for name in ("t-0.tar", "t-1.tar", "{0..1}.tar", "[0].tar"):
