@@ -68,10 +68,10 @@ def test_a_signal_reaches_the_ranks_and_is_the_exit_code(tmp_path):
     """torchrun hears it, passes it on and waits: they have said what they saved."""
     code = """
 def stop(*_):
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")  # whole lines of two processes
     sys.exit(3)
 signal.signal(signal.SIGTERM, stop)
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 time.sleep(30)
 """
     arguments = ranks(code, tmp_path)
