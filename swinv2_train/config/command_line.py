@@ -31,6 +31,7 @@ from swinv2_train.config.arguments import check_once, prepared, without_launcher
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError, MachineError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, exit_code_of
+from swinv2_train.config.group_files import with_group_files
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, home_expanded, load_config, no_value, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
@@ -177,7 +178,8 @@ def compose_argv() -> Config | None:
         check_once(words)
         if not any(word.startswith("-") for word in words):
             return compose_overrides(words)  # hydra.main composes twice, to look for its mode
-        words = prepared(words)
+        with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            words = with_group_files(prepared(words))
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
     with _composition_errors(), _arguments(words):
@@ -228,7 +230,7 @@ def compose_source(
     needed = {key: value for key, value in needed.items() if key not in own}
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in own_keys]
     if "run_dir" not in given and "weights" in own:
-        return compose_overrides(overrides, ("run_dir", "data.shards"), needed), own
+        return compose_overrides(overrides, ("run_dir", "data.shards"), needed=needed), own
     if "run_dir" not in given:
         raise ConfigError(no_value({"run_dir": "DIR", **{key: needed[key] for key in needed if key in own_keys}}))
     return load_run_config(Path(given["run_dir"]), prepared(overrides), needed), own
@@ -282,14 +284,20 @@ def _with_overrides(values: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def compose_overrides(
-    overrides: list[str], unused: tuple[str, ...] = (), needed: Mapping[str, str] = MappingProxyType({})
+    overrides: list[str],
+    unused: tuple[str, ...] = (),
+    settle: Callable[[DictConfig], None] | None = None,
+    needed: Mapping[str, str] = MappingProxyType({}),
 ) -> Config:
     """The validated configuration of a list of overrides, as the train command would compose it.
 
-    unused: keys at which the command does not look, so that they need no value.
+    unused: keys at which the command does not look, so that they need no value.  settle: sets what the command itself
+    has to say, before anything is checked.  needed: as load_config takes it.
     """
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose("train", prepared(overrides))
+        composed = compose("train", with_group_files(prepared(overrides)))
+    if settle is not None:
+        settle(composed)
     for key in unused:
         mixed = key == "data.shards" and OmegaConf.select(composed, "data.mix")  # which stands in place of it
         if OmegaConf.select(composed, key, throw_on_missing=False) is None and not mixed:
