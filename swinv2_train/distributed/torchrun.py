@@ -38,7 +38,8 @@ def run_ranks(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return _code_of(error.failures)
     except (RendezvousError, dist.DistError, OSError) as error:
-        print(f"error: torchrun cannot start the ranks: {shown(str(error).splitlines()[0])}", file=sys.stderr)
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"error: torchrun cannot start the ranks: {shown(what)}", file=sys.stderr)
         return EXIT_FAILED
     finally:
         logging.disable(logging.NOTSET)
