@@ -31,7 +31,7 @@ from swinv2_train.config.arguments import last_of_each
 from swinv2_train.config.command_line import compose_overrides, guarded, load_run_config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.config.load import known_keys
-from swinv2_train.distributed.torchrun import run_ranks
+from swinv2_train.distributed.torchrun import run_ranks as torchrun
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
@@ -72,12 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code
     for (title, run_dir, _, _), command in zip(phases, commands, strict=True):
         print(f"\n{title} ({run_dir})", flush=True)
-        ranks = ["--standalone", "--nproc-per-node", str(num_processes()), "--shutdown-timeout", str(SAVE_SEC)]
-        exit_code = run_ranks([*ranks, "-m", "swinv2_train.train", *command])
-        if exit_code in (EXIT_STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        exit_code = run_ranks(["-m", "swinv2_train.train", *command])
+        if exit_code == EXIT_STOPPED:
             newest = newest_checkpoint(run_dir)
             print(f"stopped; {newest or 'nothing'} is complete; `make demo` goes on from there", flush=True)
-            return EXIT_STOPPED
         if exit_code != EXIT_DONE:
             return exit_code
 
@@ -112,6 +110,13 @@ def overrides_of(overrides: Sequence[str], task: str) -> list[str]:
 def num_processes() -> int:
     """Each needs a GPU of its own; on a CPU they share the cores."""
     return 1 if torch.cuda.device_count() == 1 else PROCESSES
+
+
+def run_ranks(command: list[str]) -> int:
+    """torchrun in this process; returns the ranks' exit code, and of a signal that torchrun has passed on a stop's."""
+    ranks = ["--standalone", "--nproc-per-node", str(num_processes()), "--shutdown-timeout", str(SAVE_SEC)]
+    code = torchrun([*ranks, *command])
+    return EXIT_STOPPED if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else code
 
 
 def evaluate(run_dir: Path) -> dict[str, float] | None:

@@ -142,7 +142,7 @@ def join(config: Config, stops: StopOfAnyRank) -> World:
     world = init_distributed(config.runtime.process_group_timeout_sec)
     stops.listen()
     check_agreement(config)
-    set_threads(config.runtime.num_threads, world.local_world_size)
+    set_threads(config.runtime.num_threads, world.cores)
     if world.device.type == "cpu":
         tune_allocator()
     accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
