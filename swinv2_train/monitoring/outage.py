@@ -13,7 +13,9 @@ from typing import Any
 
 from swinv2_train.config import ConfigError, MachineError
 from swinv2_train.config.secret_texts import without_secrets
-from swinv2_train.monitoring.watchdog import HEARTBEAT_SEC, MOST_SIGN_BYTES, SIGN_FIELDS, STARTING, STATUS
+from swinv2_train.monitoring.activity import STARTING
+from swinv2_train.monitoring.signs import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS
+from swinv2_train.monitoring.watchdog import HEARTBEAT_SEC
 from swinv2_train.runtime import RunDirLock
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.storage.json_files import number, read_json, record

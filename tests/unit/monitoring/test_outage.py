@@ -11,7 +11,7 @@ import pytest
 from swinv2_train.config import ConfigError, MachineError, OutageError
 from swinv2_train.config.exit_codes import EXIT_FAILED
 from swinv2_train.monitoring.outage import outage_recorded
-from swinv2_train.monitoring.watchdog import STATUS
+from swinv2_train.monitoring.signs import STATUS
 from swinv2_train.runtime import RunDirLock
 from swinv2_train.status import read_status, status_text
 from tests.support.commands import OWN_SESSION, command, finish
