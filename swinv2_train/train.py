@@ -73,7 +73,7 @@ def train(config: Config) -> int:
         world = init_distributed(config.runtime.process_group_timeout_sec)
         stops.listen()
         check_agreement(config)
-        set_threads(config.runtime.num_threads, world.local_world_size)
+        set_threads(config.runtime.num_threads, world.cores)
         if world.device.type == "cpu":
             tune_allocator()
         accumulation = accumulation_steps(
