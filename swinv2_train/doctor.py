@@ -44,6 +44,8 @@ def findings() -> Iterator[Finding]:
             yield Finding(f"GPU kernels: {name}", problem or "there", problem is not None)
     else:
         yield Finding("GPUs", f"none that torch sees (it is built for CUDA {torch.version.cuda or '- no CUDA at all'})")
+    if cpu_attention.will_compile():
+        print("compiling the attention kernel for this processor, once: 10 s to some minutes", file=sys.stderr)
     problem = cpu_attention.problem()
     note = "" if problem is None else f"{problem}; on a CPU the slower reference would serve"
     yield Finding("CPU kernel", note or "compiled", problem is not None and not torch.cuda.is_available())

@@ -42,6 +42,7 @@ from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.engine.local import to_device
 from swinv2_train.evaluation.confusion import confusion_map
 from swinv2_train.evaluation.probe import build_probe
+from swinv2_train.evaluation.saved_places import confined
 from swinv2_train.evaluation.splits import COMPARED, Scored, Split, _finite, build_loader, compared, open_splits, score
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import ticking
@@ -49,6 +50,7 @@ from swinv2_train.runtime import arithmetic, set_threads
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Forward, Picture, Task
+from swinv2_train.training.attention_paths import compile_kernel
 from swinv2_train.training.preflight import preflight
 from swinv2_train.weights import Head, LoadReport, load_weights, read_weights, weights_classes
 from swinv2_train.weights.matching import read_indices
@@ -72,6 +74,8 @@ class EvaluateRequest:
     """Where evaluation.json and the pictures go; None = nowhere."""
     crop_pcts: tuple[float, ...] = ()
     """Values of data.eval_crop_pct to compare."""
+    notes: tuple[str, ...] = ()
+    """What is said of a run's saved configuration, before a server is asked."""
 
 
 def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
@@ -84,6 +88,8 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     check_agreement(config)
     set_threads(config.runtime.num_threads, world.local_world_size)
     notes: list[str] = []
+    for note in request.notes if world.is_main else ():
+        print(note, file=sys.stderr, flush=True)
     names: tuple[str, ...] | None = on_main(world, lambda: models_classes(config, request, notes.append))
     splits: dict[str, Split] = on_main(world, lambda: open_splits(config, names, notes.append))
     out = on_main(world, lambda: make_out(request.out))
@@ -102,6 +108,8 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
         if world.is_main:
             print(text, file=sys.stderr, flush=True)
 
+    if config.model.attention == "fused":
+        compile_kernel(world, say)
     avoid_compiler()  # the first call of the attention kernel, and the probe, would import torch._dynamo: 3 s of CPU
 
     def stood_in(case: failures.Case, cause: str) -> None:
@@ -256,6 +264,10 @@ def parse(arguments: list[str]) -> tuple[Config, EvaluateRequest]:
             own["crop_pcts"] = tuple(float(value) for value in given["crop_pcts"].strip("[] ").split(","))
         except ValueError:
             raise ConfigError(f"crop_pcts ({given['crop_pcts']}) must be numbers: crop_pcts=[0.875,1.0]") from None
+    if any(argument.startswith("run_dir=") for argument in arguments):
+        keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
+        config, notes = confined(config, keys)
+        own["notes"] = tuple(notes)
     return config, EvaluateRequest(**own)
 
 

@@ -1,6 +1,7 @@
 """``python -m swinv2_train.make_shards SOURCE OUT``: pack images into webdataset shards with an index and checksums.
 
     swinv2-make-shards SOURCE OUT               # images/ or images.zip -> OUT-000000.tar, OUT-000001.tar, ...
+    swinv2-make-shards SOURCE OUT --labels MASKS  # and the label image of each, for task=segment
     swinv2-make-shards --reindex 'DIR/*.tar'    # make index and manifest of existing shards again
     swinv2-make-shards --verify 'DIR/*.tar'     # read everything, compare with the manifest's checksums
 
@@ -8,14 +9,21 @@ SOURCE is a folder, zip or plain tar of images.  With class folders (SOURCE/<cla
 places in sorted order (numbers by their value), kept in classes.txt beside the shards; where one is there already, its
 numbers are taken.  Images directly in SOURCE get no labels.  Image files are copied byte for byte, in an order shuffled
 once.
+
+Label images are PNG files whose pixels are numbers of classes: MASKS/<path>.png for SOURCE/<path>.jpg, or KEY.seg.png
+beside KEY.jpg in SOURCE itself.  Each is compared with its image, their values are counted and shown, and the first few
+are drawn over their images (OUT-labels-0.png, ...).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from swinv2_train.config import MachineError
 from swinv2_train.config.command_line import stoppable
@@ -24,16 +32,66 @@ from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
 from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import CLASSES_NAME
+from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.packing import pack, read_source
 from swinv2_train.data.sample import ShardError, lacking
-from swinv2_train.data.shards.tar_reader import reindex, verify_shards
+from swinv2_train.data.shards.tar_reader import Manifest, reindex, verify_shards
+from swinv2_train.data.sources.label_folders import pixel_class_names
 from swinv2_train.data.sources.virtual_shards import PACKING_SEED, SAMPLES_PER_SHARD
+from swinv2_train.data.transforms.decode import DecodeError, decode_image
 
 
 def _of_the_machine(error: Exception) -> bool:
     """Whether the same command may work at another time; a permission is the user's to give."""
     forbidden = isinstance(error, PermissionError)
     return isinstance(error, MachineError) or (lacking(error) is not None and not forbidden)
+
+
+def _pack(options: argparse.Namespace) -> Manifest:
+    labels = None if options.labels is None else Path(options.labels)
+    entries, classes = read_source(Path(options.source), labels)
+    checks = None
+    if entries[0].read_labels is not None:
+        checks = _label_image_checks(options, classes := pixel_class_names(labels or Path(options.source)))
+    elif options.num_classes is not None or options.reduce_zero_label:
+        raise ShardError(
+            f"--num-classes and --reduce-zero-label are of label images, and SOURCE {options.source} has none; name "
+            "their folder by --labels"
+        )
+    manifest = pack(
+        entries, options.out, options.samples_per_shard, options.seed, classes, options.overwrite, checks
+    )  # fmt: skip
+    if classes:
+        print(f"{len(classes)} classes, see {CLASSES_NAME}")
+    elif checks is None:
+        print("no class folders, so no labels")
+    return manifest
+
+
+def _label_image_checks(options: argparse.Namespace, names: tuple[str, ...] | None) -> LabelImageChecks:
+    from PIL import Image
+
+    from swinv2_train.tasks.segment_picture import overlay_picture
+
+    def overlay(key: str, image: bytes, extension: str, values: np.ndarray) -> None:
+        path = Path(f"{options.out}-labels-{next(numbers)}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        labels = values.astype(np.int64)
+        if options.reduce_zero_label:
+            labels = np.where((labels == 0) | (labels == options.ignore_index), options.ignore_index, labels - 1)
+        try:
+            pixels = decode_image(image, extension).permute(1, 2, 0).numpy()
+        except DecodeError:  # values of bands, or damaged, which a run will tell
+            pixels = None
+        picture = overlay_picture(pixels, labels, options.ignore_index, names)
+        Image.fromarray(picture).save(path)
+        tell(f"{path}: the label image of '{shown(key)}' over it; look whether they fit")
+
+    numbers = itertools.count()
+    return LabelImageChecks(
+        options.source, options.samples_per_shard, options.num_classes or (len(names) if names else None),
+        options.reduce_zero_label, options.ignore_index, names, overlay, options.overlays,
+    )  # fmt: skip
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -48,6 +106,13 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=PACKING_SEED, help="of the shuffle (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards of that prefix")
+    parser.add_argument("--labels", metavar="MASKS", help="folder, zip or tar of label images, as SOURCE is of images")
+    parser.add_argument("--num-classes", type=int, help="of pixels; label images with others are refused")
+    parser.add_argument(
+        "--reduce-zero-label", action="store_true", help="check as task.reduce_zero_label=true reads: 0 is no class"
+    )
+    parser.add_argument("--ignore-index", type=int, default=255, help="value of pixels without a class (%(default)s)")
+    parser.add_argument("--overlays", type=int, default=4, help="label images to draw over their images (%(default)s)")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
     hold_standard_streams()
@@ -63,11 +128,7 @@ def run(arguments: Sequence[str]) -> int:
         else:
             if options.out is None:
                 parser.error("OUT is missing: the prefix of the shards, e.g. data/my/train")
-            entries, classes = read_source(Path(options.source))
-            manifest = pack(
-                entries, options.out, options.samples_per_shard, options.seed, classes, overwrite=options.overwrite
-            )
-            print(f"{len(classes)} classes, see {CLASSES_NAME}" if classes else "no class folders, so no labels")
+            manifest = _pack(options)
     except (ShardError, OSError, MemoryError, MachineError) as error:
         said = shown(str(error) or "no memory is left", MESSAGE_CHARACTERS)
         print(without_secrets(f"make_shards: {said}"), file=sys.stderr)

@@ -203,7 +203,9 @@ def steps(config: Config) -> int | None:
     shards = config.data.shards
     quick = bool(shards) and (Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file())
     if images is None and not is_pipe(shards) and quick:
-        images = open_source(shards, "data.shards", image_member=config.data.image_member).num_samples
+        images = open_source(
+            shards, "data.shards", image_member=config.data.image_member, label_folders=config.data.label_folders
+        ).num_samples
     return None if images is None else total_steps(config.train, images)
 
 

@@ -21,6 +21,7 @@ from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.data.loading.workers import worker_death
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.distributed import World, init_distributed, on_main, shutdown_distributed
+from swinv2_train.distributed.interruptible import StopOfAnyRank, on_main_unless_stopped
 from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.engine.compile import compile_choice
 from swinv2_train.evaluation.probe import Probe, build_probe
@@ -28,7 +29,7 @@ from swinv2_train.models.initial import on_meta
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
-from swinv2_train.monitoring.watchdog import DATA_WAIT, ENDING, FIRST_STEP, STEP, Heartbeat, RankActivity
+from swinv2_train.monitoring.watchdog import DATA_WAIT, ENDING, FIRST_STEP, STARTING, STEP, Heartbeat, RankActivity
 from swinv2_train.planning.start_line import describe_start
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
@@ -64,8 +65,13 @@ def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
     preflight(config, training=True)
     run_dir = Path(config.run_dir)
-    with StopRequest(config.runtime.stop_after_sec) as stop, RunDirLock(run_dir) as lock:
+    with (
+        StopRequest(config.runtime.stop_after_sec) as stop,
+        RunDirLock(run_dir) as lock,
+        StopOfAnyRank(stop) as stops,
+    ):
         world = init_distributed(config.runtime.process_group_timeout_sec)
+        stops.listen()
         check_agreement(config)
         set_threads(config.runtime.num_threads, world.local_world_size)
         if world.device.type == "cpu":
@@ -73,8 +79,8 @@ def train(config: Config) -> int:
         accumulation = accumulation_steps(
             config.train.global_batch_size, config.train.micro_batch_size, world.world_size
         )
-        on_main(world, lock.acquire)
         try:
+            on_main_unless_stopped(world, stop, lock.acquire)
             start = decide_start(config, world, stop)
             if start.task is not None:
                 on_main(world, lambda: make_run_dir(run_dir))
@@ -83,7 +89,7 @@ def train(config: Config) -> int:
         except StopNow as stopped:
             saved = on_main(world, lambda: newest_checkpoint(run_dir) is not None)
             if world.is_main:
-                print(f"stopped by {stopped} before the first step; the same command begins again")
+                print(stopped_early(stopped, saved))
             shutdown_distributed()
             return stopped.exit_code(saved)
         total, task = start.length.last_step, start.task
@@ -105,7 +111,7 @@ def train(config: Config) -> int:
                 with arithmetic(config.runtime.deterministic), failures.surviving(partial(tell_failure, log, world)):
                     run = build_run(
                         config, world, task, start.groups, start.sources, log, start.newest, start.initial, activity,
-                        start.probe,
+                        start.probe, stop,
                     )  # fmt: skip
                     on_main(world, lambda: announce(run, log, start.initial))
                     with run.monitor.manual_gc:
@@ -116,6 +122,9 @@ def train(config: Config) -> int:
                 elif world.is_main:
                     with activity.doing(ENDING):
                         log_artifacts(config, log)
+            except StopNow as early:
+                exit_code, reason = early.exit_code(start.newest is not None), str(early)
+                log.say(stopped_early(early, start.newest is not None))
             except ConfigError as error:
                 exit_code, reason = exit_code_of(error), str(error)
                 raise
@@ -125,8 +134,9 @@ def train(config: Config) -> int:
                 reason = f"{type(told).__name__}: {told}"
                 return EXIT_FAILED
             finally:
-                heartbeat.close(exit_code, reason)
-                log.close(EXIT_DONE if exit_code == EXIT_STOPPED else exit_code)
+                was_stopped = exit_code == EXIT_STOPPED or exit_code > 128  # by a signal, with nothing to go on from
+                heartbeat.close(EXIT_STOPPED if was_stopped else exit_code, reason)
+                log.close(EXIT_DONE if was_stopped else exit_code)
                 if world.is_main and (exit_code != EXIT_USER_ERROR or (run_dir / "metrics.jsonl").exists()):
                     write_report_of(run_dir, total, console)
                 elif world.is_main:  # of a run that never was
@@ -135,11 +145,18 @@ def train(config: Config) -> int:
         return exit_code
 
 
+def stopped_early(stopped: StopNow, saved: bool) -> str:
+    """What is said of a run that was stopped before the first step of its start."""
+    return f"stopped by {stopped} before the first step; the same command {'resumes' if saved else 'begins again'}"
+
+
 def acknowledge(console: Console, activity: RankActivity, accumulation: int, name: str, again: bool) -> None:
     """Say at once what a stop signal will end; in the thread that hears it, while the main thread computes."""
     doing = activity.current
     if doing == DATA_WAIT:
         what = "the wait for data"
+    elif doing == STARTING:
+        what = "the start"
     elif doing not in (*STEP, FIRST_STEP):
         what = f"after this: {doing}"
     elif accumulation == 1:
@@ -199,7 +216,7 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
     Raises StopNow on every rank where a stop comes while images are listed or a server is waited for.
     """
     run_dir = Path(config.run_dir)
-    newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world)
+    newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world, stop)
     state = {"step": 0, "images_seen": 0} if newest is None else on_main(world, partial(read_state, newest))
     sources = open_sources(config, world, newest, stop)
     probe = build_probe(config, world, (sources.training, sources.evaluation), stop)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from swinv2_train.checkpoint.saved_state import COMPLETE, read_complete
 from swinv2_train.config import ConfigError
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.distributed import World, broadcast_object, raise_together
+from swinv2_train.distributed.interruptible import unless_stopped
+from swinv2_train.runtime import StopRequest
 from swinv2_train.storage.durable import checksum_of
 
 UNFINISHED = ".unfinished"
@@ -41,18 +44,19 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return newest
 
 
-def verified_checkpoint(newest: Path | None, world: World) -> Path | None:
+def verified_checkpoint(newest: Path | None, world: World, stop: StopRequest | None = None) -> Path | None:
     """The newest checkpoint of a run to resume from, whose every byte is as it was written.  Collective.
 
     newest: what newest_checkpoint gives.  Each rank compares the checksums of its part, so that together the ranks read
     everything once.  A damaged checkpoint is named on stderr and set aside under a name that ends in .damaged, where
-    retention does not count it, and all ranks go on to the one before; a ConfigError when none is left.
+    retention does not count it, and all ranks go on to the one before; a ConfigError when none is left.  stop: may
+    come meanwhile; StopNow on every rank.
     """
     problem: ConfigError | None = None
     while newest is not None:
         older: tuple[Path | None, str | None] = (None, None)
         try:
-            raise_together(_content_problem(newest, world))
+            raise_together(unless_stopped(stop, partial(_content_problem, newest, world)))
             return newest
         except ConfigError as caught:
             problem = caught

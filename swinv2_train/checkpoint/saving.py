@@ -160,7 +160,10 @@ class Save:
         folder = self._run_dir / "checkpoints"
         folder.mkdir(exist_ok=True)  # not its parents: a run directory that vanished is gone
         if folder.is_symlink():
-            raise OSError(f"{folder} is a link, and nothing is written outside of a run directory")
+            raise OSError(
+                f"{folder} is a link, and nothing is written outside of a run directory; one that is on another disk "
+                "as a whole, and linked, is written to"
+            )
         self.warnings += remove_unfinished(self._run_dir)[1]
         if os.path.lexists(self._unfinished):  # what could not be removed
             os.replace(self._unfinished, free_name(self._unfinished.with_name(f"{self._unfinished.name}.left")))

@@ -23,6 +23,7 @@ from swinv2_train.config.rules import (
     each,
     finite,
     first_last,
+    folder_names,
     length,
     low_high,
     matching,
@@ -378,10 +379,12 @@ class SegmentConfig(TaskConfig):
     def _check_batch_norm(self, config: Config) -> None:
         """Statistics are of images that count, and enough of them."""
         other = "choose task.head_norm=layer or group, which look at one image at a time"
-        if self.head_norm == "batch" and config.train.micro_batch_size < 2:
+        size = "micro_batch_size" if self.head_norm == "batch" else "global_batch_size"
+        images = getattr(config.train, size)
+        if images < 2:
             raise ConfigError(
-                f"task.head_norm (batch) with train.micro_batch_size ({config.train.micro_batch_size}): the pooled map "
-                f"of one image has no variance; raise it, or {other}"
+                f"task.head_norm ({self.head_norm}) with train.{size} ({images}): the pooled map of one image has no "
+                f"variance; raise it, or {other}"
             )
         if config.data.on_bad_sample == "replace":
             raise ConfigError(
@@ -452,6 +455,8 @@ class DataConfig:
     """Bands of the files that the model sees, in its order: indices, or names (docs/data.md); null = all there are."""
     image_member: str | None
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
+    label_folders: Annotated[list[str] | None, folder_names()]
+    """Folders: [images, annotations] = the label image of images/a/b.jpg is annotations/a/b.png; null = a/b.seg.png."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig
@@ -572,6 +577,8 @@ class LogConfig:
     """Name of the wandb run; null = the run directory's name."""
     wandb_artifacts: Annotated[list[str], each(one_of(*ARTIFACTS))]
     """What wandb keeps as artifacts at the run's end: pictures (the task's), weights (of the last step)."""
+    tensorboard: bool
+    """Write TensorBoard event files to RUN_DIR/tensorboard/."""
     progress: Annotated[str, one_of("auto", "bar", "lines", "none")]
     """auto (a bar on a terminal, lines elsewhere), bar, lines or none."""
 

@@ -27,6 +27,12 @@ _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s'\"]*@")
 _QUERY = re.compile(  # :: joins shards
     r"([A-Za-z][A-Za-z0-9+.-]*://(?:(?!::)[^\s?#'\"<>|])*)[?#](?:(?!::)[^\s'\"<>|])+"
 )
+_WEB_PATH = re.compile(r"(?i)(https?://[^/?#\s'\"<>|]+)((?:(?!::)[^\s?#'\"<>|])+)")
+_AFTER_NAME = re.compile(
+    r"(?i)(/(?:[\w-]*[_-])?(?:token|sas|sig|signature|key|apikey|secret|password|passwd|pwd|credentials?)/)([^/]+)(?=(/?))"
+)
+_FILE_NAME = re.compile(r"\.[A-Za-z0-9]{1,5}\Z")
+"""https://host/key/train-000000.tar: a last part that is a file's name is none."""
 _ASSIGNED = re.compile(
     r"(?i)((?:\b(?:[\w-]*(?:token|secret|password|passwd|api[-_]?key|access[-_]?key(?:[-_]?id)?|signature|credential)"
     r"|sig|pwd)=|\b(?:authorization|[\w-]+-(?:token|key|secret))\s*:\s*)(?:(?:bearer|basic|token)\s+)?)[^\s'\"&;|,)]+"
@@ -41,17 +47,26 @@ _SUSPECT = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """A text with REDACTED for the user, password, query and fragment of each address in it, for what is assigned to a
-    name like token or handed to a program as its password, and for the values of environment variables called so.
+    """A text with REDACTED for the user, password, query and fragment of each address in it, for the part of a web
+    address's path that follows one called token, sas, sig, key or the like, for what is assigned to a name like token
+    or handed to a program as its password, and for the values of environment variables called so.
+
+    A secret elsewhere in a path, which no word announces, cannot be told from a name (docs/security.md).
     """
     for value in secret_values():
         text = text.replace(value, REDACTED)
     if not _SUSPECT.search(text):
         return text
     text = _USER.sub(rf"\1{REDACTED}@", text)
+    text = _WEB_PATH.sub(lambda found: found[1] + _AFTER_NAME.sub(_without_value, found[2]), text)
     text = _QUERY.sub(rf"\1?{REDACTED}", text)
     text = _ASSIGNED.sub(rf"\1{REDACTED}", text)
     return _OPTION.sub(rf"\1{REDACTED}", text)
+
+
+def _without_value(found: re.Match[str]) -> str:
+    is_file = not found[3] and _FILE_NAME.search(found[2]) is not None
+    return found[0] if is_file else found[1] + REDACTED
 
 
 @functools.lru_cache(maxsize=1)
@@ -71,7 +86,7 @@ def _is_secret(name: str, value: str) -> bool:
 
 def is_redacted(address: str) -> bool:
     """Whether an address or a command has lost its secrets to without_secrets."""
-    return re.search(rf"://{REDACTED}@|\?{REDACTED}|[=: ]{REDACTED}\b", address) is not None
+    return re.search(rf"://{REDACTED}@|[?/]{REDACTED}\b|[=: ]{REDACTED}\b", address) is not None
 
 
 def public(values: Any) -> Any:

@@ -15,10 +15,12 @@ from pathlib import Path, PurePosixPath
 
 from swinv2_train.config.shown import tell
 from swinv2_train.data.class_names import CLASSES_NAME, class_names_text, listed, read_class_names
+from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_reader import Manifest, shard_files, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest, Written, shard_files, write_shards
 from swinv2_train.data.sources.archives import Read, open_archive
-from swinv2_train.data.sources.folder import (
+from swinv2_train.data.sources.label_folders import BESIDE, pairs_beside, pairs_of
+from swinv2_train.data.sources.listing import (
     beside_images,
     check_separators,
     class_names,
@@ -42,6 +44,8 @@ class Entry:
     extension: str
     label: int | None
     read: Callable[[], bytes]
+    read_labels: Callable[[], bytes] | None = None
+    """The label image, of an image that has one."""
 
 
 def pack(
@@ -51,8 +55,11 @@ def pack(
     seed: int,
     classes: Sequence[str] | None = None,
     overwrite: bool = False,
+    checks: LabelImageChecks | None = None,
 ) -> Manifest:
     """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and, if given, classes.txt.
+
+    checks: what looks at every pair of an image and its label image, where there are any.
 
     Where the folder has a classes.txt already, its classes' numbers are taken for those of the same names.  Raises
     ShardError when shards of that prefix exist (overwrite: they are replaced, once all images are packed), or when that
@@ -62,12 +69,22 @@ def pack(
     path = Path(out_prefix).parent / CLASSES_NAME
 
     def write() -> Manifest:
-        return write_shards(_read_with_progress(order, out_prefix), out_prefix, samples_per_shard, overwrite)
+        samples = _read_with_progress(order, out_prefix, checks)
+        manifest = write_shards(samples, out_prefix, samples_per_shard, overwrite)
+        if checks is not None:
+            checks.keep(manifest)
+        return manifest
 
     if classes is None:
         return write()
     stay = not {*map(str, path.parent.glob("*.tar"))} <= {*map(str, shard_files(out_prefix) if overwrite else ())}
-    numbers = _numbers_there(path, classes, {entry.label for entry in entries if entry.label is not None}, stay)
+    used = {entry.label for entry in entries if entry.label is not None} if checks is None else {*range(len(classes))}
+    numbers = _numbers_there(path, classes, used, stay)
+    if checks is not None and numbers is not None and numbers != [*range(len(classes))]:
+        raise ShardError(
+            f"{path} lists the classes of pixels in another order than SOURCE's, and label images are packed as they "
+            "are; choose another OUT folder, or mend either list"
+        )
     if numbers is not None:
         order = [entry if entry.label is None else replace(entry, label=numbers[entry.label]) for entry in order]
         return write()
@@ -92,13 +109,20 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
     path.write_text(class_names_text(classes), "utf-8", "surrogateescape")
 
 
-def _read_with_progress(entries: list[Entry], out_prefix: str) -> Iterator[tuple[str, bytes, str, int | None]]:
+def _read_with_progress(
+    entries: list[Entry], out_prefix: str, checks: LabelImageChecks | None
+) -> Iterator[Written]:  # fmt: skip
     shown = time.monotonic()
     for number, entry in enumerate(entries, 1):
-        yield entry.key, entry.read(), entry.extension, entry.label
+        image, labels = entry.read(), None if entry.read_labels is None else entry.read_labels()
+        if labels is not None and checks is not None:
+            checks.look(entry.key, image, entry.extension, labels)
+        yield entry.key, image, entry.extension, entry.label, labels
         if time.monotonic() - shown > 5 or number == len(entries):
             shown = time.monotonic()
             tell(f"{out_prefix}: {number} of {len(entries)} images packed")
+    if checks is not None:
+        checks.finish()
 
 
 def _numbers_there(path: Path, classes: Sequence[str], used: set[int], shards_stay: bool) -> list[int] | None:
@@ -121,26 +145,72 @@ def _numbers_there(path: Path, classes: Sequence[str], used: set[int], shards_st
     )
 
 
-def read_source(source: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
+def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], tuple[str, ...] | None]:
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
+    An image is packed with its label image, which is KEY.seg.png beside it or, with labels, another folder, zip or tar,
+    the PNG file of the same path there; then folders are no classes.
+
     Raises ShardError for a source that does not exist, is compressed, damaged (data/sources/archives.py), holds no
-    images, mixes the two layouts, or cannot be read through.
+    images, mixes the two layouts, or cannot be read through, and for images of which some have label images and others
+    have not.
     """
+    images = _list_files(source, "SOURCE")
+    if images.left_out:
+        tell(say_left_out(images.left_out, str(source)))
+    beside = pairs_beside(images.reads)
+    if labels is None and not beside:
+        return _entries(source, images)
+    if labels is not None and beside:
+        raise ShardError(
+            f"SOURCE {source} holds label images (*{BESIDE}) itself, such as {next(iter(beside.values()))}; leave out "
+            "--labels, or keep them apart"
+        )
+    found = images.reads if labels is None else _list_files(labels, "--labels").reads
+    paired = beside if labels is None else pairs_of(images.reads, found)
+    label_names = set(paired.values())
+    alone = [name for name in images.reads if name not in paired and (labels is not None or name not in label_names)]
+    if alone:
+        raise ShardError(
+            f"SOURCE {source}: {len(alone)} of {len(paired) + len(alone)} images have no label image in "
+            f"{source if labels is None else labels} ({listed(alone)}); add a PNG file of the same path and name for "
+            "each, or move these images away"
+        )
+    extra = [name for name in found if name not in label_names] if labels is not None else []
+    if extra:
+        tell(f"warning: {len(extra)} label images have no image and are left out ({listed(extra)})")
+    entries, _ = _entries(source, replace(images, reads={name: images.reads[name] for name in paired}), classes=False)
+    reads = [found[label] for label in paired.values()]
+    return [replace(entry, read_labels=read) for entry, read in zip(entries, reads, strict=True)], None
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The images of a source; their paths begin below an archive's own folder."""
+
+    reads: Mapping[str, Read]
+    left_out: Counter[str]
+    empty: Sequence[str]
+    """Class folders without images."""
+
+
+def _list_files(source: Path, what: str) -> _Files:
+    """what: how the command line names it."""
     if source.is_dir():
-        listing = list_folder(str(source), f"SOURCE {source}")
-        check_separators(listing.names, f"SOURCE {source}")
-        files = {name: partial(_read_file, source / name) for name in listing.names}
-        return _entries(source, files, listing.left_out, listing.empty)
+        listing = list_folder(str(source), f"{what} {source}")
+        check_separators(listing.names, f"{what} {source}")
+        return _Files(
+            {name: partial(_read_file, source / name) for name in listing.names}, listing.left_out, listing.empty
+        )
     if not source.is_file():
-        raise ShardError(f"SOURCE {source} does not exist; name a folder, zip or tar of images")
-    archive = open_archive(source, f"SOURCE {source}")
+        raise ShardError(f"{what} {source} does not exist; name a folder, zip or tar of images")
+    archive = open_archive(source, f"{what} {source}")
     names = {PurePosixPath(name): name for name in archive.files}
     beside = beside_images(filter(is_image, archive.files))
     images = {path: name for path, name in names.items() if is_image(name) and name not in beside}
     left_out = Counter(ending(name) for name in archive.files if not is_image(name) or name in beside)
     if not images:
-        raise ShardError(f"SOURCE {source} holds no images ({no_image_named(left_out)})")
+        raise ShardError(f"{what} {source} holds no images ({no_image_named(left_out)})")
     folders = {PurePosixPath(name) for name in archive.folders if not is_hidden(name)}
     folders |= {path.parent for path, name in names.items() if not is_hidden(name)}
     while len({path.parts[0] for path in images}) == 1 and all(len(path.parts) > 1 for path in images):
@@ -150,27 +220,24 @@ def read_source(source: Path) -> tuple[list[Entry], tuple[str, ...] | None]:
     filled = {path.parts[0] for path in images if len(path.parts) > 1}
     empty = sorted({path.parts[0] for path in folders if path.parts} - filled)
     reads = {name: archive.files[images[PurePosixPath(name)]] for name in sorted(map(str, images))}
-    return _entries(source, reads, left_out, empty)
+    return _Files(reads, left_out, empty)
 
 
-def _entries(
-    source: Path, images: Mapping[str, Read], left_out: Counter[str], empty: Sequence[str] = ()
-) -> tuple[list[Entry], tuple[str, ...] | None]:
-    if left_out:
-        tell(say_left_out(left_out, str(source)))
-    classes = class_names(images, f"SOURCE {source}", empty)
-    if classes and empty:
-        tell(empty_warning(str(source), empty))
-    label_of = label_numbers(classes or ())
+def _entries(source: Path, files: _Files, classes: bool = True) -> tuple[list[Entry], tuple[str, ...] | None]:
+    """classes: whether folders are any."""
+    names = class_names(files.reads, f"SOURCE {source}", files.empty) if classes else None
+    if names and files.empty:
+        tell(empty_warning(str(source), files.empty))
+    label_of = label_numbers(names or ())
     entries, taken = [], set()
-    for name, read in images.items():
+    for name, read in files.reads.items():
         path = PurePosixPath(name)
         key = str(path.with_name(path.name[: -len(path.suffix)].replace(".", "_")))  # webdataset cuts at the first dot
         while key in taken:  # cat.1.jpg beside cat_1.jpg, or 1.jpg beside 1.png
             key += "_"
         taken.add(key)
-        entries.append(Entry(key, path.suffix[1:].lower(), label_of(name) if classes else None, read))
-    return entries, classes
+        entries.append(Entry(key, path.suffix[1:].lower(), label_of(name) if names else None, read))
+    return entries, names
 
 
 def _read_file(path: Path) -> bytes:

@@ -65,7 +65,7 @@ def open_probe(
         try:
             source = known.get(str(pattern)) or open_source(
                 str(pattern), key, progress, shard_cache_for(str(pattern), config.data), config.data.verify,
-                config.data.image_member,
+                config.data.image_member, config.data.label_folders,
             )  # fmt: skip
         except ConfigError as error:
             raise ConfigError(f"{error} ({remedy})") from error
@@ -98,6 +98,11 @@ def _images(config: Config) -> tuple[_Images, _Images]:
         return _Images(f"probe.{name}", f"probe.{name}", own)
 
     return images("shards"), images("eval_shards")
+
+
+def image_patterns(config: Config) -> list[tuple[str, str | None]]:
+    """The keys of the images that the probes read, and what they name."""
+    return [(key, pattern) for _, key, pattern in _images(config)]
 
 
 class Probe:

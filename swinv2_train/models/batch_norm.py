@@ -46,11 +46,11 @@ class BatchNorm(nn.Module):
         x = input.to(weight.dtype)
         if not self.training:
             normed = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
-        elif self.total is None or x.is_meta:
+        elif self.total is None:
             mean, var = (None, None) if x.is_meta else (self.running_mean, self.running_var)
             normed = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
         else:
-            normed = self._over_ranks(x, self.total, weight, bias)
+            normed = self._over_ranks(x, _itself if x.is_meta else self.total, weight, bias)
         return normed.to(self.weight.dtype)
 
     def _over_ranks(self, x: Tensor, total: Total, weight: Tensor, bias: Tensor) -> Tensor:
@@ -58,9 +58,15 @@ class BatchNorm(nn.Module):
         mean = (total(x.sum(dim=(0, 2, 3))) / places).view(1, -1, 1, 1)
         centred = x - mean
         var = total(centred.square().sum(dim=(0, 2, 3))) / places
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), self.momentum)
-            unbiased = var * places / (places - 1)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        if not x.is_meta:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.flatten().to(self.running_mean.dtype), self.momentum)
+                unbiased = var * places / (places - 1)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = weight * torch.rsqrt(var + self.eps)
         return centred * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+
+def _itself(values: Tensor) -> Tensor:
+    """The sum over ranks of what has no values: a model on the meta device is of one rank."""
+    return values

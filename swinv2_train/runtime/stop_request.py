@@ -15,6 +15,8 @@ from typing import Any, Self
 from swinv2_train.config.exit_codes import EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_WAKE = signal.SIGURG
+"""Wakes the main thread for what another thread has to say; where nobody answers it, the kernel ignores it."""
 
 
 class StopNow(BaseException):
@@ -64,6 +66,7 @@ class StopRequest:
         """Install the handlers; main thread only (a rule of Python's signal module)."""
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        self._previous[_WAKE] = signal.signal(_WAKE, self._wake)
         read, write = self._pipe = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -89,6 +92,21 @@ class StopRequest:
             yield
         finally:
             self._waiting = False
+
+    def interrupt(self, reason: str) -> None:
+        """A stop that came to another rank, or the time limit's, told by another thread: it ends what interrupting()
+        holds, as a signal would.
+        """
+        if self._signal is None:
+            self._signal = reason
+            self.told(reason, False)
+        if self._waiting:
+            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+
+    def _wake(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting and (reason := self.requested) is not None:
+            self._waiting = False
+            raise StopNow(reason)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name

@@ -92,17 +92,19 @@ class Normalise:
         """bool (B, C, H, W), False where nothing was measured, on images' device; None where data.nodata is null."""
         return ~images.isnan() if self.nodata else None
 
-    def neutral(self) -> list[float]:
-        """The value of each band, as it is read, that is 0 when normalised."""
-        mean = self.mean
-        if self.factor is not None and self.offset is not None:
-            mean = (mean - self.offset) / self.factor
-        return [float(value) for value in mean.flatten().tolist()]
-
     def pixels(self, normalised: Tensor) -> Tensor:
         """Normalised float32 (B, C, H, W) back: photographs to uint8, values to scaled values in float32."""
         values = normalised * self.std + self.mean
         return values.round().clamp(0, 255).to(torch.uint8) if self.factor is None else values
+
+
+def neutral_values(config: Config) -> tuple[float, ...]:
+    """The value of each band, as it is read, that is 0 when it is normalised."""
+    data, count = config.data, config.model.in_chans
+    if not config.reads_values:
+        return tuple(255 * mean for mean in data.mean)
+    factors, offsets = per_band(data.scale.factor, count, 1.0), per_band(data.scale.offset, count, 0.0)
+    return tuple((mean - offset) / factor for mean, factor, offset in zip(data.mean, factors, offsets, strict=True))
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:

@@ -44,6 +44,31 @@ def segment_picture(
     return np.concatenate([picture, _legend(sorted(seen), colours, names, picture.shape[1])])
 
 
+def overlay_picture(
+    image: np.ndarray | None, labels: np.ndarray, ignore_index: int, names: Sequence[str] | None
+) -> np.ndarray:
+    """An image, the classes of its pixels, and these over it: for who is to see whether they fit.
+
+    image: uint8 (H, W, 3); None where it cannot be shown.  labels: (h, w) classes, or ignore_index.  names: of the
+    classes; None = their numbers.  Returns uint8 (H', W', 3).
+    """
+    seen = [int(number) for number in np.unique(labels) if number != ignore_index]
+    count = max([-1, *seen]) + 1
+    colours = palette(count)
+    height, width = labels.shape if image is None else image.shape[:2]
+    scale = SIDE_PX / max(height, width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    shown = np.full((*size, 3), 255, np.uint8) if image is None else _nearest(image, size)
+    coloured = _coloured(np.where(labels == ignore_index, count, labels), colours)
+    coloured = _nearest(coloured, size)
+    blended = ((shown.astype(np.uint16) + coloured) // 2).astype(np.uint8)
+    picture = grid(
+        [[_framed(each) for each in (shown, coloured, blended)]], ("image", "label image", "one over the other")
+    )
+    known = names if names is not None and len(names) >= count else None
+    return np.concatenate([picture, _legend(seen, colours, known, picture.shape[1])])
+
+
 def palette(num_classes: int) -> np.ndarray:
     """A colour of each class, uint8 (num_classes, 3), none of them white."""
     found = [

@@ -12,12 +12,14 @@ import torch
 
 from swinv2_train.config import Config
 from swinv2_train.distributed import World, gather_objects
+from swinv2_train.distributed.interruptible import unless_stopped
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.models.kernels import failures
+from swinv2_train.models.kernels import cpu_attention, failures
 from swinv2_train.models.kernels.dispatch import fused_problem, tried, unknown
 from swinv2_train.models.kernels.failures import Case, case_of
 from swinv2_train.models.swin_v2 import Stage, SwinBlock
 from swinv2_train.models.windows import window_grid
+from swinv2_train.runtime import StopRequest
 
 KERNELS = {"cuda": "Triton fused", "cpu": "C++ fused"}
 
@@ -40,12 +42,14 @@ class AttentionPaths:
         encoder: SwinTransformerV2,
         say: Callable[[str], None],
         changed: Callable[[dict[str, str]], None],
+        stop: StopRequest | None = None,
     ) -> None:
         """Try the kernels on what the stages will ask of them; where any rank fails at a stage, none uses them there,
         or their numbers would differ.
 
         encoder: at the image size that is trained; it may be without values.  say: prints a line, on rank 0.
-        changed: called on every rank with record(), whenever it is another than it was at the start.
+        changed: called on every rank with record(), whenever it is another than it was at the start.  stop: may come
+        while kernels are compiled and tried; StopNow on every rank.
         """
         self._world, self._say, self._changed = world, say, changed
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -57,7 +61,8 @@ class AttentionPaths:
         if config.model.attention != "fused":
             self._why = {stage.number: f"model.attention={config.model.attention}" for stage in self._stages}
         else:
-            self._stop_using(gather_objects(self._found()))
+            compile_kernel(world, say, stop)
+            self._stop_using(gather_objects(unless_stopped(stop, self._found)))
 
     def record(self) -> dict[str, str]:
         """{"stage 1": "Triton fused" | "C++ fused" | "sequential: WHY" | "reference: WHY", ...}"""
@@ -120,6 +125,22 @@ class AttentionPaths:
                 f"warning: model.attention (fused) is not used{where}: {cause}; the {serves} path serves, which is "
                 f"several times slower{again}"
             )
+
+
+def compile_kernel(world: World, say: Callable[[str], None], stop: StopRequest | None = None) -> None:
+    """Have the C++ kernel compiled where ranks compute on CPUs and no earlier start has: on each host by one rank, and
+    the others load what it made.  Collective.
+
+    say: is told before, on rank 0, as it may take minutes.  stop: may come meanwhile; StopNow on every rank.
+    """
+    if world.device.type != "cpu":
+        return
+    compiles = gather_objects(world.local_rank == 0 and cpu_attention.will_compile())
+    if not any(compiles):
+        return
+    if world.is_main:
+        say("note: compiling the attention kernel for this processor, once: 10 s to some minutes")
+    unless_stopped(stop, lambda: cpu_attention.problem() if compiles[world.rank] else None)
 
 
 def _stage(number: int, stage: object, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> _Stage:

@@ -55,7 +55,7 @@ MEMORY_KEYS = (
 
 RANK_FILES = ("logs", "health", "stacks", "sample_keys", "bad_samples", "profile")
 """Folders of a run directory in which each rank writes on in files of its own."""
-WRITTEN = ("checkpoints", "pictures", "wandb", "metrics.jsonl", *RANK_FILES)
+WRITTEN = ("checkpoints", "pictures", "wandb", "tensorboard", "metrics.jsonl", *RANK_FILES)
 """What a run goes on writing in its run directory; other files there are replaced whole, and links with them."""
 
 
@@ -70,10 +70,12 @@ def build_run(
     initial: Initial | None,
     activity: RankActivity | None = None,
     probe: Probe | None = None,
+    stop: StopRequest | None = None,
 ) -> Run:
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
-    initial: the weights that a new run starts from, where task.init_from names some.
+    initial: the weights that a new run starts from, where task.init_from names some.  stop: may come while attention
+    kernels are compiled; StopNow on every rank.
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
@@ -85,7 +87,7 @@ def build_run(
         if world.is_main:
             amend_start(Path(config.run_dir), {"attention_paths": paths})
 
-    attention = AttentionPaths(config, world, task.encoder, log.say, paths_changed)
+    attention = AttentionPaths(config, world, task.encoder, log.say, paths_changed, stop)
     activity.publish(attention=attention.record())
     engine = build_engine(task.module, param_groups, config, world, accumulation, task.block_types)
     seed_everything(config.seed, world.rank)
@@ -191,7 +193,8 @@ def make_run_dir(run_dir: Path) -> None:
         if path.is_symlink():
             raise ConfigError(
                 f"{path} is a link (to {os.readlink(path)}), and a run writes nothing outside of its run_dir; put what "
-                "it leads to in its place, or choose a run_dir on the disk that it leads to"
+                "it leads to in its place. To have it on another disk, move the whole run directory there: run_dir may "
+                "lie on any disk, and be a link itself"
             )
         if os.path.lexists(path) and not (path.is_dir() or path.is_file()):
             raise ConfigError(f"{path} is no regular file, so that a run would wait for it; remove it")
@@ -236,7 +239,9 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
         evaluation = None
         if pattern is not None:
             cache = shard_cache_for(pattern, data)
-            evaluation = open_source(pattern, "data.eval_shards", tell, cache, data.verify, data.image_member)
+            evaluation = open_source(
+                pattern, "data.eval_shards", tell, cache, data.verify, data.image_member, data.label_folders
+            )
             evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
         return Sources(training, evaluation, names)
 
@@ -255,7 +260,7 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
         return open_stream(pattern)
     data = config.data
     cache = shard_cache_for(pattern, data)
-    source = open_source(pattern, "data.shards", say, cache, data.verify, data.image_member)
+    source = open_source(pattern, "data.shards", say, cache, data.verify, data.image_member, data.label_folders)
     if labelled and names is not None and source.classes is not None and set(names) != set(source.classes):
         raise ConfigError(
             f"run_dir ({config.run_dir}) holds a run of {len(names)} classes, but data.shards has {len(source.classes)}"

@@ -25,6 +25,8 @@ from tests.support.commands import (
     start_ranks,
     wait_for_step,
 )
+from tests.support.shard_files import ten_class_shards
+from tests.support.shard_server import serve
 
 pytestmark = pytest.mark.slow
 NOTICES_WITHIN_SEC = 20  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share
@@ -60,7 +62,7 @@ def test_a_signal_before_the_first_step_leaves_something_to_resume_or_nothing(sh
         time.sleep(delay_sec)
         process.send_signal(signal.SIGTERM)
         code, output = finish(process, timeout_sec=60)
-        assert code in (EXIT_STOPPED, -signal.SIGTERM), output
+        assert code in (EXIT_STOPPED, -signal.SIGTERM, 128 + signal.SIGTERM), output
         checkpoint = newest_checkpoint(tmp_path)
         assert code != EXIT_STOPPED or checkpoint is not None, output
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
@@ -181,3 +183,26 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_stop_of_one_rank_ends_the_first_downloads_of_all(tmp_path):
+    """The other waits for a server that is busy for ten minutes, and nobody has told it to stop."""
+    ten_class_shards(tmp_path / "served")
+    with serve(tmp_path / "served") as server:
+        for number in range(3):
+            server.faults[f"train-{number:06d}.tar"] = ["always 503"]
+        arguments = command(
+            tmp_path / "run", f"data.shards='{server.url}/train-{{000000..000002}}.tar'", "data.eval_shards=null",
+            f"data.cache_dir={tmp_path / 'cache'}", "engine.precision=fp32", "data.num_workers=1",
+        )  # fmt: skip
+        ranks = start_ranks(*arguments)
+        while not server.gets["train-000000.tar"]:
+            assert ranks[0].poll() is None, ranks[0].communicate()
+            time.sleep(0.05)
+        asked = time.monotonic()
+        ranks[1].send_signal(signal.SIGTERM)
+        ended = [finish(rank, 60) for rank in ranks]
+        assert time.monotonic() - asked < 30, ended
+        assert [code for code, _ in ended] == [EXIT_STOPPED] * 2, ended
+        output = ended[0][1]
+        assert "SIGTERM: stopping the wait for data" in output and "stopped by SIGTERM after step 0" in output, output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import warnings
 from pathlib import Path
@@ -19,13 +20,13 @@ from tests.support.shard_server import ShardServer, serve
 
 pytestmark = pytest.mark.slow
 
-SECRETS = ("pa55w0rd", "s1gnature", "t0ken-value", "envir0nment-key")
+SECRETS = ("pa55w0rd", "s1gnature", "t0ken-value", "envir0nment-key", "s3gment")
 KEY = {"MY_API_KEY": "envir0nment-key"}
 
 
 def address(server: ShardServer, name: str) -> str:
     host = server.url.removeprefix("http://")
-    return f"http://me:pa55w0rd@{host}/{name}?X-Amz-Signature=s1gnature&token=t0ken-value&k=${{oc.env:MY_API_KEY}}"
+    return f"http://me:pa55w0rd@{host}/token/s3gment/{name}?X-Amz-Signature=s1gnature&token=t0ken-value&k=${{oc.env:MY_API_KEY}}"
 
 
 def train(folder: Path, server: ShardServer, *overrides: str) -> tuple[int, str]:
@@ -51,7 +52,7 @@ def leaks(folder: Path, *texts: str) -> list[str]:
 
 @pytest.fixture
 def server(tmp_path):
-    ten_class_shards(tmp_path / "served")
+    ten_class_shards(tmp_path / "served" / "token" / "s3gment")
     with serve(tmp_path / "served") as running:
         yield running
 
@@ -63,7 +64,7 @@ def test_a_run_directory_and_the_console_hold_no_secret(tmp_path, server):
     assert leaks(tmp_path / "run", output) == []
     assert "?REDACTED" in (tmp_path / "run" / "config.yaml").read_text()
     argv = json.loads((tmp_path / "run" / "environment.json").read_text())[-1]["argv"]
-    assert any("train-{000000..000002}.tar?REDACTED" in argument for argument in argv)
+    assert any("/token/REDACTED/train-{000000..000002}.tar?REDACTED" in argument for argument in argv)
 
     code, output = train(tmp_path, server, "train.max_steps=4")
     assert code == EXIT_DONE and "resuming from" in output, output
@@ -95,7 +96,8 @@ def test_a_run_that_fails_tells_no_secret(tmp_path, server):
 
 def test_a_command_that_says_its_address_tells_no_secret(tmp_path, server):
     """wget does; the log has its other words."""
-    shard = tmp_path / "served" / "train-000000.tar"
+    shard = tmp_path / "train-000000.tar"
+    shutil.copy(tmp_path / "served" / "token" / "s3gment" / shard.name, shard)
     words = "echo fetching https://me:pa55w0rd@host/x?token=t0ken-value >&2"
     pipe = f"pipe:{words}; cat {shard}; exit 3"
     code, output = train(

@@ -22,6 +22,9 @@ from swinv2_train.data.shards.tar_index import build_index, load_index
 PRIVATE = 0o600
 PRIVATE_FOLDER = 0o700
 
+ROOM_LOCK = "room.lock"
+"""A file of every cache folder, by whose lock its room is shared."""
+
 _SLOTS, _DIGEST_BYTES = 2**16, 16
 
 
@@ -58,6 +61,16 @@ def make_private_folder(path: Path) -> None:
     for folder in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process
             folder.mkdir(PRIVATE_FOLDER)
+
+
+def is_our_cache(folder: Path) -> bool:
+    """Whether a folder is a shard cache that this user has made, and into which nobody else may write."""
+    try:
+        found, lock = folder.stat(), (folder / ROOM_LOCK).lstat()
+    except OSError:
+        return False
+    ours = found.st_uid == lock.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return ours and stat.S_ISDIR(found.st_mode) and stat.S_ISREG(lock.st_mode)
 
 
 def open_lock_file(path: Path) -> int:

@@ -145,6 +145,12 @@ def _label_range(value: Any, where: str) -> None:
         raise ConfigError(f"{where} ({value}) must be the lowest and the highest label")
 
 
+def _label_value(value: Any, where: str) -> None:
+    text_of(5)(value, where)
+    if not value.isascii() or not value.isdigit():
+        raise ConfigError(f"{where} ({value}) must be the value of a label image's pixels")
+
+
 def _entry(value: Any, where: str) -> None:
     _FIELDS(value, where)
     if value["unlabelled"] > value["samples"]:
@@ -157,7 +163,7 @@ def _entry(value: Any, where: str) -> None:
 _FIELDS = record(
     {"samples": whole(), "bytes": whole(), "sha256": _digest, "unlabelled": whole(),
      "label_range": optional(_label_range)},
-    may={"targets": mapping(whole())},
+    may={"targets": mapping(whole()), "label_values": mapping(whole(), names=_label_value)},
 )  # fmt: skip
 _MANIFEST = record({"shards": mapping(_entry, names=file_name(deep=False))})
 

@@ -38,6 +38,7 @@ from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.answers import Kind, MismatchError, PageError, answer_of, is_page, text_of
 from swinv2_train.data.shards.cache_files import (
     PRIVATE,
+    ROOM_LOCK,
     Compared,
     is_foreign,
     is_index_of,
@@ -422,7 +423,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _space_lock(self) -> Iterator[None]:
         """Inside, this process alone counts and reserves the cache's space."""
-        with open(open_lock_file(Path(self.folder) / "room.lock"), "ab") as file:
+        with open(open_lock_file(Path(self.folder) / ROOM_LOCK), "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -88,7 +88,7 @@ class Manifest:
     cache: ShardCache | None
     """Where shards at an address are kept on this machine; None when all are local."""
     classes: tuple[str, ...] | None = None
-    """Name of each label, of classes.txt beside the shards; None without one."""
+    """Name of each label, or class of pixels, of classes.txt beside the shards; None without one."""
     numbers: tuple[int, ...] | None = None
     """What each label of the shards counts as; None = as itself."""
     verify: bool = False
@@ -187,7 +187,9 @@ def open_manifest(
         label_range=label_range,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
-        classes=None if label_range is None else _class_names(paths, label_range[1], key, cache, progress),
+        classes=_class_names(paths, -1 if label_range is None else label_range[1], key, cache, progress)
+        if label_range is not None or any(entry.get("targets", {}).get(SEGMENTATION) for entry in entries)
+        else None,
         verify=verify,
         image_member=image_member,
     )
@@ -196,7 +198,7 @@ def open_manifest(
 def _class_names(
     paths: Sequence[str], last: int, key: str, cache: ShardCache | None, progress: Callable[[str], None] | None
 ) -> tuple[str, ...] | None:
-    """The names of the labels 0 .. last, of the classes.txt beside the shards; None where some have none.
+    """The names of the labels 0 .. last at least, of the classes.txt beside the shards; None where some have none.
 
     Raises ShardError for a list that is too short, and for shards of several folders whose lists differ.
     """
@@ -464,13 +466,17 @@ class TarReader:
 # Writing
 
 
+Written = tuple[str, bytes, str, int | None] | tuple[str, bytes, str, int | None, bytes | None]
+"""A sample to write: key, image bytes, extension, label and, where there is one, the label image's bytes."""
+
+
 def write_shards(
-    samples: Iterable[tuple[str, bytes, str, int | None]],
+    samples: Iterable[Written],
     out_prefix: str,
     samples_per_shard: int,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write (key, image bytes, extension, label) samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
+    """Write samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
 
     The tars appear under their names only when all of them are written, and in the manifest last; when anything fails,
     nothing is left of them, and what was there is as it was.  Raises ShardError when shards of that prefix exist
@@ -491,7 +497,7 @@ def write_shards(
     keys: set[str] = set()
     writer: TarWriter | None = None
     try:
-        for number, (key, image, extension, label) in enumerate(samples):
+        for number, (key, image, extension, label, *more) in enumerate(samples):
             if key in keys:
                 raise ShardError(f"the key '{key}' comes twice; sample keys must be unique")
             keys.add(key)
@@ -510,6 +516,8 @@ def write_shards(
             sample: dict[str, Any] = {"__key__": key, extension: image}
             if label is not None:
                 sample["cls"] = str(label).encode()
+            if more and more[0] is not None:
+                sample[MEMBERS[SEGMENTATION].suffix] = more[0]
             writer.write(sample)
         if writer is None:
             raise ShardError(f"there is no sample to write to {out_prefix}-*.tar")

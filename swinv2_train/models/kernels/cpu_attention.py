@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,6 +29,8 @@ MAX_TOKENS = 1024  # of a window: a thread holds four N x N float32 matrices, 16
 ITEMS = 96  # pieces of work of a call, a chunk of windows and a head each, where there are enough windows
 CHUNK = 4  # windows of a chunk, at least: they share a head's bias.  Neither depends on the machine, as sums do on them
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+COMPILE_SEC = 300.0
+"""The most that the compiler may take: 10 s on an idle machine, minutes on a busy one."""
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -37,8 +40,17 @@ class _Sizes(ctypes.Structure):
 
 
 def problem() -> str | None:
-    """Why there is no compiled kernel on this machine, in a few words; None where there is one."""
+    """Why there is no compiled kernel on this machine, in a few words; None where there is one.
+
+    The first call may compile it, for up to COMPILE_SEC: who calls says so before, where will_compile() does.
+    """
     return _load()[1]
+
+
+def will_compile() -> bool:
+    """Whether the first call of problem() has to compile the kernel, and does not find one of an earlier start."""
+    found, directory = fingerprint(), cache_directory()
+    return found is not None and (directory is None or _kept(_file(directory, found)) is None)
 
 
 @functools.cache
@@ -47,20 +59,41 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if not compiler:
         return None, "there is no C++ compiler (g++, clang++, or what CXX names)"
     try:
-        directory, name = cache_directory(), f"fused_cpu_{_fingerprint(compiler)}.so"
-        library = None if directory is None else _kept(directory / name)
+        directory, found = cache_directory(), _fingerprint(compiler)
+        library = None if directory is None else _kept(_file(directory, found))
         if library is None:
             with tempfile.TemporaryDirectory() as private:
-                built = Path(private) / name
-                subprocess.run([*compiler, *FLAGS, "-o", built, SOURCE], check=True, capture_output=True, timeout=300)
+                built = _file(Path(private), found)
+                _compile(compiler, built)
                 library = ctypes.CDLL(str(built))  # stays when its file goes
                 if directory is not None:
-                    _keep(built, directory / name)
+                    _keep(built, _file(directory, found))
         return library, None
     except (OSError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").split("\n")
         said = [line for line in lines if line.strip()] or [str(error)]
         return None, f"{' '.join(compiler)} could not compile it: {said[-1]}"
+
+
+def _compile(compiler: list[str], built: Path) -> None:
+    """Run the compiler, in a process group of its own: a Ctrl-C is the caller's to answer, and what ends the wait (a
+    signal's handler that raises, the time limit) ends all that the compiler has started.
+    """
+    command = [*compiler, *FLAGS, "-o", str(built), str(SOURCE)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
+    try:
+        _, said = process.communicate(timeout=COMPILE_SEC)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
+
+
+def _file(directory: Path, found: str) -> Path:
+    return directory / f"fused_cpu_{found}.so"
 
 
 def cache_directory() -> Path | None:

@@ -27,6 +27,8 @@ from swinv2_train.models.windows import WindowGrid
 
 LIMIT_SEC = 300.0
 """For all cases of a start together; compiling takes seconds for each."""
+ENDING_SEC = 20.0
+"""How long a stop waits for the case under way."""
 HEADS = 2
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Of the largest entry."""
@@ -52,8 +54,12 @@ def problems_of(
     for case in waiting:
         _bad[case, device.type] = f"the trial was not done within {limit_sec:g} s"
 
+    given_up = threading.Event()
+
     def work() -> None:
         for case in waiting:
+            if given_up.is_set():
+                return
             problem = _trial(case, device, fused)
             if problem is None:
                 _good.add((case, device.type))
@@ -66,7 +72,12 @@ def problems_of(
         thread = threading.Thread(target=work, name="kernel trial", daemon=True)
         with failures.raised():
             thread.start()
-            thread.join(limit_sec)
+            try:
+                thread.join(limit_sec)
+            except BaseException:  # a stop: a process must not end while a thread of it is in the driver
+                given_up.set()
+                thread.join(ENDING_SEC)
+                raise
     return {case: _bad[case, device.type] for case in cases if (case, device.type) in _bad}
 
 

@@ -9,7 +9,10 @@ each experiment file names its own), worked out with pencil and formula and not 
 - lr: what is printed per 512 images times batch / 512; a straight line up, then a cosine over the rest, or a tenth from
   epoch 700 of 800 on;
 - tensors: 17 a block, of which 4 decay; 4 in the patch embedding (1), 3 a merging (1), 2 in the last norm (0), 2 an
-  extra norm (0), 2 in a classifier (1), 3 with SimMIM's token and decoder (1).
+  extra norm (0), 2 in a classifier (1), 3 with SimMIM's token and decoder (1); UPerNet has 12 convolutions with a norm
+  (3 each, 1 decays), a norm for each of three maps (2, 0) and its classes (2, 1), the auxiliary head one convolution
+  and its classes: 15 that decay and 34 that do not;
+- poly: lr (1 - step / steps), at step 0 a millionth of lr, at the end of the warm-up lr (1 - warm-up / steps).
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from swinv2_train.config import ClassifyConfig, Config, SimMIMConfig
+from swinv2_train.config import ClassifyConfig, Config, SegmentConfig, SimMIMConfig
 from swinv2_train.config.command_line import compose_argv
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.models import SimMIM
 from swinv2_train.models.counts import count_parameters
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.upernet import UPerNet
 from swinv2_train.tasks import build_task
 from swinv2_train.training.lr_schedule import lr_at, total_steps, warmup_steps
 from swinv2_train.training.param_groups import build_param_groups
@@ -43,8 +47,10 @@ IN22K = 14_197_122  # ImageNet's statistics of fall 2011: 21,841 synsets
 IN22K_EXT = 70_000_000  # arXiv:2111.09883 section 4.1: "70 million images"
 SATVISION = 1_920_000  # an epoch of arXiv:2411.17000
 CIFAR10 = 50_000
+ADE20K = 20_210  # its training images
 BATCHES = {
-    IN1K: {576, 1024, 2048}, IN22K: {4096}, IN22K_EXT: {9216}, SATVISION: {2048}, CIFAR10: {128, 256}
+    IN1K: {576, 1024, 2048}, IN22K: {4096}, IN22K_EXT: {9216}, SATVISION: {2048}, CIFAR10: {128, 256},
+    ADE20K: {16, 32, 64},
 }  # fmt: skip
 
 
@@ -94,6 +100,9 @@ SCRATCH_1K = Run(IN1K, 375_342, 25_023, (1e-6, 1e-3, 5.604229e-4, 1e-5), 0.05, 5
 AFTER_SIMMIM = Run(IN1K, 62_557, 12_512, (1e-6, 5e-3, 3.457144e-3, 1.000005e-6), 0.05, 5.0)
 AFTER_22K = Run(IN1K, 37_535, 6_256, (4e-8, 4e-5, 2.631967e-5, 4e-7), 1e-8, 5.0)
 AFTER_22K_G = Run(IN1K, 22_243, 4_449, (0.0, 2.1e-5, 1.451946e-5, 0.0), 0.1, 100.0)
+ADE20K_ABLATION = Run(ADE20K, 160_000, 1_500, (4e-11, 3.9625e-5, 2e-5, 2.5e-10), 0.05, 0.0)
+ADE20K_L = Run(ADE20K, 40_000, 375, (6e-11, 5.94375e-5, 3e-5, 1.5e-9), 0.05, 0.0)
+ADE20K_G = Run(ADE20K, 80_000, 750, (4e-11, 3.9625e-5, 2e-5, 5e-10), 0.05, 0.0)
 DEMO_SIMMIM = Run(CIFAR10, 586, 98, (1e-6, 2e-3, 1.31369e-3, 1.002062e-5), 0.05, 5.0)
 PROOF_SIMMIM = Run(CIFAR10, 2_344, 98, (1e-6, 2e-3, 1.073143e-3, 1.000097e-5), 0.05, 5.0)
 PROOF_FINETUNE = Run(CIFAR10, 2_344, 50, (1e-6, 2e-3, 1.039059e-3, 1.000093e-5), 0.05, 5.0)
@@ -180,6 +189,20 @@ RECIPES = {
         AFTER_22K_G, "giant", G, 1536, 32, FROM_12, 0.5, (205, 676), 0.87, 52, 1000,
         augment="erasing", after="in22k_giant_192",
     ),
+    "ade20k_upernet_tiny_512": Recipe(
+        ADE20K_ABLATION, "tiny", 60_000_662, 512, 16, (8, 8, 8, 8), 0.3, (67, 201), 0.95, 14, 150,
+        after="in1k_tiny_256_w8",
+    ),
+    "ade20k_upernet_base_512": Recipe(
+        ADE20K_ABLATION, "base", 121_430_308, 512, 16, (8, 8, 8, 8), 0.3, (115, 357), 0.95, 26, 150,
+        after="in1k_base_256_w8",
+    ),
+    "ade20k_upernet_large_640": Recipe(
+        ADE20K_L, "large", 233_967_392, 640, 40, FROM_12, 0.3, (115, 357), 0.95, 26, 150, after="in22k_large_192"
+    ),
+    "ade20k_upernet_giant_640": Recipe(
+        ADE20K_G, "giant", 3_057_747_980, 640, 40, FROM_12, 0.4, (219, 709), 0.95, 52, 150, after="in22k_giant_192"
+    ),
 }  # fmt: skip
 
 SATVISION_LOW = [
@@ -263,7 +286,7 @@ def test_recipe_is_what_its_sources_print(name):
     with on_meta():
         module = build_task(config, torch.device("cpu")).module
     assert count_parameters(module) == row.parameters
-    encoder = module.encoder if isinstance(module, SimMIM) else module
+    encoder = module.encoder if isinstance(module, SimMIM | UPerNet) else module
     blocks = [block for stage in encoder.layers for block in stage.blocks]
     assert blocks[-1].drop_path_rate == pytest.approx(row.drop_path)
     if row.pretrained:
@@ -310,6 +333,17 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
         assert (task.mask_ratio, task.norm_target) == (0.6, row.norm_target)
         assert task.mask_unit_px == (8 if row.size == "demo" or row.run.images == SATVISION else 32)
         assert data.crop_scale == [0.67, 1.0]
+        return
+    if row.run.images == ADE20K:
+        assert isinstance(task, SegmentConfig)
+        assert (task.num_classes, task.reduce_zero_label, task.ignore_index) == (150, True, 255)
+        assert (task.resize_long_px, task.resize_short_px, task.resize_scale) == (
+            4 * row.img_size, row.img_size, [0.5, 2.0]
+        )  # fmt: skip
+        assert (task.crop_max_category_share, task.photometric, task.resize) == (0.75, True, "opencv")
+        heads = (task.head_norm, task.head_channels, task.aux_channels, task.aux_weight, task.dropout)
+        assert heads == ("sync_batch", 512, 256, 0.4, 0.1)
+        assert (task.loss_denominator, task.class_weights, task.eval_mode) == ("all", None, "whole")
         return
     assert isinstance(task, ClassifyConfig)
     assert (task.num_classes, task.label_smoothing) == (row.head, 0.1)

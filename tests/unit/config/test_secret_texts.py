@@ -21,6 +21,10 @@ from tests.support.configs import composed
         ("fetch --token abc --out x", "fetch --token REDACTED --out x"),
         ("-H X-Api-Key:abc", "-H X-Api-Key:REDACTED"),
         ("403, message='Forbidden', url='http://h:80/x?token=s'", "403, message='Forbidden', url='http://h:80/x?REDACTED'"),
+        ("got https://h/v2/token/a.b-c/t-{0..3}.tar, ok", "got https://h/v2/token/REDACTED/t-{0..3}.tar, ok"),
+        ("http://h:8/x/SAS/s3cr3t/api-key/k/a.tar::https://h2/sig/s", "http://h:8/x/SAS/REDACTED/api-key/REDACTED/a.tar::"
+         "https://h2/sig/REDACTED"),
+        ("'https://h/download/access_token/eyJhbGci.eyJzdWIi.dBjftJeZ4CVP'", "'https://h/download/access_token/REDACTED'"),
         ("data.shards='https://h/t-*.tar?sv=1&sig=abc'", "data.shards='https://h/t-*.tar?REDACTED'"),
     ],
 )  # fmt: skip
@@ -32,7 +36,8 @@ def test_secrets_are_left_out_of_addresses_and_commands(text, shown):
 @pytest.mark.parametrize(
     "text",
     ["s3://bucket/a/t-*.tar", "https://host:8080/a@b/c.tar", "window: 3 tokens: 49", "mask_token: x", "python -u x.py",
-     "step 3 of 10", "data.record_keys=true", "/data/what?.tar"],
+     "https://h/key/train-{0..3}.tar", "https://h/tokens/a/b.tar", "https://h/monkey/a/b.tar", "s3://bucket/key/a/b.tar",
+     "https://h/" + "aZ09" * 10 + "/b.tar", "step 3 of 10", "data.record_keys=true", "/data/what?.tar"],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text):
     assert without_secrets(text) == text and not is_redacted(text)

@@ -34,7 +34,9 @@ from swinv2_train.monitoring.console import open_console
 from swinv2_train.monitoring.run_log import RunLog
 run_dir = Path(sys.argv[1])
 def log_config(wandb="disabled", progress="none"):
-    return LogConfig(wandb=wandb, wandb_project="test", wandb_name=None, wandb_artifacts=[], progress=progress)
+    return LogConfig(
+        wandb=wandb, wandb_project="test", wandb_name=None, wandb_artifacts=[], tensorboard=False, progress=progress
+    )
 """
 
 
@@ -51,7 +53,14 @@ class QuietConsole:
 
 
 def make_log(run_dir: Path, wandb: str = "disabled", is_main: bool = True, progress: str = "none", run_config=None):
-    config = LogConfig(wandb=wandb, wandb_project="swinv2-test", wandb_name=None, wandb_artifacts=[], progress=progress)
+    config = LogConfig(
+        wandb=wandb,
+        wandb_project="swinv2-test",
+        wandb_name=None,
+        wandb_artifacts=[],
+        tensorboard=False,
+        progress=progress,
+    )
     return RunLog(run_dir, config, QuietConsole(), is_main, run_config)  # type: ignore[arg-type]
 
 
@@ -261,8 +270,8 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path: Path) -> None:
 def test_without_a_server_an_online_run_writes_offline_files_and_the_run_goes_on(tmp_path: Path) -> None:
     """A node without network: said once, and nothing is lost."""
     body = """
-import swinv2_train.monitoring.run_log
-swinv2_train.monitoring.run_log._WANDB_INIT_SEC = 2.0
+import swinv2_train.monitoring.wandb_sink
+swinv2_train.monitoring.wandb_sink._INIT_SEC = 2.0
 log = RunLog(run_dir, log_config("online"), open_console(run_dir, 0), True, {})
 for step in range(1, 4):
     start = time.perf_counter()

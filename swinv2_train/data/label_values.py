@@ -1,0 +1,97 @@
+"""What the label images of a set hold: their values counted, and what cannot be classes refused with the remedy."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.transforms.decode import FORMATS
+from swinv2_train.data.transforms.label_image import check_sizes, read_label_image
+
+_BARS, _LISTED = 30, 12
+_DIVIDE = "divide them by 255 (0 stays the one class, 1 is the other)"
+
+
+def check_pair(image: bytes, label_image: bytes) -> np.ndarray:
+    """The values of a label image that has its image's size, (H, W).
+
+    Raises SampleError where it has another one, DecodeError where it cannot be read.  What is no photograph is compared
+    where its file says its sides without being decoded.
+    """
+    values = read_label_image(label_image)
+    sizes = _sizes_of(image)
+    if sizes and values.shape not in sizes:
+        check_sizes((values.shape[0], values.shape[1]), sizes[0])
+    return values
+
+
+def _sizes_of(image: bytes) -> list[tuple[int, int]]:
+    """The (height, width) of an image file: two where an array's axes may be in either order, none where unknown."""
+    from PIL import Image
+
+    try:
+        if image[:6] == b"\x93NUMPY":
+            file = io.BytesIO(image)
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape = read(file)[0]
+            return [(shape[0], shape[1]), (shape[-2], shape[-1])] if len(shape) in (2, 3) else []
+        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+            return [(picture.height, picture.width)]
+    except Exception:  # noqa: BLE001  whether it is a whole image is not asked here
+        return []
+
+
+def count_values(values: np.ndarray) -> dict[int, int]:
+    """How many pixels have each of the values."""
+    counts = np.bincount(values.reshape(-1))
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+
+
+def check_values(
+    values: Mapping[int, int], whose: str, num_classes: int | None, reduce_zero_label: bool, ignore_index: int
+) -> None:
+    """Raises ShardError where the values of a set's label images, pixels by value, cannot be those of its classes.
+
+    whose: what errors call the set.  num_classes: None = as many as there are.  The other two: as the task's.
+    """
+    found = set(values)
+    if 255 in found and found <= {0, 255}:
+        raise ShardError(
+            f"{whose}: all pixels of its label images are 0 or 255, a mask as programs draw it, and 255 is no class: "
+            f"{_DIVIDE}"
+        )
+    if num_classes is None:
+        return
+    last = num_classes if reduce_zero_label else num_classes - 1
+    wrong = sorted(value for value in found if value > last and value != ignore_index)
+    if wrong:
+        listed = ", ".join(f"{value} ({values[value]} pixels)" for value in wrong[:_LISTED])
+        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+        highest = wrong[-1]
+        remedies = [f"raise task.num_classes to {highest if reduce_zero_label else highest + 1}"]
+        if not reduce_zero_label and wrong == [num_classes]:
+            remedies.insert(0, "set task.reduce_zero_label=true where 0 is no class of its own")
+        if len(wrong) == 1:
+            remedies.append(f"set task.ignore_index={highest} where that is what is ignored")
+        first, classes = ("1", "0 and ") if reduce_zero_label else ("0", "")
+        raise ShardError(
+            f"{whose}: its label images have the values {listed}{more}, but {first} to {last} are classes and "
+            f"{classes}{ignore_index} ignored (task.num_classes, task.reduce_zero_label, task.ignore_index); "
+            f"{', or '.join(remedies)}"
+        )
+
+
+def values_text(values: Mapping[int, int], names: Mapping[int, str]) -> str:
+    """A line for each value: its share of the pixels, a bar, and its name where it has one."""
+    total, most = sum(values.values()), max(values.values())
+    width = len(str(max(values)))
+    lines = []
+    for value in sorted(values):
+        bar = "#" * max(1, round(_BARS * values[value] / most))
+        share = f"{100 * values[value] / total:.2f}"
+        lines.append(f"  {value:>{width}}  {share:>6} %  {bar:<{_BARS}}  {names.get(value, '')}".rstrip())
+    return "\n".join(lines)
