@@ -27,8 +27,9 @@ from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
+from swinv2_train.monitoring.activity import RankActivity
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import RankActivity, timeout_warning
+from swinv2_train.monitoring.watchdog import timeout_warning
 from swinv2_train.runtime import StopRequest, amend_start, record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
