@@ -166,6 +166,11 @@ class TaskConfig:
         """The number of classes of which it names one for each image; None = it uses no labels."""
         return None
 
+    @property
+    def pixel_class_names(self) -> tuple[str, ...] | None:
+        """What the classes of pixels are called; None = by their numbers, or there are none."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """Keys of this section that shape the weights: a run is resumed with the same values alone."""
         return {}
@@ -308,6 +313,11 @@ class SegmentConfig(TaskConfig):
 
     implementation: ClassVar[str] = "swinv2_train.tasks.segment:SegmentTask"
     scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/miou", "val/macc", "val/aacc")
+
+    @property
+    def pixel_class_names(self) -> tuple[str, ...] | None:
+        """As configured."""
+        return None if self.class_names is None else tuple(self.class_names)
 
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
