@@ -45,7 +45,8 @@ class BatchNorm(nn.Module):
         weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
         x = input.to(weight.dtype)
         if not self.training:
-            normed = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+            mean, var = self.running_mean.to(x.device), self.running_var.to(x.device)  # where x is on the meta device
+            normed = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         elif self.total is None:
             mean, var = (None, None) if x.is_meta else (self.running_mean, self.running_var)
             normed = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
