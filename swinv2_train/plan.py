@@ -4,8 +4,8 @@ Predicts a run before it is paid for: memory of a rank by part and phase, time o
 
     run_dir=RUN          without experiment=, model= or task=: the configuration of that run, with the other
                          KEY=VALUE on top, and its number of ranks
-    hardware=NAME        conf/hardware/: a100_40gb a100_80gb h100 h200 rtx4090 cpu, or a file of yours with the same
-                         keys; without it, this machine
+    hardware=NAME        conf/hardware/: a100_40gb a100_80gb h100 h200 rtx4090 cpu, or a file of yours (.yaml) with
+                         keys of these; without it, this machine
     plan.num_gpus=N      ranks (default: one node's)
     plan.num_images=N    images of the training shards, for days and GPU-days (default: their manifest's)
     plan.margin=0.05     share of the memory that must stay free
@@ -208,7 +208,9 @@ def steps(config: Config) -> int | None:
     shards = config.data.shards
     quick = bool(shards) and (Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file())
     if images is None and not is_pipe(shards) and quick:
-        images = open_source(shards, "data.shards", image_member=config.data.image_member).num_samples
+        images = open_source(
+            shards, "data.shards", image_member=config.data.image_member, label_folders=config.data.label_folders
+        ).num_samples
     return None if images is None else total_steps(config.train, images)
 
 

@@ -125,6 +125,17 @@ def band_names() -> Rule:
     return Rule(allows, check)
 
 
+def folder_names() -> Rule:
+    """Two names of folders."""
+    allows = "two names of folders, without /"
+
+    def check(key: str, values: list[str]) -> None:
+        if len(values) != 2 or any(not name or "/" in name or name in (".", "..") for name in values):
+            raise ConfigError(f"{key} ({values}) must hold {allows}: of the images and of their label images")
+
+    return Rule(allows, check)
+
+
 def length(count: int) -> Rule:
     """A list of count numbers."""
 

@@ -23,6 +23,7 @@ from swinv2_train.config.rules import (
     each,
     finite,
     first_last,
+    folder_names,
     length,
     low_high,
     matching,
@@ -477,6 +478,8 @@ class DataConfig:
     """Bands of the files that the model sees, in its order: indices, or names (docs/data.md); null = all there are."""
     image_member: str | None
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
+    label_folders: Annotated[list[str] | None, folder_names()]
+    """Folders: [images, annotations] = the label image of images/a/b.jpg is annotations/a/b.png; null = a/b.seg.png."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig

@@ -19,7 +19,8 @@ from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_reader import Manifest, Written, shard_files, write_shards
 from swinv2_train.data.sources.archives import Read, open_archive
-from swinv2_train.data.sources.folder import (
+from swinv2_train.data.sources.label_folders import BESIDE, pairs_beside, pairs_of
+from swinv2_train.data.sources.listing import (
     beside_images,
     check_separators,
     class_names,
@@ -32,7 +33,6 @@ from swinv2_train.data.sources.folder import (
     no_image_named,
     say_left_out,
 )
-from swinv2_train.data.sources.label_folders import BESIDE, pairs_beside, pairs_of
 from swinv2_train.data.sources.virtual_shards import packing_order
 
 

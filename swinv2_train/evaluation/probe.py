@@ -65,7 +65,7 @@ def open_probe(
         try:
             source = known.get(str(pattern)) or open_source(
                 str(pattern), key, progress, shard_cache_for(str(pattern), config.data), config.data.verify,
-                config.data.image_member,
+                config.data.image_member, config.data.label_folders,
             )  # fmt: skip
         except ConfigError as error:
             raise ConfigError(f"{error} ({remedy})") from error

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from swinv2_train.config import Config, HardwareConfig, pair
+from swinv2_train.config import Config, HardwareConfig
 from swinv2_train.data.loading.loader import accumulation_steps
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.engine.memory import GRADIENTS, EngineMemory
@@ -20,6 +20,7 @@ from swinv2_train.training.param_groups import build_param_groups
 
 FORWARD, BACKWARD, EXCHANGE, STEP = "forward", "backward", "gradient exchange", "step"
 LOADER, SAVED_INPUTS, TABLES = "micro-batches", "block inputs in CPU memory", "tables"
+PINNED = "page-locked copies of micro-batches"
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,15 @@ def memory_by_phase(
         EXCHANGE: _sum(engine.resident, engine.exchange, kept),
         STEP: _sum(engine.resident, engine.step, kept),
     }
-    host = _sum(engine.host, {SAVED_INPUTS: trace.host_bytes, LOADER: loader_bytes(config, accumulation)})
+    loaded = loader_bytes(config, trace, accumulation)
+    host = _sum(engine.host, {SAVED_INPUTS: trace.host_bytes, LOADER: loaded})
     if hardware.device == "cpu":
-        phases = {phase: _sum(parts, engine.host, {LOADER: host[LOADER]}) for phase, parts in phases.items()}
+        phases = {phase: _sum(parts, engine.host, {LOADER: loaded}) for phase, parts in phases.items()}
+    else:
+        if config.data.num_workers:
+            host = _sum(host, {PINNED: loaded})
+        copied = {LOADER: 2 * trace.batch_bytes}  # the one at work, and the next one (training/prefetch.py)
+        phases = {phase: _sum(parts, copied) for phase, parts in phases.items()}
     return MemoryPlan(
         phases=phases,
         host=host,
@@ -145,14 +152,13 @@ def extrapolated(few: Trace, more: Trace, times: float) -> Trace:
         forward_peaks=list(map(peak, few.forward_peaks, more.forward_peaks)),
         backward_peaks=list(map(peak, few.backward_peaks, more.backward_peaks)),
         host_bytes=number(few.host_bytes, more.host_bytes),
+        batch_bytes=number(few.batch_bytes, more.batch_bytes),
     )
 
 
-def loader_bytes(config: Config, accumulation_steps: int) -> int:
+def loader_bytes(config: Config, trace: Trace, accumulation_steps: int) -> int:
     """Decoded images in CPU memory: those of the step, and what the workers have prepared."""
-    height, width = pair("model.img_size", config.model.img_size)
-    batch = config.train.micro_batch_size * 3 * height * width
-    return batch * (accumulation_steps + config.data.num_workers * config.data.prefetch_batches)
+    return trace.batch_bytes * (accumulation_steps + config.data.num_workers * config.data.prefetch_batches)
 
 
 def _activations(peak: Peak) -> dict[str, int]:

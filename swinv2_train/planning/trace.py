@@ -86,6 +86,8 @@ class Trace:
     weight_bytes: int
     forward_operations: int
     """How many of the operations belong to the forward pass."""
+    batch_bytes: int
+    """Of the micro-batch as the loader makes it: pixels or values, masks, labels, weights."""
     model_flops_per_image: int
     """What the model itself needs, whatever is computed again: three forward passes (metrics.mfu)."""
 
@@ -180,6 +182,7 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
         num_parameters=count_parameters(module),
         weight_bytes=sum(weights.values()),
         forward_operations=counter.forward_operations,
+        batch_bytes=sum(tensor.nbytes for tensor in batch.values()),
         model_flops_per_image=6 * task.multiply_adds,
     )
     return trace.compiled() if compile_choice(config, "cpu" if on_cpu else "cuda", here=False).blocks else trace

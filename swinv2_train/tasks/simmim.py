@@ -25,6 +25,10 @@ from swinv2_train.tasks.task import Batch, Forward
 
 PICTURE_IMAGES = 8
 COLUMNS = ("original", "masked", "reconstructed")
+UNEVEN = (
+    "train.loss_mean is local: where images have more or less no data, values of a micro-batch with much of it count "
+    "more, and losses depend on the number of ranks; train.loss_mean=global counts each measured value alike"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class SimMIMTask:
             raise ConfigError(f"task: {error}") from error
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
+        self.local_mean = config.train.loss_mean == "local"
         self.picture_bands = config.data.picture_bands or (range(3) if config.model.in_chans >= 3 else (0,))
         self.picture_all_bands = config.data.picture_all_bands
         img_size = pair("model.img_size", config.model.img_size)
@@ -75,8 +80,8 @@ class SimMIMTask:
         """Images are all that is needed."""
 
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
-        """None."""
-        return ()
+        """Where the loss depends on how a step is cut."""
+        return (UNEVEN,) if self.normalise.nodata and self.local_mean else ()
 
     def meta_batch(self, size: int) -> dict[str, Tensor]:
         """Images and masks without contents."""

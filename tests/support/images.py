@@ -20,3 +20,26 @@ def encoded(image: np.ndarray | Image.Image, kind: str = "png", **options: Any) 
 def image_bytes(seed: int, kind: str = "png", size: tuple[int, int] = (8, 8)) -> bytes:
     """An image file of noise.  size: (height, width)."""
     return encoded(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8), kind)
+
+
+def npy(array: np.ndarray, **options: Any) -> bytes:
+    """A .npy file; options: as numpy.save takes them."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def npz(compressed: bool = False, **arrays: np.ndarray) -> bytes:
+    """An .npz file of arrays by their names."""
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def tiff(array: np.ndarray, **options: Any) -> bytes:
+    """A TIFF file of (H, W) or (H, W, C); options: as tifffile.imwrite takes them."""
+    import tifffile
+
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **{"photometric": "minisblack", "planarconfig": "contig", **options})
+    return buffer.getvalue()

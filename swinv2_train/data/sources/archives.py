@@ -21,7 +21,7 @@ from pathlib import Path
 from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_index import BLOCK, TarEntry, TarFile, is_tar_header, tar_entries
-from swinv2_train.data.sources.folder import is_image
+from swinv2_train.data.sources.listing import is_image
 
 Read = Callable[[], bytes]
 """The content of one file.  Raises ShardError where it is damaged."""

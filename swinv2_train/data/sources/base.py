@@ -98,11 +98,12 @@ def open_source(
     cache: ShardCache | None = None,
     verify: bool = False,
     image_member: str | None = None,
+    label_folders: Sequence[str] | None = None,
 ) -> Source:
     """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
 
-    Arguments as tar_reader.open_manifest's (of a folder, image_member is what its images' names end in); what has no
-    checksums cannot be verified.  Raises ShardError.
+    Arguments as tar_reader.open_manifest's (of a folder, image_member is what its images' names end in), and
+    label_folders as open_folder's; what has no checksums cannot be verified.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
     if not os.path.isdir(directory):
@@ -119,4 +120,4 @@ def open_source(
                 f"'{directory}' is a saved data set, whose images are a column; set data.image_member=null"
             )
         return open_saved_dataset(directory, key, progress)
-    return open_folder(directory, key, progress, image_member)
+    return open_folder(directory, key, progress, image_member, label_folders)

@@ -9,42 +9,44 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from swinv2_train.config import MachineError
-from swinv2_train.data.class_names import canonical, in_order, is_left_out, listed
-from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, lacking, unreadable
-from swinv2_train.data.shards.manifest import INDEX_SUFFIX
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
+from swinv2_train.data.class_names import listed
+from swinv2_train.data.sample import (
+    MEMBERS,
+    SEGMENTATION,
+    Sample,
+    SampleError,
+    ShardError,
+    Targets,
+    again,
+    labelled,
+    unreadable,
+)
+from swinv2_train.data.sources.label_folders import (
+    BESIDE,
+    MIRROR,
+    LabelImages,
+    mirrored,
+    pairs_beside,
+    pixel_class_names,
+    stem,
+)
+from swinv2_train.data.sources.listing import (
+    Listing,
+    check_separators,
+    class_names,
+    empty_warning,
+    label_numbers,
+    list_folder,
+    say_left_out,
+)
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
-
-_THREADS = 16
-"""How many folders are listed at a time: on a network file system every file's size is a question to the server."""
-_SAY_SEC = 10.0
-_ARRAYS = (".npy", ".npz")
-_NO_ENDING = "without an ending"
-_ENDING_CHARS, _ENDINGS_LISTED = 12, 8
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images below a folder."""
-
-    names: list[str]
-    """Paths from the folder on, sorted."""
-    sizes: list[int]
-    """Bytes of each image."""
-    left_out: Counter[str]
-    """Files that are no images, by the ending of their names, and hidden files and folders."""
-    empty: list[str]
-    """Class folders without an image, sorted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,18 @@ class Folder(VirtualShards):
     """int64 (images,): where each path ends in `names`."""
     sizes: np.ndarray
     """int64 (images,): bytes of each file."""
+    image_member: str | None = None
+    """What follows KEY. in the names of images; None = any ending."""
+    label_images: LabelImages | None = None
     labels_from = "its class folder"
+
+    @cached_property
+    def unsegmented(self) -> tuple[int, ...]:
+        """Images per shard without a label image."""
+        if self.label_images is None:
+            return self.counts
+        ends = np.cumsum(self.counts)
+        return tuple(int((shard < 0).sum()) for shard in np.split(self.label_images.sizes, ends[:-1]))
 
     def image_name(self, place: int) -> bytes:
         """The path, from the folder on, of the image at this place of the packing order."""
@@ -73,19 +86,22 @@ def open_folder(
     key: str = "data.shards",
     progress: Callable[[str], None] | None = None,
     image_member: str | None = None,
+    label_folders: Sequence[str] | None = None,
 ) -> Folder:
-    """List the images below `path`, with the size of each file.
+    """List the images below `path`, with the size of each file, and their label images.
 
     key: the config key that error messages name.  progress: receives a line now and then.  image_member: what follows
-    KEY. in the names of images (input.npy); None = one of IMAGE_EXTENSIONS.  Raises ShardError for a folder without
-    images, that cannot be read through, or with two files of one name.
+    KEY. in the names of images (input.npy); None = one of IMAGE_EXTENSIONS.  label_folders: where the label images are
+    (label_folders.py); None = beside the images, if anywhere.  Folders are no classes where there are label images.
+    Raises ShardError for a folder without images, that cannot be read through, or with two files of one name.
     """
     path = os.path.abspath(path)
     listing = list_folder(path, f"{key} '{path}'", progress, image_member)
     if listing.left_out and progress is not None:
         progress(say_left_out(listing.left_out, path))
     check_separators(listing.names, f"{key} '{path}'")
-    classes = class_names(listing.names, f"{key} '{path}'", listing.empty)
+    listing, label_images = _label_images(path, listing, key, progress, image_member, label_folders)
+    classes = None if label_images else class_names(listing.names, f"{key} '{path}'", listing.empty)
     if classes and listing.empty and progress is not None:
         progress(empty_warning(path, listing.empty))
     _check_unique(listing.names, f"{key} '{path}'")
@@ -99,223 +115,52 @@ def open_folder(
     digest = hashlib.sha256(b"folder\0")
     for part in (names, ends.tobytes(), sizes.tobytes()):
         digest.update(part)
-    return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes)
+    if label_images is not None:
+        label_images = replace(label_images, sizes=label_images.sizes[order])
+        digest.update(label_images.sizes.tobytes())
+        classes = pixel_class_names(Path(label_images.root))
+    return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes, image_member, label_images)
 
 
-def is_image(name: str, image_member: str | None = None) -> bool:
-    """By extension; what is hidden, or a system adds of itself, is no image, nor is a shard's index.
-
-    name: with / between folders.  image_member: as open_folder's.
-    """
-    if is_hidden(name) or name.endswith(INDEX_SUFFIX):
-        return False
-    if image_member is not None:
-        return name.lower().endswith(f".{image_member}")
-    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
-
-
-def beside_images(names: Iterable[str]) -> set[str]:
-    """The arrays among the images, where there are others: they are something about these, such as masks."""
-    names = list(names)
-    arrays = {name for name in names if name.lower().endswith(_ARRAYS)}
-    return arrays if len(arrays) < len(names) else set()
-
-
-def is_hidden(name: str) -> bool:
-    """Whether the file or a folder above it is, or was added by a system of itself.  name: with / between folders."""
-    return any(map(is_left_out, name.split("/")))
-
-
-def ending(name: str) -> str:
-    """What tells of which kind a file is that is no image; name: as is_image's."""
-    return "hidden" if is_hidden(name) else os.path.splitext(name)[1].lower()[:_ENDING_CHARS] or _NO_ENDING
-
-
-def say_left_out(left_out: Counter[str], source: str) -> str:
-    """A line that names what is no image, by ending and count."""
-    return (
-        f"{left_out.total()} files and hidden folders of {source} are not images and are left out ({_listed(left_out)})"
-    )
+def _label_images(
+    path: str,
+    images: Listing,
+    key: str,
+    progress: Callable[[str], None] | None,
+    image_member: str | None,
+    label_folders: Sequence[str] | None,
+) -> tuple[Listing, LabelImages | None]:
+    """The images, without label images beside them, and the label images of these, in their order; None without."""
+    if label_folders is not None:
+        root, suffix = mirrored(path, label_folders, key), MIRROR
+        found = list_folder(root, f"the label images of {key} '{path}', {root},", progress, suffix[1:])
+    else:
+        root, suffix = path, BESIDE
+        if image_member is None:
+            beside = set(pairs_beside(images.names).values())
+            mine = [(name, size) for name, size in zip(images.names, images.sizes, strict=True) if name not in beside]
+            theirs = [(name, size) for name, size in zip(images.names, images.sizes, strict=True) if name in beside]
+        else:
+            mine, theirs = [*zip(images.names, images.sizes, strict=True)], _listed_beside(path, key)
+        if not theirs:
+            return images, None
+        images = replace(images, names=[name for name, _ in mine], sizes=[size for _, size in mine])
+        found = replace(images, names=[name for name, _ in theirs], sizes=[size for _, size in theirs])
+    size_of = dict(zip(found.names, found.sizes, strict=True))
+    names = [stem(name, image_member) + suffix for name in images.names]
+    extra = sorted(size_of.keys() - set(names))
+    if extra and progress is not None:
+        progress(f"warning: {len(extra)} label images below {root} have no image in {path} ({listed(extra)})")
+    return images, LabelImages(root, suffix, np.array([size_of.get(name, -1) for name in names], "<i8"))
 
 
-def no_image_named(left_out: Counter[str]) -> str:
-    """What there is where there are no images."""
-    wanted = sorted(IMAGE_EXTENSIONS, key=lambda each: (each != "jpg", each))
-    found = f": {_listed(left_out)};" if left_out else ","
-    return f"{left_out.total()} files{found} none named *.{', *.'.join(wanted)}"
-
-
-def _listed(left_out: Counter[str]) -> str:
-    common = left_out.most_common(_ENDINGS_LISTED)
-    rest = left_out.total() - sum(count for _, count in common)
-    return ", ".join([*(f"{count} {name}" for name, count in common), *([f"{rest} others"] if rest else [])])
-
-
-def check_separators(names: Sequence[str], source: str) -> None:
-    """Raises ShardError for Windows' folders in the names of files, which would all be one folder without classes."""
-    wrong = [name for name in names if "\\" in name]
-    if wrong and not any("/" in name for name in names):
-        raise ShardError(
-            f"{source}: {len(wrong)} file names hold backslashes (e.g. {wrong[0]}): whatever unpacked them made no "
-            "folders of them; unpack the archive by unzip, or give swinv2-make-shards the zip itself"
-        )
-
-
-def class_names(names: Iterable[str], source: str, empty: Iterable[str] = ()) -> tuple[str, ...] | None:
-    """The classes of images by their paths: the uppermost folders, in order; None when there are none.
-
-    source: what errors call the place.  empty: class folders without an image, which are classes too.  Raises
-    ShardError when some images are in such a folder and others are not.
-    """
-    names = list(names)
-    loose = [name for name in names if "/" not in name]
-    if loose and len(loose) < len(names):
-        raise ShardError(
-            f"{source} holds {len(names) - len(loose)} images in class folders and {len(loose)} outside of them (e.g. "
-            f"{loose[0]}); move them into their classes, or keep them apart"
-        )
-    return None if loose else in_order((*(name.partition("/")[0] for name in names), *empty))
-
-
-def label_numbers(classes: Sequence[str]) -> Callable[[str], int]:
-    """The label of an image by its path: its class's place, LABEL_MISSING without a class."""
-    number = {name: label for label, name in enumerate(classes)}
-    known: dict[str, int] = {}  # canonical() for each folder and not for each image
-
-    def label_of(path: str) -> int:
-        folder, slash, _ = path.partition("/")
-        if folder not in known:
-            known[folder] = number.get(canonical(folder), LABEL_MISSING) if slash else LABEL_MISSING
-        return known[folder]
-
-    return label_of
-
-
-def empty_warning(path: str, empty: Sequence[str]) -> str:
-    """What is said of class folders without an image."""
-    return (
-        f"warning: {path}: no image in the class folders {listed(empty)}; they count as classes (the model never sees "
-        "one of them): fill or delete them"
-    )
-
-
-def list_folder(
-    path: str, source: str, progress: Callable[[str], None] | None = None, image_member: str | None = None
-) -> Listing:
-    """Every image below `path`, links followed.  source: what errors call it.  image_member: as open_folder's.
-
-    Raises ShardError when there is none, or a folder or file cannot be looked at: a link to nothing, or one that leads
-    back to a folder above it; MachineError where the machine cannot list them.
-    """
-    found, said = _Found(), time.monotonic()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        waiting = [_Open("", ())]
-        while waiting:
-            level, waiting = waiting, []
-            for part in pool.map(lambda folder: _scan(path, folder, image_member), level):
-                found.add(part)
-                waiting += part.folders
-                if progress is not None and time.monotonic() - said > _SAY_SEC:
-                    said = time.monotonic()
-                    progress(f"{path}: {len(found.images)} images found so far")
-    if found.problems:
-        raise ShardError(f"{found.problems[0]} ({len(found.problems)} such problems); mend or delete it")
-    if image_member is None:
-        beside = beside_images(name for name, _ in found.images)
-        for name in beside:
-            found.leave_out(name)
-        found.images = [(name, size) for name, size in found.images if name not in beside]
-    if not found.images:
-        raise ShardError(f"{source} holds no images ({_what_instead(path, found)})")
-    found.images.sort()
-    filled = {name.partition("/")[0] for name, _ in found.images}
-    empty = sorted({folder.name.partition("/")[0] for folder in found.folders} - filled)
-    names, sizes = [name for name, _ in found.images], [size for _, size in found.images]
-    return Listing(names, sizes, found.left_out, empty)
-
-
-@dataclass(frozen=True)
-class _Open:
-    """A folder to look into."""
-
-    name: str
-    """Its path from the uppermost folder on, with a slash at its end; "" is that folder itself."""
-    above: tuple[tuple[int, int], ...]
-    """Device and inode of the folders on the way to it."""
-
-
-@dataclass
-class _Found:
-    images: list[tuple[str, int]] = field(default_factory=list)
-    folders: list[_Open] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, other: _Found) -> None:
-        self.images += other.images
-        self.folders += other.folders
-        self.left_out.update(other.left_out)
-        self.problems += other.problems
-
-    def leave_out(self, name: str) -> None:
-        self.left_out[ending(name)] += 1
-
-
-def _scan(root: str, folder: _Open, image_member: str | None) -> _Found:
-    """What lies directly in one folder."""
-    found, path = _Found(), os.path.join(root, folder.name)
+def _listed_beside(path: str, key: str) -> list[tuple[str, int]]:
+    """The label images in a folder whose images are called by data.image_member."""
     try:
-        status = os.stat(path)
-        mine = (status.st_dev, status.st_ino)
-        if mine in folder.above:
-            found.problems.append(f"{path}: a link back to a folder above it")
-            return found
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = folder.name + entry.name
-                if is_left_out(entry.name):
-                    found.leave_out(entry.name)
-                elif entry.is_dir():
-                    found.folders.append(_Open(f"{name}/", (*folder.above, mine)))
-                elif (
-                    is_image(entry.name, image_member) or entry.is_symlink()
-                ):  # a link to nothing may have been to a class
-                    _look_at(entry, name, found, image_member)
-                else:
-                    found.leave_out(entry.name)
-    except OSError as error:
-        _check_machine(error, path)
-        found.problems.append(f"{error.filename or path} cannot be listed: {error.strerror}")
-    return found
-
-
-def _look_at(entry: os.DirEntry[str], name: str, found: _Found, image_member: str | None) -> None:
-    try:
-        status = entry.stat()
-    except OSError as error:
-        _check_machine(error, entry.path)
-        link = "a link to nothing" if entry.is_symlink() else f"cannot be looked at: {error.strerror}"
-        found.problems.append(f"{entry.path}: {link}")
-        return
-    if is_image(entry.name, image_member) and stat.S_ISREG(status.st_mode):
-        found.images.append((name, status.st_size))
-    else:  # opening a pipe would wait for ever
-        found.leave_out(entry.name)
-
-
-def _check_machine(error: OSError, path: str) -> None:
-    """Raises MachineError where nothing of the folder is to be mended; a permission is, by its owner."""
-    fault = lacking(error)
-    if fault is not None and not isinstance(error, PermissionError):
-        raise MachineError(f"{path} cannot be listed: {fault}") from error
-
-
-def _what_instead(path: str, found: _Found) -> str:
-    if ".tar" in found.left_out:
-        return f"it holds shards: name them, {os.path.join(path, '*.tar')}"
-    if ".arrow" in found.left_out:
-        return "but Arrow files: have `datasets` save them by save_to_disk, and name that directory"
-    return no_image_named(found.left_out)
+        found = list_folder(path, f"{key} '{path}'", None, BESIDE[1:])
+    except ShardError:  # none
+        return []
+    return [*zip(found.names, found.sizes, strict=True)]
 
 
 def _check_unique(names: Sequence[str], source: str) -> None:
@@ -350,19 +195,32 @@ class FolderReader(VirtualShardsReader):
         """
         place = packed_index(shard, index)
         name, size, label = self.folder.image_name(place), int(self.folder.sizes[place]), int(self.folder.labels[place])
-        text = name.decode("utf-8", "surrogateescape")
-        key, _, extension = text.rpartition(".")
+        key, _, extension = name.decode("utf-8", "surrogateescape").rpartition(".")
         if size == 0:
             raise SampleError("an empty image", self.folder.path, key)
+        image = self._content(self._root + name, size, key)
+        targets: Targets = labelled(label)
+        labels = self.folder.label_images
+        if labels is not None and labels.sizes[place] >= 0:
+            member = self.folder.image_member or extension
+            content = self._content(
+                labels.path(name, len(member) + 1), int(labels.sizes[place]), key, "its label image: "
+            )
+            if (value := MEMBERS[SEGMENTATION].read(content)) is not None:
+                targets = {**targets, "segmentation": value}
+        return Sample(key, image, extension.lower(), targets, self.folder.path)
+
+    def _content(self, path: bytes, size: int, key: str, what: str = "") -> bytes:
+        """A file of just this size.  what: begins what errors say."""
         try:
-            image = again(lambda: _read(self._root + name, size))
+            content = again(lambda: _read(path, size))
         except OSError as error:
-            gone = SampleError(f"cannot be read: {error.strerror}", self.folder.path, key)
-            raise unreadable(error, f"{self.folder.path}/{text}", gone) from error
-        if len(image) != size:
-            found = f"more than {size}" if len(image) > size else str(len(image))
-            raise SampleError(f"{found} bytes, but {size} when the run started", self.folder.path, key)
-        return Sample(key, image, extension.lower(), labelled(label), self.folder.path)
+            gone = SampleError(f"{what}cannot be read: {error.strerror}", self.folder.path, key)
+            raise unreadable(error, os.fsdecode(path), gone) from error
+        if len(content) != size:
+            found = f"more than {size}" if len(content) > size else str(len(content))
+            raise SampleError(f"{what}{found} bytes, but {size} when the run started", self.folder.path, key)
+        return content
 
     def key(self, shard: int, index: int) -> str:
         """The path from the folder on, without the extension."""

@@ -23,6 +23,7 @@ from swinv2_train.config.shown import shown
 from swinv2_train.data.class_names import canonical
 from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
+from swinv2_train.data.sources.array_columns import array_fault, array_type, is_array, npy_bytes, plain_lists
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 from swinv2_train.storage.json_files import Shape, anything, file_name, listing, mapping, record, text
 
@@ -69,6 +70,8 @@ def open_saved_dataset(
 ) -> SavedDataset:
     """Find the image and the label column of a saved data set by their types, and read the labels.
 
+    Images are files in a column of type Image, or, where there is none, arrays in one of type Array2D or Array3D.
+
     key: the config key that error messages name.  progress: receives a line.  Raises ShardError for several splits, a
     damaged directory, no or several columns of a kind, or no rows; ConfigError when pyarrow is not installed.
     """
@@ -104,6 +107,7 @@ def open_saved_dataset(
 def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | None]:
     """The one column of images, and the one of labels: of class labels, or, without those, of integers; None for none.
 
+    Images are those of type Image, and arrays where there are none.
     features: by column, as dataset_info.json has them.  source: what errors call the data set.  Raises ShardError
     when there is no column of images, or several of a kind.
     """
@@ -111,7 +115,7 @@ def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | N
     def of_type(matches: Callable[[Mapping[str, Any]], bool]) -> list[str]:
         return [name for name, kind in features.items() if isinstance(kind, dict) and matches(kind)]
 
-    images = of_type(lambda kind: kind.get("_type") == "Image")
+    images = of_type(lambda kind: kind.get("_type") == "Image") or of_type(is_array)
     labels = of_type(lambda kind: kind.get("_type") == "ClassLabel")
     labels = labels or of_type(  # arrays have a dtype too
         lambda kind: kind.get("_type") == "Value" and str(kind.get("dtype")).startswith(("int", "uint"))
@@ -119,8 +123,8 @@ def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | N
     listed = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items()) or "none"
     if not images:
         raise ShardError(
-            f"{source} has no column of type Image; its columns: {listed}; cast the one that holds the images "
-            "(cast_column(NAME, datasets.Image())) and save it again"
+            f"{source} has no column of type Image, Array2D or Array3D; its columns: {listed}; cast the one that holds "
+            "the images (cast_column(NAME, datasets.Image()), or Array3D(SHAPE, DTYPE)) and save it again"
         )
     for what, found in (("images", images), ("labels", labels)):
         if len(found) > 1:
@@ -205,7 +209,7 @@ def _open_table(path: str, image: str, label: str | None) -> Any:
         with open(open_regular(Path(path)), "rb") as file:
             file.seek(-min(len(_END_MARK), os.fstat(file.fileno()).st_size), os.SEEK_END)
             complete = file.read() == _END_MARK
-        table = arrow.ipc.open_stream(arrow.memory_map(path)).read_all()
+        table = plain_lists(arrow.ipc.open_stream(arrow.memory_map(path)).read_all(), image)
         _check_columns(table, image, label, path)
         table = table.select([image] if label is None else [image, label])
         table.validate(full=True)
@@ -222,6 +226,12 @@ def _open_table(path: str, image: str, label: str | None) -> Any:
 def _check_columns(table: Any, image: str, label: str | None, path: str) -> None:
     types = _pyarrow().types
     kind = table.schema.field(image).type if table.schema.names.count(image) == 1 else None
+    if label is not None and table.schema.names.count(label) != 1:
+        raise ShardError(f"{path}: there is no column '{label}', which {_INFO} names; {_AGAIN}")
+    if kind is not None and array_type(kind) is not None:
+        if fault := array_fault(kind):
+            raise ShardError(f"{path}: the column '{image}' {fault}")
+        return
     inner = [kind.field(i) for i in range(kind.num_fields)] if kind is not None and types.is_struct(kind) else []
     fields = {field.name: field.type for field in inner}
     whole = len(fields) == len(inner) and {"bytes", "path"} <= fields.keys()
@@ -231,8 +241,6 @@ def _check_columns(table: Any, image: str, label: str | None, path: str) -> None
         and (types.is_string(fields["path"]) or types.is_large_string(fields["path"]) or types.is_null(fields["path"]))
     ):
         raise ShardError(f"{path}: the column '{image}' is {kind}, not a struct of bytes and path; save it again")
-    if label is not None and table.schema.names.count(label) != 1:
-        raise ShardError(f"{path}: there is no column '{label}', which {_INFO} names; {_AGAIN}")
 
 
 def _labels(table: Any, label: str | None, path: str) -> np.ndarray:
@@ -265,14 +273,9 @@ class SavedDatasetReader(VirtualShardsReader):
         key = self.key(shard, index)
         starts, chunks = self._mapped()
         chunk = bisect_right(starts, int(self.dataset.rows[place])) - 1
-        cell = chunks[chunk][int(self.dataset.rows[place]) - starts[chunk]].as_py() or {}
-        image, file = cell.get("bytes"), cell.get("path")
-        if image is None:
-            image = _read_file(file, path, key)
-        if not image:
-            raise SampleError("an empty image", path, key)
-        label, extension = int(self.dataset.labels[place]), os.path.splitext(file or "")[1][1:].lower()
-        return Sample(key, image, extension or "bin", labelled(label), path)
+        cell = chunks[chunk][int(self.dataset.rows[place]) - starts[chunk]]
+        image, extension = _array(cell, path, key) if array_type(cell.type) else _file(cell, path, key)
+        return Sample(key, image, extension, labelled(int(self.dataset.labels[place])), path)
 
     def key(self, shard: int, index: int) -> str:
         """The number of the row."""
@@ -297,6 +300,27 @@ class SavedDatasetReader(VirtualShardsReader):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chunks": None}
+
+
+def _array(cell: Any, path: str, key: str) -> tuple[bytes, str]:
+    """A row's array as a .npy file, and that ending."""
+    if not cell.is_valid:
+        raise SampleError("no array", path, key)
+    try:
+        return npy_bytes(cell), "npy"
+    except ValueError as error:
+        raise SampleError(f"no array: {error}", path, key) from error
+
+
+def _file(cell: Any, path: str, key: str) -> tuple[bytes, str]:
+    """A row's image file, and its name's end."""
+    found = cell.as_py() or {}
+    image, file = found.get("bytes"), found.get("path")
+    if image is None:
+        image = _read_file(file, path, key)
+    if not image:
+        raise SampleError("an empty image", path, key)
+    return image, os.path.splitext(file or "")[1][1:].lower() or "bin"
 
 
 def _read_file(file: str | None, path: str, key: str) -> bytes:

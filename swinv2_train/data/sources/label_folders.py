@@ -6,9 +6,13 @@ annotations/training/KEY.png, or any two folders like these.
 
 from __future__ import annotations
 
+import os
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from swinv2_train.data.class_names import CLASSES_NAME, canonical, read_class_names
 from swinv2_train.data.sample import MEMBERS, SEGMENTATION, ShardError
@@ -22,22 +26,44 @@ ADE20K_NAMES = "objectInfo150.txt"
 _NAMES_BYTES = 2**20
 
 
+@dataclass(frozen=True, eq=False)
+class LabelImages:
+    """The label images of a folder's images, kept compactly.  Picklable."""
+
+    root: str
+    """The folder from which on their paths are those of the images."""
+    suffix: str
+    """What their names end in, where those of the images have their ending."""
+    sizes: np.ndarray
+    """int64 (images,): bytes of each, in packing order; -1 where there is none."""
+
+    def path(self, image_name: bytes, ending_bytes: int) -> bytes:
+        """Of an image's label image.  ending_bytes: of the image's ending, with its dot."""
+        return os.fsencode(self.root) + b"/" + image_name[: len(image_name) - ending_bytes] + self.suffix.encode()
+
+
+def stem(name: str, image_member: str | None = None) -> str:
+    """The name of an image without its ending: without .image_member, where that says how images are called."""
+    return posixpath.splitext(name)[0] if image_member is None else name[: -len(image_member) - 1]
+
+
 def pairs_beside(names: Iterable[str]) -> dict[str, str]:
     """The label image of each image that has one beside it, by their paths with / between folders."""
     names = list(names)
     labels = {name.removesuffix(BESIDE): name for name in names if name.endswith(BESIDE)}
-    stems = ((name, posixpath.splitext(name)[0]) for name in names if not name.endswith(BESIDE))
-    return {name: labels[stem] for name, stem in stems if stem in labels}
+    if not labels:
+        return {}
+    images = (name for name in names if not name.endswith(BESIDE))
+    return {name: labels[stem(name)] for name in images if stem(name) in labels}
 
 
 def pairs_of(images: Iterable[str], labels: Iterable[str]) -> dict[str, str]:
     """The label image of each image that has one of the same path, but for the ending, among `labels`."""
-    known = {posixpath.splitext(name)[0]: name for name in labels if name.lower().endswith(MIRROR)}
-    stems = ((name, posixpath.splitext(name)[0]) for name in images)
-    return {name: known[stem] for name, stem in stems if stem in known}
+    known = {stem(name): name for name in labels if name.endswith(MIRROR)}
+    return {name: known[stem(name)] for name in images if stem(name) in known}
 
 
-def mirrored(path: str, folders: tuple[str, str], key: str) -> str:
+def mirrored(path: str, folders: Sequence[str], key: str) -> str:
     """The folder of label images of a folder of images: the last of its parts that is called folders[0] is folders[1].
 
     key: the config key that named the images, for errors.  Raises ShardError where no part is called so, or there is no

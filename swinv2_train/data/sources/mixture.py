@@ -162,7 +162,7 @@ def open_mixture(
     for name in names:
         shards, key = data.mix[name].shards, f"data.mix.{name}.shards"
         cache = shard_cache_for(shards, data)
-        source = open_source(shards, key, progress, cache, data.verify, data.image_member)
+        source = open_source(shards, key, progress, cache, data.verify, data.image_member, data.label_folders)
         if source.num_samples == 0:
             raise ConfigError(
                 f"{key} ({shards}) holds no samples at all; name shards that hold some, or leave {name} out"

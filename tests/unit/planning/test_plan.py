@@ -7,19 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.load import config_yaml
+from swinv2_train.data.loading.workers import tensors_of
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.plan import parse, plan
 from swinv2_train.planning import trace as trace_module
 from swinv2_train.planning.hardware import fill_from_machine
-from swinv2_train.planning.memory import BACKWARD, FORWARD, extrapolated, model_sizes, plan_memory
+from swinv2_train.planning.memory import BACKWARD, FORWARD, LOADER, PINNED, extrapolated, model_sizes, plan_memory
 from swinv2_train.planning.op_cost import Operation, cost_of, fused
 from swinv2_train.planning.search import Search, Setting
 from swinv2_train.planning.speed import extrapolated_pass, pass_seconds, plan_speed
@@ -42,6 +44,12 @@ SMALL = [
     "engine=local",
 ]
 TINY = ["model=tiny", "model.img_size=256", "task=classify", *ONE_BY_ONE, "engine=local", "train.micro_batch_size=1"]
+
+
+def bands(count: int) -> list[str]:
+    return [f"model.in_chans={count}", f"data.mean={[0] * count}", f"data.std={[1] * count}"]
+
+
 POLICIES = {
     "none": [],
     "blocks": ["model.recompute=blocks"],
@@ -52,6 +60,7 @@ POLICIES = {
     "chunks": ["model.sequential_stages=[1,2]", "model.attention_chunk_windows=2"],
     "chunks recomputed": ["model.sequential_stages=[1]", "model.attention_chunk_windows=2", "model.recompute=blocks"],
     "simmim": ["task=simmim", "task.mask_unit_px=8"],
+    "simmim of 14 bands": ["task=simmim", "task.mask_unit_px=8", "data.nodata=[nan]", *bands(14)],
 }
 
 
@@ -84,12 +93,42 @@ def allocated(config: Config) -> int:
 def test_activations_are_those_that_torch_allocates(policy: str) -> None:
     """Whatever the policy, because it is run.  Kernels' own workspaces are all that a trace does not see."""
     overrides = [*SMALL, "train.micro_batch_size=8", *POLICIES[policy]]
-    if policy == "simmim":
+    if policy.startswith("simmim"):
         overrides = [*SMALL[:3], "engine=local", *overrides[len(SMALL) :]]
     config = composed(*overrides)
     trace = trace_step(config, 4, on_cpu=True)
     predicted = max(trace.forward.total, trace.backward.total) - trace.backward.tables
     assert predicted == pytest.approx(allocated(config), rel=0.04)  # measured worst 2.6 %
+
+
+def test_every_byte_of_images_of_any_number_of_bands_is_counted() -> None:
+    """A photograph has a byte for a pixel and colour, values have four for a pixel and band: where the loader makes
+    them, page-locked, and on the card, where the next micro-batch lies beside the one at work."""
+    common = ["model=base", "task=simmim", "model.img_size=192", "train.micro_batch_size=8", "data.num_workers=3"]
+    more = {}
+    for count, pixel in ((3, 3), (14, 4 * 14)):
+        config = composed(
+            *common, "train.global_batch_size=32", "hardware=a100_40gb", *(bands(14) if count > 3 else ())
+        )
+        plan, trace = plan_memory(config, fill_from_machine(config.hardware, 2, rates=False), 2)
+        batch = 8 * (pixel * 192 * 192 + 48 * 48 + 4)  # values, mask, weight
+        assert trace.batch_bytes == batch
+        assert plan.host[LOADER] == plan.host[PINNED] == batch * (2 + 3 * config.data.prefetch_batches)
+        assert all(phase[LOADER] == 2 * batch for phase in plan.phases.values())
+        more[count] = plan.sizes.parameters
+    assert more[14] - more[3] == 11 * (16 * 128 + 32**2 * (1024 + 1))  # patch embedding and decoder
+
+
+def test_a_batch_takes_what_the_plan_counts() -> None:
+    """The row that the loader's own transform makes."""
+    for task in (["task=simmim", "task.mask_unit_px=8"], ["task=classify", "task.rand_augment=null", *ONE_BY_ONE]):
+        for chosen in ([], bands(5)):
+            built = meta_task(composed(*SMALL[:3], *task, *chosen))
+            channels, dtype = (5, torch.float32) if chosen else (3, torch.uint8)
+            image = torch.zeros(channels, 70, 80, dtype=dtype)
+            row = tensors_of(built.train_transform(image, {"label": 1}, np.random.default_rng(0)))
+            counted = {name: (t.dtype, t.shape[1:]) for name, t in built.meta_batch(2).items() if name != "weight"}
+            assert counted == {name: (tensor.dtype, tensor.shape) for name, tensor in row.items()}
 
 
 SEGMENT = [
@@ -421,11 +460,12 @@ def test_a_length_is_in_units_that_a_person_reads(seconds: float, text: str) -> 
 def test_phases_hold_what_belongs_to_them() -> None:
     """Forward has no gradients yet, the backward pass makes them, and the engine's parts are in every one."""
     config = composed(*TINY, "train.global_batch_size=1", "hardware=a100_40gb")
-    memory, _ = plan_memory(config, fill_from_machine(config.hardware, 1), 1)
+    memory, trace = plan_memory(config, fill_from_machine(config.hardware, 1), 1)
     n = memory.sizes.parameters
     assert memory.resident == 12 * n + memory.phases["step"].pop("tables")
     assert "gradients" not in memory.phases[FORWARD]
     assert 0 < memory.phases[BACKWARD]["gradients"] < 4 * n
+    assert memory.phases["step"].pop(LOADER) == 2 * trace.batch_bytes
     assert memory.phases["step"] == {"weights": 4 * n, "AdamW's averages": 8 * n, "gradients": 4 * n}
 
 

@@ -16,6 +16,7 @@ from swinv2_train.tasks.inputs import Normalise
 from swinv2_train.tasks.task import Task
 from swinv2_train.training.loop import loss_shares
 from tests.support.configs import composed
+from tests.support.nodata import simmim_loss_by_hand
 
 CPU = torch.device("cpu")
 BANDS = 5
@@ -53,14 +54,8 @@ def batch_of(count: int = 4, seed: int = 0) -> dict[str, Any]:
 
 
 def by_hand(task: Task, batch: dict[str, Any]) -> float:
-    """The mean error over hidden values that were measured, one by one."""
     images = (batch["images"] - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
-    measured = ~images.isnan()
-    filled = torch.where(measured, images, 0.0)
-    prediction = task.module(filled, batch["mask"])["reconstruction"]
-    hidden = batch["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
-    counts = hidden & measured & (batch["weight"] > 0).view(-1, 1, 1, 1)
-    return float((prediction - filled).abs()[counts].double().mean())
+    return simmim_loss_by_hand(task.module, images, batch["mask"], batch["weight"])
 
 
 def test_values_are_scaled_clipped_and_normalised_per_band_in_float32():

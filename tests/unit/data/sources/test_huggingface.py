@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pickle
 import random
@@ -16,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 
@@ -184,7 +186,9 @@ def test_columns_are_found_by_their_types():
     assert find_columns({"b": IMAGE, "c": INT, "a": TEXT}, "x") == ("b", "c")
     assert find_columns({"b": IMAGE, "a": TEXT}, "x") == ("b", None)
     assert find_columns({"b": IMAGE, "m": {"dtype": "int32", "shape": [2, 2], "_type": "Array2D"}}, "x") == ("b", None)
-    with pytest.raises(ShardError, match=r"x has no column of type Image; .*: a \(string\), e \(nested\); cast"):
+    with pytest.raises(
+        ShardError, match=r"x has no column of type Image, Array2D or Array3D; .*: a \(string\), e \(nested\); cast"
+    ):
         find_columns({"a": TEXT, "e": NESTED}, "x")
     with pytest.raises(ShardError, match=r"2 columns that may be the images: a, b; its columns: a \(Image\), b"):
         find_columns({"a": IMAGE, "b": IMAGE}, "x")
@@ -368,3 +372,59 @@ print({{"datasets", "pandas", "huggingface_hub"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Columns of arrays
+
+
+def saved_arrays(directory: Path, arrays: list[Any], kind: Any, **columns: Any) -> Path:
+    from datasets import Dataset, Features, Value
+
+    features = Features({"x": kind, **{name: Value("int64") for name in columns}})
+    Dataset.from_dict({"x": arrays, **columns}, features=features).save_to_disk(str(directory))
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float16", "float32"])
+def test_a_column_of_arrays_is_read_as_npy_files_are(dtype, tmp_path):
+    from datasets import Array2D, Array3D
+
+    rng = np.random.default_rng(0)
+    three = [(200 * rng.random((4, 5, 6))).astype(dtype) for _ in range(7)]
+    reader = open_source(
+        str(saved_arrays(tmp_path / "three", three, Array3D((4, 5, 6), dtype), y=range(7)))
+    ).open_reader()
+    for index in range(7):
+        sample = reader.read(0, index)
+        number = int(sample.key)
+        assert sample.extension == "npy" and sample.targets == {"label": number}
+        found = np.load(io.BytesIO(sample.image), allow_pickle=False)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, three[number])
+    two = [three[0][: 2 + number, :, 0] for number in range(3)]  # each of its own height
+    reader = open_source(str(saved_arrays(tmp_path / "two", two, Array2D((None, 5), dtype)))).open_reader()
+    for index in range(3):
+        sample = reader.read(0, index)
+        np.testing.assert_array_equal(np.load(io.BytesIO(sample.image)), two[int(sample.key)])
+
+
+def test_arrays_that_are_rounded_or_incomplete_are_refused(tmp_path):
+    from datasets import Array3D
+
+    path = saved_arrays(tmp_path / "double", [np.zeros((2, 2, 2))], Array3D((2, 2, 2), "float64"))
+    with pytest.raises(ShardError, match="the column 'x' holds double, not one of uint8, uint16, int16, float16"):
+        open_source(str(path))
+    path = saved_arrays(tmp_path / "holes", [np.zeros((2, 2, 2), "float32")] * 3, Array3D((2, 2, 2), "float32"))
+
+    def with_holes(table: Any) -> Any:
+        rows = [[[[1, None], [3, 4]]] * 2, None, [[[1, 2], [3, 4]], [[1, 2]]]]
+        field = table.schema.field("x")
+        return pyarrow.table([pyarrow.array(rows, field.type)], schema=pyarrow.schema([field]))
+
+    change_table(next(path.glob("*.arrow")), with_holes)
+    reader = open_source(str(path)).open_reader()
+    for index in range(3):
+        match = {"0": "some of its values are missing", "1": "no array", "2": "2 lengths"}[reader.key(0, index)]
+        with pytest.raises(SampleError, match=match):
+            reader.read(0, index)

@@ -17,7 +17,7 @@ import torch
 from swinv2_train.config import ConfigError
 from swinv2_train.data.transforms.bands import Bands, decode_bands
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
-from tests.support.images import encoded
+from tests.support.images import encoded, npy, npz, tiff
 
 TYPES = {"uint8": np.uint8, "uint16": np.uint16, "int16": np.int16, "float16": np.float16, "float32": np.float32}
 
@@ -36,24 +36,6 @@ def values(dtype: str, shape: tuple[int, ...] = (6, 9, 5), seed: int = 0) -> np.
         found = rng.integers(info.min, info.max + 1, shape).astype(kind)
         found.flat[0], found.flat[1] = info.min, info.max
     return found
-
-
-def npy(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def npz(compressed: bool = False, **arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def tiff(array: np.ndarray, **options) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **{"photometric": "minisblack", "planarconfig": "contig", **options})
-    return buffer.getvalue()
 
 
 def assert_holds(tensor: torch.Tensor, expected: np.ndarray) -> None:
@@ -332,12 +314,22 @@ def test_pages_of_other_sizes_palettes_and_other_bands_are_named():
     refused(npy(values("uint16")), bands(2, (0, 5)), "5 bands of 6 x 9 pixels, but data.bands has 5; count from 0")
 
 
-def test_what_is_not_installed_is_said_and_is_no_damage(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tifffile", None)
+@pytest.mark.parametrize("missing", ["tifffile", "imagecodecs"])
+def test_what_is_not_installed_is_said_and_is_no_damage(missing, monkeypatch):
     data = tiff(values("uint16"))
-    with pytest.raises(ConfigError, match=r"tifffile and imagecodecs, which are not installed: pip install") as error:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=r"TIFF: .*tifffile and imagecodecs, which are not installed: pip") as error:
         decode_bands(data, "tif", bands(5))
     assert not isinstance(error.value, DecodeError)
+
+
+def test_png_of_16_bits_and_colours_says_what_it_needs_and_grey_needs_nothing(monkeypatch):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    colour, grey = (imagecodecs.png_encode(values("uint16", shape)) for shape in ((7, 9, 3), (7, 9)))
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with pytest.raises(ConfigError, match="PNG of 16 bit and several bands: .*not installed: pip install"):
+        decode_bands(colour, "png", bands(3))
+    assert_holds(decode_bands(grey, "png", bands(1)), values("uint16", (7, 9, 1)))
 
 
 def test_photographs_say_what_an_array_and_16_bits_need():
