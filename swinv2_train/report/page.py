@@ -31,6 +31,7 @@ from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
 from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended
 from swinv2_train.report.charts import CHART_CSS, CHART_JS, Series, chart, escaped, value_text
+from swinv2_train.report.class_table import FOLDER, class_rows
 from swinv2_train.report.plots import draw_curves, plots_problem
 from swinv2_train.runtime import read_environment
 from swinv2_train.storage.atomic import replace_text
@@ -201,6 +202,7 @@ def page_of(run: RunRecord, total_steps: int | None = None) -> str:
         _section("Sources", _sources(run)),
         _section("Ranks", _ranks(run)),
         _section("Pictures", _pictures(run)),
+        _section("Classes", _classes(run)),
         _parent_section(parent) if parent is not None else "",
         _section("Metrics", _metrics_table(run)),
         _section("Configuration", _folded("config.yaml", run.config_text)),
@@ -423,6 +425,21 @@ def _pictures(run: RunRecord) -> str:
             shown = "".join(_figure(path, f"step {at:,}") for at, path in earlier)
             parts.append(f"<details><summary>{_esc(name)} at earlier steps</summary>{shown}</details>")
     return "".join(parts)
+
+
+def _classes(run: RunRecord) -> str:
+    """Of pixels, as the evaluate command found them with out=RUN_DIR/evaluation."""
+    rows = class_rows(run.run_dir)
+    if not rows:
+        return ""
+    cells = [
+        (row.name, *("–" if share is None else f"{share:.2f}" for share in (row.iou, row.accuracy)), f"{row.pixels:,}")
+        for row in rows
+    ]
+    body = "".join("<tr><td>" + "</td><td>".join(map(_esc, each)) + "</td></tr>" for each in cells)
+    head = "<tr><th>class</th><th>IoU, %</th><th>accuracy, %</th><th>pixels</th></tr>"
+    table = f'<div class="wide"><table class="numbers">{head}{body}</table></div>'
+    return table + _figure(run.run_dir / FOLDER / "confusion.png", "which class is taken for which")
 
 
 def _figure(path: Path, caption: str) -> str:

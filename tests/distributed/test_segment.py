@@ -16,6 +16,7 @@ from swinv2_train.config.command_line import guarded
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.engine import build_engine
 from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.report.page import write_report
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.configs import composed
@@ -70,6 +71,9 @@ def test_a_run_under_zero_3_is_scored_as_plain_numpy_scores_it_on_any_number_of_
     assert np.mean(tables[0]["class_iou"]) == pytest.approx(expected["val/miou"])
     assert np.mean(tables[0]["class_accuracy"]) == pytest.approx(expected["val/macc"])
     assert all((tmp_path / "3" / name).is_file() for name in ("confusion.png", "picture.png"))
+    shutil.copytree(tmp_path / "3", run_dir / "evaluation")
+    page = write_report(run_dir, curves=False).read_text()
+    assert "<th>IoU, %</th>" in page and "<td>sky</td>" in page and "which class is taken for which" in page
     for line in found:
         assert line["images"] == 7
         assert all(line[name] == lines[2][name] for name in ("val/miou", "val/macc", "val/aacc"))
