@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swinv2_train.config import ConfigError
+from swinv2_train.report.html import esc
+from swinv2_train.report.run_pictures import figure
 from swinv2_train.storage.json_files import listing, number, optional, read_json, record, text, whole
 
 FOLDER = "evaluation"
@@ -30,8 +32,23 @@ class ClassRow(NamedTuple):
     pixels: int
 
 
-def class_rows(run_dir: Path) -> list[ClassRow]:
-    """The classes of a run's last evaluation, those of the lowest IoU first; none where there is no such table."""
+def classes_of(run_dir: Path) -> str:
+    """Of pixels, as the evaluate command found them with out=RUN_DIR/evaluation; "" where it was not."""
+    rows = _rows(run_dir)
+    if not rows:
+        return ""
+    cells = [
+        (row.name, *("–" if share is None else f"{share:.2f}" for share in (row.iou, row.accuracy)), f"{row.pixels:,}")
+        for row in rows
+    ]
+    body = "".join("<tr><td>" + "</td><td>".join(map(esc, each)) + "</td></tr>" for each in cells)
+    head = "<tr><th>class</th><th>IoU, %</th><th>accuracy, %</th><th>pixels</th></tr>"
+    table = f'<div class="wide"><table class="numbers">{head}{body}</table></div>'
+    return table + figure(run_dir / FOLDER / "confusion.png", "which class is taken for which")
+
+
+def _rows(run_dir: Path) -> list[ClassRow]:
+    """Those of the lowest IoU first; none where there is no such table."""
     try:
         found: dict[str, Any] = read_json(run_dir / FOLDER / "evaluation.json", MOST_BYTES, _SHAPE)
     except (FileNotFoundError, NotADirectoryError, ConfigError):  # of a classifier, or damaged: the page does without

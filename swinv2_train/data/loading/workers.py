@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -232,7 +233,9 @@ def _stop(running: dict[str, Any]) -> None:
     if iterator is None:
         return
     workers = iterator._workers
-    iterator._workers_done_event.set()
+    # set() takes a lock that the workers share; one that is killed, or told to leave, at that moment takes it along
+    iterator._workers_done_event._flag.release()
+    iterator._workers_done_event = threading.Event()  # which torch sets again
     for requests in iterator._index_queues:
         requests.put(None)
     for number in (_LEAVE, signal.SIGKILL):

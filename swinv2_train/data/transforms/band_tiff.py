@@ -7,6 +7,7 @@ over.  Only this file's own bytes are read, whatever its metadata names.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ _WHITE_IS_ZERO, _PALETTE = 0, 3
 _JPEG = 7
 _GDAL_METADATA, _GDAL_NODATA = 42112, 42113
 _ORIENTATION, _TABLES = 274, 347
+_MORE_VALUES = 1 << 24
+"""That a tile may hold beyond the picture's edge."""
 _METADATA_CHARACTERS = 2**18
 _BAND_NAME = re.compile(r'<Item name="DESCRIPTION" sample="(\d{1,4})"[^<>]*>([^<>]{1,200})</Item>')
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -100,6 +103,9 @@ def _values(page: TiffPage, data: bytes) -> np.ndarray:
     offsets, counts = page.dataoffsets, page.databytecounts
     if len(offsets) != int(np.prod(page.chunked, dtype=object)) and not page.is_contiguous:
         raise ValueError(f"cut off: {len(offsets)} strips or tiles")
+    height, width = (page.shape[page.axes.index(axis)] for axis in "YX")
+    if math.prod(page.chunks) > 4 * height * width * page.samplesperpixel + _MORE_VALUES:
+        raise ValueError(f"its strips or tiles ({page.chunks}) hold more pixels than the picture ({height} x {width})")
     sparse = _GDAL_NODATA in page.tags
     for offset, count in zip(offsets, counts, strict=True):
         if not (offset and count) and not sparse:
@@ -118,7 +124,7 @@ def _values(page: TiffPage, data: bytes) -> np.ndarray:
 
 def _check_jpeg_strips(page: TiffPage, data: bytes) -> None:
     """The lenient decoder fills in what a strip lacks."""
-    tables, left = bytes(page.tags.valueof(_TABLES, b"")), 4 * int(np.prod(page.shape[:2])) + (1 << 24)
+    tables, left = bytes(page.tags.valueof(_TABLES, b"")), 4 * int(np.prod(page.shape[:2])) + _MORE_VALUES
 
     def check_pixels(height: int, width: int) -> None:
         nonlocal left

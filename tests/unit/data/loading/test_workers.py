@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,24 @@ def test_an_error_that_cannot_be_pickled_is_heard_at_once(tmp_path, kind):
         next(iter(loader))
     assert time.monotonic() - started < 60 and "in __call__" in str(caught.value)
     loader.close()
+
+
+def test_workers_end_though_one_took_their_lock_along(tmp_path):
+    """A run hung at its end: whoever is killed while it asks whether to go on keeps the lock of that question."""
+    loader = train_loader(make_shards(tmp_path, 40), ONE)
+    next(iter(loader))
+    iterator = loader._workers._running["loader"]._iterator
+    pid = os.fork()
+    if pid == 0:
+        iterator._workers_done_event._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not iterator._workers_done_event._cond.acquire(False)
+    (worker,) = iterator._workers
+    ended = threading.Thread(target=loader.close, daemon=True)
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive() and not worker.is_alive()
 
 
 def test_a_worker_that_is_killed_is_told_with_the_likely_cause(tmp_path):

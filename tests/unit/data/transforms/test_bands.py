@@ -301,6 +301,16 @@ def test_a_tiff_header_that_promises_too_much_allocates_nothing():
             decode_bands(bytes(changed), "tif", bands(2))
 
 
+@pytest.mark.parametrize("coding", ["lzw", "zlib", "zstd", None])
+def test_a_tile_that_is_far_larger_than_the_picture_allocates_nothing(coding):
+    """A file of 1 kB asked for gigabytes, and the machine was said to be short of memory."""
+    whole = bytearray(tiff(values("int16", (12, 10, 4)), tile=(16, 16), compression=coding))
+    with tifffile.TiffFile(io.BytesIO(bytes(whole))) as file:
+        where = file.pages[0].tags[322].valueoffset
+    whole[where - 8 : where + 4] = struct.pack("<HHII", 322, 4, 1, 2**27)
+    refused(bytes(whole), bands(4), "hold more pixels than the picture")
+
+
 def test_pages_of_other_sizes_palettes_and_other_bands_are_named():
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as writer:
