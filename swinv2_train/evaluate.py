@@ -86,7 +86,7 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     check_request(config, request)
     world = init_distributed(config.runtime.process_group_timeout_sec)
     check_agreement(config)
-    set_threads(config.runtime.num_threads, world.local_world_size)
+    set_threads(config.runtime.num_threads, world.cores)
     notes: list[str] = []
     for note in request.notes if world.is_main else ():
         print(note, file=sys.stderr, flush=True)
@@ -139,8 +139,6 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
 
 def check_request(config: Config, request: EvaluateRequest) -> None:
     """Everything that needs no file and no process group."""
-    if config.data.eval_shards is None:
-        raise ConfigError("data.eval_shards has no value; set it on the command line: data.eval_shards=PATTERN")
     preflight(config, training=False)
     if request.format is not None and request.weights is None:
         raise ConfigError(f"format ({request.format}) is of weights=PATH, which is not given; add it, or leave it out")
@@ -258,7 +256,7 @@ def write_picture(out: Path, picture: Picture, forward: Forward, loader: EvalLoa
 
 def parse(arguments: list[str]) -> tuple[Config, EvaluateRequest]:
     """The configuration and the command's own keys of a command line."""
-    config, given = compose_source(arguments, OWN_KEYS)
+    config, given = compose_source(arguments, OWN_KEYS, {"data.eval_shards": "PATTERN"})
     own: dict[str, Any] = {**given, "ema": own_flag(given, "ema")}
     if "crop_pcts" in own:
         try:

@@ -19,7 +19,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.saved import CONFIG_NAME, parse_saved_config, read_config_text
 from swinv2_train.config.secret_texts import public, without_secrets
 from swinv2_train.monitoring.run_log import read_metrics
-from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended
+from swinv2_train.monitoring.signs import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended
 from swinv2_train.runtime import read_environment
 from swinv2_train.storage.json_files import number, optional, read_json, record, whole
 

@@ -25,9 +25,10 @@ from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.shown import shown
 from swinv2_train.data.shards.manifest import MANIFEST_NAME, index_shard
 from swinv2_train.data.shards.tar_index import load_index
-from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
-from swinv2_train.monitoring.watchdog import read_ranks
+from swinv2_train.monitoring.signs import read_ranks
 from swinv2_train.report.page import page_of
 from swinv2_train.report.run_record import read_run_record
 from swinv2_train.status import read_status, status_text

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from tests.support.images import encoded, image_bytes
+
+ODD_NAME = "a =(~&ü'\\ %$x\n\"z'"
+"""A folder's name with what shells, Hydra's grammar and formats of names take apart."""
 
 
 def samples(count: int, labels: bool = True) -> list[tuple[str, bytes, str, int | None]]:

@@ -23,7 +23,7 @@ from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.loading.pipe_loader import StreamLoader
-from swinv2_train.data.loading.workers import WorkerError, worker_death
+from swinv2_train.data.loading.workers import WorkerError, with_workers, worker_death
 from swinv2_train.data.sources.pipe import open_stream
 from tests.support.commands import OWN_SESSION, command
 from tests.support.images import image_bytes
@@ -239,3 +239,10 @@ def test_a_stop_is_heard_while_a_server_is_waited_for(tmp_path, manifest):
         assert process.returncode == 128 + signal.SIGTERM, output  # there is no checkpoint
         assert "stopped by SIGTERM before the first step" in output
         assert time.monotonic() - asked < 30
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (5, 4), (9, 8), (64, 8)])
+def test_a_rank_has_a_worker_for_each_of_its_cores_but_one(cores, expected):
+    """And a number that is given stays, 0 too."""
+    assert with_workers(replace(CONFIG, num_workers=None), cores).num_workers == expected
+    assert with_workers(replace(CONFIG, num_workers=0), cores).num_workers == 0
