@@ -24,7 +24,7 @@ from swinv2_train.models.upernet import UPerNet, upernet_multiply_adds
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values
-from swinv2_train.tasks.metrics import Mean, Metric, Sums
+from swinv2_train.tasks.metrics import CONFUSION, Mean, Metric, Sums
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment_picture import segment_picture
 from swinv2_train.tasks.task import Batch, Forward
@@ -195,7 +195,7 @@ class SegmentTask:
         value = loss / max(pixels, 1)
         return {
             "val/loss": Mean(value, torch.tensor(float(pixels), dtype=torch.float64)),
-            "confusion": Sums(matrix, segmentation_scores),
+            CONFUSION: Sums(matrix, segmentation_scores),
         }
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
