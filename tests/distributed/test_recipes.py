@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md that go from a folder to the end: their commands run as pasted, on a toy of a model."""
+"""The recipes of docs/recipes.md from a folder to the end: their commands run as pasted, on a toy of a model."""
 
 from __future__ import annotations
 
