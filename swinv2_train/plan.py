@@ -4,8 +4,8 @@ Predicts a run before it is paid for: memory of a rank by part and phase, time o
 
     run_dir=RUN          without experiment=, model= or task=: the configuration of that run, with the other
                          KEY=VALUE on top, and its number of ranks
-    hardware=NAME        conf/hardware/: a100_40gb a100_80gb h100 h200 rtx4090 cpu, or a file of yours with the same
-                         keys; without it, this machine
+    hardware=NAME        conf/hardware/: a100_40gb a100_80gb h100 h200 rtx4090 cpu, or a file of yours (.yaml) with
+                         keys of these; without it, this machine
     plan.num_gpus=N      ranks (default: one node's)
     plan.num_images=N    images of the training shards, for days and GPU-days (default: their manifest's)
     plan.margin=0.05     share of the memory that must stay free

@@ -31,6 +31,7 @@ from swinv2_train.config.arguments import check_once, prepared, without_launcher
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError, MachineError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, exit_code_of
+from swinv2_train.config.group_files import with_group_files
 from swinv2_train.config.keys import known_keys
 from swinv2_train.config.load import config_yaml, home_expanded, load_config, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
@@ -179,7 +180,8 @@ def compose_argv() -> Config | None:
         check_once(words)
         if not any(word.startswith("-") for word in words):
             return compose_overrides(words)  # hydra.main composes twice, to look for its mode
-        words = prepared(words)
+        with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            words = with_group_files(prepared(words))
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting with 1
     with _composition_errors(), _arguments(words):
@@ -277,13 +279,18 @@ def _with_overrides(values: DictConfig, overrides: list[str]) -> DictConfig:
     return compose(_SAVED, overrides)
 
 
-def compose_overrides(overrides: list[str], unused: tuple[str, ...] = ()) -> Config:
+def compose_overrides(
+    overrides: list[str], unused: tuple[str, ...] = (), settle: Callable[[DictConfig], None] | None = None
+) -> Config:
     """The validated configuration of a list of overrides, as the train command would compose it.
 
-    unused: keys at which the command does not look, so that they need no value.
+    unused: keys at which the command does not look, so that they need no value.  settle: sets what the command itself
+    has to say, before anything is checked.
     """
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose("train", prepared(overrides))
+        composed = compose("train", with_group_files(prepared(overrides)))
+    if settle is not None:
+        settle(composed)
     for key in unused:
         mixed = key == "data.shards" and OmegaConf.select(composed, "data.mix")  # which stands in place of it
         if OmegaConf.select(composed, key, throw_on_missing=False) is None and not mixed:

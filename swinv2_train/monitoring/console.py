@@ -270,6 +270,23 @@ def counted(items: Iterable[T], count: int, what: str, say: Callable[[str], None
         yield item
 
 
+def tracked(items: Iterable[T], count: int, what: str, unit: str, mode: str, say: Callable[[str], None]) -> Iterator[T]:
+    """The items, `count` of them, with a bar on a terminal and counted's lines elsewhere.
+
+    mode: log.progress.
+    """
+    if mode == "auto":
+        mode = "bar" if sys.stderr.isatty() else "lines"
+    if mode == "bar":
+        from tqdm import tqdm  # here: not every command has a bar
+
+        yield from tqdm(items, what, count, unit=unit, mininterval=0.25, dynamic_ncols=True)
+    elif mode == "lines":
+        yield from counted(items, count, f"{what}: {unit}", say)
+    else:
+        yield from items
+
+
 def ticking(what: str, say: Callable[[str], None]) -> Callable[[], None]:
     """To be called after each piece of work of which nobody knows the number: says every few seconds how many were."""
     done, said_at = 0, time.monotonic()

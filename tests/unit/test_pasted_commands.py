@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 
-from swinv2_train import evaluate, export, make_shards, plan, weights
+from swinv2_train import evaluate, export, make_shards, plan, stats, weights
 from swinv2_train.config import ConfigError
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.pattern import expand_commands
@@ -127,6 +127,8 @@ def check(words: list[str], document: Path) -> None:
         evaluate.parse(arguments)
     elif program == "swinv2_train.export":
         export.parse(arguments)
+    elif program == "swinv2_train.stats":
+        stats.parse(arguments)
     elif program == "swinv2_train.doctor":
         assert arguments == []
     elif program in ("swinv2_train.make_shards", "swinv2-make-shards"):
@@ -161,6 +163,7 @@ def test_every_pasted_command_is_what_its_program_takes(document, tmp_path, monk
         (tmp_path / "runs" / run / "config.yaml").write_text(text)
     (tmp_path / "ft").mkdir()
     (tmp_path / "ft" / "config.yaml").write_text((tmp_path / "runs" / "finetune" / "config.yaml").read_text())
+    (tmp_path / "bands.yaml").write_text(f"shards: images\nmean: {[0.5] * 12}\nstd: {[0.25] * 12}\n")  # of swinv2-stats
     lines = pasted(document)
     words = started(document, tmp_path)
     assert bool(words) == any(re.match(r"[^#]", line) for line in lines)

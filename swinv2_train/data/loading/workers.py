@@ -60,6 +60,9 @@ class Fetch(ABC):
     bands: Bands | None = None
     """How files are read as values; None = as photographs."""
 
+    told_of_damage = "damaged sample replaced"
+    """What the log says of one that follows data.on_bad_sample=replace."""
+
     def __init__(self) -> None:
         self._notes: set[str] = set()
         self._said: set[str] = set()
@@ -160,7 +163,7 @@ class Workers:
                     self._said.add(note)
                     _log.warning("%s", shown(note, MESSAGE_CHARACTERS))
             for problem in result["problems"]:
-                _log.warning("damaged sample replaced: %s", shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
+                _log.warning("%s: %s", fetch.told_of_damage, shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
             yield result
 
     def _started(self) -> Iterator[Any]:

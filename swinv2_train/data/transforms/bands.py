@@ -85,25 +85,34 @@ def decode_bands(
     measured.  Raises DecodeError for damaged bytes, other bands, values that are not finite, and too much that was not
     measured; ConfigError where a decoder is not installed, MachineError where the machine cannot decode any.
     """
+    with reading(data, extension):
+        found = _read(data, bands.layout, _shape_check(max_pixels), notes)
+        return torch.from_numpy(_measured(_chosen(found, bands), bands)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
 
+
+def file_values(data: bytes, extension: str, layout: str) -> Array:
+    """All that an image file holds.  Arguments and errors as decode_bands'; layout: data.array_layout."""
+    with reading(data, extension):
+        return _read(data, layout, _shape_check(MAX_PIXELS), None)
+
+
+def _shape_check(max_pixels: int) -> CheckShape:
     def check_shape(height: int, width: int, count: int) -> None:
         check_size(height, width, max_pixels)
         if height * width * count > MAX_VALUES:
             raise DecodeError(f"{height} x {width} pixels of {count} bands, more than {MAX_VALUES} values")
 
-    with reading(data, extension):
-        found = _read(data, bands, check_shape, notes)
-        return torch.from_numpy(_measured(_chosen(found, bands), bands)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+    return check_shape
 
 
-def _read(data: bytes, bands: Bands, check_shape: CheckShape, notes: set[str] | None) -> Array:
+def _read(data: bytes, layout: str, check_shape: CheckShape, notes: set[str] | None) -> Array:
     def check_pixels(height: int, width: int) -> None:
         check_shape(height, width, 1)
 
     if data[:6] == numpy_files.SIGNATURE:
-        return numpy_files.read_npy(data, bands.layout, check_shape)
+        return numpy_files.read_npy(data, layout, check_shape)
     if data[:4] == numpy_files.ZIP_SIGNATURE:
-        return numpy_files.read_npz(data, bands.layout, check_shape)
+        return numpy_files.read_npz(data, layout, check_shape)
     if data[:4] in band_tiff.SIGNATURES:
         return band_tiff.read_tiff(data, check_shape)
     if data[:2] == b"\xff\xd8":

@@ -1,0 +1,1 @@
+"""Statistics of bands over all images of a source: exact, and the same bits for any number of ranks and workers."""
