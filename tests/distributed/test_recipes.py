@@ -66,16 +66,14 @@ def test_a_folder_of_12_band_tiffs_becomes_a_classifier_in_five_commands(tmp_pat
         run(words)
     line = json.loads(run(five[4]).strip().splitlines()[-1])
     assert line["images"] == 8 and 0 <= line["val/top1"] <= 100
-    pretrained, finetuned = (
-        compose_source([f"run_dir=runs/{name}"], ())[0] for name in ("bands_pretrain", "bands_finetune")
-    )
+    pretrained, finetuned = (compose_source([f"run_dir=runs/{name}"], ())[0] for name in ("pretrain", "finetune"))
     for config in (pretrained, finetuned):
         assert config.data.nodata == [0] and config.model.in_chans == 12
         # 0.5 to 1.5 times each band's level, evenly; the zeros in the corner are not measured
         assert config.data.mean == pytest.approx(level, rel=0.02)
         assert config.data.std == pytest.approx(level * np.sqrt(1 / 12), rel=0.05)
-    assert read_metrics(Path("runs/bands_pretrain"))[-1]["step"] == 4
-    assert finetuned.task.init_from == "runs/bands_pretrain"
+    assert read_metrics(Path("runs/pretrain"))[-1]["step"] == 4
+    assert finetuned.task.init_from == "runs/pretrain"
 
 
 def test_your_own_images_become_an_exported_model_in_five_commands(tmp_path, monkeypatch):

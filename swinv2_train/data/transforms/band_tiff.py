@@ -26,6 +26,8 @@ NEEDED = (
     "checkout pip install -e '.[images]')"
 )
 _MOST_PAGES = 4096
+_TILE_VALUES = 2**24
+"""A tile may hold this many, whatever the picture: it is unpacked whole."""
 _WHITE_IS_ZERO, _PALETTE = 0, 3
 _JPEG = 7
 _GDAL_METADATA, _GDAL_NODATA = 42112, 42113
@@ -78,6 +80,8 @@ def read_tiff(data: bytes, check_shape: CheckShape) -> Array:
         _check_page(first)
         height, width = (first.shape[first.axes.index(axis)] for axis in "YX")
         check_shape(height, width, len(pages) * first.samplesperpixel)
+        for page in pages:
+            _check_tile(page)
         bands = [_values(page, data) for page in pages]
         names = _band_names(first, sum(band.shape[2] for band in bands))
         turn = _TURNS.get(int(first.tags.valueof(_ORIENTATION, 1)))
@@ -93,6 +97,12 @@ def _check_page(page: TiffPage) -> None:
         raise ValueError(f"its axes are {page.axes} {page.shape}, not rows, columns and samples")
     if int(page.photometric) == _PALETTE:
         raise ValueError("its pixels are entries of a palette; save their colours, or grey")
+
+
+def _check_tile(page: TiffPage) -> None:
+    """The whole tile is unpacked before the picture is cut out of it: 16 kB may become gigabytes."""
+    if page.is_tiled and np.prod(page.chunks, dtype=object) > max(_TILE_VALUES, 4 * np.prod(page.shape, dtype=object)):
+        raise ValueError(f"its tiles are {page.chunks}, but the picture is {page.shape}")
 
 
 def _values(page: TiffPage, data: bytes) -> np.ndarray:
