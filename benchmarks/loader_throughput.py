@@ -36,7 +36,8 @@ from swinv2_train.config import DataConfig
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.sample import Targets
-from swinv2_train.data.shards.tar_reader import Manifest, TarReader, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.transforms.crop import random_box, random_flip, random_resized_crop
 from swinv2_train.data.transforms.decode import decode_image

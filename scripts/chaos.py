@@ -45,7 +45,7 @@ from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import EXIT_USER_ERROR
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.data.loading.order import GlobalOrder
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.training.lr_schedule import Reached, lr_at, run_length

@@ -45,24 +45,25 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def launches_of(window: int, head_dim: int, dtype: torch.dtype, padded: bool) -> list[Any]:
+def launches_of(window: int, head_dim: int, dtype: torch.dtype, padded: bool, capability: int) -> list[Any]:
     """The launches of one forward and backward pass over 2 x 2 shifted windows with two heads."""
     side = 2 * window - int(padded)
     grid = window_grid((side, side), (window, window), shifted=True)
     launches: list[Any] = []
-    originals = dispatch._kernels, dispatch._compiled
+    originals = dispatch._kernels, dispatch._compiled, dispatch._capability
     recorders = tuple(
         SimpleNamespace(**{name: Recorder(f, launches) for name, f in vars(module).items() if name.endswith("_kernel")})
         for module in dispatch._kernels()
     )
     dispatch._kernels = lambda: recorders  # type: ignore[assignment, return-value]
     dispatch._compiled = lambda qkv: False  # not the kernel for CPUs
+    dispatch._capability = lambda device: capability // 10
     try:
         qkv = torch.zeros(1, side, side, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
         out = dispatch.fused_window_attention(qkv, torch.ones(2, 1, 1), torch.zeros((2 * window - 1) ** 2, 2), grid, 2)
         out.sum().backward()
     finally:
-        dispatch._kernels, dispatch._compiled = originals
+        dispatch._kernels, dispatch._compiled, dispatch._capability = originals
     return launches
 
 
@@ -172,7 +173,7 @@ def main() -> int:
     for capability in options.capability:
         for window in options.windows:
             for kernel, args, kwargs in launches_of(
-                window, options.head_dim, getattr(torch, options.dtype), options.padded
+                window, options.head_dim, getattr(torch, options.dtype), options.padded, capability
             ):
                 threads = 32 * kwargs["num_warps"]
                 compiled = compile_launch(kernel, args, dict(kwargs), capability)

@@ -31,7 +31,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 from swinv2_train.data.packing import Entry, pack
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_reader import open_manifest, shard_files
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.shards.tar_writer import shard_files
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZES = {"train": 50_000, "test": 10_000}

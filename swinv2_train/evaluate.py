@@ -86,7 +86,7 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     check_request(config, request)
     world = init_distributed(config.runtime.process_group_timeout_sec)
     check_agreement(config)
-    set_threads(config.runtime.num_threads, world.local_world_size)
+    set_threads(config.runtime.num_threads, world.cores)
     notes: list[str] = []
     for note in request.notes if world.is_main else ():
         print(note, file=sys.stderr, flush=True)

@@ -34,6 +34,7 @@ from swinv2_train.config.saved import literal
 from swinv2_train.config.secret_texts import public
 from swinv2_train.config.shown import tell
 from swinv2_train.data.loading.loader import check_bad_fraction
+from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.shards.transfers import is_remote
 from swinv2_train.data.sources.base import Source, open_source
@@ -105,7 +106,7 @@ def measure(config: Config, request: StatsRequest) -> list[BandStatistics]:
     """
     world = init_distributed(config.runtime.process_group_timeout_sec)
     check_agreement(config)
-    set_threads(config.runtime.num_threads, world.local_world_size)
+    set_threads(config.runtime.num_threads, world.cores)
     sources: dict[str, Source | Stream]
     sources, weights = on_main(world, lambda: open_sources(config))
     if request.count_bands:
@@ -154,7 +155,8 @@ def measured(config: Config, name: str, source: Source | Stream, names: list[str
     """The statistics of one source over all ranks.  Collective."""
     key = f"data.mix.{name}.shards" if name else "data.shards"
     scale = Scale.of(config)
-    images = Images(source, config.data, Bands.of(config), scale, world.rank, world.world_size)
+    data = with_workers(config.data, world.cores)
+    images = Images(source, data, Bands.of(config), scale, world.rank, world.world_size)
     new = partial(FirstLook, config.model.in_chans)
     first, left_out = over_ranks(images, new, tracker(config, key, "counting", world))
     check_bad_fraction(config.data.max_bad_fraction, first.images + left_out, left_out, first.images + left_out)

@@ -20,7 +20,7 @@ from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
-from swinv2_train.monitoring.watchdog import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
+from swinv2_train.monitoring.signs import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
 from swinv2_train.runtime import read_environment
 from swinv2_train.storage.json_files import mapping, number, optional, read_json, record, text, whole
 

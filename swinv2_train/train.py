@@ -27,9 +27,10 @@ from swinv2_train.engine.compile import compile_choice
 from swinv2_train.evaluation.probe import Probe, build_probe
 from swinv2_train.models.initial import on_meta
 from swinv2_train.models.kernels import failures
+from swinv2_train.monitoring.activity import DATA_WAIT, ENDING, FIRST_STEP, STARTING, STEP, RankActivity
 from swinv2_train.monitoring.console import Console, open_console
 from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
-from swinv2_train.monitoring.watchdog import DATA_WAIT, ENDING, FIRST_STEP, STARTING, STEP, Heartbeat, RankActivity
+from swinv2_train.monitoring.watchdog import Heartbeat
 from swinv2_train.planning.start_line import describe_start
 from swinv2_train.planning.start_warning import memory_warning
 from swinv2_train.report.page import write_report
@@ -73,7 +74,7 @@ def train(config: Config) -> int:
         world = init_distributed(config.runtime.process_group_timeout_sec)
         stops.listen()
         check_agreement(config)
-        set_threads(config.runtime.num_threads, world.local_world_size)
+        set_threads(config.runtime.num_threads, world.cores)
         if world.device.type == "cpu":
             tune_allocator()
         accumulation = accumulation_steps(

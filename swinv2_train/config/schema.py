@@ -423,8 +423,8 @@ class DataConfig:
     """Further splits by name, scored only by the evaluate command: +data.eval_splits.NAME.shards=PATTERN"""
     mix: dict[str, MixSourceConfig]
     """Sources in place of data.shards: +data.mix.NAME.shards=PATTERN +data.mix.NAME.weight=0.7 (docs/data.md)"""
-    num_workers: Annotated[int, at_least(0)]
-    """Loader processes per rank; 0 decodes in the training process."""
+    num_workers: Annotated[int | None, at_least(0)]
+    """Loader processes per rank; 0 decodes in the training process; null: one fewer than the rank has cores, 1 to 8."""
     prefetch_batches: Annotated[int, at_least(1)]
     """Micro-batches each worker prepares ahead."""
     lanes: Annotated[int, at_least(1)]

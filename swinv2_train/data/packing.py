@@ -17,7 +17,8 @@ from swinv2_train.config.shown import tell
 from swinv2_train.data.class_names import CLASSES_NAME, class_names_text, listed, read_class_names
 from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_reader import Manifest, Written, shard_files, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest
+from swinv2_train.data.shards.tar_writer import Written, shard_files, write_shards
 from swinv2_train.data.sources.archives import Read, open_archive
 from swinv2_train.data.sources.label_folders import BESIDE, pairs_beside, pairs_of
 from swinv2_train.data.sources.listing import (

@@ -31,6 +31,8 @@ class World:
     """Processes of the run on this host."""
     device: torch.device
     """Where this rank computes."""
+    cores: int = 1
+    """CPU cores that are this rank's alone, or its share of those that it has together with others of its host."""
 
     @property
     def is_main(self) -> bool:

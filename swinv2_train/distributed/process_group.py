@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import slurm
-from swinv2_train.distributed.collectives import World, _active
+from swinv2_train.distributed.collectives import World, _active, gather_objects
+from swinv2_train.runtime.seeds_and_threads import core_numbers, core_quota
 
 
 def init_distributed(timeout_sec: int) -> World:
@@ -67,7 +69,20 @@ def init_distributed(timeout_sec: int) -> World:
         timeout=timeout,
         device_id=device if device.type == "cuda" and world_size > 1 else None,  # NCCL fails here, not in a first step
     )
-    return world
+    place = (socket.gethostname(), core_numbers())
+    return replace(world, cores=share_of_cores(place, gather_objects(place), core_quota()))
+
+
+def share_of_cores(place: tuple[str, list[int]], places: list[tuple[str, list[int]]], quota: float) -> int:
+    """The cores of a rank, at least 1: a core on which n ranks may run counts as an nth.
+
+    place: its host and the numbers of the cores that it may run on: all of the host's under torchrun, its own under
+    srun with --cpus-per-task.  places: of all ranks.  quota: the cores' worth of time that the host's ranks have
+    together.
+    """
+    here = [set(cores) for host, cores in places if host == place[0]]
+    share = sum(1 / sum(core in others for others in here) for core in place[1])
+    return max(1, int(min(share + 1e-6, quota / len(here))))
 
 
 def _limit_later_groups(timeout: datetime.timedelta) -> None:

@@ -8,29 +8,29 @@ import weakref
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-class PageLocked:
-    """Page-locked CPU memory of the size that was asked for; torch's own comes in powers of two, up to twice as much.
+def page_locked(nbytes: int) -> Tensor:
+    """Page-locked CPU memory of the size that was asked for, uint8 (nbytes,), until nothing uses it any more.
 
-    tensor: uint8 (nbytes,), which is plain memory again when this object has gone.
+    torch's own comes in powers of two, up to twice as much.  Whoever lets go of it must know that no copy is under way.
     """
+    pages = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.empty(pages + mmap.PAGESIZE, dtype=np.uint8)
+    start = -memory.ctypes.data % mmap.PAGESIZE  # whole pages, because one page cannot be locked twice
+    used = memory[start : start + nbytes]  # torch keeps this array as long as anything uses its memory
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if nbytes and int(runtime.cudaHostRegister(memory.ctypes.data + start, pages, 0)) == 0:
+        weakref.finalize(used, _unlock, runtime, memory, start).atexit = False  # the driver may have gone by then
+    # Else (a limit of locked memory) a copy takes longer and is as right.
+    return torch.from_numpy(used)
 
-    def __init__(self, nbytes: int) -> None:
-        pages = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = torch.empty(pages + mmap.PAGESIZE, dtype=torch.uint8)
-        start = -memory.data_ptr() % mmap.PAGESIZE  # whole pages, because one page cannot be locked twice
-        self.tensor = memory[start : start + nbytes]
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if nbytes and int(runtime.cudaHostRegister(memory.data_ptr() + start, pages, 0)) == 0:
-            weakref.finalize(self, _unlock, runtime, memory, start)
-        # Else (a limit of locked memory) a copy takes longer and is as right.
 
-
-def _unlock(runtime: Any, memory: Tensor, start: int) -> None:
-    runtime.cudaHostUnregister(memory.data_ptr() + start)
+def _unlock(runtime: Any, memory: np.ndarray, start: int) -> None:
+    runtime.cudaHostUnregister(memory.ctypes.data + start)
 
 
 class _Kept:
@@ -52,15 +52,16 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._order: list[weakref.ref[_Kept]] = []
-        self._free: defaultdict[tuple[bool, int], list[Any]] = defaultdict(list)
+        self._free: defaultdict[tuple[bool, int], list[Tensor]] = defaultdict(list)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def keep(self, x: Tensor) -> _Kept:
         """Send x to CPU memory; nobody may write into it until the copy is made."""
         free = self._free[x.is_cuda, x.nbytes]
-        memory = free.pop() if free else PageLocked(x.nbytes) if x.is_cuda else torch.empty(x.nbytes, dtype=torch.uint8)
-        locked: Tensor = memory.tensor if isinstance(memory, PageLocked) else memory
-        kept = _Kept(locked.view(x.dtype).view(x.shape), x.device)
+        memory = (
+            free.pop() if free else page_locked(x.nbytes) if x.is_cuda else torch.empty(x.nbytes, dtype=torch.uint8)
+        )
+        kept = _Kept(memory.view(x.dtype).view(x.shape), x.device)
         weakref.finalize(kept, free.append, memory)  # used or not: an error may have dropped the graph
         with self._beside(x.device) as stream:
             kept.host.copy_(x.detach(), non_blocking=True)

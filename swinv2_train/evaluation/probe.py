@@ -11,6 +11,7 @@ import torch
 from swinv2_train.config import PROBE_SCORES, Config, ConfigError, is_pipe, pair
 from swinv2_train.config.shown import tell
 from swinv2_train.data.loading.loader import EvalLoader, check_labels
+from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import matched
@@ -113,10 +114,10 @@ class Probe:
         ranges = [source.label_range for source in shards if source.label_range is not None]
         self._num_classes = max((last for _, last in ranges), default=0) + 1
         transform = WholeImage(config.data, pair("model.img_size", config.model.img_size), bands=Bands.of(config))
+        data = with_workers(config.data, world.cores)
         self._loaders = [
             EvalLoader(
-                source, config.data, transform, config.train.micro_batch_size, world.rank, world.world_size,
-                images.key,
+                source, data, transform, config.train.micro_batch_size, world.rank, world.world_size, images.key,
             )
             for source, images in zip(shards, _images(config), strict=True)
         ]  # fmt: skip

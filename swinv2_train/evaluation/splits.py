@@ -13,6 +13,7 @@ import torch
 
 from swinv2_train.config import SPLITS, Config
 from swinv2_train.data.loading.loader import EvalLoader
+from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
@@ -133,7 +134,8 @@ def build_loader(config: Config, task: Task, split: Split, world: World, crop_pc
     needs = task.eval_transform.needs if split.label_overrides is None else ()
     transform = dataclasses.replace(task.eval_transform, data=data, needs=needs)
     micro_batch = config.train.micro_batch_size
-    return EvalLoader(split.source, config.data, transform, micro_batch, world.rank, world.world_size, split.key)
+    loaded = with_workers(config.data, world.cores)
+    return EvalLoader(split.source, loaded, transform, micro_batch, world.rank, world.world_size, split.key)
 
 
 def score(

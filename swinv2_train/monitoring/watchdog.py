@@ -14,111 +14,45 @@ import faulthandler
 import json
 import math
 import os
-import re
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from swinv2_train.config import ConfigError, RuntimeConfig
+from swinv2_train.config import RuntimeConfig
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
+from swinv2_train.monitoring.activity import DATA_WAIT, ENDING, STARTING, STEP, RankActivity
 from swinv2_train.monitoring.console import Console
+from swinv2_train.monitoring.signs import (
+    HEALTH,
+    STATUS,
+    child_processes,
+    diagnose_hang,
+    process_state,
+    rank_file,
+    rank_files,
+    read_ranks,
+    silent_ranks,
+    thread_location,
+)
 from swinv2_train.storage.atomic import replace_text
-from swinv2_train.storage.json_files import choice, number, optional, read_json, record, text, whole
 
-STATUS = "status.json"
-HEALTH = "health"
-STARTING, FIRST_STEP, TRAINING, ENDING = "starting", "first step", "training", "ending"
-DATA_WAIT, RANK_WAIT = "waiting for data", "waiting for other ranks"
-STEP = (TRAINING, DATA_WAIT, RANK_WAIT)
-"""What a rank does within a step, to which runtime.hang_timeout_sec applies."""
 _HEARTBEAT_SEC = 10.0
 _REPORT_SEC = 20.0
 """How long a hanging run may take to write where it hangs; its disk may be what it hangs on."""
 _STATES = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}
-MOST_SIGN_BYTES = 2**20
-"""The most that a sign of life or a status may hold; the reason in it may be a list of what each rank said."""
-SIGN_FIELDS = {
-    "host": text(300), "pid": whole(0, 2**31), "state": choice("running", "done", "stopped", "failed"),
-    "reason": optional(text(2**20)), "doing": text(300), "doing_since": number(), "step": whole(),
-    "updated_at": number(),
-}  # fmt: skip
-"""What every sign of life says, and the status too."""
-_SIGN = record({**SIGN_FIELDS, "rank": whole(0, 2**20), "moves": whole(), "place": optional(text(10_000))})
 
 
 class HangError(RuntimeError):
     """No rank has moved for too long."""
-
-
-class RankActivity:
-    """What this rank does at the moment.  The main thread changes it and other threads read it; it writes nothing."""
-
-    def __init__(self) -> None:
-        self.current = STARTING
-        self.since = time.time()
-        """When the current activity began, in seconds since 1970."""
-        self.progress_count = 0
-        """Changes of activity, micro-batches and steps: on a rank that is ahead of another there are more."""
-        self.step = 0
-        """Completed optimizer steps of the run."""
-        self.took_steps = False
-        """True after the first step of this start, which may compile."""
-        self.figures: dict[str, Any] = {}
-        """What rank 0 knows of the run: total_steps, loss, images_per_sec, checkpoint_step, ..."""
-        self.changed = threading.Event()
-        """Set when the figures are new."""
-        self._marks: deque[tuple[float, int]] = deque(maxlen=200)  # recent (time, step)
-
-    @contextmanager
-    def doing(self, activity: str) -> Iterator[None]:
-        """Inside, the rank does this; afterwards what it did before."""
-        before = self.current
-        self.enter(activity)
-        try:
-            yield
-        finally:
-            self.enter(before)
-
-    def enter(self, activity: str) -> None:
-        """From now on the rank does this."""
-        self.current, self.since = activity, time.time()
-        self.mark_progress()
-
-    def mark_progress(self) -> None:
-        """Something got done: the run does not hang."""
-        self.progress_count += 1
-
-    def step_done(self, step: int) -> None:
-        """The optimizer has taken step number `step`."""
-        self.step, self.took_steps = step, True
-        self._marks.append((time.monotonic(), step))
-        self.enter(TRAINING)
-
-    def publish(self, **figures: Any) -> None:
-        """Publish new figures of the run in status.json; what is not named stays."""
-        self.figures = self.figures | figures
-        self.changed.set()
-
-    def seconds_left(self, total_steps: int) -> float | None:
-        """Seconds to the end of the run, at the pace of the last 200 steps with everything between them; None before
-        a second step.
-        """
-        if len(self._marks) < 2:
-            return None
-        (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
-        if last_step <= first_step:  # back to a checkpoint
-            return None
-        return (last_time - first_time) / (last_step - first_step) * max(0, total_steps - last_step)
 
 
 def timeout_warning(config: RuntimeConfig, world_size: int) -> str | None:
@@ -328,128 +262,3 @@ class Heartbeat:
             faulthandler.dump_traceback(file=file, all_threads=True)
             for pid in child_processes():
                 print(f"child process {pid}: {process_state(pid)}", file=file)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Reading the signs, and what they say
-
-
-def rank_file(run_dir: Path, rank: int) -> Path:
-    """Where a rank's last sign of life is."""
-    return run_dir / HEALTH / f"rank_{rank:05d}.json"
-
-
-def rank_files(run_dir: Path) -> list[Path]:
-    """The files of all ranks' last signs of life, in order."""
-    named = (run_dir / HEALTH).glob("rank_*.json")
-    return sorted(path for path in named if re.fullmatch(r"rank_[0-9]{5,8}", path.stem))
-
-
-def read_ranks(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """Each rank's last sign of life; one that is just being written is read again."""
-    found: dict[int, dict[str, Any]] = {}
-    unread = rank_files(run_dir)
-    for pause_sec in (0.0, 0.02, 0.02):
-        time.sleep(pause_sec)
-        torn = []
-        for path in unread:
-            try:
-                sign = read_json(path, MOST_SIGN_BYTES, _SIGN)
-                found[sign["rank"]] = sign
-            except (OSError, ConfigError):
-                torn.append(path)
-        unread = torn
-        if not unread:
-            break
-    return dict(sorted(found.items()))
-
-
-def silent_ranks(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now: float, after_sec: float) -> list[int]:
-    """Ranks of which nothing was heard for after_sec seconds before now."""
-    heard = {rank: sign["updated_at"] for rank, sign in everyone.items()}
-    return [rank for rank in range(world_size) if now - heard.get(rank, 0.0) > after_sec]
-
-
-def diagnose_hang(everyone: Mapping[int, Mapping[str, Any]], world_size: int, now: float, silent_sec: float) -> str:
-    """Which ranks a run that hangs waits for, in words.
-
-    Ranks of which nothing is heard; else ranks that have done the least; else ranks that are elsewhere than most; else
-    where all are, one for each place.
-    """
-    silent = silent_ranks(everyone, world_size, now, silent_sec)
-    if silent:
-        return "; ".join(_silence(rank, everyone.get(rank), now) for rank in silent[:8])
-    fewest = min(sign["moves"] for sign in everyone.values())
-    behind = [rank for rank, sign in everyone.items() if sign["moves"] == fewest]
-    if len(behind) == world_size:
-        places = [sign["place"] for sign in everyone.values()]
-        usual = max(set(places), key=places.count)
-        behind = [rank for rank, sign in everyone.items() if sign["place"] != usual]
-        if not 0 < len(behind) < places.count(usual):
-            firsts: dict[str | None, Mapping[str, Any]] = {}
-            for sign in everyone.values():
-                firsts.setdefault(sign["place"], sign)
-            return "; ".join(f"{_who(sign)} is {_where(sign, now)}" for sign in list(firsts.values())[:8])
-    return "; ".join(f"{_who(everyone[rank])} is behind: {_where(everyone[rank], now)}" for rank in behind[:8])
-
-
-def _who(sign: Mapping[str, Any]) -> str:
-    return f"rank {sign['rank']} (pid {sign['pid']} on {shown(sign['host'])})"
-
-
-def _where(sign: Mapping[str, Any], now: float) -> str:
-    return f"{shown(sign['doing'])} for {now - sign['doing_since']:.0f} s, in {sign['place'] or 'an unknown place'}"
-
-
-def _silence(rank: int, sign: Mapping[str, Any] | None, now: float) -> str:
-    if sign is None:
-        return f"rank {rank} gave no sign of life at all"
-    state = process_state(sign["pid"]) if sign["host"] == socket.gethostname() else None
-    return (
-        f"{_who(sign)} has given no sign of life for {now - sign['updated_at']:.0f} s"
-        f"{f' ({state})' if state else ''}; then it was {shown(sign['doing'])}"
-    )
-
-
-def thread_location(frames: Sequence[FrameType]) -> str | None:
-    """Where a thread is, in words: its innermost frame, and the innermost one of our own.  frames: innermost first."""
-
-    def text(frame: FrameType) -> str:
-        return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
-
-    if not frames:
-        return None
-    package = str(Path(__file__).parents[1])
-    own = next((frame for frame in frames if frame.f_code.co_filename.startswith(package)), frames[0])
-    return text(frames[0]) if own is frames[0] else f"{text(frames[0])} (from {text(own)})"
-
-
-_PROCESS_STATES = {
-    "T": "it is stopped", "t": "a debugger holds it", "D": "it waits for a disk or a driver", "Z": "it has ended",
-    "X": "it has ended", "R": "it computes", "S": "it sleeps",
-}  # fmt: skip
-
-
-def process_state(pid: int) -> str:
-    """What the kernel says of a process of this host, in words."""
-    try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return _PROCESS_STATES["X"] if Path("/proc/self").exists() else "unknown"
-    except OSError:
-        return "unknown"
-    return _PROCESS_STATES.get(letter, letter)
-
-
-def process_ended(pid: int) -> bool:
-    """True when the kernel knows that a process of this host is no more."""
-    return process_state(pid) == _PROCESS_STATES["X"]
-
-
-def child_processes() -> list[int]:
-    """Processes that this one started (data workers), where the kernel tells."""
-    found: list[int] = []
-    for path in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):
-            found += map(int, path.read_text().split())
-    return sorted(found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from swinv2_train.config import Config, HardwareConfig
 from swinv2_train.data.loading.loader import accumulation_steps
+from swinv2_train.data.loading.workers import MOST_WORKERS
 from swinv2_train.engine.build import engine_memory
 from swinv2_train.engine.memory import GRADIENTS, EngineMemory
 from swinv2_train.engine.model_sizes import ModelSizes, layer_sizes
@@ -158,7 +159,8 @@ def extrapolated(few: Trace, more: Trace, times: float) -> Trace:
 
 def loader_bytes(config: Config, trace: Trace, accumulation_steps: int) -> int:
     """Decoded images in CPU memory: those of the step, and what the workers have prepared."""
-    return trace.batch_bytes * (accumulation_steps + config.data.num_workers * config.data.prefetch_batches)
+    workers = MOST_WORKERS if config.data.num_workers is None else config.data.num_workers
+    return trace.batch_bytes * (accumulation_steps + workers * config.data.prefetch_batches)
 
 
 def _activations(peak: Peak) -> dict[str, int]:

@@ -9,7 +9,10 @@ from typing import Any
 
 from swinv2_train.config import ConfigError
 from swinv2_train.report.charts import COLOURS, Series, chart, value_text
-from swinv2_train.report.page import CHARTS, TILES, RunRecord, escaped_text, page_html, read_run_record, state_of
+from swinv2_train.report.html import esc, page_html
+from swinv2_train.report.page import TILES
+from swinv2_train.report.run_charts import CHARTS
+from swinv2_train.report.run_record import RunRecord, read_run_record, state_of
 from swinv2_train.storage.atomic import replace_text
 
 _RANKED = (
@@ -42,7 +45,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     ranked = f"ranked by the best {score}" if score else "no run has a score yet"
     body = (
         f"<header><h1>{len(runs)} runs compared</h1>"
-        f'<p class="soft">{escaped_text(ranked)}</p></header>'
+        f'<p class="soft">{esc(ranked)}</p></header>'
         f"<section>{_table(runs, names, score)}</section>"
         f"<section><h2>Curves{_first(len(runs))}</h2>{_charts(runs[:COLOURS], names[:COLOURS])}</section>"
     )
@@ -101,8 +104,8 @@ def _table(runs: Sequence[RunRecord], names: Sequence[str], score: str | None) -
         for metric, _, _, decimals in scores:
             latest = run.latest(metric)
             cells.append("–" if latest is None else f"{latest[1]:,.{decimals}f}")
-        rows.append("<tr><td>" + "</td><td>".join(map(escaped_text, cells)) + "</td></tr>")
-    columns = "".join(f"<th>{escaped_text(each)}</th>" for each in head)
+        rows.append("<tr><td>" + "</td><td>".join(map(esc, cells)) + "</td></tr>")
+    columns = "".join(f"<th>{esc(each)}</th>" for each in head)
     return f'<div class="wide"><table>{f"<tr>{columns}</tr>"}{"".join(rows)}</table></div>'
 
 

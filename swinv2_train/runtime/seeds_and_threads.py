@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 from collections.abc import Callable
@@ -62,24 +63,33 @@ def tune_allocator() -> bool:
     return all(accepted)
 
 
-def available_cores() -> int:
-    """CPU cores this process may use: its affinity mask, and a container's CPU quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def core_numbers() -> list[int]:
+    """The CPU cores that this process may run on, by its affinity mask."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def core_quota() -> float:
+    """The cores' worth of time that a container has (cgroup v2); infinity where it is not limited."""
     quota_file = Path("/sys/fs/cgroup/cpu.max")
     if quota_file.exists():
         quota, _, period = quota_file.read_text().strip().partition(" ")
         if quota.isdigit() and period.isdigit() and int(quota) > 0:
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+            return int(quota) / int(period)
+    return math.inf
 
 
-def set_threads(num_threads: int | None, local_world_size: int) -> int:
-    """Give torch num_threads CPU threads, or an equal share of this host's cores when None.  Returns the number.
+def available_cores() -> int:
+    """CPU cores this process may use: its affinity mask, and a container's quota."""
+    return max(1, int(min(len(core_numbers()), core_quota())))
+
+
+def set_threads(num_threads: int | None, cores: int) -> int:
+    """Give torch num_threads CPU threads, or one for each of a rank's cores when None.  Returns the number.
 
     torchrun sets OMP_NUM_THREADS=1 for more than one process per node; this call overrides it for torch.
     """
     import torch
 
-    threads = num_threads if num_threads is not None else max(1, available_cores() // max(1, local_world_size))
+    threads = num_threads if num_threads is not None else cores
     torch.set_num_threads(threads)
     return threads

@@ -77,7 +77,7 @@ class ClassifyTask:
         self.label_smoothing = task.label_smoothing
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.num_classes = task.num_classes
-        self.predictions = Predictions(task.num_classes, self.scores_and_predictions)
+        self.predictions = Predictions(task.num_classes, self.scores_and_predictions, self.probabilities)
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
@@ -158,6 +158,11 @@ class ClassifyTask:
             "val/top5": 100 * _mean(hits.any(dim=1).float(), weight),
         }
         return scores, ranking[:, 0]
+
+    def probabilities(self, forward: Forward, batch: Batch) -> Tensor:
+        """Of each class, (B, num_classes) float32."""
+        logits: Tensor = forward(images=self.normalise(batch["images"])).float()
+        return logits.softmax(dim=1)
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         pooled: Tensor = forward(images=self.normalise(batch["images"]), features=True)

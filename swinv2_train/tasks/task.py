@@ -33,6 +33,8 @@ class Predictions(NamedTuple):
 
     batch["labels"]: (B,), or (B, L) where an image has up to L right classes, filled up with -1.
     """
+    probabilities: Callable[[Forward, Batch], Tensor]
+    """Of each class, (B, num_classes) float32; labels are not needed."""
 
 
 class Task(Protocol):

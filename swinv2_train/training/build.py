@@ -16,6 +16,7 @@ from swinv2_train.config.shown import tell
 from swinv2_train.data.class_names import RUN_CLASSES
 from swinv2_train.data.loading.loader import EvalLoader, accumulation_steps
 from swinv2_train.data.loading.pipe_loader import build_train_loader
+from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, difference, matched
@@ -26,8 +27,9 @@ from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.activation_checkpointing import recompute_warning
 from swinv2_train.evaluation.probe import Probe
+from swinv2_train.monitoring.activity import RankActivity
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import RankActivity, timeout_warning
+from swinv2_train.monitoring.watchdog import timeout_warning
 from swinv2_train.runtime import StopRequest, amend_start, record_environment, seed_everything
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import task_class
@@ -113,8 +115,9 @@ def build_run(
     ):
         if warning is not None:
             log.say(f"warning: {warning}")
+    data = with_workers(config.data, world.cores)
     loader = build_train_loader(
-        sources.training, config.data, task.train_transform, config.seed, batch, micro_batch,
+        sources.training, data, task.train_transform, config.seed, batch, micro_batch,
         world.rank, world.world_size, state["images_seen"],
     )  # fmt: skip
     if newest is not None:
@@ -122,7 +125,7 @@ def build_run(
     evaluation = None
     if sources.evaluation is not None:
         evaluation = EvalLoader(
-            sources.evaluation, config.data, task.eval_transform, micro_batch, world.rank, world.world_size
+            sources.evaluation, data, task.eval_transform, micro_batch, world.rank, world.world_size
         )
     for note in task.notes(sources.training):
         log.say(f"note: {note}")

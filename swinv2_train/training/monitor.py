@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from swinv2_train.config import Config
 from swinv2_train.distributed import World
 from swinv2_train.engine.compile import seconds_compiling
+from swinv2_train.monitoring.activity import DATA_WAIT, FIRST_STEP, RankActivity
 from swinv2_train.monitoring.console import counted, ticking
 from swinv2_train.monitoring.metrics import (
     Means,
@@ -24,7 +25,6 @@ from swinv2_train.monitoring.profiling import DATA, StepProfiler, label
 from swinv2_train.monitoring.run_log import UNFINISHED, RunLog, scores_unfinished
 from swinv2_train.monitoring.step_records import Records, StepRecord
 from swinv2_train.monitoring.stragglers import ComputeTimer, StragglerStreak, slowest
-from swinv2_train.monitoring.watchdog import DATA_WAIT, FIRST_STEP, RankActivity
 from swinv2_train.training.garbage_collection import ManualGC
 from swinv2_train.training.position import Position
 

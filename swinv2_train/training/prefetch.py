@@ -11,7 +11,7 @@ import torch
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import all_reduce_max, raise_together
 from swinv2_train.evaluation.scoring import Batch, next_batches
-from swinv2_train.monitoring.watchdog import RANK_WAIT, RankActivity
+from swinv2_train.monitoring.activity import RANK_WAIT, RankActivity
 from swinv2_train.runtime import StopNow, StopRequest
 
 GO, STOP, FAILED = 0, 1, 2

@@ -9,9 +9,9 @@ from swinv2_train.checkpoint import Save, load_checkpoint
 from swinv2_train.config import Config
 from swinv2_train.distributed import World, any_rank
 from swinv2_train.engine import Engine
+from swinv2_train.monitoring.activity import RankActivity
 from swinv2_train.monitoring.profiling import CHECKPOINT, label
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.monitoring.watchdog import RankActivity
 from swinv2_train.training.position import Position
 
 

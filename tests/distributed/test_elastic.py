@@ -15,7 +15,7 @@ import torch
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import ConfigError
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.engine import build_engine
 from swinv2_train.engine.state.files import StateFiles
 from swinv2_train.monitoring.run_log import read_metrics

@@ -15,7 +15,7 @@ import pytest
 from swinv2_train import train
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
-from swinv2_train.monitoring.watchdog import STATUS, read_ranks
+from swinv2_train.monitoring.signs import STATUS, read_ranks
 from swinv2_train.training import loop, prefetch
 from tests.support.commands import SMALL
 from tests.support.configs import composed

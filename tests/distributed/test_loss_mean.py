@@ -13,7 +13,7 @@ from swinv2_train import train
 from swinv2_train.checkpoint import find_checkpoint, read_checkpoint_weights
 from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.configs import composed

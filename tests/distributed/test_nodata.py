@@ -15,7 +15,7 @@ from swinv2_train.config import Config
 from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.data.loading.pipe_loader import build_train_loader
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint_weights
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.commands import SMALL, finish, finish_ranks, keys_per_step, losses, ranks_of, start, wait_for_step
 from tests.support.images import encoded

@@ -29,7 +29,8 @@ from typing import Any
 from swinv2_train.config import ConfigError
 from swinv2_train.config.shown import shown
 from tests.fuzz.mutation import mutated
-from tests.fuzz.targets import Target, targets
+from tests.fuzz.target import Target
+from tests.fuzz.targets import targets
 
 LONGEST_SEC = 10
 """For one input; the machine may be busy with other tests."""

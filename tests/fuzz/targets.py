@@ -1,8 +1,4 @@
-"""What is fuzzed: a file of somebody else's, and what our commands do with it.
-
-A target gets bytes and an empty folder of its own.  It may raise an error of ours (ConfigError and its kinds); anything
-else, a second too many, a byte beyond a bound of memory, or a file touched outside is a failure.
-"""
+"""What is fuzzed: all kinds of files (target.py) but images (images.py)."""
 
 from __future__ import annotations
 
@@ -14,11 +10,9 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -31,14 +25,17 @@ from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.shown import shown
 from swinv2_train.data.shards.manifest import MANIFEST_NAME, index_shard
 from swinv2_train.data.shards.tar_index import load_index
-from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
-from swinv2_train.data.transforms.decode import DecodeError, decode_image
-from swinv2_train.monitoring.watchdog import read_ranks
-from swinv2_train.report.page import page_of, read_run_record
+from swinv2_train.monitoring.signs import read_ranks
+from swinv2_train.report.page import page_of
+from swinv2_train.report.run_record import read_run_record
 from swinv2_train.status import read_status, status_text
 from swinv2_train.weights import match_weights, read_weights, trained_windows
+from tests.fuzz.images import image_targets
 from tests.fuzz.mutation import TEXT_TOKENS
+from tests.fuzz.target import Target
 from tests.support.images import image_bytes
 from tests.support.one_rank import ONE
 from tests.support.weights_samples import classifier, state_of
@@ -47,22 +44,11 @@ OLD_RUN = Path(__file__).parents[1] / "golden" / "old_run" / "run"
 _CHECKPOINT = Path("checkpoints", "step_00000002")
 
 
-@dataclass(frozen=True)
-class Target:
-    """One kind of file."""
-
-    name: str
-    seeds: Sequence[bytes]
-    """Sound files, which must be accepted."""
-    run: Callable[[bytes, Path], None]
-    tokens: Sequence[bytes] = ()
-
-
 def targets() -> list[Target]:
     """All of them; makes their seeds."""
     with tempfile.TemporaryDirectory() as folder:
         return [
-            *_weights(Path(folder)), *_archives(Path(folder)), _images(), *_shards(Path(folder)), *_runs(),
+            *_weights(Path(folder)), *_archives(Path(folder)), *image_targets(), *_shards(Path(folder)), *_runs(),
             *_saved_data_sets(Path(folder)),
         ]  # fmt: skip
 
@@ -123,7 +109,7 @@ def _weights(folder: Path) -> list[Target]:
     ]  # fmt: skip
 
 
-# --- archives and images
+# --- archives
 
 
 def _archives(folder: Path) -> list[Target]:
@@ -170,28 +156,6 @@ def _archives(folder: Path) -> list[Target]:
         Target("archives: tar, packed", tars, pack("tar"), tokens),
         Target("archives: tar, read", tars, read_tar, tokens),
     ]
-
-
-def _images() -> Target:
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 255, (24, 20, 3), np.uint8)
-    seeds = []
-    for mode, form, more in (
-        ("RGB", "PNG", {}), ("L", "PNG", {}), ("P", "PNG", {}), ("RGBA", "PNG", {}), ("RGB", "JPEG", {"quality": 80}),
-        ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "WEBP", {}),
-    ):  # fmt: skip
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).convert(mode).save(buffer, form, **more)
-        seeds.append(buffer.getvalue())
-
-    def run(data: bytes, place: Path) -> None:
-        try:
-            assert decode_image(data, "png", max_pixels=2**22).shape[0] == 3
-        except DecodeError as error:
-            raise ConfigError(error) from error
-
-    return Target("images", seeds, run, (b"IHDR", b"IDAT", b"\xff\xd8\xff", b"\xff\xc4", b"RIFF", b"GIF89a", b"BM"))
 
 
 # --- shards

@@ -23,7 +23,7 @@ import torch
 from swinv2_train import train
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.exit_codes import EXIT_DONE
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.models.kernels import cpu_attention
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.harness import run_distributed

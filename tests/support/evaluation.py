@@ -12,7 +12,7 @@ import torch
 
 from swinv2_train import evaluate
 from swinv2_train.config.arguments import last_of_each
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.distributed import World
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.weights import save_weights

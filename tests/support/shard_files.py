@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from tests.support.images import encoded, image_bytes
 
 

@@ -29,7 +29,7 @@ LAYERS = {
     "evaluation": 7, "checkpoint": 7,
     "weights": 8,
     "training": 9,
-    "planning": 10,
+    "planning": 10, "inference": 10,
     "train": 11, "evaluate": 11, "plan": 11, "export": 11, "status": 11, "make_shards": 11,
     "doctor": 11, "stats": 11,
 }  # fmt: skip

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from swinv2_train.models import swin_v2
 from swinv2_train.weights import save_weights
@@ -71,6 +72,17 @@ def test_the_readmes_python_runs_as_pasted(tmp_path, monkeypatch, capsys):
         (1, 96, 64, 64), (1, 192, 32, 32), (1, 384, 16, 16), (1, 768, 8, 8)
     ]  # fmt: skip
     assert "weights loaded (microsoft" in capsys.readouterr().out
+
+
+def test_the_python_of_python_md_runs_as_pasted(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    save_weights(swin_v2("tiny", num_classes=10), tmp_path / "swinv2_tiny_patch4_window8_256.pth", "microsoft")
+    Image.new("RGB", (40, 30), (9, 90, 200)).save(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    results: dict = {}
+    exec(compile(block, "python.md", "exec"), results)
+    assert results["answer"].label.isdigit() and [len(each.classes) for each in results["answers"]] == [3, 3]
+    assert results["features"].shape == (2, 768)
 
 
 def test_the_readme_names_the_test_command_that_ci_runs():

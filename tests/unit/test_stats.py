@@ -13,7 +13,7 @@ from PIL import Image
 
 from swinv2_train import stats
 from swinv2_train.config import ConfigError
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.statistics.numbers import at_place, exact, places, quotient
 from swinv2_train.data.statistics.summary import PERCENTILES
 from swinv2_train.data.transforms.decode import decode_image

@@ -13,7 +13,7 @@ import pytest
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
-from swinv2_train.monitoring.watchdog import STATUS
+from swinv2_train.monitoring.signs import STATUS
 from swinv2_train.runtime import record_environment
 from swinv2_train.status import read_status, status_text
 from tests.support.small_run import run_alone

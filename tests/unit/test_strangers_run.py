@@ -15,8 +15,8 @@ from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.checkpoint.saved_state import read_state
 from swinv2_train.config import ConfigError
 from swinv2_train.monitoring.run_log import MOST_NAMES, read_metrics
+from swinv2_train.monitoring.signs import read_ranks
 from swinv2_train.monitoring.step_records import StepRecord
-from swinv2_train.monitoring.watchdog import read_ranks
 from swinv2_train.report.page import write_report
 from swinv2_train.runtime import read_environment
 from swinv2_train.status import read_status, status_text

@@ -25,8 +25,8 @@ from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.distributed import World
 from swinv2_train.engine.local import LocalEngine
+from swinv2_train.monitoring.activity import DATA_WAIT, TRAINING, RankActivity
 from swinv2_train.monitoring.run_log import read_metrics
-from swinv2_train.monitoring.watchdog import DATA_WAIT, TRAINING, RankActivity
 from swinv2_train.tasks import build_task
 from swinv2_train.training import build as building
 from swinv2_train.training import loop

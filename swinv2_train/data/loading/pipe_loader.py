@@ -27,11 +27,12 @@ from swinv2_train.data.loading.loader import (
     memory_of,
 )
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
-from swinv2_train.data.loading.workers import Fetch, Row, Workers
+from swinv2_train.data.loading.workers import Fetch, Row, Workers, with_workers
 from swinv2_train.data.sample import MEMBERS, Sample, SampleError, ShardError
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream, read_command
 from swinv2_train.data.transforms.decode import DecodeError
+from swinv2_train.runtime import available_cores
 
 _STREAM = 3  # spawn key of a stream's random numbers; order.py uses 0 and 1, loader.py 2
 _COUNTED_AT_LEAST = 10_000
@@ -87,7 +88,8 @@ class StreamLoader:
         self._settings = (stream, config, transform, seed, global_batch_size, micro_batch_size, rank, world_size)
         self._start_images, self._images_per_batch = start_images, micro_batch_size * world_size
         self._max_bad_fraction = config.max_bad_fraction
-        self._config = replace(config, num_workers=min(config.num_workers, len(mine)))
+        workers = with_workers(config, available_cores()).num_workers or 0
+        self._config = replace(config, num_workers=min(workers, len(mine)))
         self._fetch = _Fetcher(mine, config, transform, micro_batch_size, (seed, start_images, rank), 2 * passes)
         self._workers = Workers(self)
 

@@ -10,13 +10,14 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 from types import FrameType
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBa
 from swinv2_train.data.sample import Sample, lacking
 from swinv2_train.data.transforms.bands import Bands, decode_bands
 from swinv2_train.data.transforms.decode import decode_image
+from swinv2_train.runtime import available_cores
 
 _WORDS = "{shard}: sample '{key}': {cause}"
 _log = getLogger(__name__)
@@ -41,6 +43,8 @@ _LEAVE = signal.SIGALRM
 _PATIENCE_SEC = 1.0
 """For a worker to end of itself, and again when it was told to."""
 _PR_SET_PDEATHSIG = 1
+MOST_WORKERS = 8
+"""That a rank has where data.num_workers is null."""
 
 
 class WorkerError(MachineError):
@@ -122,6 +126,11 @@ def tensors_of(row: Row) -> dict[str, Tensor]:
     return {name: value for name, value in row.items() if isinstance(value, Tensor)}
 
 
+def with_workers(data: DataConfig, cores: int) -> DataConfig:
+    """`data` with a number of workers: where it has none, one for each of a rank's cores but one, 1 to MOST_WORKERS."""
+    return replace(data, num_workers=min(MOST_WORKERS, max(1, cores - 1))) if data.num_workers is None else data
+
+
 class Workers:
     """Runs a Fetch over requests, here or in worker processes, and ends those processes in every case."""
 
@@ -134,18 +143,19 @@ class Workers:
 
     def run(self, fetch: Fetch, requests: Iterable[Any], config: DataConfig) -> Iterator[Batch]:
         results: Iterator[Any]
-        if config.num_workers == 0:
+        workers = with_workers(config, available_cores()).num_workers or 0  # one that no rank made has the machine
+        if workers == 0:
             results = map(fetch.__getitems__, requests)
         else:
             if "loader" not in self._running:
                 warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
                 prefetch = max(config.prefetch_batches, 1)
-                memory = fetch.memory(config.num_workers * prefetch)
+                memory = fetch.memory(workers * prefetch)
                 asked: Any = _Requests(requests, memory)  # DataLoader's types know lists alone
                 self._running["loader"] = DataLoader(
                     _InWorker(fetch, memory),
                     batch_sampler=asked,
-                    num_workers=config.num_workers,
+                    num_workers=workers,
                     prefetch_factor=prefetch,
                     persistent_workers=True,
                     collate_fn=_same,
@@ -232,7 +242,9 @@ def _stop(running: dict[str, Any]) -> None:
     if iterator is None:
         return
     workers = iterator._workers
-    iterator._workers_done_event.set()
+    # set() takes a lock that the workers share; one that is killed, or told to leave, at that moment takes it along
+    iterator._workers_done_event._flag.release()
+    iterator._workers_done_event = threading.Event()  # which torch sets again
     for requests in iterator._index_queues:
         requests.put(None)
     for number in (_LEAVE, signal.SIGKILL):

@@ -22,7 +22,6 @@ import fnmatch
 import glob
 import hashlib
 import os
-import stat
 import tempfile
 import threading
 import time
@@ -38,7 +37,6 @@ from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.answers import Kind, MismatchError, PageError, answer_of, is_page, text_of
 from swinv2_train.data.shards.cache_files import (
     PRIVATE,
-    ROOM_LOCK,
     Compared,
     is_foreign,
     is_index_of,
@@ -48,6 +46,7 @@ from swinv2_train.data.shards.cache_files import (
     open_own,
     take_away,
 )
+from swinv2_train.data.shards.cache_room import reserve, room_lock
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
     MANIFEST_BYTES,
@@ -312,7 +311,7 @@ class ShardCache:
                 return entry
             for left in glob.glob(f"{glob.escape(str(place / base_name(url)))}.*.part*"):
                 Path(left).unlink(missing_ok=True)  # of a process that was killed, or its lock would not be free
-            while not self._reserve(lock, size, redacted(url)):
+            while not reserve(self.folder, self.max_bytes, lock, size, redacted(url)):
                 if not wait:
                     return None
                 if time.monotonic() - started > self.retry_policy.give_up_sec:
@@ -395,7 +394,7 @@ class ShardCache:
                 os.fsync(file.fileno())  # a machine that fails must not leave the name without the bytes
             path = self._path(url, entry["sha256"])
             index.chmod(PRIVATE)
-            with self._space_lock():  # the file takes the place of its reservation
+            with room_lock(self.folder):  # the file takes the place of its reservation
                 for made, name in ((index, Path(f"{path}{index_suffix(self.image_member)}")), (part, path)):
                     if name.is_dir() and not name.is_symlink():  # over which nothing can be renamed
                         take_away(name)
@@ -419,43 +418,6 @@ class ShardCache:
         if fd is not None:
             self.compared.add(_identity(fd, path))
             os.close(fd)
-
-    @contextlib.contextmanager
-    def _space_lock(self) -> Iterator[None]:
-        """Inside, this process alone counts and reserves the cache's space."""
-        with open(open_lock_file(Path(self.folder) / ROOM_LOCK), "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _reserve(self, lock: int, size: int, name: str) -> bool:
-        """Make room for `size` more bytes and note them in the lock file; False when too much is in use."""
-        if size > self.max_bytes:
-            raise ShardError(
-                f"data.cache_gib ({self.max_bytes / 2**30:.3g}) is less than one shard: {name} has "
-                f"{size / 2**30:.3g} GiB; raise it"
-            )
-        with self._space_lock():
-            os.ftruncate(lock, 0)
-            used, shards = 0, []
-            for path in Path(self.folder).glob("*/*"):
-                with contextlib.suppress(FileNotFoundError):
-                    status = path.lstat()
-                    if not stat.S_ISREG(status.st_mode):
-                        continue
-                    if path.suffix == ".shard":
-                        shards.append((status.st_mtime_ns, path))
-                    if path.suffix == ".lock" and status.st_size and _abandoned(path):
-                        continue
-                    if path.suffix in (".shard", ".npy", ".lock"):
-                        used += status.st_size
-            for _, path in sorted(shards):
-                if used + size <= self.max_bytes:
-                    break
-                used -= _evict(path)
-            if used + size > self.max_bytes:
-                return False
-            os.ftruncate(lock, size)
-            return True
 
 
 def _raise_again(error: ShardError, sha256: str, came: set[str]) -> None:
@@ -487,34 +449,7 @@ def _open_locked(path: Path) -> int | None:
     return fd
 
 
-def _evict(path: Path) -> int:
-    """Remove a shard that nobody holds; the bytes that became free."""
-    fd = open_own(path)
-    if fd is None:
-        return 0
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), open(fd, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        indexes = [Path(each) for each in glob.glob(f"{glob.escape(str(path))}*{INDEX_SUFFIX}")]
-        freed = os.fstat(fd).st_size + sum(index.lstat().st_size for index in indexes)
-        path.unlink()
-        for index in indexes:
-            take_away(index)
-        return freed
-    return 0
-
-
 def _identity(fd: int, path: Path) -> tuple[object, ...]:
     """What a file is known by; one that is written anew is another."""
     status = os.fstat(fd)
     return str(path), status.st_dev, status.st_ino, status.st_size
-
-
-def _abandoned(lock: Path) -> bool:
-    """Clean up after a process that was killed while it fetched: its lock is free but still reserves room."""
-    with contextlib.suppress(BlockingIOError), open(open_lock_file(lock), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in glob.glob(f"{glob.escape(str(lock.with_suffix('')))}.*.part*"):
-            Path(left).unlink(missing_ok=True)
-        file.truncate(0)
-        return True
-    return False

@@ -1,4 +1,4 @@
-"""Shards: the manifest of a set of them, reading one sample by position, and writing.
+"""Shards: the manifest of a set of them, and reading one sample by position.
 
 A shard is a plain webdataset tar (``KEY.jpg`` or another image, and optionally ``KEY.cls``).  Beside it lie its index
 (tar_index.py) and, once per folder, ``manifest.json`` (manifest.py).  Both are made by swinv2-make-shards or on
@@ -8,15 +8,13 @@ read through a cache on this machine (shard_cache.py).
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fnmatch
 import glob
 import hashlib
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -52,15 +50,14 @@ from swinv2_train.data.shards.tar_index import (
     CHECKSUM,
     build_index,
     load_index,
-    sample_member,
     target_fields,
     targets_in,
 )
 from swinv2_train.data.shards.transfers import ONCE, base_name, folder_of, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
-__all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "shard_files"]
-__all__ += ["verify_shards", "write_shards"]
+__all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex"]
+__all__ += ["verify_shards"]
 
 
 @dataclass(frozen=True)
@@ -460,89 +457,3 @@ class TarReader:
     def __del__(self) -> None:
         if hasattr(self, "_ahead"):
             self.close()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-Written = tuple[str, bytes, str, int | None] | tuple[str, bytes, str, int | None, bytes | None]
-"""A sample to write: key, image bytes, extension, label and, where there is one, the label image's bytes."""
-
-
-def write_shards(
-    samples: Iterable[Written],
-    out_prefix: str,
-    samples_per_shard: int,
-    overwrite: bool = False,
-) -> Manifest:
-    """Write samples, in the order given, to ``<out_prefix>-000000.tar`` and on.
-
-    The tars appear under their names only when all of them are written, and in the manifest last; when anything fails,
-    nothing is left of them, and what was there is as it was.  Raises ShardError when shards of that prefix exist
-    (overwrite: they are replaced), a key comes twice or is none to webdataset, or there are no samples.
-    """
-    from webdataset import TarWriter
-
-    assert samples_per_shard > 0, samples_per_shard
-    folder, stem = Path(out_prefix).parent, Path(out_prefix).name
-    existing = shard_files(out_prefix)
-    if existing and not overwrite:
-        raise ShardError(f"{existing[0]} exists already ({len(existing)} shards); delete them or choose another OUT")
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{stem}-[0-9]*.tar.part"):
-        leftover.unlink()
-    parts: list[Path] = []
-    keys: set[str] = set()
-    writer: TarWriter | None = None
-    try:
-        for number, (key, image, extension, label, *more) in enumerate(samples):
-            if key in keys:
-                raise ShardError(f"the key '{key}' comes twice; sample keys must be unique")
-            keys.add(key)
-            if sample_member(f"{key}.{extension}") is None:
-                raise ShardError(
-                    f"webdataset's readers would pass over the key {key!r} (a line break in it, or __ around its first "
-                    "part); rename the file or its folder"
-                )
-            if number % samples_per_shard == 0:
-                if writer is not None:
-                    writer.close()
-                parts.append(folder / f"{stem}-{len(parts):06d}.tar.part")
-                # mtime=0: the same bytes every time, and no PAX header per member, which halves reading speed
-                writer = TarWriter(str(parts[-1]), mtime=0, encoder=False)
-            assert writer is not None
-            sample: dict[str, Any] = {"__key__": key, extension: image}
-            if label is not None:
-                sample["cls"] = str(label).encode()
-            if more and more[0] is not None:
-                sample[MEMBERS[SEGMENTATION].suffix] = more[0]
-            writer.write(sample)
-        if writer is None:
-            raise ShardError(f"there is no sample to write to {out_prefix}-*.tar")
-        writer.close()
-    except BaseException:
-        if writer is not None:
-            with contextlib.suppress(OSError):  # a full disk fails here again
-                writer.close()
-        for part in parts:
-            part.unlink(missing_ok=True)
-        for each in made:
-            with contextlib.suppress(OSError):
-                each.rmdir()
-        raise
-    for path in {*existing} - {part.with_suffix("") for part in parts}:
-        path.unlink()
-    for part in parts:
-        for index in folder.glob(f"{glob.escape(part.name.removesuffix('.part'))}*{INDEX_SUFFIX}"):
-            index.unlink()
-    deleted = fnmatch.filter(read_entries(folder), f"{glob.escape(stem)}-[0-9]*.tar")  # by hand, or to be replaced
-    merge_entries(folder, dict.fromkeys(deleted))
-    paths = [part.rename(part.with_suffix("")) for part in parts]
-    return open_manifest("::".join(map(str, paths)))
-
-
-def shard_files(out_prefix: str) -> list[Path]:
-    """The shards that write_shards wrote, or would collide with, in order."""
-    return sorted(Path(out_prefix).parent.glob(f"{Path(out_prefix).name}-[0-9]*.tar"))

@@ -7,6 +7,7 @@ over.  Only this file's own bytes are read, whatever its metadata names.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,12 @@ NEEDED = (
     "checkout pip install -e '.[images]')"
 )
 _MOST_PAGES = 4096
-_TILE_VALUES = 2**24
-"""A tile may hold this many, whatever the picture: it is unpacked whole."""
 _WHITE_IS_ZERO, _PALETTE = 0, 3
 _JPEG = 7
 _GDAL_METADATA, _GDAL_NODATA = 42112, 42113
 _ORIENTATION, _TABLES = 274, 347
+_MORE_VALUES = 1 << 24
+"""That a tile may hold beyond the picture's edge."""
 _METADATA_CHARACTERS = 2**18
 _BAND_NAME = re.compile(r'<Item name="DESCRIPTION" sample="(\d{1,4})"[^<>]*>([^<>]{1,200})</Item>')
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -80,8 +81,6 @@ def read_tiff(data: bytes, check_shape: CheckShape) -> Array:
         _check_page(first)
         height, width = (first.shape[first.axes.index(axis)] for axis in "YX")
         check_shape(height, width, len(pages) * first.samplesperpixel)
-        for page in pages:
-            _check_tile(page)
         bands = [_values(page, data) for page in pages]
         names = _band_names(first, sum(band.shape[2] for band in bands))
         turn = _TURNS.get(int(first.tags.valueof(_ORIENTATION, 1)))
@@ -99,17 +98,14 @@ def _check_page(page: TiffPage) -> None:
         raise ValueError("its pixels are entries of a palette; save their colours, or grey")
 
 
-def _check_tile(page: TiffPage) -> None:
-    """The whole tile is unpacked before the picture is cut out of it: 16 kB may become gigabytes."""
-    if page.is_tiled and np.prod(page.chunks, dtype=object) > max(_TILE_VALUES, 4 * np.prod(page.shape, dtype=object)):
-        raise ValueError(f"its tiles are {page.chunks}, but the picture is {page.shape}")
-
-
 def _values(page: TiffPage, data: bytes) -> np.ndarray:
     """(H, W, samples)"""
     offsets, counts = page.dataoffsets, page.databytecounts
     if len(offsets) != int(np.prod(page.chunked, dtype=object)) and not page.is_contiguous:
         raise ValueError(f"cut off: {len(offsets)} strips or tiles")
+    height, width = (page.shape[page.axes.index(axis)] for axis in "YX")
+    if math.prod(page.chunks) > 4 * height * width * page.samplesperpixel + _MORE_VALUES:
+        raise ValueError(f"its strips or tiles ({page.chunks}) hold more pixels than the picture ({height} x {width})")
     sparse = _GDAL_NODATA in page.tags
     for offset, count in zip(offsets, counts, strict=True):
         if not (offset and count) and not sparse:
@@ -128,7 +124,7 @@ def _values(page: TiffPage, data: bytes) -> np.ndarray:
 
 def _check_jpeg_strips(page: TiffPage, data: bytes) -> None:
     """The lenient decoder fills in what a strip lacks."""
-    tables, left = bytes(page.tags.valueof(_TABLES, b"")), 4 * int(np.prod(page.shape[:2])) + (1 << 24)
+    tables, left = bytes(page.tags.valueof(_TABLES, b"")), 4 * int(np.prod(page.shape[:2])) + _MORE_VALUES
 
     def check_pixels(height: int, width: int) -> None:
         nonlocal left

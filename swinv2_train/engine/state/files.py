@@ -27,7 +27,7 @@ from torch import Tensor
 
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World
-from swinv2_train.engine.host_copies import PageLocked
+from swinv2_train.engine.host_copies import page_locked
 from swinv2_train.engine.state.ema import EMA_KIND
 from swinv2_train.engine.state.pieces import Piece
 from swinv2_train.storage.durable import Checksum, write_durably
@@ -119,7 +119,6 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._locked: PageLocked | None = None
         self._thread = ThreadPoolExecutor(1, "snapshot")
         self._copying: Future[None] | None = None
 
@@ -135,8 +134,7 @@ class HostMemory:
         starts = [0, *itertools.accumulate(-(-run.numel() // 16) * 16 for run, _ in runs)]  # any dtype may begin there
         on_gpu = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         if self._memory.numel() < starts[-1]:
-            self._locked = None if on_gpu is None else PageLocked(starts[-1])
-            self._memory = torch.empty(starts[-1], dtype=torch.uint8) if self._locked is None else self._locked.tensor
+            self._memory = page_locked(starts[-1]) if on_gpu else torch.empty(starts[-1], dtype=torch.uint8)
         pairs, copies = [], {}
         for (run, offsets), start in zip(runs, starts[:-1], strict=True):
             copy = self._memory[start : start + run.numel()]

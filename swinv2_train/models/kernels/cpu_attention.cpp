@@ -229,12 +229,15 @@ struct Window {
     }
   }
 
-  // 1 / length of the rows of (P, D), bounded as torch's normalize bounds it.
-  void inverse_lengths(const float* x, float* inverse) const {
+  // 1 / length of the rows of (P, D), bounded as torch's normalize bounds it.  A row whose squared length is beyond
+  // float32 becomes 0, as there: its length counts as infinite, and its products with others would be.
+  void inverse_lengths(float* x, float* inverse) const {
     for (long i = 0; i < p; i++, x += d) {
       Vector squares{};
       for (long c = 0; c < d; c += LANES) squares += load(x + c) * load(x + c);
       inverse[i] = sum(squares);
+      if (inverse[i] == INFINITY)
+        for (long c = 0; c < d; c++) x[c] /= INFINITY;
     }
     for (long i = 0; i < p; i++) inverse[i] = 1.0f / std::max(std::sqrt(inverse[i]), SMALLEST_LENGTH);
   }

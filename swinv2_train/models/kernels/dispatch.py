@@ -144,8 +144,10 @@ class Tiles(NamedTuple):
 
     owned: int
     streamed: int
+    streamed_queries: int  # by the programs that own keys
     warps: int
     forward_owned: int
+    forward_streamed: int
     forward_warps: int
     side: int  # of the tiles whose sum over all windows gives the table's gradient
     side_warps: int
@@ -156,11 +158,11 @@ def tail(tokens: int, block: int) -> int:
     return max(16, _power_of_two(tokens % block))
 
 
-def tiles_for(tokens: int, cols: int, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for windows of this many tokens in rows of cols.
+def tiles_for(tokens: int, cols: int, head_dim: int, dtype: torch.dtype, capability: int) -> Tiles:
+    """Tiles for windows of this many tokens in rows of cols on a card of this (major) capability.
 
     No search, which would cost every start seconds. Chosen by what the compiled kernels take (scripts/compile_fused.py)
-    at d = 32 in bfloat16: hardly anything spilled, few instructions, and 8 to 20 warps at a time on a multiprocessor.
+    in bfloat16: at most 64 bytes spilled, few instructions, and 8 to 20 warps at a time on a multiprocessor.
     """
     whole = max(16, _power_of_two(tokens))
     exact, wide = dtype == torch.float32, head_dim > 64  # float32 has no matrix units and twice the bytes
@@ -168,17 +170,24 @@ def tiles_for(tokens: int, cols: int, head_dim: int, dtype: torch.dtype) -> Tile
     warps = 8 if wide and owned == 64 else 4 if owned >= 32 else 2
     dense = tokens <= DENSE_TOKENS
     large = tokens >= 256 and not exact and not wide  # then twice as many queries share the work on a block of keys
-    side = min(whole, 32 if exact else 64)
+    uneven = tokens % 32 > 0  # then blocks of 16 of a wide head need no smaller last one
+    small = wide and not exact and whole > 64 and not (uneven and capability >= 9)
+    side = min(whole, 32 if exact or small else 64)
     if not dense:
         side = max(side, _power_of_two(cols))  # a row of the window at least
+    streamed = min(whole, 16 if exact and wide else 32 if exact or wide or not dense else 64)
+    backward = min(streamed, 16) if wide and uneven else streamed
+    large_side = side == 64 and (wide or exact or (whole == 64 and head_dim > 32))
     return Tiles(
         owned=owned,
-        streamed=min(whole, 16 if exact and wide else 32 if exact or wide or not dense else 64),
+        streamed=backward,
+        streamed_queries=min(backward, 32) if head_dim > 32 and capability < 9 else backward,
         warps=warps,
         forward_owned=128 if large else owned,
+        forward_streamed=streamed,
         forward_warps=8 if large else warps,
         side=side,
-        side_warps=8 if side == 64 and (wide or exact or (whole == 64 and head_dim > 32)) else 4,
+        side_warps=8 if large_side or (small and not uneven) else 4,
     )
 
 
@@ -205,9 +214,9 @@ class _Launch:
         grid_rows, grid_cols = (p // w for p, w in zip(grid.padded, grid.window, strict=True))
         self.windows = qkv.shape[0] * grid_rows * grid_cols
         self.sizes = (heads, *grid.size, grid_rows, grid_cols, *grid.shift)
-        self.tiles = tiles_for(self.tokens, grid.window[1], self.dim, qkv.dtype)
+        self.tiles = tiles_for(self.tokens, grid.window[1], self.dim, qkv.dtype, _capability(qkv.device))
         self.dense = self.tokens <= DENSE_TOKENS
-        blocks = {*self.tiles[:2], self.tiles.forward_owned, self.tiles.side}
+        blocks = {*self.tiles[:3], self.tiles.forward_owned, self.tiles.forward_streamed, self.tiles.side}
         self.stride = max(_covered(self.tokens, block) for block in blocks) if self.dense else 0
         self.constants: dict[str, Any] = {
             "ROWS": grid.window[0],
@@ -257,6 +266,11 @@ class _Launch:
             STRIDE=self.stride, BLOCK=BIAS_BLOCK, OFFSETS=_power_of_two(entries), num_warps=4,
         )  # fmt: skip
         return bias, reach
+
+
+def _capability(device: torch.device) -> int:
+    """The major number of the card's capability; of a CPU, whose tensors the interpreter takes, the newest."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def _compiled(qkv: Tensor) -> bool:
@@ -319,7 +333,7 @@ def _attend(
         _kernels()[0].forward_kernel[launch.programs(tiles.forward_owned)](
             qkv, scale, bias, reach, out, lse, *launch.sizes, **launch.constants, STRIDE=launch.stride,
             BLOCK_Q=tiles.forward_owned, TAIL_Q=tail(tokens, tiles.forward_owned),
-            BLOCK_K=tiles.streamed, TAIL_K=tail(tokens, tiles.streamed),
+            BLOCK_K=tiles.forward_streamed, TAIL_K=tail(tokens, tiles.forward_streamed),
             MAX_REACH=-1.0 if qkv.dtype == torch.float16 else MAX_REACH, num_warps=tiles.forward_warps,
         )  # fmt: skip
     return out, lse
@@ -353,7 +367,8 @@ def _attend_backward(
     programs = launch.programs(tiles.owned)
     scale_summands = lse.new_empty(splits * heads if whole else programs[0])
     common = {**launch.constants, "STRIDE": stride, "num_warps": tiles.warps}
-    owned, streamed = (tiles.owned, tail(tokens, tiles.owned)), (tiles.streamed, tail(tokens, tiles.streamed))
+    blocks = (tiles.owned, tiles.streamed, tiles.streamed_queries)
+    owned, streamed, queries = ((block, tail(tokens, block)) for block in blocks)
     rows_and_cols = {"ROWS": grid.window[0], "COLS": grid.window[1]}
     with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
         bias, _ = launch.bias(scale, table.contiguous(), qkv.dtype)
@@ -365,17 +380,18 @@ def _attend_backward(
             )  # fmt: skip
             kernels.key_value_gradient_kernel[programs](
                 grad, qkv, bias, lse, delta, unit, grad_qkv, *launch.sizes, **common,
-                BLOCK_Q=streamed[0], TAIL_Q=streamed[1], BLOCK_K=owned[0], TAIL_K=owned[1],
+                BLOCK_Q=queries[0], TAIL_Q=queries[1], BLOCK_K=owned[0], TAIL_K=owned[1],
             )  # fmt: skip
         if launch.dense:
             partial = lse.new_empty(splits, heads, stride, stride)
             table_kernels.table_gradient_kernel[(heads * groups * groups, splits)](
-                grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, scale_summands, partial,
+                grad, qkv, scale, bias, lse, delta, unit, grad_qkv, scale_summands, partial,
                 launch.windows, *launch.sizes, **launch.constants, STRIDE=stride,
                 BLOCK=tiles.side, TAIL=tail(tokens, tiles.side), WHOLE=whole, num_warps=tiles.side_warps,
             )  # fmt: skip
             table_kernels.table_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
-                partial.sum(0), grad_table, heads, **rows_and_cols, STRIDE=stride, BLOCK=64, BLOCK_Q=32, num_warps=4,
+                partial[0] if splits == 1 else partial.sum(0), grad_table, heads, **rows_and_cols, STRIDE=stride,
+                BLOCK=64, BLOCK_Q=32, num_warps=4,
             )  # fmt: skip
         else:
             partial = lse.new_empty(splits, 2 * groups - 1, heads, bins)

@@ -99,11 +99,13 @@ def unit_rows(x):
     """x / max(|x|, 1e-12) by row in float32, and 1 / max(|x|, 1e-12).
 
     The hardware's reciprocal square root is off by 2^-22; a step of Newton's makes it as exact as a division.
+    Where the squared length is beyond float32, |x| is infinite and the row becomes 0, as torch's normalize has it.
     """
     x = x.to(tl.float32)
     square = tl.maximum(tl.sum(x * x, 1), 1e-24)
     inverse = tl.rsqrt(square)
-    inverse = inverse * (1.5 - 0.5 * (square * inverse) * inverse)
+    exact = inverse * (1.5 - 0.5 * (square * inverse) * inverse)
+    inverse = tl.where(square == float("inf"), 0.0, exact)
     return x * inverse[:, None], inverse
 
 

@@ -27,7 +27,7 @@ from swinv2_train.models.kernels.triton_attention import (
 @jit_inline
 def tile_gradient(
     first, k_first, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, head,
-    grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, grad_scale, partial,
+    grad, qkv, scale, bias, lse, delta, unit, grad_qkv, grad_scale, partial,
     windows, heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
@@ -61,8 +61,6 @@ def tile_gradient(
             q_unit, q_inverse = unit_rows(load_rows(qkv + in_qkv, token, real, stride, D, DP))
             k_unit, k_inverse = unit_rows(load_rows(qkv + in_qkv + heads * D, k_token, k_real, stride, D, DP))
             q, k = (q_unit * (scale1 * 1.4426950408889634)).to(v.dtype), k_unit.to(v.dtype)
-            o = load_rows(out + in_out, token, real, heads * D, D, DP)
-            row_delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         else:
             in_unit = first_token * (heads * 2 * D) + head * D
             q = load_rows(unit + in_unit, token, real, heads * 2 * D, D, DP)
@@ -72,17 +70,25 @@ def tile_gradient(
         p = tl.exp2(scores - row_lse[:, None])
         if PADDED:
             p = tl.where(k_real[None, :], p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - row_delta[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        if WHOLE:
+            row_delta = tl.sum(p * dp, 1)
+        ds = p * (dp - row_delta[:, None])
         tile += ds
         if WHOLE:
             ds = ds.to(v.dtype)
-            dq, cosine = through_unit(tl.dot(ds, k, input_precision="ieee"), q_unit, q_inverse)
-            dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * 0.6931471805599453  # by log2(e)
-            dk, k_cosine = through_unit(dk, k_unit, k_inverse)
             dv = tl.dot(tl.trans(p.to(v.dtype)), do, input_precision="ieee")
-            store_rows(grad_qkv + in_qkv, token, real, stride, dq * scale1, D, DP)
-            store_rows(grad_qkv + in_qkv + heads * D, k_token, k_real, stride, dk, D, DP)
             store_rows(grad_qkv + in_qkv + heads * (2 * D), k_token, k_real, stride, dv, D, DP)
+            dq = tl.dot(ds, k, input_precision="ieee")
+            if DP > 32:  # again, behind a store: wide unit vectors in float32 would fill registers until here
+                q_unit, q_inverse = unit_rows(load_rows(qkv + in_qkv, token, real, stride, D, DP))
+            dq, cosine = through_unit(dq, q_unit, q_inverse)
+            store_rows(grad_qkv + in_qkv, token, real, stride, dq * scale1, D, DP)
+            dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * 0.6931471805599453  # by log2(e)
+            if DP > 32:
+                k_unit, k_inverse = unit_rows(load_rows(qkv + in_qkv + heads * D, k_token, k_real, stride, D, DP))
+            dk, k_cosine = through_unit(dk, k_unit, k_inverse)
+            store_rows(grad_qkv + in_qkv + heads * D, k_token, k_real, stride, dk, D, DP)
             scale_sum += tl.sum(cosine, 0)
     if WHOLE:
         tl.store(grad_scale + tl.program_id(1) * heads + head, scale_sum)
@@ -92,7 +98,7 @@ def tile_gradient(
 
 @jit
 def table_gradient_kernel(
-    grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, grad_scale, partial,
+    grad, qkv, scale, bias, lse, delta, unit, grad_qkv, grad_scale, partial,
     windows, heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
@@ -112,7 +118,7 @@ def table_gradient_kernel(
     if ONE or (q_block < N // BLOCK and k_block < N // BLOCK):
         tile_gradient(
             q_block * BLOCK, k_block * BLOCK, BLOCK, BLOCK, head,
-            grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, grad_scale, partial,
+            grad, qkv, scale, bias, lse, delta, unit, grad_qkv, grad_scale, partial,
             windows, heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
             ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, WHOLE,
         )  # fmt: skip
@@ -120,21 +126,21 @@ def table_gradient_kernel(
         if q_block < N // BLOCK:
             tile_gradient(
                 q_block * BLOCK, k_block * BLOCK, BLOCK, TAIL, head,
-                grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, grad_scale, partial,
+                grad, qkv, scale, bias, lse, delta, unit, grad_qkv, grad_scale, partial,
                 windows, heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
                 ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, WHOLE,
             )  # fmt: skip
         elif k_block < N // BLOCK:
             tile_gradient(
                 q_block * BLOCK, k_block * BLOCK, TAIL, BLOCK, head,
-                grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, grad_scale, partial,
+                grad, qkv, scale, bias, lse, delta, unit, grad_qkv, grad_scale, partial,
                 windows, heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
                 ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, WHOLE,
             )  # fmt: skip
         else:
             tile_gradient(
                 q_block * BLOCK, k_block * BLOCK, TAIL, TAIL, head,
-                grad, qkv, scale, bias, out, lse, delta, unit, grad_qkv, grad_scale, partial,
+                grad, qkv, scale, bias, lse, delta, unit, grad_qkv, grad_scale, partial,
                 windows, heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
                 ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, WHOLE,
             )  # fmt: skip

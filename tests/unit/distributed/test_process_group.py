@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from swinv2_train.distributed import init_distributed, shutdown_distributed
-from swinv2_train.distributed.process_group import _announced_ranks
+from swinv2_train.distributed.process_group import _announced_ranks, share_of_cores
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 
 
@@ -76,3 +77,21 @@ def test_every_group_that_is_made_later_has_the_runs_time_limit(run_distributed)
         return [*own, dist.distributed_c10d._get_default_timeout("nccl").total_seconds()]
 
     assert run_distributed(command, 1) == [[77.0] * 3]
+
+
+@pytest.mark.parametrize(
+    ("places", "quota", "expected"),
+    [
+        ([("a", range(8))] * 4, math.inf, [2, 2, 2, 2]),  # torchrun: all ranks may run everywhere
+        ([("a", range(8)), ("a", range(8, 16))], math.inf, [8, 8]),  # srun --cpus-per-task=8
+        ([("a", range(8)), ("b", range(8))], math.inf, [8, 8]),
+        ([("a", range(6)), ("a", range(4, 8))], math.inf, [5, 3]),  # two of each are the other's too
+        ([("a", range(2))] * 3, math.inf, [1, 1, 1]),
+        ([("a", range(64))] * 2, 12.5, [6, 6]),  # a container's share of the machine
+        ([("a", range(3))] * 3, 3.0, [1, 1, 1]),
+    ],
+)
+def test_a_rank_has_the_cores_that_no_other_rank_may_use_and_its_share_of_the_rest(places, quota, expected):
+    """srun gives every task cores of its own, of which no other rank has a share."""
+    places = [(host, list(cores)) for host, cores in places]
+    assert [share_of_cores(place, places, quota) for place in places] == expected

@@ -10,7 +10,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from swinv2_train.engine.host_copies import HostCopies, PageLocked
+from swinv2_train.engine.deepspeed.startup import lock_what_is_used
+from swinv2_train.engine.host_copies import HostCopies, page_locked
 
 
 class Watched(HostCopies):
@@ -116,11 +117,43 @@ def test_whole_pages_are_locked_of_the_size_that_was_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", Driver)
     for code in (0, 2):
         calls.clear()
-        memory = PageLocked(3 * mmap.PAGESIZE + 1)
-        address = memory.tensor.data_ptr()
-        assert memory.tensor.numel() == 3 * mmap.PAGESIZE + 1 and address % mmap.PAGESIZE == 0
+        memory = page_locked(3 * mmap.PAGESIZE + 1)
+        address = memory.data_ptr()
+        assert memory.numel() == 3 * mmap.PAGESIZE + 1 and address % mmap.PAGESIZE == 0
         assert calls == [("lock", address, 4 * mmap.PAGESIZE)]
-        view = memory.tensor[:10]
+        view = memory[:10].detach()
         del memory
+        view.fill_(7)  # memory stays locked as long as somebody looks at it
+        assert len(calls) == 1
+        del view
         assert calls[1:] == ([("unlock", address)] if code == 0 else [])
-        view.fill_(7)  # memory stays as long as somebody looks at it
+
+
+def test_deepspeed_page_locks_no_more_than_it_uses(monkeypatch):
+    """By what it tells the driver for a buffer of an offloaded partition; torch's own pinning would round up."""
+    locked = []
+
+    class Driver:
+        def cudaHostRegister(self, address, nbytes, flags):
+            locked.append(nbytes)
+            return 0
+
+        def cudaHostUnregister(self, address):
+            locked.pop()
+
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    accelerator = CUDA_Accelerator()
+    lock_what_is_used(accelerator)
+    tensor = torch.arange(5_000_001.0).view(3, -1)
+    copy = accelerator.pin_memory(tensor)
+    assert copy.shape == tensor.shape and torch.equal(copy, tensor) and copy.data_ptr() != tensor.data_ptr()
+    fresh = accelerator.pin_memory(tensor.bfloat16(), make_copy=False)
+    assert fresh.shape == tensor.shape and fresh.dtype == torch.bfloat16
+    assert locked == [-(-n * 5_000_001 // mmap.PAGESIZE) * mmap.PAGESIZE for n in (4, 2)]
+    partition = copy.view(-1).data  # as DeepSpeed hands them on
+    del copy, fresh
+    assert len(locked) == 1 and partition[5_000_000] == 5_000_000
+    del partition
+    assert locked == []

@@ -10,8 +10,7 @@ import pytest
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.data.shards.cache_files import is_our_cache
-from swinv2_train.data.shards.shard_cache import ShardCache
-from swinv2_train.data.shards.transfers import RetryPolicy
+from swinv2_train.data.shards.cache_room import room_lock
 from swinv2_train.evaluation.saved_places import SCHEMES, confined
 from tests.support.configs import composed
 
@@ -22,9 +21,8 @@ def of_run(**data: object) -> Config:
 
 
 def our_cache(folder: Path) -> str:
-    cache = ShardCache(str(folder), 10**6, RetryPolicy(1, 0))
     folder.mkdir(mode=0o700)
-    with cache._space_lock():
+    with room_lock(str(folder)):
         pass
     return str(folder)
 

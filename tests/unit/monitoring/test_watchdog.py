@@ -12,14 +12,9 @@ from typing import Any
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.monitoring.watchdog import (
-    STATUS,
-    RankActivity,
-    diagnose_hang,
-    read_ranks,
-    silent_ranks,
-    timeout_warning,
-)
+from swinv2_train.monitoring.activity import RankActivity
+from swinv2_train.monitoring.signs import STATUS, diagnose_hang, read_ranks, silent_ranks
+from swinv2_train.monitoring.watchdog import timeout_warning
 from tests.support.configs import composed, make_config
 from tests.support.processes import forked_code
 
@@ -30,7 +25,8 @@ import ctypes, os, sys, time
 from pathlib import Path
 from tests.support.configs import make_config
 from swinv2_train.monitoring.console import open_console
-from swinv2_train.monitoring.watchdog import FIRST_STEP, TRAINING, Heartbeat, RankActivity
+from swinv2_train.monitoring.activity import FIRST_STEP, TRAINING, RankActivity
+from swinv2_train.monitoring.watchdog import Heartbeat
 run_dir, timeout = Path(sys.argv[1]), float(sys.argv[2])
 config = make_config(runtime={"hang_timeout_sec": timeout, "process_group_timeout_sec": 3 * timeout}).runtime
 console, activity = open_console(run_dir, 0), RankActivity()

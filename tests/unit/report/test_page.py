@@ -21,8 +21,9 @@ from PIL import Image
 from swinv2_train.config import ConfigError
 from swinv2_train.report import charts
 from swinv2_train.report.charts import Series, chart, nice_ticks, running_mean, tick_text, value_text
-from swinv2_train.report.page import find_parent, read_run_record, write_report
+from swinv2_train.report.page import write_report
 from swinv2_train.report.plots import draw_curves
+from swinv2_train.report.run_record import find_parent, read_run_record
 from swinv2_train.runtime import record_environment
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

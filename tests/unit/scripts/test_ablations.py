@@ -17,7 +17,7 @@ from scripts.ablation_results import blocks_section, differences, final_loss, me
 from scripts.ablation_training import Recipe, Run, amplitudes, batches, fit, score
 from scripts.fetch_cifar10 import encode_png
 from swinv2_train.config import ConfigError
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.cosine import split_heads, window_bias
 from swinv2_train.models.swin_v2 import SwinBlock

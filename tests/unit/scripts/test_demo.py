@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts import demo
 from swinv2_train.config.command_line import compose_overrides
@@ -29,3 +30,13 @@ def test_a_demo_goes_on_in_the_precision_it_was_begun_with(precision, tmp_path: 
     config = compose_overrides(["experiment=cifar10_simmim", f"engine.precision={precision}"])
     (tmp_path / "config.yaml").write_text(config_yaml(config))
     assert demo.precision_for(tmp_path) == precision
+
+
+@pytest.mark.parametrize(("cards", "processes"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_a_machine_with_one_card_trains_on_it(cards, processes, monkeypatch, tmp_path: Path):
+    """Two processes would want two; the demo used to leave a single card aside and compute on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    assert demo.num_processes() == processes
+    if cards:
+        assert demo.precision_for(tmp_path) == "bf16"

@@ -21,7 +21,7 @@ from swinv2_train.data.sample import SampleError
 from swinv2_train.distributed import World
 from swinv2_train.engine import NonFiniteError
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.monitoring.watchdog import RankActivity
+from swinv2_train.monitoring.activity import RankActivity
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop, saver
 from swinv2_train.training.attention_paths import AttentionPaths

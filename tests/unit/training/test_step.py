@@ -19,7 +19,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine.adamw import adamw
-from swinv2_train.monitoring.watchdog import RankActivity
+from swinv2_train.monitoring.activity import RankActivity
 from swinv2_train.runtime import StopRequest
 from swinv2_train.training import loop
 from swinv2_train.training.garbage_collection import ManualGC

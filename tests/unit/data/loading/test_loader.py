@@ -21,7 +21,8 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.batches import BatchRequest
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
 from swinv2_train.data.sample import SampleError, ShardError
-from swinv2_train.data.shards.tar_reader import Manifest, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from tests.support.images import image_bytes
 from tests.support.loaders import CONFIG, Transform, train_loader
 from tests.support.processes import forked_code

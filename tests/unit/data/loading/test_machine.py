@@ -26,7 +26,8 @@ from swinv2_train.config import MachineError
 from swinv2_train.config.command_line import guarded
 from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.sample import again, lacking
-from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.folder import open_folder
 from swinv2_train.data.sources.pipe import open_stream
 from swinv2_train.data.transforms.decode import DecodeError, decode_image

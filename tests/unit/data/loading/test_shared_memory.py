@@ -14,7 +14,8 @@ import torch
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.shared_memory import BatchMemory
 from swinv2_train.data.sample import Targets
-from swinv2_train.data.shards.tar_reader import Manifest, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from tests.support.configs import make_config
 from tests.support.images import image_bytes
 

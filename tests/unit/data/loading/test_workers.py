@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.loading.pipe_loader import StreamLoader
-from swinv2_train.data.loading.workers import WorkerError, worker_death
+from swinv2_train.data.loading.workers import WorkerError, with_workers, worker_death
 from swinv2_train.data.sources.pipe import open_stream
 from tests.support.commands import OWN_SESSION, command
 from tests.support.images import image_bytes
@@ -65,6 +66,24 @@ def test_an_error_that_cannot_be_pickled_is_heard_at_once(tmp_path, kind):
         next(iter(loader))
     assert time.monotonic() - started < 60 and "in __call__" in str(caught.value)
     loader.close()
+
+
+def test_workers_end_though_one_took_their_lock_along(tmp_path):
+    """A run hung at its end: whoever is killed while it asks whether to go on keeps the lock of that question."""
+    loader = train_loader(make_shards(tmp_path, 40), ONE)
+    next(iter(loader))
+    iterator = loader._workers._running["loader"]._iterator
+    pid = os.fork()
+    if pid == 0:
+        iterator._workers_done_event._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not iterator._workers_done_event._cond.acquire(False)
+    (worker,) = iterator._workers
+    ended = threading.Thread(target=loader.close, daemon=True)
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive() and not worker.is_alive()
 
 
 def test_a_worker_that_is_killed_is_told_with_the_likely_cause(tmp_path):
@@ -220,3 +239,10 @@ def test_a_stop_is_heard_while_a_server_is_waited_for(tmp_path, manifest):
         assert process.returncode == 128 + signal.SIGTERM, output  # there is no checkpoint
         assert "stopped by SIGTERM before the first step" in output
         assert time.monotonic() - asked < 30
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (5, 4), (9, 8), (64, 8)])
+def test_a_rank_has_a_worker_for_each_of_its_cores_but_one(cores, expected):
+    """And a number that is given stays, 0 too."""
+    assert with_workers(replace(CONFIG, num_workers=None), cores).num_workers == expected
+    assert with_workers(replace(CONFIG, num_workers=0), cores).num_workers == 0

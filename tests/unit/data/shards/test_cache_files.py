@@ -17,7 +17,8 @@ from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.cache_files import Compared, open_lock_file, open_own, take_away
 from swinv2_train.data.shards.manifest import INDEX_SUFFIX
 from swinv2_train.data.shards.shard_cache import ShardCache
-from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.shards.transfers import RetryPolicy
 from tests.support.images import image_bytes
 from tests.support.shard_server import ShardServer, serve

@@ -23,7 +23,8 @@ from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache, shard_cache_for
-from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.shards.transfers import RetryPolicy
 from tests.support import loaders
 from tests.support.configs import make_config

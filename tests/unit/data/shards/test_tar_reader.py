@@ -17,7 +17,8 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.pattern import expand_pattern
 from swinv2_train.data.shards.tar_index import build_index
-from swinv2_train.data.shards.tar_reader import TarReader, open_manifest, reindex, verify_shards, write_shards
+from swinv2_train.data.shards.tar_reader import TarReader, open_manifest, reindex, verify_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.pipe import read_command
 from swinv2_train.data.transforms.decode import DecodeError, decode_image

@@ -16,7 +16,8 @@ from swinv2_train.config.command_line import guarded
 from swinv2_train.data.sample import ShardError, ShardOutageError
 from swinv2_train.data.shards.answers import MismatchError
 from swinv2_train.data.shards.shard_cache import ShardCache
-from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.shards.transfers import (
     RetryPolicy,
     base_name,

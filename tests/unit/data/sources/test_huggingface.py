@@ -24,7 +24,7 @@ import pytest
 from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sample import SampleError, ShardError
-from swinv2_train.data.shards.tar_reader import write_shards
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources import virtual_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.huggingface import find_columns

@@ -10,7 +10,8 @@ import pytest
 
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.shard_cache import ShardCache
-from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.shards.transfers import RetryPolicy
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.matched import matched

@@ -17,7 +17,8 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.loading.pipe_loader import StreamLoader, build_train_loader
 from swinv2_train.data.sample import SampleError, ShardError
-from swinv2_train.data.shards.tar_reader import open_manifest, write_shards
+from swinv2_train.data.shards.tar_reader import open_manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.pipe import Stream, open_stream, read_command
 from tests.support.configs import composed, make_config
 from tests.support.images import image_bytes

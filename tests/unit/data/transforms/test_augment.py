@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import guarded
 from swinv2_train.data.loading.loader import TrainLoader
-from swinv2_train.data.shards.tar_reader import Manifest, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.transforms import augment
 from swinv2_train.data.transforms.augment import (
     Erasing,

@@ -100,6 +100,22 @@ def test_extreme_values():
     assert max(out, d_qkv, d_table) <= 3e-5 and d_scale <= 1e-3
 
 
+def test_vectors_whose_square_is_beyond_float32_equal_normalize():
+    """torch's normalize divides them by infinity: their unit vectors are 0, and so are their gradients."""
+    grid, dim = window_grid((6, 5), (5, 5), True), 24
+    qkv, scale, table, grad = inputs(grid, 1, dim)
+    qkv[0, 0, 0, :dim] *= 1e19  # a query of a length of some 5e19
+    qkv[0, 1, 2, dim : 2 * dim] *= 1e30  # a key
+    qkv[1, 2, 1, : 2 * dim] *= 1e17  # a query and a key whose squares can be told
+    expected = run(window_attention, qkv, scale, table, grad, grid, 1)  # float64 would know their lengths
+    found = run(dispatch.fused_window_attention, qkv, scale, table, grad, grid, 1)
+    assert all(x.isfinite().all() for x in found) and max(errors(found, expected)) <= 3e-5
+    assert not found[1][0, 0, 0, :dim].any() and not found[1][0, 1, 2, dim : 2 * dim].any()
+    qkv[0, 0, 0, 3] = torch.inf
+    for attention in (window_attention, dispatch.fused_window_attention):
+        assert attention(qkv, scale, table, grid, 1)[0, 0, 0].isnan().all()
+
+
 def test_an_input_that_is_not_a_number_stays_in_its_window():
     grid = window_grid((8, 8), (4, 4), False)
     qkv, scale, table, _ = inputs(grid, 2, 16, batch=1)

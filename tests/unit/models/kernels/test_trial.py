@@ -56,7 +56,9 @@ def test_a_case_is_the_smallest_map_that_asks_the_same_of_a_kernel(size, window,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "window"), [((8, 8), 4), ((10, 7), 4), ((5, 5), 8), ((9, 24), 12)])
+@pytest.mark.parametrize(
+    ("size", "window"), [((8, 8), 4), ((10, 7), 4), ((5, 5), 8), ((9, 24), 12), ((1, 1), 4), ((3, 1), 1)]
+)
 def test_good_kernels_pass_and_draw_no_random_numbers(size, window, dtype):
     cases = [case_of(dtype, window_grid(size, (window, window), shifted), dim) for shifted in (0, 1) for dim in (8, 32)]
     state = torch.random.get_rng_state()
