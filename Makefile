@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PYTEST := $(BIN)/python -m pytest
+# with bytecode: pytest's rewritten assertions are kept for every worker and part, which takes each 5 s of CPU otherwise
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 # one worker more than there are cores: many tests wait for servers, signals and processes
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 QUICK := -m "not slow" -n $(WORKERS) --dist worksteal
-SLOW := -m "slow and not serial" -n $(WORKERS) --dist loadfile
+SLOW := -m "slow and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 3600
 FUZZ_SEED ?= 0

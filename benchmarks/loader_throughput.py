@@ -21,8 +21,9 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,13 @@ def bare(manifest: Manifest, crop: Crop) -> Iterator[int]:
             yield BATCH
 
 
-def bare_processes(manifest: Manifest, crop: Crop, processes: int) -> Iterator[int]:
+def bare_processes(bare: Callable[[], Iterator[int]], processes: int) -> Iterator[int]:
     """The stream of bare() from several processes at once, each at most two batches ahead of the caller."""
     context = get_context("fork")
     done, ahead = context.SimpleQueue(), context.Semaphore(2 * processes)
 
     def work() -> None:
-        for count in bare(manifest, crop):
+        for count in bare():
             done.put(count)
             ahead.acquire()
 
@@ -236,18 +237,22 @@ def measure(manifest: Manifest, crop: Crop, rounds: int, images: int, others: St
     streams: Streams = {
         ONE: (ONE, bare(manifest, crop)),
         "ours, in the training process": (ONE, ours(manifest, crop, 0)),
-        TWO: (TWO, bare_processes(manifest, crop, 2)),
+        TWO: (TWO, bare_processes(partial(bare, manifest, crop), 2)),
         "ours, 2 workers": (TWO, ours(manifest, crop, 2)),
         **others,
     }
-    streams = dict(sorted(streams.items(), key=lambda item: item[1][0] == TWO))
+    size = sum(manifest.sizes) / manifest.num_samples / 1000
+    print(f"{manifest.num_samples} JPEGs of 500 x 375 px, {size:.0f} kB each, to {crop.size} px; batches of {BATCH}\n")
+    compare(dict(sorted(streams.items(), key=lambda item: item[1][0] == TWO)), rounds, images)
+
+
+def compare(streams: Streams, rounds: int, images: int) -> None:
+    """Let the streams take turns of so many images; print each one's rates and ratios, and end them."""
     readers = {name: Reader(batches) for name, (_, batches) in streams.items()}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
     for _ in range(rounds):
         for name, reader in readers.items():
             turns[name].append(reader.turn(images))
-    size = sum(manifest.sizes) / manifest.num_samples / 1000
-    print(f"{manifest.num_samples} JPEGs of 500 x 375 px, {size:.0f} kB each, to {crop.size} px; batches of {BATCH}\n")
     print("| reader | images/s (median) | quartiles | ratio to bare | CPU ms/image (median) | ratio to bare |")
     print("|---|---|---|---|---|---|")
     for name, (base, _) in streams.items():

@@ -6,6 +6,7 @@
 #
 # NPROC_PER_NODE (default: its GPUs, or 1), MASTER_PORT (29500), MAX_RESTARTS (0), PYTHON (python).  As a task of srun,
 # one on each node, it reads the nodes from SLURM.  SIGUSR1 reaches the ranks too, and a save may take as long as it does.
+# It ends with the exit code of the rank that ended first, or 128 + N after signal N, and without torchrun's report.
 set -euo pipefail
 
 python="${PYTHON:-python}"
@@ -18,15 +19,13 @@ if [[ "${NNODES:-1}" == 1 && -z "${MASTER_ADDR:-}" ]]; then
 else
     where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-# Blocks that grow leave fewer holes, and more of a card to ZeRO-3's gathers.
-export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
 if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then # those that are shown, before the first that is none
     gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed -n '/^ *\(-.*\|NoDevFiles\|\)$/q;p' | wc -l)"
 else
     gpus="$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c ^GPU || true)"
 fi
 processes="${NPROC_PER_NODE:-$gpus}"
-source "$(dirname "${BASH_SOURCE[0]}")/node_caches.sh"
-exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
+source "$(dirname "${BASH_SOURCE[0]}")/node_environment.sh"
+exec "$python" -m swinv2_train.distributed.torchrun "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
     --max-restarts "${MAX_RESTARTS:-0}" --shutdown-timeout "${SHUTDOWN_TIMEOUT_SEC:-600}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m swinv2_train.train "$@"

@@ -54,7 +54,8 @@ class Worker:
     """The parent's end of a worker; every call waits for the answer.  Raises Refused with the worker's reason."""
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # torch and the rest are imported once for all workers
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
         self._process.start()

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,16 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 
 from scripts import fetch_cifar10
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import TASKS
 from swinv2_train.config.arguments import last_of_each
 from swinv2_train.config.command_line import compose_overrides, guarded, load_run_config
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.config.load import known_keys
+from swinv2_train.distributed.torchrun import run_ranks as torchrun
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
@@ -114,18 +113,10 @@ def num_processes() -> int:
 
 
 def run_ranks(command: list[str]) -> int:
-    """torchrun in this process, so that its long failure reports stay away; returns the ranks' exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # or torchrun says so itself; train sets its threads anyway
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    grace = ["--shutdown-timeout", str(SAVE_SEC)]
-    try:
-        torchrun(["--standalone", "--nproc-per-node", str(num_processes()), *grace, *command])
-    except SignalException:  # Ctrl-C: torchrun has passed it on and waited for the ranks
-        return EXIT_STOPPED
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return next((code for code in (EXIT_USER_ERROR, EXIT_STOPPED) if code in codes), EXIT_FAILED)
-    return EXIT_DONE
+    """torchrun in this process; returns the ranks' exit code, and of a signal that torchrun has passed on a stop's."""
+    ranks = ["--standalone", "--nproc-per-node", str(num_processes()), "--shutdown-timeout", str(SAVE_SEC)]
+    code = torchrun([*ranks, *command])
+    return EXIT_STOPPED if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else code
 
 
 def evaluate(run_dir: Path) -> dict[str, float] | None:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
-from swinv2_train.config.standard_streams import hold_standard_streams
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import stoppable
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED
 from swinv2_train.models.kernels import cpu_attention
 from swinv2_train.models.kernels.requirements import REQUIREMENTS
 from swinv2_train.runtime.environment import GIB, version_of
@@ -58,18 +59,23 @@ def _gpus() -> Iterator[Finding]:
         yield Finding(f"GPU {index}", f"{card.name}, {size}, CUDA {torch.version.cuda}")
 
 
-def main() -> None:
-    """The console script swinv2-doctor."""
-    hold_standard_streams()
-    if arguments := sys.argv[1:]:
-        helped = bool({"-h", "--help"} & set(arguments))
-        print(USAGE if helped else f"error: takes no arguments\n{USAGE}", end="", file=None if helped else sys.stderr)
-        sys.exit(EXIT_DONE if helped else EXIT_USER_ERROR)
+def run(arguments: list[str]) -> int:
+    """Print what is here; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return EXIT_DONE
+    if arguments:
+        raise ConfigError(f"takes no arguments\n{USAGE.rstrip()}")
     missing = 0
     for finding in findings():
         missing += finding.missing
         print(f"{'MISSING' if finding.missing else 'ok':7}  {finding.name}: {finding.text}")
-    sys.exit(EXIT_FAILED if missing else EXIT_DONE)
+    return EXIT_FAILED if missing else EXIT_DONE
+
+
+def main() -> None:
+    """The console script swinv2-doctor."""
+    sys.exit(stoppable(lambda: run(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -138,8 +138,6 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
 
 def check_request(config: Config, request: EvaluateRequest) -> None:
     """Everything that needs no file and no process group."""
-    if config.data.eval_shards is None:
-        raise ConfigError("data.eval_shards has no value; set it on the command line: data.eval_shards=PATTERN")
     preflight(config, training=False)
     if request.format is not None and request.weights is None:
         raise ConfigError(f"format ({request.format}) is of weights=PATH, which is not given; add it, or leave it out")
@@ -257,7 +255,7 @@ def write_picture(out: Path, picture: Picture, forward: Forward, loader: EvalLoa
 
 def parse(arguments: list[str]) -> tuple[Config, EvaluateRequest]:
     """The configuration and the command's own keys of a command line."""
-    config, given = compose_source(arguments, OWN_KEYS)
+    config, given = compose_source(arguments, OWN_KEYS, {"data.eval_shards": "PATTERN"})
     own: dict[str, Any] = {**given, "ema": own_flag(given, "ema")}
     if "crop_pcts" in own:
         try:

@@ -28,17 +28,13 @@ OWN_KEYS = tuple(field.name for field in dataclasses.fields(ExportRequest))
 def parse(arguments: list[str]) -> tuple[Config, ExportRequest]:
     """The configuration and the command's own keys of a command line."""
     named = dict(argument.partition("=")[::2] for argument in arguments)
-    formats = "|".join(WRITTEN_FORMATS)
-    for key, value in (("format", formats), ("out", "PATH")):
-        if key not in named:
-            raise ConfigError(f"{key} has no value; add {key}={value}")
-    if named["format"] not in WRITTEN_FORMATS:
+    if named.get("format", WRITTEN_FORMATS[0]) not in WRITTEN_FORMATS:
         raise ConfigError(f"format ({named['format']}) is not written; choose one of {', '.join(WRITTEN_FORMATS)}")
     if "weights" in named and "checkpoint" in named:
         raise ConfigError("weights and checkpoint are both given; leave one of them out")
     if "weights_format" in named and "weights" not in named:
         raise ConfigError("weights_format is of weights=PATH, which is not given; add it, or leave it out")
-    config, given = compose_source(arguments, OWN_KEYS)
+    config, given = compose_source(arguments, OWN_KEYS, {"format": "|".join(WRITTEN_FORMATS), "out": "PATH"})
     own: dict[str, Any] = {**given, "out": Path(given["out"]), "ema": own_flag(given, "ema")}
     return config, ExportRequest(**own)
 

@@ -30,7 +30,6 @@ from swinv2_train.config.command_line import stoppable
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
-from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import CLASSES_NAME
 from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.packing import pack, read_source
@@ -99,7 +98,9 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "swinv2-make-shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder, zip or tar of images; a shard pattern with --reindex")
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="?", help="folder, zip or tar of images; a shard pattern with --reindex"
+    )
     parser.add_argument("out", metavar="OUT", nargs="?", help="prefix of the shards, e.g. data/my/train")
     parser.add_argument(
         "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="aim at 100 to 500 MB each (%(default)s)"
@@ -115,8 +116,10 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--overlays", type=int, default=4, help="label images to draw over their images (%(default)s)")
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
-    hold_standard_streams()
     options = parser.parse_args(arguments)
+    wanted = {"SOURCE": options.source} | ({} if options.reindex or options.verify else {"OUT": options.out})
+    if missing := [name for name, value in wanted.items() if value is None]:
+        parser.error(f"{' and '.join(missing)} missing: swinv2-make-shards images/ data/my/train, say")
     if options.samples_per_shard < 1:
         parser.error(f"--samples-per-shard ({options.samples_per_shard}) must be at least 1")
     try:
@@ -126,8 +129,6 @@ def run(arguments: Sequence[str]) -> int:
             verify_shards(options.source, tell)
             return EXIT_DONE
         else:
-            if options.out is None:
-                parser.error("OUT is missing: the prefix of the shards, e.g. data/my/train")
             manifest = _pack(options)
     except (ShardError, OSError, MemoryError, MachineError) as error:
         said = shown(str(error) or "no memory is left", MESSAGE_CHARACTERS)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
+from swinv2_train.config.command_line import stoppable
+from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
-from swinv2_train.config.standard_streams import hold_standard_streams
 from swinv2_train.data.class_names import listed, read_run_classes
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import UNFINISHED, read_metrics
 from swinv2_train.monitoring.signs import MOST_SIGN_BYTES, SIGN_FIELDS, STATUS, process_ended, read_ranks
 from swinv2_train.runtime import read_environment
-from swinv2_train.storage.json_files import mapping, number, optional, read_json, record, text, whole
+from swinv2_train.storage.json_files import flag, mapping, number, optional, read_json, record, text, whole
 
 USAGE = """swinv2-status RUN_DIR [--json]
 
@@ -42,6 +42,7 @@ _STATUS = record(
         **{name: optional(whole()) for name in ("total_steps", "checkpoint_step")},
         **dict.fromkeys(("loss", "images_per_sec", "seconds_left"), _FINITE),
         "attention": mapping(text(2000)),
+        "outage": flag(),
         "slowest_rank": optional(
             record({"rank": whole(), "own_sec": number(), "data_wait_sec": number(), "median_sec": number()})
         ),
@@ -158,7 +159,8 @@ def _headline(status: Mapping[str, Any]) -> str:
     if status["state"] == "lost":
         silent = f"no sign of life for {status['silent_sec']:.0f} s"
         return f"{silent}; then it was {shown(status['doing'])} ({where}); the same command resumes"
-    return f"{status['state']} {ago}{reason}"
+    again = " by an outage, after which the same command goes on" if status.get("outage") else ""
+    return f"{status['state']} {ago}{again}{reason}"
 
 
 def _doing(sign: Mapping[str, Any]) -> str:
@@ -179,22 +181,22 @@ def _rank_text(status: Mapping[str, Any], rank: Mapping[str, Any]) -> str | None
     return None
 
 
-def main() -> None:
-    """The console script swinv2-status."""
-    hold_standard_streams()
-    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
+def run(arguments: list[str]) -> int:
+    """Print the status that the arguments ask for; returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
-        sys.exit(EXIT_DONE)
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(f"error: name one run directory\n{USAGE}", end="", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    try:
-        status = read_status(Path(arguments[0].removeprefix("run_dir=")))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    print(json.dumps(status, indent=1) if "--json" in sys.argv else shown(status_text(status), _MOST_TEXT, lines=True))
+        return EXIT_DONE
+    runs = [argument for argument in arguments if argument != "--json"]
+    if len(runs) != 1 or runs[0].startswith("-"):
+        raise ConfigError(f"name one run directory\n{USAGE.rstrip()}")
+    status = read_status(Path(runs[0].removeprefix("run_dir=")))
+    print(json.dumps(status, indent=1) if runs != arguments else shown(status_text(status), _MOST_TEXT, lines=True))
+    return EXIT_DONE
+
+
+def main() -> None:
+    """The console script swinv2-status."""
+    sys.exit(stoppable(lambda: run(sys.argv[1:])))
 
 
 if __name__ == "__main__":

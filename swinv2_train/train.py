@@ -13,7 +13,7 @@ from typing import Any
 
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_state, verified_checkpoint
 from swinv2_train.checkpoint.finding import step_of
-from swinv2_train.config import Config, ConfigError
+from swinv2_train.config import Config, ConfigError, MachineError
 from swinv2_train.config.command_line import run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, exit_code_of
 from swinv2_train.config.shown import shown
@@ -29,6 +29,7 @@ from swinv2_train.models.initial import on_meta
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.activity import DATA_WAIT, ENDING, FIRST_STEP, STARTING, STEP, RankActivity
 from swinv2_train.monitoring.console import Console, open_console
+from swinv2_train.monitoring.outage import outage_recorded
 from swinv2_train.monitoring.run_log import RunLog, scores_unfinished
 from swinv2_train.monitoring.watchdog import Heartbeat
 from swinv2_train.planning.start_line import describe_start
@@ -71,22 +72,10 @@ def train(config: Config) -> int:
         RunDirLock(run_dir) as lock,
         StopOfAnyRank(stop) as stops,
     ):
-        world = init_distributed(config.runtime.process_group_timeout_sec)
-        stops.listen()
-        check_agreement(config)
-        set_threads(config.runtime.num_threads, world.cores)
-        if world.device.type == "cpu":
-            tune_allocator()
-        accumulation = accumulation_steps(
-            config.train.global_batch_size, config.train.micro_batch_size, world.world_size
-        )
         try:
-            on_main_unless_stopped(world, stop, lock.acquire)
-            start = decide_start(config, world, stop)
-            if start.task is not None:
-                on_main(world, lambda: make_run_dir(run_dir))
-                if on_main(world, lambda: lock.acquire() and newest_checkpoint(run_dir) is not None):
-                    start = decide_start(config, world, stop)  # another run was here, and this one waited for its end
+            with outage_recorded(run_dir, lock):
+                world = join(config, stops)
+                start = settled_start(config, world, stop, lock)
         except StopNow as stopped:
             saved = on_main(world, lambda: newest_checkpoint(run_dir) is not None)
             if world.is_main:
@@ -94,6 +83,9 @@ def train(config: Config) -> int:
             shutdown_distributed()
             return stopped.exit_code(saved)
         total, task = start.length.last_step, start.task
+        accumulation = accumulation_steps(
+            config.train.global_batch_size, config.train.micro_batch_size, world.world_size
+        )
         if task is None:
             on_main(world, lambda: say_complete(config, start))
             shutdown_distributed()
@@ -105,7 +97,7 @@ def train(config: Config) -> int:
                 activity, run_dir, world.rank, world.world_size, config.runtime, console, incoming_data(config)
             ).start()
             log = RunLog(run_dir, config.log, console, world.is_main, dataclasses.asdict(config))
-            exit_code, reason = EXIT_FAILED, None
+            exit_code, reason, outage = EXIT_FAILED, None, False
             try:
                 if world.is_main and (warning := memory_warning(config, world, task)):
                     log.say(f"warning: {warning} (swinv2-plan --recommend)")
@@ -127,16 +119,16 @@ def train(config: Config) -> int:
                 exit_code, reason = early.exit_code(start.newest is not None), str(early)
                 log.say(stopped_early(early, start.newest is not None))
             except ConfigError as error:
-                exit_code, reason = exit_code_of(error), str(error)
+                exit_code, reason, outage = exit_code_of(error), str(error), isinstance(error, MachineError)
                 raise
             except Exception as raised:  # noqa: BLE001  the rank's log gets it whole and the console one line
                 told = worker_death(raised) or failures.lost_device(raised) or raised
                 console.fail(told)
-                reason = f"{type(told).__name__}: {told}"
+                reason, outage = f"{type(told).__name__}: {told}", isinstance(told, MachineError)
                 return EXIT_FAILED
             finally:
                 was_stopped = exit_code == EXIT_STOPPED or exit_code > 128  # by a signal, with nothing to go on from
-                heartbeat.close(EXIT_STOPPED if was_stopped else exit_code, reason)
+                heartbeat.close(EXIT_STOPPED if was_stopped else exit_code, reason, outage)
                 log.close(EXIT_DONE if was_stopped else exit_code)
                 if world.is_main and (exit_code != EXIT_USER_ERROR or (run_dir / "metrics.jsonl").exists()):
                     write_report_of(run_dir, total, console)
@@ -144,6 +136,18 @@ def train(config: Config) -> int:
                     (run_dir / "report.html").unlink(missing_ok=True)
         shutdown_distributed()
         return exit_code
+
+
+def join(config: Config, stops: StopOfAnyRank) -> World:
+    """The world of a run whose ranks all came and were started alike; from now on a stop of any reaches all."""
+    world = init_distributed(config.runtime.process_group_timeout_sec)
+    stops.listen()
+    check_agreement(config)
+    set_threads(config.runtime.num_threads, world.cores)
+    if world.device.type == "cpu":
+        tune_allocator()
+    accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world.world_size)
+    return world
 
 
 def stopped_early(stopped: StopNow, saved: bool) -> str:
@@ -209,6 +213,18 @@ class Start:
     groups: list[dict[str, Any]]
     initial: Initial | None
     """The weights that a new run starts from, where task.init_from names some."""
+
+
+def settled_start(config: Config, world: World, stop: StopRequest, lock: RunDirLock) -> Start:
+    """decide_start under the lock of the run directory, which is made where something is to be trained."""
+    run_dir = Path(config.run_dir)
+    on_main_unless_stopped(world, stop, lock.acquire)
+    start = decide_start(config, world, stop)
+    if start.task is not None:
+        on_main(world, lambda: make_run_dir(run_dir))
+        if on_main(world, lambda: lock.acquire() and newest_checkpoint(run_dir) is not None):
+            start = decide_start(config, world, stop)  # another run was here, and this one waited for its end
+    return start
 
 
 def decide_start(config: Config, world: World, stop: StopRequest) -> Start:

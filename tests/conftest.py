@@ -30,6 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, by whomever
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What mostly waits goes first: the five minutes of tests/slurm would be left alone at the end (make test hands
+    files out in this order).
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 def pytest_collection_finish() -> None:
     """What the imports have left stays: Python's collector need not look at it again, in any test."""
     gc.collect()

@@ -13,9 +13,9 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TypeVar, cast
 
 import hydra
@@ -30,10 +30,10 @@ from swinv2_train import __version__
 from swinv2_train.config.arguments import check_once, prepared, without_launchers
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError, MachineError
-from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, exit_code_of
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, exit_code_of
 from swinv2_train.config.group_files import with_group_files
 from swinv2_train.config.keys import known_keys
-from swinv2_train.config.load import config_yaml, home_expanded, load_config, one_line, unknown_key
+from swinv2_train.config.load import config_yaml, home_expanded, load_config, no_value, one_line, unknown_key
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.reference import Entry, help_text, reference
 from swinv2_train.config.saved import CONFIG_NAME, read_saved_config
@@ -41,6 +41,7 @@ from swinv2_train.config.schema import TASKS, Config
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import TRACEBACK_CHARACTERS, shown
 from swinv2_train.config.standard_streams import hold_standard_streams
+from swinv2_train.config.torchrun_report import tell_torchrun
 
 T = TypeVar("T")
 
@@ -59,8 +60,6 @@ def run_command(run: Callable[[Config], int]) -> None:
     """
 
     def command() -> int:
-        if _VERSION in sys.argv[1:]:
-            return say_version()
         config = compose_argv()
         return EXIT_DONE if config is None else run(config)
 
@@ -78,8 +77,6 @@ def run_on_weights(
     arguments = sys.argv[1:]
 
     def command() -> int:
-        if _VERSION in arguments:
-            return say_version()
         if _HELP & set(arguments):
             print(key_help(arguments) or usage)
             return EXIT_DONE
@@ -113,29 +110,29 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def say_version() -> int:
-    """This package's version, and not Hydra's."""
-    print(f"swinv2_train {__version__}")
-    return EXIT_DONE
-
-
 def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) -> int:
     """A command's own exit code, or 2 after one line about wrong input (from rank 0), or 1: after one line about the
-    machine or an outage, or a traceback.
+    machine or an outage, or a traceback.  Of all commands ``--version`` is this package's, and not Hydra's.
 
     interrupted: the exit code after Ctrl-C, where the command itself does not answer it.
     """
     hold_standard_streams()
+    if _VERSION in sys.argv[1:]:
+        print(f"swinv2_train {__version__}")
+        return EXIT_DONE
     try:
-        return command()
-    except ConfigError as error:
-        if (speaker := _speaker()) is not None:
-            text = str(error).replace(chr(10), _NEXT_LINE)
-            print(without_secrets(f"error: {speaker}{text}"), file=sys.stderr)
-        return exit_code_of(error)
-    except MachineError as error:  # of this rank alone
-        print(without_secrets(f"error: {_speaker() or ''}{error}"), file=sys.stderr)
-        return EXIT_FAILED
+        code = command()
+        if code in (EXIT_FAILED, EXIT_USER_ERROR):
+            tell_torchrun("what went wrong is said above", code)
+        return code
+    except (ConfigError, MachineError) as error:
+        code = exit_code_of(error)
+        text = without_secrets(str(error).replace(chr(10), _NEXT_LINE))
+        speaker = _speaker()
+        if speaker is not None or not isinstance(error, ConfigError):  # else all ranks have the same
+            print(f"error: {speaker or ''}{text}", file=sys.stderr)
+        tell_torchrun(f"error: {text}", code)
+        return code
     except KeyboardInterrupt as stop:
         if _speaker() == "":
             print(f"stopped by {str(stop) or 'Ctrl-C'}", file=sys.stderr)
@@ -146,6 +143,7 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
     except Exception:  # noqa: BLE001  the last place that can say what happened
         text = shown(traceback.format_exc(), TRACEBACK_CHARACTERS, lines=True)
         print(without_secrets(text), end="", file=sys.stderr)
+        tell_torchrun("a traceback, which is printed above", EXIT_FAILED)
         return EXIT_FAILED
 
 
@@ -217,21 +215,25 @@ def _defaults(task: str) -> DictConfig:
     return compose("train", [f"task={task}"])
 
 
-def compose_source(arguments: list[str], own_keys: tuple[str, ...]) -> tuple[Config, dict[str, str]]:
+def compose_source(
+    arguments: list[str], own_keys: tuple[str, ...], needed: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Config, dict[str, str]]:
     """The configuration behind existing weights: of the run that ``run_dir=DIR`` names, with the other KEY=VALUE
     arguments on top; or, for ``weights=PATH`` without a run, what the train command would compose of them.
 
     own_keys: keys that are the command's own and no part of a configuration; returned as they were given.
+    needed: what the command cannot do without, its own or the configuration's, and how its value is called.
     """
     given = {key: _unquoted(value) for key, _, value in (argument.partition("=") for argument in arguments)}
     given |= {key: home_expanded(key, value) for key, value in given.items() if key in (*own_keys, "run_dir")}
     own = {key: given[key] for key in own_keys if key in given}
+    needed = {key: value for key, value in needed.items() if key not in own}
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in own_keys]
     if "run_dir" not in given and "weights" in own:
-        return compose_overrides(overrides, ("run_dir", "data.shards")), own
+        return compose_overrides(overrides, ("run_dir", "data.shards"), needed=needed), own
     if "run_dir" not in given:
-        raise ConfigError("run_dir has no value; name the directory of a run: run_dir=DIR")
-    return load_run_config(Path(given["run_dir"]), prepared(overrides)), own
+        raise ConfigError(no_value({"run_dir": "DIR", **{key: needed[key] for key in needed if key in own_keys}}))
+    return load_run_config(Path(given["run_dir"]), prepared(overrides), needed), own
 
 
 def own_flag(own: dict[str, str], key: str) -> bool:
@@ -248,7 +250,9 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+def load_run_config(
+    run_dir: Path, overrides: Sequence[str] = (), needed: Mapping[str, str] = MappingProxyType({})
+) -> Config:
     """The configuration of an earlier run, with overrides on top; keys that are newer than the run have their defaults.
 
     The saved one is data (config/saved.py); overrides are the user's own, in Hydra's grammar.  Raises ConfigError when
@@ -268,7 +272,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
             defaults = _defaults(task)
             OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
             saved = cast(DictConfig, OmegaConf.merge(defaults, saved))
-    return load_config(saved)
+    return load_config(saved, needed)
 
 
 def _with_overrides(values: DictConfig, overrides: list[str]) -> DictConfig:
@@ -280,12 +284,15 @@ def _with_overrides(values: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def compose_overrides(
-    overrides: list[str], unused: tuple[str, ...] = (), settle: Callable[[DictConfig], None] | None = None
+    overrides: list[str],
+    unused: tuple[str, ...] = (),
+    settle: Callable[[DictConfig], None] | None = None,
+    needed: Mapping[str, str] = MappingProxyType({}),
 ) -> Config:
     """The validated configuration of a list of overrides, as the train command would compose it.
 
     unused: keys at which the command does not look, so that they need no value.  settle: sets what the command itself
-    has to say, before anything is checked.
+    has to say, before anything is checked.  needed: as load_config takes it.
     """
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("train", with_group_files(prepared(overrides)))
@@ -295,7 +302,7 @@ def compose_overrides(
         mixed = key == "data.shards" and OmegaConf.select(composed, "data.mix")  # which stands in place of it
         if OmegaConf.select(composed, key, throw_on_missing=False) is None and not mixed:
             OmegaConf.update(composed, key, "unused")
-    return load_config(composed)
+    return load_config(composed, needed)
 
 
 @contextlib.contextmanager

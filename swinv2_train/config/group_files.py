@@ -33,7 +33,8 @@ def with_group_files(words: Sequence[str]) -> list[str]:
     files = {group: path for word in words if (path := _file_of(word, group := word.partition("=")[0]))}
     if not files:
         return list(words)
-    others = [word for word in words if word.partition("=")[0] not in files]
+    settings = [word for word in words if "=" in word and not word.startswith("-")]  # and no flag, such as --cfg job
+    others = [word for word in settings if word.partition("=")[0] not in files]
     chosen = compose("train", others, return_hydra_config=True).hydra.runtime.choices
     for group, path in files.items():
         if not path.is_file():

@@ -11,6 +11,8 @@ import dataclasses
 import os
 import re
 import typing
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -25,9 +27,11 @@ from swinv2_train.config.schema import OWN_ENTRIES, TASKS, Config, TaskConfig
 from swinv2_train.config.secret_texts import public
 
 
-def load_config(composed: DictConfig) -> Config:
+def load_config(composed: DictConfig, needed: Mapping[str, str] = MappingProxyType({})) -> Config:
     """Merge a composed tree strictly into the dataclasses and check every range; the only way to make a Config.
 
+    needed: what a command cannot do without besides, and how its value is called: keys that have a value here unless
+    it is null, and keys of the command's own that were not given.
     Raises ConfigError naming the key, what is wrong with its value and the remedy.
     """
     try:
@@ -44,8 +48,10 @@ def load_config(composed: DictConfig) -> Config:
         merged = typing.cast(DictConfig, OmegaConf.merge(schema, composed))
         if merged.data.mix and OmegaConf.is_missing(merged.data, "shards"):
             merged.data.shards = ""
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise ConfigError(_missing(missing))
+        missing = dict.fromkeys(sorted(OmegaConf.missing_keys(merged)), "VALUE")
+        missing |= {key: value for key, value in needed.items() if OmegaConf.select(merged, key) is None}
+        if missing:
+            raise ConfigError(no_value(missing))
         _expand_homes(merged, TASKS[task_name])
         config = typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
@@ -54,11 +60,13 @@ def load_config(composed: DictConfig) -> Config:
     return config
 
 
-def _missing(keys: list[str]) -> str:
-    """All of them at once: a user who is told one a time starts as often."""
-    first, *others = [f"{'+' * key.startswith(tuple(OWN_ENTRIES))}{key}=VALUE" for key in keys]
-    more = f"; nor has {', '.join(keys[1:])}: {' '.join(others)}" if others else ""
-    return f"{keys[0]} has no value; set it on the command line: {first}{more}"
+def no_value(keys: Mapping[str, str]) -> str:
+    """What is said of keys that need a value, by what that is called.  All of them at once: a user who is told one a
+    time starts as often.
+    """
+    first, *others = [f"{'+' * key.startswith(tuple(OWN_ENTRIES))}{key}={value}" for key, value in keys.items()]
+    more = f"; nor has {', '.join(list(keys)[1:])}: {' '.join(others)}" if others else ""
+    return f"{next(iter(keys))} has no value; set it on the command line: {first}{more}"
 
 
 def _expand_homes(merged: DictConfig, task: type[TaskConfig]) -> None:

@@ -16,10 +16,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, OutageError
 from swinv2_train.distributed import slurm
 from swinv2_train.distributed.collectives import World, _active, gather_objects
 from swinv2_train.runtime.seeds_and_threads import core_numbers, core_quota
+
+_KINDS: dict[str, type[ConfigError]] = {"away": OutageError, "wrong": ConfigError}
+"""What goes before the text by which a rank tells the others why none of them can start: the kind of its error."""
+_ANSWER = datetime.timedelta(seconds=10)
 
 
 def init_distributed(timeout_sec: int) -> World:
@@ -29,7 +33,7 @@ def init_distributed(timeout_sec: int) -> World:
     Uses NCCL with an accelerator, gloo without.  Also writes RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE to the
     environment, where DeepSpeed looks for them.  It takes LOCAL_RANK for the number of this process' accelerator, so
     on CUDA that is what LOCAL_RANK becomes: 0 where a task of SLURM sees its own accelerator alone.
-    Raises ConfigError when the announced ranks make no sense.
+    Raises ConfigError when the announced ranks make no sense, OutageError when some did not come or were not reached.
     """
     environment = _announced_ranks()
     rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
@@ -171,7 +175,8 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
         address = socket.gethostbyname(host)
         store = TCPStore(address, port, world_size, is_master=is_master, timeout=timeout, wait_for_workers=False)
     except socket.gaierror as error:
-        raise ConfigError(
+        kind = OutageError if error.errno == socket.EAI_AGAIN else ConfigError  # the name server did not answer
+        raise kind(
             f"MASTER_ADDR ({host}) has no address on {socket.gethostname()}: {error.strerror}; "
             "set MASTER_ADDR to an address of rank 0's host that every rank can reach"
         ) from error
@@ -181,7 +186,7 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
                 f"rank 0 cannot listen on MASTER_PORT ({port}): {str(error).splitlines()[0]}; "
                 "another program has it: set MASTER_PORT to a free port"
             ) from error
-        raise ConfigError(
+        raise OutageError(
             f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at MASTER_ADDR ({host}), MASTER_PORT ({port}): "
             f"{str(error).splitlines()[0]}; is rank 0 running there, and no firewall between?"
         ) from error
@@ -192,33 +197,54 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
 
 
 def _rendezvous(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
-    """ConfigError on every rank that can be reached, unless each of 0 .. world_size - 1 comes once and says the same.
+    """The same error on every rank that can be reached, unless each of 0 .. world_size - 1 comes once and says the
+    same: an OutageError where some did not come, else a ConfigError.
 
     Collectives among ranks of different numbers would wait until the time is up, and not say for whom.
     """
     host = socket.gethostname()
     come = "start all ranks of a run, and of this run alone, with one torchrun or srun"
-    if store.add(f"arrived_{rank}", 1) > 1:
-        text = f"two processes call themselves RANK {rank}, one of them on {host}; {come}"
-        store.set("verdict", text)
-        raise ConfigError(text)
-    store.set(f"rank_{rank}", f"{world_size} on {host}")
-    if rank == 0:
-        store.set("verdict", _rendezvous_error(store, world_size, host, timeout, come))
-    else:
-        store.wait(["verdict"], timeout + datetime.timedelta(seconds=10))
-    if text := store.get("verdict").decode():
-        raise ConfigError(text)
+    try:
+        if store.add(f"arrived_{rank}", 1) > 1:
+            text = f"two processes call themselves RANK {rank}, one of them on {host}; {come}"
+            store.set("verdict", f"wrong: {text}")
+            raise ConfigError(text)
+        store.set(f"rank_{rank}", f"{world_size} on {host}")
+        if rank == 0:
+            verdict = _verdict(store, world_size, host, timeout, come)
+            store.set("verdict", verdict)
+            if verdict:
+                _let_others_hear(store, world_size)
+        else:
+            store.wait(["verdict"], timeout + _ANSWER)
+            verdict = store.get("verdict").decode()
+            store.set(f"heard_{rank}", "")
+    except dist.DistError as error:
+        raise OutageError(
+            f"rank {rank} on {host} lost the store of rank 0's host while the ranks met: {str(error).splitlines()[0]}; "
+            "what was said there?"
+        ) from error
+    if verdict:
+        kind, _, text = verdict.partition(": ")
+        raise _KINDS[kind](text)
 
 
-def _rendezvous_error(store: Store, world_size: int, host: str, timeout: datetime.timedelta, remedy: str) -> str:
-    """What rank 0 finds wrong with those who came, or nothing."""
+def _verdict(store: Store, world_size: int, host: str, timeout: datetime.timedelta, remedy: str) -> str:
+    """What rank 0 finds wrong with those who came, behind what kind of error it is; or nothing."""
     ranks = [f"rank_{rank}" for rank in range(world_size)]
     try:
         store.wait(ranks, timeout)
     except dist.DistStoreError:
         absent = ", ".join(str(rank) for rank, name in enumerate(ranks) if not store.check([name]))
-        return f"of {world_size} ranks these did not come within {timeout.total_seconds():.0f} s: {absent}; {remedy}"
+        waited_sec = timeout.total_seconds()
+        return f"away: of {world_size} ranks these did not come within {waited_sec:.0f} s: {absent}; {remedy}"
     said = [store.get(name).decode() for name in ranks]
     others = [f"rank {rank} has {text}" for rank, text in enumerate(said) if text.split()[0] != str(world_size)]
-    return f"rank 0 has WORLD_SIZE {world_size} on {host}, {', '.join(others)}; {remedy}" if others else ""
+    return f"wrong: rank 0 has WORLD_SIZE {world_size} on {host}, {', '.join(others)}; {remedy}" if others else ""
+
+
+def _let_others_hear(store: Store, world_size: int) -> None:
+    """Rank 0's end may be the store's; the ranks that came are to know first why."""
+    came = [rank for rank in range(1, world_size) if store.check([f"rank_{rank}"])]
+    with contextlib.suppress(dist.DistError):
+        store.wait([f"heard_{rank}" for rank in came], _ANSWER)

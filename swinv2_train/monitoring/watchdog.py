@@ -45,7 +45,7 @@ from swinv2_train.monitoring.signs import (
 )
 from swinv2_train.storage.atomic import replace_text
 
-_HEARTBEAT_SEC = 10.0
+HEARTBEAT_SEC = 10.0
 _REPORT_SEC = 20.0
 """How long a hanging run may take to write where it hangs; its disk may be what it hangs on."""
 _STATES = {EXIT_DONE: "done", EXIT_STOPPED: "stopped"}
@@ -90,7 +90,7 @@ class Heartbeat:
         self.activity, self.run_dir, self.rank, self.world_size = activity, run_dir, rank, world_size
         self.hang_timeout_sec, self.console = config.hang_timeout_sec, console
         self._patience_sec = max(config.hang_timeout_sec or 0, config.process_group_timeout_sec)
-        self.every_sec = min(_HEARTBEAT_SEC, (config.hang_timeout_sec or math.inf) / 4)
+        self.every_sec = min(HEARTBEAT_SEC, (config.hang_timeout_sec or math.inf) / 4)
         self._started_at = time.time()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -111,8 +111,11 @@ class Heartbeat:
             thread.start()
         return self
 
-    def close(self, exit_code: int, reason: str | None = None) -> None:
-        """Write how the run ended and stop; a second call does nothing."""
+    def close(self, exit_code: int, reason: str | None = None, outage: bool = False) -> None:
+        """Write how the run ended and stop; a second call does nothing.
+
+        outage: no input is wrong and no code, so that the same command may succeed; launch files start it again.
+        """
         if self._closed.is_set():
             return
         self._closed.set()
@@ -120,7 +123,7 @@ class Heartbeat:
         faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:
             thread.join(_REPORT_SEC)
-        self._write(_STATES.get(exit_code, "failed"), reason)
+        self._write(_STATES.get(exit_code, "failed"), reason, outage)
 
     def _beat(self) -> None:
         """The thread that writes."""
@@ -133,7 +136,7 @@ class Heartbeat:
             if news.wait(self.every_sec):
                 self._closed.wait(min(1.0, self.every_sec))  # not more often than that
 
-    def _write(self, state: str, reason: str | None) -> None:
+    def _write(self, state: str, reason: str | None, outage: bool = False) -> None:
         """This rank's sign of life and, on rank 0, the run's status.  A disk that fails is no reason to stop."""
         activity = self.activity
         mine = {
@@ -145,7 +148,7 @@ class Heartbeat:
         try:
             rank_file(self.run_dir, self.rank).write_text(json.dumps(mine) + "\n")
             if self.rank == 0:
-                self._write_status(mine)
+                self._write_status({**mine, "outage": outage})
         except OSError as error:
             print(f"no sign of life could be written: {error}", file=sys.stderr)
 

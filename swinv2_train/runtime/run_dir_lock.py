@@ -63,6 +63,11 @@ class RunDirLock:
             raise
         return True
 
+    @property
+    def held(self) -> bool:
+        """Whether this process keeps others out."""
+        return self._descriptor is not None
+
     def release(self) -> None:
         """Let another run in."""
         self._released.set()

@@ -8,11 +8,13 @@ import socket
 
 import pytest
 
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, OutageError
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, exit_code_of
 from swinv2_train.distributed import collectives, init_distributed, same_start
 from swinv2_train.distributed.same_start import check_agreement
 from tests.support.configs import make_config
 from tests.support.harness import run_distributed
+from tests.support.processes import forked_code
 
 
 def found(world, change):
@@ -74,29 +76,71 @@ def test_half_an_environment_is_not_one_process(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sizes", "said"),
+    ("sizes", "said", "code"),
     [
-        ((0, 1), (2, 4), "rank 0 has WORLD_SIZE 2 on .*, rank 1 has 4 on"),
-        ((0, 0), (2, 2), "two processes call themselves RANK 0|cannot listen on MASTER_PORT"),
-        ((0, 1), (3, 3), "of 3 ranks these did not come within 2 s: 2;"),
+        ((2, 4), "rank 0 has WORLD_SIZE 2 on .*, rank 1 has 4 on", EXIT_USER_ERROR),
+        ((3, 3), "of 3 ranks these did not come within 2 s: 2;", EXIT_FAILED),
     ],
 )
-def test_ranks_of_wrong_numbers_are_named(ranks, sizes, said):
-    """On at least one rank; a doubled rank 0 finds its port taken."""
+def test_all_ranks_end_alike_when_they_cannot_meet(sizes, said, code):
+    """A rank that is not there is no wrong input: the next start may find it.  Every rank is told before rank 0, and
+    with it the store, is gone."""
+    messages = run_distributed(lambda world: join(world.rank, sizes[world.rank]), 2, init=False, timeout_sec=60)
+    assert messages[0] == messages[1] and messages[0][0] == code and re.search(said, messages[0][1]), messages
 
-    def join(world):
-        os.environ |= {"RANK": str(ranks[world.rank]), "WORLD_SIZE": str(sizes[world.rank])}
-        try:
-            init_distributed(2)
-        except ConfigError as error:
-            return str(error)
-        except RuntimeError as error:  # rank 0 may be gone by then, and its store with it
-            return f"{type(error).__name__}"
-        return None
 
-    messages = run_distributed(join, 2, init=False, timeout_sec=60)
-    assert any(message and re.search(said, message) for message in messages), messages
-    assert None not in messages or ranks == (0, 0)
+def test_a_doubled_rank_is_named():
+    """On at least one rank: the second rank 0 finds its port taken, by the first or by its store."""
+    messages = run_distributed(lambda _: join(0, 2), 2, init=False, timeout_sec=60)
+    said = "two processes call themselves RANK 0|cannot listen on MASTER_PORT"
+    assert any(code == EXIT_USER_ERROR and re.search(said, text) for code, text in messages), messages
+
+
+def join(rank: int, world_size: int) -> tuple[int, str]:
+    """What init_distributed ends with: an exit code and its words."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    try:
+        init_distributed(2)
+    except ConfigError as error:
+        return exit_code_of(error), str(error)
+    return EXIT_DONE, ""
+
+
+def test_a_rank_whose_store_dies_says_so(monkeypatch):
+    """Rank 0's process is killed while the others wait for its word: an outage, and no traceback of torch's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"""
+import datetime, os
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", {port}, 2, is_master=True, wait_for_workers=False)
+store.wait(["attempt_0/rank_1"], datetime.timedelta(seconds=30))
+os._exit(9)
+"""
+    killed = forked_code(code)
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OutageError, match=r"rank 1 on .* lost the store of rank 0's host while the ranks met"):
+        init_distributed(20)
+    assert killed.wait(10) == 9
+
+
+@pytest.mark.parametrize(("errno", "kind"), [(socket.EAI_AGAIN, OutageError), (socket.EAI_NONAME, ConfigError)])
+def test_a_name_server_that_does_not_answer_is_an_outage(errno, kind, monkeypatch):
+    """A name that nobody has is wrong input; one that nobody tells now may be told to the next start."""
+
+    def lookup(name):
+        raise socket.gaierror(errno, "no answer")
+
+    monkeypatch.setattr(socket, "gethostbyname", lookup)
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (variables | {"MASTER_ADDR": "node1", "MASTER_PORT": "10007"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR \(node1\) has no address on .*: no answer") as raised:
+        init_distributed(2)
+    assert type(raised.value) is kind
 
 
 def test_an_address_where_nobody_answers_is_named(monkeypatch):
@@ -106,7 +150,7 @@ def test_an_address_where_nobody_answers_is_named(monkeypatch):
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=rf"rank 1 on .* cannot reach rank 0 at MASTER_ADDR \(127.0.0.1\).*{port}"):
+    with pytest.raises(OutageError, match=rf"rank 1 on .* cannot reach rank 0 at MASTER_ADDR \(127.0.0.1\).*{port}"):
         init_distributed(2)
     monkeypatch.setenv("MASTER_PORT", "port")
     with pytest.raises(ConfigError, match=r"MASTER_PORT \(port\) must be a port's number"):

@@ -67,7 +67,7 @@ def test_lost_packets_and_a_cut_of_ten_seconds_change_nothing(hosts, shards, tmp
 
 
 def test_a_network_that_stays_away_ends_the_run_cleanly_and_it_resumes(hosts, shards, tmp_path):
-    """Both hosts end by themselves after process_group_timeout_sec and name it; the same command goes on later."""
+    """Both hosts end by themselves after process_group_timeout_sec and name it; the run goes on, here on one host."""
     run = (*PRETRAIN, *shards, f"run_dir={tmp_path / 'run'}", "runtime.process_group_timeout_sec=10")
     both = torchrun(hosts, 29512, *run, "train.max_steps=100000")
     wait_for_step(tmp_path / "run", 6, both[0])
@@ -75,10 +75,8 @@ def test_a_network_that_stays_away_ends_the_run_cleanly_and_it_resumes(hosts, sh
     outputs = [finish(process, timeout_sec=120) for process in both]
     assert all(code != 0 for code, _ in outputs)
     assert any("failed" in output for _, output in outputs), outputs
-    hosts.cut.clear()
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None
     steps = int(newest.name.removeprefix("step_")) + 2
-    again = [finish(process) for process in torchrun(hosts, 29513, *run, f"train.max_steps={steps}")]
-    assert [code for code, _ in again] == [0, 0], again
-    assert f"resuming from {newest}" in again[0][1]
+    code, output = finish(start(*run, f"train.max_steps={steps}"))
+    assert code == 0 and f"resuming from {newest}" in output, output

@@ -83,7 +83,7 @@ def test_a_run_under_zero_3_measures_what_the_evaluate_command_does_and_trains_a
         "engine.max_reuse_distance=0",
     )  # fmt: skip
     common = (
-        *settings, *(value for value in SMALL if not value.startswith("engine")), *zero, "train.max_steps=5",
+        *settings, *(value for value in SMALL if not value.startswith("engine")), *zero, "train.max_steps=3",
         f"data.shards={shards[0]}", f"data.eval_shards={shards[1]}",
     )  # fmt: skip
     runs = {"plain": (), "probed": (PROBES, "probe.every_steps=2", "probe.before_first_step=true")}
@@ -94,10 +94,10 @@ def test_a_run_under_zero_3_measures_what_the_evaluate_command_does_and_trains_a
     plain, probed = (read_metrics(tmp_path / name) for name in runs)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert [line.get(name) for line in plain] == [line.get(name) for line in probed if line["step"]], name
-    assert [line["step"] for line in probed if set(NAMES) <= line.keys()] == [0, 2, 4, 5]
+    assert [line["step"] for line in probed if set(NAMES) <= line.keys()] == [0, 2, 3]
     assert probed[0]["images_seen"] == 0 and set(probed[0]) == {"step", "images_seen", *NAMES}
     page = (tmp_path / "probed" / "report.html").read_text()
-    assert "<th>before the first step</th><th>after step 5</th>" in page
+    assert "<th>before the first step</th><th>after step 3</th>" in page
     assert f"<td>{probed[0][NAMES[0]]:.2f} %</td><td>{probed[-1][NAMES[0]]:.2f} %</td>" in page
     assert "before the first step" not in (tmp_path / "plain" / "report.html").read_text()
     last = {name: probed[-1][name] for name in NAMES}

@@ -25,26 +25,26 @@ WHAT = ("blocks", "stages:2", "attention", "every:3")
 WHERE = ("stay", "cpu", "fairscale", "partitioned")
 
 
-def steps(world, stage, precision, policy, sequential_stages=(), compile="none"):
-    """[mean loss, gradient norm] of 3 steps, and the weights that they end with (on rank 0)."""
+def steps(world, stage, precision, policy, sequential_stages=(), compile="none", depths=(2, 2)):
+    """[mean loss, gradient norm] of 2 steps, and the weights that they end with (on rank 0)."""
     config = toy_config(stage=stage, precision=precision)
     config.optim.no_decay = ["1d", ".bias", "cpb_mlp", "logit_scale", "mask_token"]
     config.model.recompute, config.model.compile = policy, compile
     torch.manual_seed(0)
     encoder = swin_v2(
-        "demo", img_size=32, window_size=4, num_classes=0, embed_dim=16, depths=(2, 2), num_heads=(1, 2),
-        pretrained_window_sizes=(0, 0), drop_path_rate=0.5, extra_norm_period=2,
+        "demo", img_size=32, window_size=4, num_classes=0, embed_dim=16, depths=depths, num_heads=(1, 2)[: len(depths)],
+        pretrained_window_sizes=(0, 0)[: len(depths)], drop_path_rate=0.5, extra_norm_period=2,
         sequential_stages=sequential_stages, attention_chunk_windows=3,
     )  # fmt: skip
     with torch.no_grad():  # every block starts as the identity, whose attention has a gradient of 0
         for name, parameter in encoder.named_parameters():
             if "norm1" in name or "norm2" in name:
                 parameter.add_(0.5)
-    module = SimMIM(encoder, 8)
+    module = SimMIM(encoder, 4 * 2 ** (len(depths) - 1))
     engine = build_engine(module, build_param_groups(module, config.optim), config, world, 1, (SwinBlock,))
     torch.manual_seed(world.rank)
     history = []
-    for _ in range(3):
+    for _ in range(2):
         images, mask = torch.randn(4, 3, 32, 32), torch.rand(4, 8, 8) < 0.6
         loss = engine.forward(images=images, mask=mask)["loss"]
         engine.backward(loss)
@@ -60,7 +60,7 @@ def same_as_none(stage, precision, policies, sequential_stages=()):
         return [steps(world, stage, precision, policy, sequential_stages) for policy in ("none", *policies)]
 
     expected, *others = run_distributed(run, 2, timeout_sec=300)[0]
-    assert expected[0][0][0] != expected[0][2][0]
+    assert expected[0][0][0] != expected[0][1][0]
     for policy, (history, weights) in zip(policies, others, strict=True):
         assert history == expected[0], policy
         assert all(torch.equal(weights[name], value) for name, value in expected[1].items()), policy
@@ -68,7 +68,7 @@ def same_as_none(stage, precision, policies, sequential_stages=()):
 
 @pytest.mark.slow
 def test_no_policy_changes_a_bit_under_zero_3():
-    """Losses, norms and weights after 3 steps, with drop path, all parameters released between uses (thresholds 0)."""
+    """Losses, norms and weights after 2 steps, with drop path, all parameters released between uses (thresholds 0)."""
     same_as_none(3, "fp32", [f"{what}@{where}" for what in WHAT for where in WHERE])
 
 
@@ -188,18 +188,19 @@ def test_recomputation_changes_no_bit_and_no_name_in_the_local_engine(policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "blocks"])
 def test_compiled_blocks_train_as_plain_ones_under_every_stage(policy):
-    """Losses, norms and weights of 3 steps are the same to the bit: aot_eager runs the graphs operation by operation.
+    """Losses, norms and weights of 2 steps are the same to the bit: aot_eager runs the graphs operation by operation.
 
-    Under ZeRO-3 with recomputation too, where the hooks that gather weights run between graphs.
+    Under ZeRO-3 with recomputation too, where the hooks that gather weights run between graphs.  One stage of the
+    model: compiling takes the time, and the second one's blocks are compiled the same way.
     """
 
     def run(world):
         results = {}
         for stage in (0, 1, 2, 3):
-            plain = steps(world, stage, "fp32", policy)
+            plain = steps(world, stage, "fp32", policy, depths=(2,))
             engines.compile_blocks = functools.partial(compile_blocks, backend="aot_eager")
             try:
-                compiled = steps(world, stage, "fp32", policy, compile="blocks")
+                compiled = steps(world, stage, "fp32", policy, compile="blocks", depths=(2,))
             finally:
                 engines.compile_blocks = compile_blocks
             results[stage] = plain, compiled

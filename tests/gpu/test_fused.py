@@ -139,7 +139,7 @@ def test_output_and_gradients_equal_float64(seed):
         ((1, 7), (1, 4), True, 1, 16),
         ((2, 64), (2, 64), False, 1, 16),  # and here it is wider than the blocks of queries
         ((13, 12), (12, 12), True, 1, 32),
-        ((9, 64), (9, 64), False, 1, 16),
+        ((5, 64), (5, 64), False, 1, 16),
         ((20, 16), (16, 16), True, 1, 32),
         ((24, 24), (24, 24), False, 1, 16),
     ],
@@ -504,7 +504,7 @@ def test_a_kernel_that_fails_while_it_serves_leaves_no_gradient_to_step_with(whi
     for module in modules:
         if hasattr(module, which):
             setattr(module, which, Broken())
-    grid = window_grid((10, 9), (9, 8), shifted=True)
+    grid = window_grid((7, 6), (7, 6), shifted=False)  # two tiles: each kernel has its launch
     qkv, scale, table, grad = inputs(grid, 1, 16)
     leaves = [each.to(DEVICE).requires_grad_() for each in (qkv, scale, table)]
     good = dispatch.fused_window_attention(*leaves, grid, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from swinv2_train.models import SwinTransformerV2
@@ -54,6 +55,9 @@ CASES = {
     "shorter side: 8x24, 4x12": {"img_size": (16, 48), "window_size": 8, "clamp_to_shorter_side": True},
     "shorter side: 20x12, 10x6": {"img_size": (40, 24), "window_size": 8, "clamp_to_shorter_side": True},
 }  # fmt: skip
+
+QUICK_AND_SLOW = [pytest.param(case, marks=pytest.mark.slow) if "40x36" in case else case for case in CASES]
+"""CASES for parametrize: the map of 1440 tokens takes seconds."""
 
 
 def settings_of(case: str) -> dict:

@@ -12,6 +12,9 @@ import numpy as np
 from swinv2_train.data.shards.tar_writer import write_shards
 from tests.support.images import encoded, image_bytes
 
+ODD_NAME = "a =(~&ü'\\ %$x\n\"z'"
+"""A folder's name with what shells, Hydra's grammar and formats of names take apart."""
+
 
 def samples(count: int, labels: bool = True) -> list[tuple[str, bytes, str, int | None]]:
     """What write_shards takes: keys s0000, s0001, ..., labels 0 to 4."""

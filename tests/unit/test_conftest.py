@@ -1,4 +1,4 @@
-"""What the tests do with the cards of a machine."""
+"""What the tests do with the cards of a machine, and their order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from tests import conftest
 
 ROOT = Path(__file__).parents[2]
+ORDER = [("engine", None), ("fuzz", None), ("launch_1", "slurm"), ("launch_2", "slurm"), ("weights", None)]
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,10 @@ def test_only_a_call_of_the_gpu_tests_alone_sees_cards(arguments, card, hidden, 
     config = SimpleNamespace(args=arguments, invocation_params=SimpleNamespace(dir=ROOT))
     conftest.pytest_configure(config)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "as it was")
+
+
+def test_what_waits_for_other_programs_goes_first_and_nothing_else_moves():
+    """Left to the end, tests/slurm would be five minutes in which a machine has nothing else to do."""
+    marked = [SimpleNamespace(name=name, get_closest_marker={"slurm": mark}.get) for name, mark in ORDER]
+    conftest.pytest_collection_modifyitems(marked)
+    assert [item.name for item in marked] == ["launch_1", "launch_2", "engine", "fuzz", "weights"]

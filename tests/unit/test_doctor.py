@@ -22,7 +22,6 @@ def ended(capsys) -> tuple[int, str]:
 @pytest.fixture(autouse=True)
 def no_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["swinv2-doctor"])
-    monkeypatch.setattr(doctor, "hold_standard_streams", lambda: None)  # pytest holds them
 
 
 @pytest.mark.parametrize("driver", [True, False])

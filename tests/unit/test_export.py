@@ -114,9 +114,21 @@ def test_other_peoples_weights_are_converted_without_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["format=timm", "out=x.pth"], "run_dir has no value; name the directory of a run: run_dir=DIR"),
-        (["weights=w", "out=x.pth"], r"format has no value; add format=microsoft\|timm\|huggingface"),
-        (["weights=w", "format=timm"], "out has no value; add out=PATH"),
+        (["format=timm", "out=x.pth"], "run_dir has no value; set it on the command line: run_dir=DIR$"),
+        (
+            ["ema=true"],
+            r"run_dir has .* run_dir=DIR; nor has format, out: format=micro.*face out=PATH$",
+        ),
+        (["weights=w"], r"format has .*; nor has out: out=PATH$"),
+        (
+            ["weights=w", "model.embed_dim=???"],
+            r"model.embed_dim has .*; nor has format, out: format=m.* out=PATH$",
+        ),
+        (
+            ["weights=w", "out=x.pth"],
+            r"format has no value; set it on the command line: format=microsoft\|timm\|hugg",
+        ),
+        (["weights=w", "format=timm"], "out has no value; set it on the command line: out=PATH"),
         (["weights=w", "format=keras", "out=x"], r"format \(keras\) is not written; choose one of microsoft, timm"),
         (["weights=w", "checkpoint=c", "format=timm", "out=x"], "weights and checkpoint are both given"),
         (["run_dir=r", "weights_format=timm", "format=timm", "out=x"], "weights_format is of weights=PATH"),
@@ -130,7 +142,7 @@ def test_wrong_input_is_one_message_and_writes_nothing(arguments, message, tmp_p
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "exists.pth")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    model = () if any(argument.startswith("run_dir") for argument in arguments) else (*CLASSIFY, *MODEL)
+    model = () if any(argument.startswith(("run_dir", "ema")) for argument in arguments) else (*CLASSIFY, *MODEL)
     filled = [argument.format(exists=tmp_path / "exists.pth") for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["export", *last_of_each([*model, *filled])])
     with pytest.raises(SystemExit) as stopped:

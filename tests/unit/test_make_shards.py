@@ -223,3 +223,19 @@ def test_files_that_cannot_be_read_or_written_are_one_message(tmp_path, capsys):
     assert make_shards.run([str(source), str(tmp_path / "out" / "train")]) == 2
     assert make_shards.run([str(source), str(tmp_path / "images" / "gone.jpg" / "x")]) == 2
     assert capsys.readouterr().err.count("make_shards: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "SOURCE and OUT missing"),
+        (["images"], "OUT missing"),
+        (["--verify"], "SOURCE missing"),
+        (["--reindex"], "S"),
+    ],
+)
+def test_what_is_missing_is_named_at_once(words, said, capsys):
+    """One start says all."""
+    with pytest.raises(SystemExit) as left:
+        make_shards.run(words)
+    assert left.value.code == 2 and f"error: {said}" in capsys.readouterr().err

@@ -183,6 +183,22 @@ def test_a_mixture_has_each_source_by_its_weight(tmp_path):
         np.testing.assert_allclose([band.mean, band.std], [mean, np.sqrt(square)], rtol=RTOL)
 
 
+def test_images_that_change_between_two_looks_are_noticed(tmp_path, monkeypatch):
+    """A share of one look and sums of another would be numbers of nothing."""
+    images = arrays("float32", 2)
+    where = write_npy(tmp_path / "npy", images)
+    looks = stats.wanted_of
+
+    def meanwhile(first, scale):
+        images[0][0, 0, 1] = np.nan
+        write_npy(tmp_path / "npy", images)
+        return looks(first, scale)
+
+    monkeypatch.setattr(stats, "wanted_of", meanwhile)
+    with pytest.raises(ConfigError, match="were others when they were read again"):
+        measured(where, "data.nodata=[nan]", "model.in_chans=2")
+
+
 def test_numbers_add_up_in_any_order_and_places_are_those_of_the_values():
     values = np.array([1e-320, 1e300, -1e300, 0.1, -3.5, 2**-1074])
     assert quotient(sum(map(exact, values.tolist())), 1) == quotient(sum(map(exact, values[::-1].tolist())), 1) == -3.4
@@ -234,6 +250,7 @@ def test_secrets_of_an_address_are_not_written(tmp_path):
         ([], "data.shards has no value"),
         (["data.shards=x", "model.in_chans=0"], "model.in_chans"),
         (["data.shards=x", "data.bands=[0,1]", "model.in_chans=3"], "set model.in_chans=2"),
+        (["data=nowhere.yaml"], "data=nowhere.yaml: there is no such file; name another, or one of cifar10, folder"),
     ],
 )
 def test_wrong_input_is_told_before_an_image_is_read(arguments, message):

@@ -18,7 +18,7 @@ import torch
 
 from swinv2_train import evaluate, train
 from swinv2_train.checkpoint import newest_checkpoint
-from swinv2_train.config import ConfigError, MachineError
+from swinv2_train.config import ConfigError, MachineError, OutageError
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.load import config_yaml
@@ -244,6 +244,8 @@ def test_best_checkpoint_by_the_configured_score_stays(settings, tmp_path):
         (False, EXIT_STOPPED, 0, True),
         (RuntimeError("a bug"), EXIT_FAILED, 1, True),
         (ConfigError("the user's"), EXIT_USER_ERROR, 2, False),
+        (OutageError("the server's"), EXIT_FAILED, 1, True),
+        (MachineError("this rank's"), EXIT_FAILED, 1, True),
     ],
 )
 def test_however_a_run_ends_its_log_is_closed_and_its_exit_code_says_how(
@@ -269,6 +271,8 @@ def test_however_a_run_ends_its_log_is_closed_and_its_exit_code_says_how(
 
     assert run_alone(settings("train.max_steps=2"), around) == (code, [closed_with])
     assert (tmp_path / "run" / "report.html").exists() is report
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["outage"] is isinstance(outcome, MachineError)  # train.sbatch starts it again
 
 
 def test_refused_start_leaves_no_configuration_behind(settings, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 from pathlib import Path
 
 from swinv2_train.config import PIPE, is_pipe
@@ -18,6 +19,8 @@ def expand_pattern(
     pattern: str, key: str = "data.shards", complete: bool = True, retry_policy: RetryPolicy = ONCE
 ) -> list[str]:
     """Paths of a pattern: ``{00..11}`` and ``{a,b}`` braces, ``* ? [..]`` wildcards (sorted), parts joined by ``::``.
+
+    A name of a file is that file, whatever it holds of these but braces; ``\\{`` is a brace.
 
     A part may be an address that fsspec knows (https://, s3://, ...); there wildcards need a file system that can list
     (asked as retry_policy says), and whether the named shards exist is found out by who opens them.  Raises ShardError
@@ -77,10 +80,11 @@ def _candidates(part: str, key: str) -> list[str]:
 
 
 def _braces(part: str, key: str) -> list[str]:
+    """A backslash guards a brace or a comma; before anything else it is one, as it is in names and commands."""
     from braceexpand import braceexpand
 
     try:
-        return list(braceexpand(part))
+        return list(braceexpand(re.sub(r"\\(?![{},])", r"\\\\", part)))
     except ValueError as error:  # a brace without its partner
         raise ShardError(f"{key} '{part}': {error}; a range is written {{00..11}}") from error
 
@@ -92,8 +96,9 @@ def _local(candidate: str, key: str, complete: bool) -> list[str]:
             f"{key} '{candidate}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')} (a folder of "
             "images or a saved data set stands alone: it is not joined to others by :: or braces)"
         )
-    if not glob.has_magic(candidate):
-        if not os.path.isfile(candidate):
+    literal = os.path.isfile(candidate)  # brackets in its name are no wildcard then
+    if literal or not glob.has_magic(candidate):
+        if not literal:
             raise ShardError(f"{key} names '{candidate}', which does not exist; {remedy}")
         return [candidate]
     found = sorted(path for path in glob.glob(candidate, recursive=True) if os.path.isfile(path))

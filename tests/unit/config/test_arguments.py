@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import configparser
+import importlib
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
+import swinv2_train
 from swinv2_train import evaluate, export, plan
 from swinv2_train.config import ConfigError
 from swinv2_train.config.arguments import check_once, last_of_each, prepared
-from swinv2_train.config.command_line import compose_argv, compose_overrides, compose_source, run_command
+from swinv2_train.config.command_line import compose_argv, compose_overrides, compose_source
 from swinv2_train.config.keys import all_keys
 from swinv2_train.config.load import config_yaml
 
@@ -167,11 +171,24 @@ def test_a_message_has_the_hint_that_helps(words, said, monkeypatch):
         assert "multirun" not in str(refused.value) and "hydra.cc" not in str(refused.value)
 
 
-def test_the_version_is_ours(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train", "--version"])
-    with pytest.raises(SystemExit) as left:
-        run_command(lambda config: pytest.fail("nothing runs"))
-    assert left.value.code == 0 and re.fullmatch(r"swinv2_train \S+\n", capsys.readouterr().out)
+def console_scripts() -> dict[str, str]:
+    """What setup.cfg installs: names of commands, and module:function of each."""
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[3] / "setup.cfg")
+    lines = setup["options.entry_points"]["console_scripts"].split("\n")
+    return {name.strip(): target.strip() for name, _, target in (line.partition("=") for line in lines) if target}
+
+
+@pytest.mark.parametrize("name", console_scripts())
+def test_the_version_is_ours(name, monkeypatch, capsys):
+    """Of every command, whatever else is given, and without doing anything."""
+    module, _, function = console_scripts()[name].partition(":")
+    main = getattr(importlib.import_module(module), function)
+    for words in (["--version"], ["run_dir=x", "--version"]):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 0 and capsys.readouterr().out == f"swinv2_train {swinv2_train.__version__}\n"
 
 
 @pytest.mark.parametrize("word", ["--local_rank=1", "--local-rank=0"])

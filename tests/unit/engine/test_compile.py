@@ -41,8 +41,8 @@ def test_auto_without_a_compiler_says_what_is_missing(monkeypatch):
     assert str(compile_choice(config, "cuda")) == "none (auto: the package triton is missing)"
 
 
-def models(backend, **changes):
-    """A plain model and a compiled one of the same weights."""
+def models(backend, blocks=slice(None), **changes):
+    """A plain model and one of the same weights whose blocks, or some of them, are compiled."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
@@ -52,7 +52,8 @@ def models(backend, **changes):
     for parameter in plain.parameters():  # blocks start as the identity
         torch.nn.init.normal_(parameter, std=0.2)
     compiled = copy.deepcopy(plain)
-    compile_blocks(compiled, (SwinBlock,), backend)
+    for block in [module for module in compiled.modules() if isinstance(module, SwinBlock)][blocks]:
+        compile_blocks(block, (SwinBlock,), backend)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     return plain, compiled
 
@@ -99,8 +100,11 @@ def test_blocks_of_other_rates_share_their_graphs():
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_inductor_gives_the_same(fused, monkeypatch):
-    """The real compiler, with padding: a map of 10 x 10 in windows of 4."""
-    plain, compiled = models("inductor", fused_attention=fused, depths=(2,))
+    """The real compiler, with padding: a map of 10 x 10 in windows of 4.
+
+    Only the second block is compiled, which takes half a minute of CPU: it is shifted and may be dropped.
+    """
+    plain, compiled = models("inductor", slice(1, 2), fused_attention=fused, depths=(2,))
     from torch._inductor.graph import GraphLowering
 
     before, lower, modes = seconds_compiling(), GraphLowering.run, []
@@ -110,10 +114,11 @@ def test_inductor_gives_the_same(fused, monkeypatch):
         return lower(self, *args)
 
     monkeypatch.setattr(GraphLowering, "run", watched)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    graphs_anew = torch._inductor.config.patch(fx_graph_cache=False)  # their kernels' libraries are kept, by source
+    with graphs_anew, torch._functorch.config.patch(enable_autograd_cache=False):
         same(plain, compiled, (40, 40))
     assert seconds_compiling() > before
-    assert len(modes) >= 4 and all(modes), "a kernel was chosen by its time: two starts of a run sum in other orders"
+    assert len(modes) == 2 and all(modes), "a kernel was chosen by its time: two starts of a run sum in other orders"
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from swinv2_train import evaluate
 from swinv2_train.config import Config, ConfigError
+from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.cache_files import is_our_cache
 from swinv2_train.data.shards.cache_room import room_lock
 from swinv2_train.evaluation.saved_places import SCHEMES, confined
@@ -81,3 +83,14 @@ def test_a_folder_is_written_into_where_it_is_a_cache_of_ours(tmp_path):
         assert not is_our_cache(folder)
         assert confined(config, ["data.cache_dir"])[0] == config
     assert os.listdir(tmp_path / "precious") == []
+
+
+def test_the_evaluate_command_takes_a_saved_configuration_so(tmp_path):
+    """Before any file of a checkpoint is looked at."""
+    (tmp_path / "config.yaml").write_text(config_yaml(of_run(eval_shards="smb://evil/x.tar")))
+    with pytest.raises(ConfigError, match="data.eval_shards"):
+        evaluate.parse([f"run_dir={tmp_path}"])
+    config, request = evaluate.parse([f"run_dir={tmp_path}", "data.eval_shards='https://host/x.tar'"])
+    assert config.data.eval_shards == "https://host/x.tar" and request.notes == ()
+    (tmp_path / "config.yaml").write_text(config_yaml(of_run(eval_shards="https://host/x.tar")))
+    assert evaluate.parse([f"run_dir={tmp_path}"])[1].notes[0].startswith("note: asking host for images")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.load import known_keys
+from tests.support.shard_files import ODD_NAME
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "launch").iterdir())
+AS_TASK = 'while [[ "$1" == --* ]]; do shift; done; "$@"'
+"""The command that srun is given, without srun's own options."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -54,7 +59,7 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
         return subprocess.check_output(command, env=environment, text=True).splitlines()
 
     alone = words(NPROC_PER_NODE="8")
-    assert alone[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    assert alone[:5] == ["-m", "swinv2_train.distributed.torchrun", "--standalone", "--nproc-per-node", "8"]
     assert alone[-3:] == ["swinv2_train.train", "data.shards='a b/{0..3}.tar'", "optim.betas=[0.9, 0.95]"]
     several = " ".join(words(NNODES="4", NODE_RANK="3", MASTER_ADDR="node1", MAX_RESTARTS="2"))
     assert "--nnodes 4 --node-rank 3 --master-addr node1 --master-port 29500" in several
@@ -74,7 +79,8 @@ def test_memory_of_a_card_grows_in_place_unless_the_user_says_otherwise(job, tmp
         environment = {"PATH": os.environ["PATH"], "PYTHON": str(python), "NPROC_PER_NODE": "1", **own}
         said = subprocess.check_output([ROOT / "launch" / "torchrun.sh"], env=environment, text=True)
         assert said.strip() == expected
-    job('echo "$PYTORCH_ALLOC_CONF" > seen')
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\necho "$PYTORCH_ALLOC_CONF" > "{tmp_path}/seen"\n')
+    job(AS_TASK)
     assert (tmp_path / "seen").read_text().strip() == "expandable_segments:True"
 
 
@@ -120,20 +126,22 @@ def test_kernels_are_compiled_on_a_disk_of_the_node(tmp_path):
 @pytest.fixture
 def job(tmp_path) -> Callable[..., tuple[bool, int]]:
     """job(TASK, overrides...): train.sbatch itself, with stand-ins for srun and scontrol; requeued?, exit code."""
-    for folder in ("swinv2_train", "conf", "launch", "run", "bin"):
+    for folder in ("swinv2_train", "conf", "run", "bin"):
         (tmp_path / folder).mkdir()
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
 
-    def run(task: str, *overrides: str) -> tuple[bool, int]:
+    def run(task: str, *overrides: str, **variables: str) -> tuple[bool, int]:
         (tmp_path / "bin" / "srun").write_text(f'#!/bin/bash\necho "$@" > started\n({task})\nexit $?\n')
         for program in (tmp_path / "bin").iterdir():
             program.chmod(0o755)
         environment = {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "swinv2",
-            "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "1",
+            "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "1", **variables,
         }  # fmt: skip
         (tmp_path / "requeued").unlink(missing_ok=True)
-        command = [ROOT / "launch" / "train.sbatch", "run_dir=run", *overrides]
+        named = any(override.startswith("run_dir=") for override in overrides)
+        command = [ROOT / "launch" / "train.sbatch", *([] if named else ["run_dir=run"]), *overrides]
         done = subprocess.run(command, cwd=tmp_path, env=environment)
         return (tmp_path / "requeued").exists(), done.returncode
 
@@ -153,6 +161,8 @@ def job(tmp_path) -> Callable[..., tuple[bool, int]]:
         ("mkdir -p run/checkpoints/step_00000007; exit 2", False),
         ("""sleep 0.1; echo '{"state": "stopped"}' > run/status.json; exit 1""", True),
         ("""echo '{"state": "stopped"}' > run/status.json; touch -d '1 hour ago' run/status.json; exit 1""", False),
+        ("""sleep 0.1; echo '{"state": "failed", "outage": true}' > run/status.json; exit 1""", True),
+        ("""sleep 0.1; echo '{"state": "failed", "outage": false}' > run/status.json; exit 1""", False),
     ],
 )
 def test_a_job_goes_on_after_a_stop_and_after_progress_alone(task, goes_on, job):
@@ -172,18 +182,44 @@ def test_a_restart_keeps_its_overrides(job, tmp_path):
     """Also where the file of a sweep has changed meanwhile."""
     job("exit 3", "optim.lr=0.1", "data.shards='a b/{0..3}.tar'")
     job("exit 3", "optim.lr=0.2")
-    assert "optim.lr=0.1 data.shards='a b/{0..3}.tar' run_dir='run'" in (tmp_path / "started").read_text()
+    assert "optim.lr=0.1 data.shards='a b/{0..3}.tar' run_dir=run" in (tmp_path / "started").read_text()
 
 
 def test_every_task_of_srun_compiles_on_its_node(job, tmp_path):
     """The command that srun is given, run as a task would: its caches, and its overrides whole."""
-    (tmp_path / "launch" / "node_caches.sh").write_text((ROOT / "launch" / "node_caches.sh").read_text())
     python = tmp_path / "bin" / "python"
     python.write_text(
         f'#!/bin/sh\necho "$TRITON_CACHE_DIR" > {tmp_path}/told\nfor word; do echo "$word"; done >> {tmp_path}/told\n'
     )
-    task = f'export SLURM_TMPDIR={tmp_path}; while [[ "$1" == --* ]]; do shift; done; exec "$@"'
-    job(task, "data.shards='a b/{0..3}.tar'")
+    job(f"export SLURM_TMPDIR={tmp_path}; {AS_TASK}", "data.shards='a b/{0..3}.tar'")
     cache, *words = (tmp_path / "told").read_text().splitlines()
     assert cache == f"{tmp_path}/swinv2-{os.getuid()}/triton"
-    assert words == ["-m", "swinv2_train.train", "data.shards='a b/{0..3}.tar'", "run_dir='run'"]
+    assert words == ["-m", "swinv2_train.train", "data.shards='a b/{0..3}.tar'", "run_dir=run"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        (ODD_NAME, ODD_NAME), (f"{ODD_NAME}/", ODD_NAME), ("'quoted'", "quoted"), ('"a b"', "a b"),
+        (r"'it\'s'", "it's"), ("it's", "it's"), ("~/x", "HOME/x"), ("-x", "-x"), ("null", "null"), ("'\"'", '"'),
+        ("back\\", "back\\"),
+    ],
+)  # fmt: skip
+def test_the_job_and_the_command_mean_the_same_run_dir(typed, name, job, tmp_path, monkeypatch):
+    """The script keeps the code there and looks for checkpoints there; what it hands on is read as Hydra's grammar."""
+    monkeypatch.setenv("HOME", str(tmp_path / "HOME"))
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done > "{tmp_path}/told"\n')
+    wanted = tmp_path / name
+    saves = f"mkdir -p {shlex.quote(str(wanted))}/checkpoints/step_00000007; exit 1"
+    assert job(f"({AS_TASK}); {saves}", f"run_dir={typed}", "optim.lr=0.1", HOME=str(tmp_path / "HOME")) == (True, 1)
+    assert (wanted / "code" / "7" / "launch" / "train.sbatch").is_file()
+    run_dir = (tmp_path / "told").read_text().split("\0")[-2]
+    monkeypatch.chdir(tmp_path)
+    config = compose_overrides([run_dir, "data.shards=x"])
+    assert Path(config.run_dir).resolve() == wanted.resolve()
+
+
+def test_a_run_dir_with_a_colon_is_refused(job, tmp_path):
+    """PYTHONPATH would be cut there, and the job run whatever package is installed."""
+    assert job("exit 0", "run_dir=a:b") == (False, 2) and not (tmp_path / "a:b").exists()

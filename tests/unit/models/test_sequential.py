@@ -16,7 +16,7 @@ from swinv2_train.models.cosine import window_attention
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
 from swinv2_train.models.windows import WindowGrid, window_grid
 from tests.support.live_bytes import LiveBytes
-from tests.support.model_cases import CASES, gradients_of, relative_error, settings_of
+from tests.support.model_cases import QUICK_AND_SLOW, gradients_of, relative_error, settings_of
 
 FLOAT64_BOUND = 1e-10  # of the largest entry; measured worst 2e-14
 MAPS = ((8, 8), (7, 10), (5, 13), (12, 6), (3, 20))
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda *a: sequential_window_attention(*a, grid, 2, 1), inputs)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_SLOW)
 def test_a_model_with_sequential_stages_equals_one_without(case):
     """Every case of maps and windows, drop path included; maps, the images' gradient and all parameters'."""
     settings = {**settings_of(case), "num_classes": 0, "drop_path_rate": 0.4}

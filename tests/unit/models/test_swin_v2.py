@@ -9,8 +9,8 @@ import torch
 
 from swinv2_train.models import SIZES, SimMIM, SwinTransformerV2, count_parameters, multiply_adds, swin_v2
 from tests.support.model_cases import (
-    CASES,
     FLOAT64_BOUND,
+    QUICK_AND_SLOW,
     gradients_of,
     random_model,
     reference_of,
@@ -19,7 +19,7 @@ from tests.support.model_cases import (
 )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_SLOW)
 @pytest.mark.parametrize("masked", [False, True])
 def test_forward_and_every_gradient_equal_an_independent_float64_implementation(case, masked):
     """The reference shares no code: a wrong shift, mask, padding, clamping, merging or coordinate shows here."""

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from swinv2_train.config import LogConfig
-from swinv2_train.monitoring.console import Progress, counted, duration_text, open_console, ticking
+from swinv2_train.monitoring.console import Progress, counted, duration_text, open_console, ticking, tracked
 from swinv2_train.monitoring.run_log import RunLog, read_metrics
 from swinv2_train.runtime import git_commit
 from tests.support.processes import finished, forked_code
@@ -499,6 +499,14 @@ def test_a_long_pass_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     assert list(counted(range(5), 5, "evaluating: batch", said.append)) == list(range(5))
     assert said == ["evaluating: batch 1 of 5, 0:24 left", "evaluating: batch 3 of 5, 0:08 left"]
+
+
+@pytest.mark.parametrize(("mode", "shown"), [("bar", "counting"), ("auto", ""), ("none", "")])
+def test_a_command_without_a_console_has_a_bar_where_it_is_watched(mode: str, shown: str, capsys) -> None:
+    """pytest's stderr is no terminal, so auto means lines, of which a short pass has none."""
+    assert list(tracked(range(3), 3, "counting", "part", mode, print)) == [0, 1, 2]
+    told = capsys.readouterr()
+    assert told.out == "" and (shown in told.err and "3/3" in told.err if shown else told.err == "")
 
 
 def test_work_of_unknown_length_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import SampleError, ShardError
-from swinv2_train.data.shards.pattern import expand_pattern
+from swinv2_train.data.shards.pattern import expand_commands, expand_pattern
 from swinv2_train.data.shards.tar_index import build_index
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest, reindex, verify_shards
 from swinv2_train.data.shards.tar_writer import write_shards
@@ -517,3 +517,16 @@ def test_what_has_no_checksums_cannot_be_verified(tmp_path):
                 "optim.schedule.warmup_steps=1",
             ]
         )
+
+
+def test_a_backslash_is_one_unless_it_guards_a_brace(tmp_path):
+    """Names and commands may hold them; they were dropped, so that such a file was not found."""
+    folder = tmp_path / "a\\b \\x"
+    folder.mkdir()
+    for name in ("t-0.tar", "t-1.tar", "{0..1}.tar", "[0].tar"):
+        (folder / name).touch()
+    assert expand_pattern(f"{folder}/t-{{0..1}}.tar") == [f"{folder}/t-0.tar", f"{folder}/t-1.tar"]
+    assert expand_pattern(f"{folder}/t-*.tar") == [f"{folder}/t-0.tar", f"{folder}/t-1.tar"]
+    assert expand_pattern(f"{folder}/\\{{0..1\\}}.tar") == [f"{folder}/{{0..1}}.tar"]
+    assert expand_pattern(f"{folder}/[0].tar") == [f"{folder}/[0].tar"]  # it is there by this name
+    assert expand_commands(r"pipe:sed 's/\t/\\/' {a,b}.tar") == [r"sed 's/\t/\\/' a.tar", r"sed 's/\t/\\/' b.tar"]

@@ -1,0 +1,130 @@
+"""What torchrun makes of ranks that fail, alone and as launch/torchrun.sh starts it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from swinv2_train.distributed.torchrun import run_ranks
+from tests.support.processes import finished, forked
+
+
+def start(body: Callable[[], object], folder: Path) -> subprocess.Popen[str]:
+    """torchrun as a fork of this process; its ranks are interpreters of their own."""
+    return forked(body, environment={"TMPDIR": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def ranks(code: str, folder: Path) -> list[str]:
+    """torchrun's arguments for two ranks that run this code."""
+    (folder / "rank.py").write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}")
+    return ["--standalone", "--nproc-per-node", "2", str(folder / "rank.py")]
+
+
+@pytest.fixture
+def ended(tmp_path) -> Callable[[str], tuple[int, str]]:
+    """ended(CODE): exit code and output of run_ranks with two ranks of this code."""
+
+    def end(code: str) -> tuple[int, str]:
+        import tempfile
+
+        (tmp_path / "tmp").mkdir(exist_ok=True)
+
+        def body() -> None:
+            tempfile.tempdir = None
+            raise SystemExit(run_ranks(ranks(code, tmp_path)))
+
+        done = finished(start(body, tmp_path / "tmp"))
+        assert list((tmp_path / "tmp").iterdir()) == [], "left in the temporary folder"
+        return done.returncode, done.stdout
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "said"),
+    [
+        ("", 0, ""),
+        ("print('error: lr is wrong' * (rank == 0)); sys.exit(2)", 2, "error: lr is wrong\n\n"),
+        ("sys.exit(3)", 3, ""),
+        ("if rank: sys.exit(1)\ntime.sleep(20)", 1, ""),
+        ("if rank: os.kill(os.getpid(), 9)\ntime.sleep(20)", 137, "error: rank 1 (process PID) was ended by SIGKILL\n"),
+    ],
+)
+def test_a_failure_is_what_the_ranks_say_and_their_exit_code(code, expected, said, ended):
+    """Not 1 for everything, behind thirty lines of torchrun's; and nothing stays in the temporary folder."""
+    status, output = ended(code)
+    words = ["PID" if word.isdigit() and len(word) > 1 else word for word in output.replace(")", " )").split()]
+    assert status == expected and " ".join(words).replace(" )", ")") == said.replace("\n", " ").strip(), output
+
+
+def test_a_signal_reaches_the_ranks_and_is_the_exit_code(tmp_path):
+    """torchrun hears it, passes it on and waits: they have said what they saved."""
+    code = """
+def stop(*_):
+    os.write(1, b"saved\\n")  # whole lines of two processes
+    sys.exit(3)
+signal.signal(signal.SIGTERM, stop)
+os.write(1, b"ready\\n")
+time.sleep(30)
+"""
+    arguments = ranks(code, tmp_path)
+
+    def body() -> None:
+        raise SystemExit(run_ranks(arguments))
+
+    process = start(body, tmp_path)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    time.sleep(0.3)  # torchrun watches its ranks by then
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (128 + signal.SIGTERM, "saved\nsaved\n")
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [((1, -15), 1), ((2, 2), 2), ((-15, 2), 2), ((3, 3), 3), ((-9, 1), 137), ((-15, -15), 143)]
+)
+def test_the_exit_code_is_of_the_rank_that_failed_by_itself(codes, expected, monkeypatch):
+    """torchrun ends the others by SIGTERM."""
+
+    def fail(arguments: list[str]) -> None:
+        failures = {rank: ProcessFailure(rank, 1, code, "<none>") for rank, code in enumerate(codes)}
+        raise ChildFailedError("train", failures)
+
+    monkeypatch.setattr(run, "main", fail)
+    assert run_ranks(["-m", "x"]) == expected
+
+
+def test_nodes_that_do_not_meet_are_said_without_a_traceback(tmp_path):
+    """Where nobody listens at MASTER_ADDR; what torch's C++ has logged before is out of reach."""
+    where = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "1"]
+    arguments = [*where, "--rdzv-conf", "timeout=1", *ranks("", tmp_path)[1:]]
+
+    def body() -> None:
+        raise SystemExit(run_ranks(arguments))
+
+    done = finished(start(body, tmp_path))
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: torchrun cannot start the ranks: "), done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_torchruns_own_report_ends_with_our_message(tmp_path):
+    """Where it is started without launch/torchrun.sh it cannot be cut, but it can tell why, of each rank."""
+    code = """
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import guarded
+def refuse():
+    raise ConfigError("lr is wrong")
+sys.exit(guarded(refuse))
+"""
+    done = finished(start(lambda: run.main(ranks(code, tmp_path)), tmp_path))
+    assert done.returncode == 1 and done.stdout.count("traceback : error: lr is wrong\n") == 2, done.stdout
+    assert "To enable traceback" not in done.stdout and "new message format" not in done.stdout
