@@ -13,7 +13,7 @@ import pytest
 from swinv2_train.config.command_line import compose_source
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.commands import OWN_SESSION, finish
-from tests.support.images import image_bytes, tiff
+from tests.support.images import tiff
 from tests.support.processes import forked_command
 
 RECIPES = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
@@ -74,18 +74,3 @@ def test_a_folder_of_12_band_tiffs_becomes_a_classifier_in_five_commands(tmp_pat
         assert config.data.std == pytest.approx(level * np.sqrt(1 / 12), rel=0.05)
     assert read_metrics(Path("runs/pretrain"))[-1]["step"] == 4
     assert finetuned.task.init_from == "runs/pretrain"
-
-
-def test_your_own_images_become_an_exported_model_in_five_commands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for number in range(8):
-        places = [Path("photos", f"{number}.png")]
-        places += [Path("labelled", split, ("cat", "dog")[number % 2], f"{number}.png") for split in ("train", "val")]
-        for path in places:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(image_bytes(number, size=(40, 48)))
-    five = commands("From your own images to an exported model, in five commands")
-    assert len(five) == 5
-    for words in five:
-        run(words)
-    assert json.loads(Path("model-hf", "config.json").read_text())["model_type"] == "swinv2"
