@@ -141,7 +141,8 @@ def headline(line: dict[str, Any]) -> str:
     elif records:
         parts.append(f"{len(records)} records, below")
     if line["tables"]:
-        parts.append(f"{sum(not row.startswith('|---') for row in line['tables'])} rows, below")
+        heads = sum(row.startswith("|---") for row in line["tables"])  # each below a row of names
+        parts.append(f"{len(line['tables']) - 2 * heads} rows, below")
     return shown("; ".join(parts) or line.get("said", ""))
 
 

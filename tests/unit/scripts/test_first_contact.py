@@ -110,7 +110,7 @@ def test_a_line_keeps_what_was_found_and_why_something_failed():
     assert good["tables"][2] == "| 1 | 2 |" and bad["last_lines"].endswith("boom")
     text = first_contact_lines.summary([good, bad, slow, none], 9)
     assert text.splitlines()[-1] == "4 items, 3 of them not ok, 9 s"
-    assert "| x | failed | 3 | boom; 1 of 2 good; 2 records, below; 2 rows, below |" in text
+    assert "| x | failed | 3 | boom; 1 of 2 good; 2 records, below; 1 rows, below |" in text
     assert "| good | a | b |\n| --- | --- | --- |\n| true | 1 |  |\n| false |  | [2] |" in text  # every record
 
 
