@@ -57,7 +57,7 @@ NUM_IMAGES, NUM_SHARDS, NUM_CLASSES = 96, 8, 4
 MOST_STEPS, LATE_STEPS, MOST_RANKS, MOST_PASSES = 12, 10, 3, 3
 MICRO_BATCHES = (2, 4)
 LARGEST_BATCH = MOST_RANKS * MOST_PASSES * max(MICRO_BATCHES)
-SOURCES, TASKS = ("shards", "folder", "http", "pipe"), ("simmim", "finetune")
+SOURCES, TASKS = ("shards", "folder", "http", "pipe"), ("simmim", "finetune", "segment")
 KINDS = ("SIGKILL all", "SIGKILL one", "SIGTERM", "SIGINT twice")
 LOSS_RTOL = 1e-3  # measured worst 1.7e-5 over 3,000 steps on other ranks and stages
 ABSENT = "did not come within"
@@ -69,7 +69,15 @@ MODEL = (
     "data.eval_shards=null", "engine.precision=fp32", "log.wandb=disabled", "log.progress=none",
     "runtime.num_threads=1", f"runtime.process_group_timeout_sec={MEETING_SEC}",
 )  # fmt: skip
-TASK_KEYS = {"simmim": (), "finetune": ("task.init_from=null", f"task.num_classes={NUM_CLASSES}")}
+TASK_KEYS = {
+    "simmim": ("experiment=cifar10_simmim",),
+    "finetune": ("experiment=cifar10_finetune", "task.init_from=null", f"task.num_classes={NUM_CLASSES}"),
+    "segment": (
+        "task=segment", "model=demo", "data=cifar10", f"task.num_classes={NUM_CLASSES}", "task.reduce_zero_label=false",
+        "task.head_channels=16", "task.aux_channels=8", "task.resize_long_px=32", "task.resize_short_px=32",
+        "optim.schedule.warmup_steps=null",
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -119,10 +127,7 @@ class Case:
         if self.source == "pipe":
             length = (f"train.max_steps={self.max_steps}", "optim.schedule.warmup_steps=8")
         cache = (f"data.cache_dir={self.folder / 'cache'}", "data.fetch_give_up_sec=60")
-        return (
-            f"experiment=cifar10_{self.task}", *MODEL, *TASK_KEYS[self.task], *length, *cache,
-            f"data.shards='{pattern}'",
-        )  # fmt: skip
+        return (*TASK_KEYS[self.task], *MODEL, *length, *cache, f"data.shards='{pattern}'")
 
 
 def main() -> int:
@@ -191,15 +196,20 @@ def run_case(
 
 
 def pack(folder: Path) -> None:
-    """The same images as shards and as files in class folders."""
+    """The same images, each with the classes of its pixels, as shards and as files in class folders."""
     rng = np.random.default_rng(0)
     images = [encoded(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(NUM_IMAGES)]
-    rows = [(f"image_{i:03d}", image, "png", i % NUM_CLASSES) for i, image in enumerate(images)]
+    classes = [encoded(rng.integers(0, NUM_CLASSES, (32, 32), dtype=np.uint8)) for _ in range(NUM_IMAGES)]
+    rows = [
+        (f"image_{i:03d}", image, "png", i % NUM_CLASSES, pixels)
+        for i, (image, pixels) in enumerate(zip(images, classes, strict=True))
+    ]
     write_shards(rows, str(folder / "shards" / "train"), NUM_IMAGES // NUM_SHARDS)
-    for name, image, ending, label in rows:
+    for name, image, ending, label, pixels in rows:
         path = folder / "images" / f"class_{label}" / f"{name}.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
+        path.with_suffix(".seg.png").write_bytes(pixels)
 
 
 def draw_start(draw: random.Random, kinds: list[str], batch: int | None) -> Start:

@@ -115,8 +115,9 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     def stood_in(case: failures.Case, cause: str) -> None:
         print(f"warning: {failures.text(world.rank, case, cause)}", file=sys.stderr)
 
+    called = config.task.pixel_class_names if config.task.label_classes is None else names
     with torch.no_grad(), arithmetic(config.runtime.deterministic), failures.surviving(stood_in):
-        results = {name: score(task, forward, split, loaders[name], say, names) for name, split in splits.items()}
+        results = {name: score(task, forward, split, loaders[name], say, called) for name, split in splits.items()}
         crops: dict[float, dict[str, float]] = {}
         for value in request.crop_pcts:
             crops[value] = results[""].scores

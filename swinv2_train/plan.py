@@ -42,6 +42,7 @@ from swinv2_train.planning.scaling import scaling_curve, scaling_json
 from swinv2_train.planning.search import Search, recommend
 from swinv2_train.planning.speed import measured_pass, pass_seconds, plan_speed
 from swinv2_train.planning.table import (
+    evaluation_line,
     host_line,
     memory_table,
     plan_json,
@@ -50,6 +51,7 @@ from swinv2_train.planning.table import (
     speed_lines,
     verdict,
 )
+from swinv2_train.planning.trace import evaluation_bytes
 from swinv2_train.report.plots import plots_problem
 from swinv2_train.runtime.cpu_speed import CpuSpeed, slow_bf16
 from swinv2_train.runtime.environment import read_environment
@@ -137,6 +139,9 @@ def plan(config: Config, arguments: list[str]) -> None:
           f"{batch.global_batch_size} images a step, {batch.micro_batch_size} at a "
           f"time on each of {gpus} ranks\n")  # fmt: skip
     print(memory_table(memory), verdict(memory, hardware, gpus), reserved_line(hardware), sep="\n")
+    evaluation = evaluation_bytes(config, hardware.device == "cpu")
+    if evaluation is not None:
+        print(evaluation_line(config, memory, evaluation))
     print(host_line(memory, hardware, gpus), "", sep="\n")
     print(*speed_lines(config, hardware, memory, speed, trace.model_flops_per_image, gpus, steps(config)), sep="\n")
     if in_fp32 is not None:

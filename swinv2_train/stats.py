@@ -129,7 +129,9 @@ def open_sources(config: Config) -> tuple[dict[str, Source | Stream], tuple[int,
     if is_pipe(data.shards):
         return {"": open_stream(data.shards)}, (1,)
     cache = shard_cache_for(data.shards, data)
-    return {"": open_source(data.shards, "data.shards", tell, cache, data.verify, data.image_member)}, (1,)
+    return {
+        "": open_source(data.shards, "data.shards", tell, cache, data.verify, data.image_member, data.label_folders)
+    }, (1,)
 
 
 def with_bands_of(config: Config, source: Source | Stream) -> Config:

@@ -75,6 +75,8 @@ this page from `swinv2_train/config/` (types, ranges, meanings) and `conf/` (def
 
 - On the command line `KEY=VALUE` takes precedence over an experiment (`experiment=NAME`), and that over the defaults.
 - The defaults are those of `model=base data=folder engine=zero1 hardware=this_machine`; `???` must be given.
+- `data=FILE.yaml` (and `model`, `optim`, `engine`, `log`, `hardware` alike) takes keys of the group from a file of
+  yours, on top of the option that would be chosen without it.
 - `python -m swinv2_train.train --help KEY` (or `--help SECTION`) prints the same.
 - Rules between keys are checked too, before anything else is done; a message then names the keys and the remedy.
 """

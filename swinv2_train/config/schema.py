@@ -167,12 +167,23 @@ class TaskConfig:
         """The number of classes of which it names one for each image; None = it uses no labels."""
         return None
 
+    @property
+    def pixel_class_names(self) -> tuple[str, ...] | None:
+        """What the classes of pixels are called; None = by their numbers, or there are none."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """Keys of this section that shape the weights: a run is resumed with the same values alone."""
         return {}
 
     def check(self, config: Config) -> None:
         """The rules between keys of this section, or with others.  Raises ConfigError naming key, value and remedy."""
+
+    def evaluated_at_once(self, config: Config) -> tuple[int, int, int] | None:
+        """Images of a forward pass of evaluation, their height and width at most; None = as many and as large as of a
+        micro-batch.
+        """
+        return None
 
     def check_ranks(self, ranks: int, accumulation_steps: int) -> None:
         """What a training run asks of its number of processes, and of the micro-batches of a step on each."""
@@ -310,6 +321,11 @@ class SegmentConfig(TaskConfig):
     implementation: ClassVar[str] = "swinv2_train.tasks.segment:SegmentTask"
     scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/miou", "val/macc", "val/aacc")
 
+    @property
+    def pixel_class_names(self) -> tuple[str, ...] | None:
+        """As configured."""
+        return None if self.class_names is None else tuple(self.class_names)
+
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
         shaping = ("num_classes", "head_norm", "head_channels", "aux_channels")
@@ -353,6 +369,13 @@ class SegmentConfig(TaskConfig):
             )
         if self.head_norm in BATCH_NORMS:
             self._check_batch_norm(config)
+
+    def evaluated_at_once(self, config: Config) -> tuple[int, int, int]:
+        """Tiles of one image, or all of the largest one."""
+        if self.eval_mode == "slide":
+            return config.train.micro_batch_size, *self.tile_and_stride(config)[0]
+        scale = max(self.eval_scales)
+        return 1, int(self.resize_short_px * scale), int(self.resize_long_px * scale)
 
     def check_ranks(self, ranks: int, accumulation_steps: int) -> None:
         """Batch statistics are of all images of a step, the same on every rank."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
-from swinv2_train.data.sample import ShardError
-from swinv2_train.data.transforms.decode import FORMATS
+from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.sources.base import Source
+from swinv2_train.data.transforms.decode import FORMATS, DecodeError
 from swinv2_train.data.transforms.label_image import check_sizes, read_label_image
 
 _BARS, _LISTED = 30, 12
+_LOOKED_AT = 16
 _DIVIDE = "divide them by 255 (0 stays the one class, 1 is the other)"
 
 
@@ -43,6 +46,35 @@ def _sizes_of(image: bytes) -> list[tuple[int, int]]:
             return [(picture.height, picture.width)]
     except Exception:  # noqa: BLE001  whether it is a whole image is not asked here
         return []
+
+
+def check_source_values(source: Source, key: str, num_classes: int, reduce_zero_label: bool, ignore_index: int) -> None:
+    """What check_values asks, before the first step.  Raises ShardError.  key: the config key that named the source.
+
+    All values where they were counted when the images were packed; else of a few label images on this machine whether
+    they are masks of 0 and 255: what is wrong with single ones is told when they are read.
+    """
+    if source.label_values is not None:
+        check_values(source.label_values, key, num_classes, reduce_zero_label, ignore_index)
+    elif source.cache is None:
+        check_values(_some_values(source), key, None, reduce_zero_label, ignore_index)
+
+
+def _some_values(source: Source) -> dict[int, int]:
+    """Pixels by value of up to _LOOKED_AT readable label images, from all over the source."""
+    found: Counter[int] = Counter()
+    reader = source.open_reader(1)
+    try:
+        for place in np.unique(np.linspace(0, source.num_samples - 1, _LOOKED_AT).round().astype(int)).tolist():
+            shard = int(np.searchsorted(np.cumsum(source.counts), place, side="right"))
+            try:
+                content = reader.read(shard, place - sum(source.counts[:shard])).targets.get("segmentation")
+                found.update({} if content is None else count_values(read_label_image(content)))
+            except (SampleError, DecodeError):  # the policy for damaged samples decides when it comes up
+                continue
+    finally:
+        reader.close()
+    return found
 
 
 def count_values(values: np.ndarray) -> dict[int, int]:

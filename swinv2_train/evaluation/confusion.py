@@ -14,7 +14,10 @@ from swinv2_train.report.pictures import _DARK, _GAP_PX, _GREY, _TEXT
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often each class was taken for each: the pairs that occurred, sorted, each once."""
+    """How often each class was taken for each: the pairs that occurred, sorted, each once.
+
+    What is counted is images, or their pixels where unit says so.
+    """
 
     num_classes: int
     true: np.ndarray
@@ -23,6 +26,23 @@ class Confusion:
     """(pairs,) int64, the class that was said."""
     count: np.ndarray
     """(pairs,) int64, images."""
+    unit: str = "images"
+    """images or pixels."""
+
+    @classmethod
+    def of_pixels(cls, matrix: torch.Tensor) -> Confusion:
+        """matrix: int64 (classes, classes), pixels by right and predicted class."""
+        counts = matrix.cpu().numpy()
+        true, predicted = np.nonzero(counts)
+        return cls(len(counts), true, predicted, counts[true, predicted], "pixels")
+
+    def iou(self) -> np.ndarray:
+        """Percent of what is of a class or was said to be that is both, (num_classes,) float64; nan without any."""
+        right = self._per_class(np.where(self.true == self.predicted, self.count, 0))
+        said = np.zeros(self.num_classes, np.int64)
+        np.add.at(said, self.predicted, self.count)
+        either = self.images() + said - right
+        return np.divide(100.0 * right, either, out=np.full(self.num_classes, np.nan), where=either > 0)
 
     def images(self) -> np.ndarray:
         """Images of each class, (num_classes,) int64."""
@@ -105,7 +125,9 @@ def confusion_map(confusion: Confusion, names: Sequence[str] | None = None) -> n
     images = int(confusion.count.sum())
     right = int(confusion.count[confusion.true == confusion.predicted].sum())
     draw.text(
-        (2, 2), f"rows: right class, columns: predicted; % of the row.  {images} images, {right} right", fill=_TEXT
+        (2, 2),
+        f"rows: right class, columns: predicted; % of the row.  {images} {confusion.unit}, {right} right",
+        fill=_TEXT,
     )
     for label in _ticks(classes):
         place = _MARGIN_PX + cell * (label * bins // classes + 0.5)

@@ -20,10 +20,10 @@ from swinv2_train.data.sources.label_files import LabelOverrides, read_label_ove
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, matched
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
-from swinv2_train.evaluation.scoring import evaluate_loader
+from swinv2_train.evaluation.scoring import SumsOverRanks, evaluate_loader
 from swinv2_train.monitoring.console import counted
 from swinv2_train.tasks import task_class
-from swinv2_train.tasks.metrics import Metric
+from swinv2_train.tasks.metrics import CONFUSION, Metric, Sums
 from swinv2_train.tasks.task import Batch, Forward, Task
 
 WORST_CLASSES = 5
@@ -50,7 +50,7 @@ class Scored:
     """Images that counted: without stand-ins of damaged ones, and without those that have no right class."""
     scores: dict[str, float]
     confusion: Confusion | None
-    """None where images have several right classes, and for tasks without classes."""
+    """Of images or of pixels; None where images have several right classes, and for tasks without classes."""
     classes: tuple[str, ...] | None
     """What the classes are called; None where they have numbers alone."""
 
@@ -58,10 +58,12 @@ class Scored:
         """What fits into a line."""
         found: dict[str, Any] = {"images": self.images, **_finite(self.scores)}
         if self.confusion is not None:
-            accuracy, images = self.confusion.accuracy(), self.confusion.images()
+            images = self.confusion.images()
+            accuracy = self.confusion.accuracy() if self.confusion.unit == "images" else self.confusion.iou()
             present = np.flatnonzero(images)
             worst = present[np.argsort(accuracy[present], kind="stable")][:WORST_CLASSES]
-            found["mean_class_accuracy"] = float(accuracy[present].mean()) if len(present) else None
+            if self.confusion.unit == "images":  # of pixels it is among the scores
+                found["mean_class_accuracy"] = float(accuracy[present].mean()) if len(present) else None
             found["classes_without_samples"] = len(images) - len(present)
             found["worst_classes"] = {str(number): float(accuracy[number]) for number in worst}
             if self.classes is not None:
@@ -74,9 +76,11 @@ class Scored:
         if self.confusion is not None:
             pairs = np.stack([self.confusion.true, self.confusion.predicted, self.confusion.count], axis=1)
             found["classes"] = self.classes
-            found["class_images"] = self.confusion.images().tolist()
+            found[f"class_{self.confusion.unit}"] = self.confusion.images().tolist()
             found["class_accuracy"] = [None if math.isnan(value) else value for value in self.confusion.accuracy()]
-            found["confusion"] = pairs.tolist()  # [right class, predicted class, images]
+            if self.confusion.unit == "pixels":
+                found["class_iou"] = [None if math.isnan(value) else value for value in self.confusion.iou()]
+            found["confusion"] = pairs.tolist()  # [right class, predicted class, images or pixels]
         return found
 
 
@@ -145,7 +149,7 @@ def score(
 
     say: told every few seconds how far they are.  names: of the model's classes; None where they have numbers alone.
     """
-    counter, predictions = None, task.predictions
+    counter, predictions, pixels = None, task.predictions, PixelsOverRanks()
     if predictions is not None and (
         split.label_overrides is None or max(map(len, split.label_overrides.values())) == 1
     ):
@@ -155,7 +159,7 @@ def score(
     def score_batch(batch: Batch) -> Mapping[str, Metric]:
         images.add_(batch["weight"].sum())
         if predictions is None:
-            return task.scores(forward, batch)
+            return pixels.seen(task.scores(forward, batch), batch["weight"])
         scores, predicted = predictions.score(forward, batch)
         if counter is not None:
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
@@ -168,7 +172,32 @@ def score(
     loader.close()
     if names is not None and predictions is not None:
         names = (*names, *map(str, range(len(names), predictions.num_classes)))
-    return Scored(int(all_reduce_sum(images)), scores, None if counter is None else counter.read(), names)
+    confusion = pixels.read() if counter is None else counter.read()
+    return Scored(int(all_reduce_sum(images)), scores, confusion, names)
+
+
+class PixelsOverRanks:
+    """Keeps what a task counts of pixels by right and predicted class, where it does."""
+
+    def __init__(self) -> None:
+        self._sums = SumsOverRanks()
+        self._total: Confusion | None = None
+
+    def seen(self, metrics: Mapping[str, Metric], weight: torch.Tensor) -> Mapping[str, Metric]:
+        """The metrics of a batch, as they are; weight: (B,)."""
+        counts = metrics.get(CONFUSION)
+        if isinstance(counts, Sums):
+            self._sums.add({CONFUSION: Sums(counts.values, self._keep)}, weight)
+        return metrics
+
+    def read(self) -> Confusion | None:
+        """Of all ranks, the same on each; None where nothing was counted.  One collective where it was."""
+        self._sums.read()
+        return self._total
+
+    def _keep(self, matrix: torch.Tensor) -> dict[str, float]:
+        self._total = Confusion.of_pixels(matrix)
+        return {}
 
 
 def compared(crops: dict[float, dict[str, float]]) -> dict[str, Any]:

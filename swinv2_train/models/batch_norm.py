@@ -45,10 +45,11 @@ class BatchNorm(nn.Module):
         weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
         x = input.to(weight.dtype)
         if not self.training:
-            normed = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+            averages = self.running_mean.to(x.device), self.running_var.to(x.device)  # where x is on the meta device
+            normed = F.batch_norm(x, *averages, weight, bias, False, 0.0, self.eps)
         elif self.total is None:
-            mean, var = (None, None) if x.is_meta else (self.running_mean, self.running_var)
-            normed = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+            kept = (None, None) if x.is_meta else (self.running_mean, self.running_var)
+            normed = F.batch_norm(x, kept[0], kept[1], weight, bias, True, self.momentum, self.eps)
         else:
             normed = self._over_ranks(x, _itself if x.is_meta else self.total, weight, bias)
         return normed.to(self.weight.dtype)

@@ -230,11 +230,8 @@ class Progress:
         if self._bar is None:
             from tqdm import tqdm  # here: not every run has a bar
 
-            size = os.get_terminal_size(self.console.err.fileno()) if self.console.is_terminal else (0, 0)
-            known = min(size) > 0  # some terminals do not tell their size, and tqdm would show nothing on them
             self._bar = tqdm(
-                total=total, initial=step, file=self.console.err, mininterval=0.25,
-                dynamic_ncols=known, ncols=None if known else 80, nrows=None if known else 24,
+                total=total, initial=step, file=self.console.err, mininterval=0.25, **_bar_size(self.console.err),
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}  {desc}",
             )  # fmt: skip
             self.console.attach_bar(self._bar)
@@ -280,11 +277,18 @@ def tracked(items: Iterable[T], count: int, what: str, unit: str, mode: str, say
     if mode == "bar":
         from tqdm import tqdm  # here: not every command has a bar
 
-        yield from tqdm(items, what, count, unit=unit, mininterval=0.25, dynamic_ncols=True)
+        yield from tqdm(items, what, count, unit=unit, mininterval=0.25, **_bar_size(sys.stderr))
     elif mode == "lines":
         yield from counted(items, count, f"{what}: {unit}", say)
     else:
         yield from items
+
+
+def _bar_size(stream: TextIO) -> dict[str, Any]:
+    """tqdm's arguments: as wide as the terminal, where that tells its size; tqdm would show nothing on others."""
+    size = os.get_terminal_size(stream.fileno()) if stream.isatty() else (0, 0)
+    known = min(size) > 0
+    return {"dynamic_ncols": known, "ncols": None if known else 80, "nrows": None if known else 24}
 
 
 def ticking(what: str, say: Callable[[str], None]) -> Callable[[], None]:

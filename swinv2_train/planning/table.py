@@ -47,6 +47,16 @@ def verdict(plan: MemoryPlan, hardware: HardwareConfig, num_gpus: int) -> str:
     )
 
 
+def evaluation_line(config: Config, plan: MemoryPlan, nbytes: int) -> str:
+    """What a forward pass of evaluation takes, and a warning where it does not fit.  nbytes: beside the weights."""
+    count, height, width = config.task.evaluated_at_once(config) or (0, 0, 0)
+    together = plan.resident + nbytes
+    line = f"evaluation: {count} x {height} x {width} px at a time: {nbytes / GIB:.2f} GiB beside what stays"
+    if together > plan.available:
+        line += f"; warning: {together / GIB:.2f} GiB together do not fit in {plan.available / GIB:.1f}"
+    return line
+
+
 def reserved_line(hardware: HardwareConfig) -> str:
     """What of the device's memory the plan does not count on, and what for."""
     reserved, memory = required(hardware.reserved_gib), required(hardware.memory_gib)

@@ -188,6 +188,23 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
     return trace.compiled() if compile_choice(config, "cpu" if on_cpu else "cuda", here=False).blocks else trace
 
 
+def evaluation_bytes(config: Config, on_cpu: bool = False) -> int | None:
+    """The most that a forward pass of evaluation has alive beside the weights, on one rank.
+
+    None where it is no larger than one of training, which keeps more.  Raises ConfigError as trace_step does.
+    """
+    seen = config.task.evaluated_at_once(config)
+    if seen is None:
+        return None
+    task = meta_task(config, on_cpu)
+    images = torch.empty(seen[0], config.model.in_chans, *seen[1:], device=META)
+    outside = [*task.module.parameters(), *task.module.buffers()]
+    counter = _Counter(outside, CPU_ALLOCATION_UNIT if on_cpu else ALLOCATION_UNIT, on_cpu)
+    with torch.no_grad(), counter:
+        task.module.eval()(images=images)
+    return images.nbytes + counter.highest
+
+
 def _parts(encoder: SwinTransformerV2) -> Iterator[tuple[nn.Module, str]]:
     """The modules that have a name of their own in the table."""
     for number, stage in enumerate(encoder.layers, start=1):
@@ -267,6 +284,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held_weights = 0
         self._highest: Counter[str] = Counter()  # by place
         self._at_peak: dict[str, _Moment] = {}
+
+    @property
+    def highest(self) -> int:
+        """The most that was alive so far in this pass."""
+        return max(self._highest.values(), default=0)
 
     def come_to(self, part: str) -> None:
         """The backward pass comes to a part of the model."""

@@ -24,15 +24,16 @@ def pictures_of(run: RunRecord) -> str:
     parts = []
     for name, files in run.pictures.items():
         step, newest = files[-1]
-        parts.append(_figure(newest, f"{name}, step {step:,}"))
+        parts.append(figure(newest, f"{name}, step {step:,}"))
         earlier = _spread(files[:-1], 5)
         if earlier:
-            shown = "".join(_figure(path, f"step {at:,}") for at, path in earlier)
+            shown = "".join(figure(path, f"step {at:,}") for at, path in earlier)
             parts.append(f"<details><summary>{esc(name)} at earlier steps</summary>{shown}</details>")
     return "".join(parts)
 
 
-def _figure(path: Path, caption: str) -> str:
+def figure(path: Path, caption: str) -> str:
+    """A picture within the page; one that cannot be read is named."""
     try:
         source = _data_uri(path)
     except (OSError, ValueError, SyntaxError, ConfigError, Warning) as error:  # Pillow's too; the page does without

@@ -45,4 +45,7 @@ class Rows(NamedTuple):
     """Is given the rows of all images, (N, columns) float64 on the CPU, sorted by their columns from the first on."""
 
 
+CONFUSION = "confusion"
+"""The name of Sums that are the pixels of each image by right and predicted class, (B, classes, classes)."""
+
 Metric = Tensor | Mean | Sums | Rows

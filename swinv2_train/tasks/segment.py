@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, SegmentConfig, pair
+from swinv2_train.data.label_values import check_source_values
 from swinv2_train.data.sample import SEGMENTATION, Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
@@ -23,7 +24,7 @@ from swinv2_train.models.upernet import UPerNet, upernet_multiply_adds
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values
-from swinv2_train.tasks.metrics import Mean, Metric, Sums
+from swinv2_train.tasks.metrics import CONFUSION, Mean, Metric, Sums
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment_picture import segment_picture
 from swinv2_train.tasks.task import Batch, Forward
@@ -118,12 +119,13 @@ class SegmentTask:
 
     @staticmethod
     def check_source(task: SegmentConfig, source: Source, key: str) -> None:
-        """The model has a class for every name."""
+        """The model has a class for every name and for every value of the label images."""
         if source.classes is not None and len(source.classes) > task.num_classes:
             raise ConfigError(
                 f"task.num_classes ({task.num_classes}) is too small: {key} has {len(source.classes)} classes; set "
                 f"task.num_classes={len(source.classes)} or more"
             )
+        check_source_values(source, key, task.num_classes, task.reduce_zero_label, task.ignore_index)
 
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
         """None."""
@@ -193,7 +195,7 @@ class SegmentTask:
         value = loss / max(pixels, 1)
         return {
             "val/loss": Mean(value, torch.tensor(float(pixels), dtype=torch.float64)),
-            "confusion": Sums(matrix, segmentation_scores),
+            CONFUSION: Sums(matrix, segmentation_scores),
         }
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:

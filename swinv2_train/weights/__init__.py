@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from swinv2_train.checkpoint import COMPLETE, checkpoint_classes, find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models.upernet import UPerNet
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.bands import Bands
 from swinv2_train.weights.files import open_weights
@@ -30,6 +31,7 @@ from swinv2_train.weights.huggingface import (
 )
 from swinv2_train.weights.matching import Head, LoadReport, match_weights
 from swinv2_train.weights.names import FLOATS, FORMATS, ConvertedWeights, from_official, to_official
+from swinv2_train.weights.segmenter import check_segmenter_format, published_names
 from swinv2_train.weights.writing import write_named_safetensors, write_torch
 
 __all__ = [
@@ -129,7 +131,7 @@ def load_weights(
 
 
 def save_weights(
-    module: SwinTransformerV2 | SimMIM,
+    module: SwinTransformerV2 | SimMIM | UPerNet,
     path: str | Path,
     format: str,
     *,
@@ -142,9 +144,10 @@ def save_weights(
     format: microsoft or timm, one file, by its suffix: .safetensors, or .pth, .pt, .bin for ``{"model": ...}`` as
     torch.save writes it; huggingface, a directory.  module tells the sizes and may be on the meta device.  weights: the
     values by the module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes
-    with the SimMIM model alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.  classes:
-    what the head's rows are called, the first ones at least; they go to id2label of huggingface's config.json, into the
-    metadata of a .safetensors (class_names, a JSON list), and beside "model" in other files (class_names, a list).
+    with the SimMIM model alone.  A segmentation model has the names of Swin's own (segmenter.py), in microsoft's format
+    alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.  classes: what the head's rows
+    are called, the first ones at least; they go to id2label of huggingface's config.json, into the metadata of a
+    .safetensors (class_names, a JSON list), and beside "model" in other files (class_names, a list).
 
     An existing file is replaced when the new one is complete.  Raises, before anything is written, ConfigError when the
     format cannot hold the model or the weights are not the module's, ValueError when there are no values.
@@ -156,9 +159,14 @@ def save_weights(
     entries = _entries_of(module.state_dict() if weights is None else weights)
     entries.pop("mask_token", None)
     _check_same(own, entries)
-    _check_holds(module, format, own, preprocessing)
-    renamed = from_official({name: entries[name] for name in own}, format)
+    if isinstance(module, UPerNet):
+        check_segmenter_format(format)
+        renamed = {theirs: entries[name] for name, theirs in published_names(list(own), module.encoder).items()}
+    else:
+        _check_holds(module, format, own, preprocessing)
+        renamed = from_official({name: entries[name] for name in own}, format)
     if format == "huggingface":
+        assert not isinstance(module, UPerNet), "refused before"
         if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{path} is a file; format=huggingface writes a directory, name one")
         return write_huggingface(path, renamed, module, preprocessing, classes)

@@ -13,10 +13,12 @@ from swinv2_train.config import Config, ConfigError, pair
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.models import SimMIM, SwinTransformerV2
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.upernet import UPerNet
 from swinv2_train.tasks import build_task
 from swinv2_train.weights import read_weights, save_weights, weights_classes
 from swinv2_train.weights.huggingface import Preprocessing
 from swinv2_train.weights.matching import match_weights
+from swinv2_train.weights.segmenter import check_segmenter_format
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,19 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
     source = read_weights(path, request.weights_format, averaged=request.ema)
     with on_meta():
         module = build_task(config, torch.device("cpu")).module
-    if not isinstance(module, SwinTransformerV2 | SimMIM):
+    if not isinstance(module, SwinTransformerV2 | SimMIM | UPerNet):
         raise ConfigError(
             f"task.name ({config.task.name}) has a model that no format holds, neither a classifier nor SimMIM; load "
             "its checkpoint with swinv2_train.weights.read_weights"
         )
+    if isinstance(module, UPerNet):
+        check_segmenter_format(request.format)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights, report = match_weights(source, shapes)
     classes = weights_classes(path) if config.task.label_classes is not None else None
     if classes is not None and len(classes) > (config.task.label_classes or 0):
         classes = None
+    classes = classes or config.task.pixel_class_names
     preprocessing = _preprocessing(config)
     if request.format == "huggingface" and preprocessing is None:
         print("note: no preprocessor_config.json, for transformers reads photographs alone", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from swinv2_train.config.command_line import guarded
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.engine import build_engine
 from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.report.page import write_report
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.configs import composed
@@ -57,7 +59,20 @@ def test_a_run_under_zero_3_is_scored_as_plain_numpy_scores_it_on_any_number_of_
     task.module.load_state_dict(read_checkpoint_weights(find_checkpoint(run_dir)))
     expected = plain_scores(task, EVALUATED)
     assert {name: lines[2][name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    found = [evaluated(capfd, f"run_dir={run_dir}", "train.micro_batch_size=2", ranks=ranks) for ranks in (1, 2, 3)]
+    again = (f"run_dir={run_dir}", "train.micro_batch_size=2", "task.class_names=[wall,sky,tree,road,car]")
+    found = [evaluated(capfd, *again, f"out={tmp_path}/{ranks}", ranks=ranks) for ranks in (1, 2, 3)]
+    tables = [json.loads((tmp_path / str(ranks) / "evaluation.json").read_text()) for ranks in (1, 2, 3)]
+    for name in ("classes", "class_iou", "class_accuracy", "class_pixels", "confusion"):
+        assert tables[0][name] == tables[1][name] == tables[2][name]
+    assert tables[0]["classes"][1] == "sky" and sum(tables[0]["class_pixels"]) == sum(
+        int((labels > 0).sum()) for _, labels in EVALUATED
+    )
+    assert np.mean(tables[0]["class_iou"]) == pytest.approx(lines[2]["val/miou"])
+    assert np.mean(tables[0]["class_accuracy"]) == pytest.approx(lines[2]["val/macc"])
+    assert all((tmp_path / "3" / name).is_file() for name in ("confusion.png", "picture.png"))
+    shutil.copytree(tmp_path / "3", run_dir / "evaluation")
+    page = write_report(run_dir, curves=False).read_text()
+    assert "<th>IoU, %</th>" in page and "<td>sky</td>" in page and "which class is taken for which" in page
     for line in found:
         assert line["images"] == 7
         assert all(line[name] == lines[2][name] for name in ("val/miou", "val/macc", "val/aacc"))

@@ -13,8 +13,8 @@ import glob
 import hashlib
 import os
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -78,6 +78,8 @@ class Manifest:
     """Samples per shard without a readable label."""
     unsegmented: tuple[int, ...]
     """Samples per shard without a label image."""
+    label_values: Mapping[int, int] | None
+    """Pixels of all label images by their value; None where that was not counted when they were packed."""
     label_range: tuple[int, int] | None
     """Lowest and highest label over all shards; None without any label."""
     digest: str
@@ -181,6 +183,7 @@ def open_manifest(
         sizes=tuple(entry["bytes"] for entry in entries),
         unlabelled=tuple(entry["unlabelled"] for entry in entries),
         unsegmented=tuple(entry["samples"] - entry.get("targets", {}).get(SEGMENTATION, 0) for entry in entries),
+        label_values=added([_label_values(entry) for entry in entries if entry["samples"]]),
         label_range=label_range,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
@@ -190,6 +193,21 @@ def open_manifest(
         verify=verify,
         image_member=image_member,
     )
+
+
+def added(counts: Sequence[Mapping[int, int] | None]) -> Mapping[int, int] | None:
+    """Pixels by value of all together; None where one of them is not known."""
+    total: Counter[int] = Counter()
+    for each in counts:
+        if each is None:
+            return None
+        total.update(each)
+    return dict(total)
+
+
+def _label_values(entry: Mapping[str, Any]) -> Mapping[int, int] | None:
+    counted = entry.get("label_values")
+    return None if counted is None else {int(value): count for value, count in counted.items()}
 
 
 def _class_names(

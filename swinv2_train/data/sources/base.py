@@ -7,7 +7,7 @@ damage.  So the loader sees only what stands here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, Self
 
 from swinv2_train.data.sample import Sample, ShardError
@@ -53,6 +53,10 @@ class Source(Protocol):
     @property
     def unsegmented(self) -> tuple[int, ...]:
         """Samples per shard without a label image (the target "segmentation")."""
+
+    @property
+    def label_values(self) -> Mapping[int, int] | None:
+        """Pixels of all label images by their value; None where that was not counted when they were packed."""
 
     @property
     def label_range(self) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -15,6 +15,7 @@ import numpy as np
 from swinv2_train.config import ConfigError, DataConfig
 from swinv2_train.data.sample import Sample
 from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache_for
+from swinv2_train.data.shards.tar_reader import added
 from swinv2_train.data.sources.base import Reader, Source, open_source
 
 MOST_WINDOW = 10_000
@@ -54,6 +55,11 @@ class Mixture:
     def unsegmented(self) -> tuple[int, ...]:
         """Samples per shard without a label image."""
         return tuple(count for source in self.sources for count in source.unsegmented)
+
+    @property
+    def label_values(self) -> Mapping[int, int] | None:
+        """Pixels of all sources' label images by their value; None where any does not know."""
+        return added([source.label_values for source in self.sources])
 
     @property
     def label_range(self) -> tuple[int, int] | None:

@@ -65,6 +65,11 @@ class VirtualShards:
         """Images per shard without a label image: all of them, where the source knows of none."""
         return self.counts
 
+    @property
+    def label_values(self) -> None:
+        """None: nothing has looked at the label images yet."""
+        return
+
     @cached_property
     def label_range(self) -> tuple[int, int] | None:
         """Lowest and highest label; None without any."""

@@ -27,7 +27,7 @@ from swinv2_train.planning.search import Search, Setting
 from swinv2_train.planning.speed import extrapolated_pass, pass_seconds, plan_speed
 from swinv2_train.planning.start_warning import memory_warning, rough_bytes
 from swinv2_train.planning.table import time_text
-from swinv2_train.planning.trace import meta_task, trace_step
+from swinv2_train.planning.trace import evaluation_bytes, meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
 from swinv2_train.tasks import build_task
 from tests.support import configs
@@ -153,6 +153,28 @@ def test_a_segmenters_activations_are_those_that_torch_allocates(overrides: list
     trace = trace_step(config, 4, on_cpu=True)
     predicted = max(trace.forward.total, trace.backward.total) - trace.backward.tables
     assert predicted == pytest.approx(allocated(config), rel=0.02)  # measured worst 0.05 %
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seen"),
+    [
+        (["task.resize_long_px=600", "task.resize_short_px=288", "task.eval_scales=[0.5,1.0]"], (1, 288, 600)),
+        (["task.eval_mode=slide", "task.eval_crop=[288,224]", "train.micro_batch_size=3"], (3, 288, 224)),
+    ],
+)
+def test_a_segmenters_evaluation_takes_what_torch_allocates(overrides: list[str], seen: tuple[int, ...]) -> None:
+    """Of the largest image, or of as many tiles as a pass has."""
+    config = composed(*SEGMENT, *overrides)
+    assert config.task.evaluated_at_once(config) == seen
+    module = build_task(config, torch.device("cpu")).module.eval()
+
+    def passes() -> None:
+        with torch.no_grad():
+            module(images=torch.zeros(seen[0], 3, *seen[1:]))
+
+    passes()  # tables are made
+    assert evaluation_bytes(config, on_cpu=True) == pytest.approx(allocated_peak(passes), rel=0.15)  # 10 %
+    assert evaluation_bytes(composed(*SMALL)) is None
 
 
 def test_recomputation_keeps_less_and_computes_more() -> None:

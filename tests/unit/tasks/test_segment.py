@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from swinv2_train.config import ConfigError
+from swinv2_train.models import SimMIM
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
+from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment import class_scores, segmentation_scores
+from swinv2_train.training.param_groups import build_param_groups
+from swinv2_train.weights import load_weights, save_weights
 from tests.support.configs import composed
 from tests.support.segmenter import CLASSES, IGNORE, MODES, SEGMENT, plain_scores, png, randomised, scenes
 
@@ -248,3 +252,39 @@ def test_labels_beyond_the_classes_are_damaged_samples():
     task = task_of()
     with pytest.raises(ConfigError, match=r"1 to 5 are classes"):
         rows_of(task.train_transform, [(scenes(1)[0][0], np.full((70, 90), CLASSES + 1, np.uint8))])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize("kind", ["simmim", "classifier"])
+def test_an_encoder_of_another_task_is_taken_with_its_norm_and_the_heads_start_fresh(kind, tmp_path):
+    """SimMIM's decoder is not taken for UPerNet's; the last map's norm is the pre-trained one."""
+    task = task_of()
+    torch.manual_seed(1)
+    encoder = build_model(composed([*SEGMENT, "run_dir=x", "data.shards=x"]).model, 3 if kind == "classifier" else 0)
+    other = encoder if kind == "classifier" else SimMIM(encoder, 32)
+    torch.nn.init.normal_(encoder.norm.weight)
+    save_weights(other, tmp_path / "w.safetensors", "microsoft")
+    heads = {name: value.clone() for name, value in task.module.decoder.state_dict().items()}
+    report = load_weights(task.module, tmp_path / "w.safetensors", head="auto")
+    assert set(report.missing) == {f"decoder.{name}" for name in heads}
+    assert torch.equal(task.module.encoder.norm.weight, encoder.norm.weight)
+    assert all(torch.equal(value, heads[name]) for name, value in task.module.decoder.state_dict().items())
+    assert not [name for name in report.left_out if "decode_head" in name]
+
+
+def test_layers_decay_towards_the_patches_and_the_heads_learn_at_the_full_rate():
+    task = task_of()
+    optim = composed([*SEGMENT, "run_dir=x", "data.shards=x", "optim.layer_decay=0.5"]).optim
+    scales = {}
+    for group in build_param_groups(task.module, optim):
+        for parameter in group["params"]:
+            scales[id(parameter)] = group["lr_scale"], group["weight_decay"]
+    module = task.module
+    assert {scales[id(p)][0] for p in (*module.decoder.parameters(), *module.encoder.norm.parameters())} == {1.0}
+    assert scales[id(module.encoder.layers[3].blocks[0].mlp.fc1.weight)] == (0.5, optim.weight_decay)
+    assert scales[id(module.encoder.patch_embed.proj.weight)][0] == 0.5**5
+    head = module.decoder.decode_head
+    assert scales[id(head.bottleneck.conv.weight)][1] > 0 and scales[id(head.bottleneck.bn.weight)][1] == 0

@@ -1,0 +1,282 @@
+"""Composed scenes with exact label images: photographed garments (Fashion-MNIST) on crops of real photographs.
+
+    python scripts/compose_scenes.py --out data/scenes [--fashion FOLDER] [--photographs FOLDER]
+
+Every pixel was photographed; only the composition is ours, and its label images are exact: a garment's silhouette is
+what is not black in its own picture.  Fashion-MNIST (MIT) comes through apt (package dataset-fashion-mnist) or from a
+folder with its four files, the photographs (public domain or CC0, mostly) through pip (a wheel of scikit-image) or from
+a folder with its skimage/data.  Scene number n of a split is a function of n alone.  Run again, it returns at once when
+the shards are complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
+from swinv2_train.data.label_checks import LabelImageChecks
+from swinv2_train.data.packing import Entry, pack
+from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards.tar_reader import open_manifest
+
+SIDE_PX = 64
+CLASSES = (
+    "background", "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+IGNORE = 255
+SIZES = {"train": 4_000, "test": 500}
+SAMPLES_PER_SHARD = 400
+"""So that the first shard is a tenth of the training scenes."""
+GARMENTS = (1, 4)
+"""In a scene, at least and at most."""
+SCALE = (0.8, 1.6)
+"""Of a garment of 28 pixels."""
+TURN_DEG = 30
+
+APT_PACKAGE, WHEEL = "dataset-fashion-mnist", "scikit-image==0.26.0"
+FASHION = {"train": "train-images-idx3-ubyte.gz", "test": "t10k-images-idx3-ubyte.gz"}
+FASHION_CLASSES = {"train": "train-labels-idx1-ubyte.gz", "test": "t10k-labels-idx1-ubyte.gz"}
+PHOTOGRAPHS = {
+    "train": ("astronaut.png", "chelsea.png", "coffee.png", "grass.png", "brick.png", "motorcycle_left.png",
+              "rocket.jpg", "ihc.png"),
+    "test": ("camera.png", "coins.png", "gravel.png", "hubble_deep_field.jpg", "retina.jpg"),
+}  # fmt: skip
+"""No photograph is in both splits."""
+SHA256 = {
+    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+    "photographs": "6bf36d55701fd0d7f9aee193c6b5b21bf2c81f0ca50372422b3dd76a354c1c1e",
+}
+"""Of Fashion-MNIST's files, and of all photographs' checksums in the order of their names."""
+TIMEOUT_SEC = 600
+
+
+class FetchError(Exception):
+    """No source gave the pictures; the message says what to do."""
+
+
+def find_fashion(raw: Path, given: Path | None) -> Path:
+    """The folder with Fashion-MNIST's four files, their checksums compared.  Raises FetchError."""
+    names = [*FASHION.values(), *FASHION_CLASSES.values()]
+    folder = given or raw / "fashion-mnist"
+    if given is None and not all((folder / name).is_file() for name in names):
+        _fetch_fashion(raw, folder, names)
+    for name in names:
+        if not (folder / name).is_file():
+            raise FetchError(f"{folder} has no {name}; put Fashion-MNIST's four files there")
+        _compare(name, hashlib.sha256((folder / name).read_bytes()).hexdigest(), folder / name)
+    return folder
+
+
+def _fetch_fashion(raw: Path, folder: Path, names: Sequence[str]) -> None:
+    apt, unpack = shutil.which("apt-get"), shutil.which("dpkg-deb")
+    if apt is None or unpack is None:
+        raise FetchError(f"no apt-get here to fetch {APT_PACKAGE} with; name a folder of its files by --fashion FOLDER")
+    print(f"fetching {APT_PACKAGE} through apt (31 MB)", flush=True)
+    raw.mkdir(parents=True, exist_ok=True)
+    _run([apt, "download", APT_PACKAGE], raw, f"apt-get download {APT_PACKAGE}", "--fashion FOLDER")
+    (package,) = sorted(raw.glob(f"{APT_PACKAGE}_*.deb"))[-1:]
+    _run([unpack, "-x", package.name, "unpacked"], raw, f"unpacking {package}", "--fashion FOLDER")
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        found = next((raw / "unpacked").rglob(name), None)
+        if found is None:
+            raise FetchError(f"{package} holds no {name}; name a folder of Fashion-MNIST's files by --fashion FOLDER")
+        shutil.copyfile(found, folder / name)
+    shutil.rmtree(raw / "unpacked")
+
+
+def find_photographs(raw: Path, given: Path | None) -> dict[str, list[np.ndarray]]:
+    """The photographs of each split, uint8 (H, W, 3), their checksums compared.  Raises FetchError."""
+    names = sorted(name for split in PHOTOGRAPHS.values() for name in split)
+    folder = given or raw / "photographs"
+    if given is None and not all((folder / name).is_file() for name in names):
+        print(f"fetching photographs: {WHEEL} through pip (14 MB)", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "-d",
+            ".",
+            WHEEL,
+        ]
+        _run(command, raw, f"pip download {WHEEL}", "--photographs FOLDER")
+        with zipfile.ZipFile(sorted(raw.glob("scikit_image-*.whl"))[-1]) as wheel:
+            for name in names:
+                (folder / name).write_bytes(wheel.read(f"skimage/data/{name}"))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FetchError(f"{folder} has no {missing[0]}; put the pictures of scikit-image's skimage/data there")
+    sums = "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
+    _compare("photographs", hashlib.sha256(sums.encode()).hexdigest(), folder)
+    return {
+        split: [np.array(Image.open(folder / name).convert("RGB")) for name in chosen]
+        for split, chosen in PHOTOGRAPHS.items()
+    }
+
+
+def _run(command: Sequence[str], folder: Path, what: str, instead: str) -> None:
+    done = subprocess.run(
+        command, cwd=folder, timeout=TIMEOUT_SEC, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode != 0:
+        words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise FetchError(f"{what} failed (exit {done.returncode}): {words}; or name {instead}")
+
+
+def _compare(name: str, found: str, path: Path) -> None:
+    if found != SHA256[name]:
+        raise FetchError(f"{path}: sha256 {found}, wanted {SHA256[name]}; delete it, it is fetched again")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Composing
+
+
+@cache
+def garments(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (N, 28, 28), and the class of each, 1 to 10."""
+    with gzip.open(folder / FASHION[split]) as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
+    with gzip.open(folder / FASHION_CLASSES[split]) as file:
+        kinds = np.frombuffer(file.read(), np.uint8, offset=8)
+    return images, kinds + 1
+
+
+def scene(number: int, split: str, fashion: Path, photographs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Image uint8 (64, 64, 3) and label image uint8 (64, 64): garments in front of each other on a photograph.
+
+    A rim of one pixel around each garment is ignored.
+    """
+    rng = np.random.default_rng([sorted(SIZES).index(split), number])
+    image = _background(photographs[rng.integers(len(photographs))], rng).astype(np.float32)
+    labels = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
+    pictures, kinds = garments(fashion, split)
+    for _ in range(int(rng.integers(GARMENTS[0], GARMENTS[1] + 1))):
+        chosen = int(rng.integers(len(pictures)))
+        grey, mask = _placed(pictures[chosen], rng)
+        photograph = photographs[rng.integers(len(photographs))]
+        colour = photograph[rng.integers(photograph.shape[0]), rng.integers(photograph.shape[1])].astype(np.float32)
+        colour *= 255 / max(float(colour.max()), 1.0)  # a real colour, as bright as it can be
+        image[mask] = (grey[..., None] / 255 * colour)[mask]
+        labels[_grown(mask) & ~mask] = IGNORE
+        labels[mask] = kinds[chosen]
+    return image.round().clip(0, 255).astype(np.uint8), labels
+
+
+def _background(photograph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    side = int(rng.integers(SIDE_PX, min(photograph.shape[:2]) + 1))
+    top, left = (int(rng.integers(length - side + 1)) for length in photograph.shape[:2])
+    crop = Image.fromarray(photograph[top : top + side, left : left + side])
+    pixels = np.asarray(crop.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR))
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def _placed(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A garment scaled, turned and somewhere in the scene: its grey values float32 and where it is, (64, 64)."""
+    scale = rng.uniform(*SCALE)
+    angle = np.deg2rad(rng.uniform(-TURN_DEG, TURN_DEG))
+    centre = rng.uniform(0.2 * SIDE_PX, 0.8 * SIDE_PX, 2)
+    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    inverse = (cos, sin, 14 - cos * centre[0] - sin * centre[1], -sin, cos, 14 + sin * centre[0] - cos * centre[1])
+    size, affine = (SIDE_PX, SIDE_PX), Image.Transform.AFFINE
+    mask = Image.fromarray((255 * (picture > 0)).astype(np.uint8))
+    placed = Image.fromarray(picture).transform(size, affine, inverse, Image.Resampling.BILINEAR)
+    where = mask.transform(size, affine, inverse, Image.Resampling.NEAREST)
+    return np.asarray(placed, np.float32), np.asarray(where) > 0
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """The mask and the four neighbours of each of its pixels."""
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def complete(out: Path) -> bool:
+    """True when both splits lie there, whole, as the manifest says."""
+    for split, size in SIZES.items():
+        try:
+            manifest = open_manifest(str(out / f"{split}-*.tar"))
+        except ShardError:
+            return False
+        if manifest.num_samples != size or any(manifest.unsegmented):
+            return False
+    return True
+
+
+def main(out: Path, fashion: Path | None = None, photographs: Path | None = None) -> None:
+    """Fetch, compose and pack into `out`; does nothing when that is done.  Raises FetchError or ShardError."""
+    if complete(out):
+        print(f"{out} is complete: {SIZES['train']} training and {SIZES['test']} test scenes", flush=True)
+        return
+    garment_folder = find_fashion(out / "raw", fashion)
+    backgrounds = find_photographs(out / "raw", photographs)
+    for split, size in SIZES.items():
+        entries = []
+        for number in range(size):
+            made = cache(partial(scene, number, split, garment_folder, backgrounds[split]))
+            image, labels = (partial(lambda made, part: _png(made()[part]), made, part) for part in (0, 1))
+            entries.append(Entry(f"{split}_{number:05d}", "png", None, image, labels))
+        checks = LabelImageChecks(
+            f"the {split} scenes", SAMPLES_PER_SHARD, len(CLASSES), False, IGNORE, CLASSES, None, 0
+        )
+        pack(entries, str(out / split), SAMPLES_PER_SHARD, 0, CLASSES, overwrite=True, checks=checks)
+    print(f"{out}: {SIZES['train']} training and {SIZES['test']} test scenes are ready", flush=True)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (2: no source, or a wrong one, with one message)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder of the shards (%(default)s)")
+    parser.add_argument(
+        "--fashion", type=Path, default=None, help="folder of Fashion-MNIST's files; default: through apt"
+    )
+    parser.add_argument(
+        "--photographs", type=Path, default=None, help="folder of the photographs; default: through pip"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        main(options.out, options.fashion, options.photographs)
+    except (FetchError, ShardError, subprocess.SubprocessError) as error:
+        print(f"compose_scenes: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,82 @@
+"""The composed scenes and the demo that trains on them: exact label images, a function of the number, honest tables."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts import compose_scenes, demo_segment
+from scripts.compose_scenes import IGNORE, SIDE_PX, FetchError, find_fashion, find_photographs, scene
+from swinv2_train.config import SegmentConfig, SimMIMConfig
+from swinv2_train.config.command_line import compose_overrides
+
+
+@pytest.fixture
+def fashion(tmp_path: Path) -> Path:
+    """Four garments a split: white squares of 20 pixels on black."""
+    pictures = np.zeros((4, 28, 28), np.uint8)
+    pictures[:, 4:24, 4:24] = 255
+    for split in ("train", "test"):
+        for names, content in (
+            (compose_scenes.FASHION, struct.pack(">IIII", 0x803, 4, 28, 28) + pictures.tobytes()),
+            (compose_scenes.FASHION_CLASSES, struct.pack(">II", 0x801, 4) + bytes([0, 3, 7, 9])),
+        ):
+            (tmp_path / names[split]).write_bytes(gzip.compress(content))
+    return tmp_path
+
+
+def test_a_scene_is_a_function_of_its_number_and_its_labels_are_where_garments_are(fashion):
+    """On a blue photograph, garments of another one's red: colour and class are the same pixels."""
+    photographs = [np.full((100, 120, 3), colour, np.uint8) for colour in ((0, 0, 80), (0, 0, 90))]
+    found = set()
+    for number in range(12):
+        image, labels = scene(number, "train", fashion, photographs)
+        again = scene(number, "train", fashion, photographs)
+        assert np.array_equal(image, again[0]) and np.array_equal(labels, again[1])
+        assert image.shape == (SIDE_PX, SIDE_PX, 3) and set(np.unique(labels)) <= {0, 1, 4, 8, 10, IGNORE}
+        garment = (labels != 0) & (labels != IGNORE)
+        assert (image[labels == 0][:, 2] <= 90).all()  # the photograph
+        assert np.median(image[garment][:, 2]) > 200  # as bright as the colour can be
+        around = np.pad(labels, 1, constant_values=IGNORE)
+        neighbours = [around[1 + dy : 65 + dy, 1 + dx : 65 + dx] for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0))]
+        assert not any(((each == 0) & garment).any() for each in neighbours)  # the rim lies between
+        found.add(image.tobytes())
+    assert len(found) == 12
+
+
+def test_pictures_of_somebody_else_are_refused(fashion, tmp_path):
+    with pytest.raises(FetchError, match=r"train-images-idx3-ubyte.gz: sha256 .*, wanted"):
+        find_fashion(tmp_path, fashion)
+    (fashion / "photographs").mkdir()
+    with pytest.raises(FetchError, match="has no astronaut.png"):
+        find_photographs(tmp_path, fashion / "photographs")
+
+
+def test_both_ways_of_training_differ_in_the_initial_weights_alone(tmp_path):
+    phases = demo_segment.phases_of(tmp_path, Path("data/scenes"), 2, ["train.epochs=3", "task.mask_ratio=0.5"])
+    configs = {path.name: compose_overrides(command) for path, (_, command) in phases.items()}
+    assert list(configs) == [
+        "pretrain", "from-scratch-0", "from-simmim-weights-0", "from-scratch-1", "from-simmim-weights-1"
+    ]  # fmt: skip
+    pretrain = configs.pop("pretrain")
+    assert isinstance(pretrain.task, SimMIMConfig) and pretrain.task.mask_ratio == 0.5 and pretrain.train.epochs == 3
+    for seed in (0, 1):
+        scratch, simmim = configs[f"from-scratch-{seed}"], configs[f"from-simmim-weights-{seed}"]
+        assert isinstance(scratch.task, SegmentConfig) and scratch.task.init_from is None and scratch.seed == seed
+        assert simmim.task.init_from == str(tmp_path / "pretrain")
+        simmim.task.init_from, simmim.run_dir = scratch.task.init_from, scratch.run_dir
+        assert simmim == scratch
+
+
+def test_the_table_has_mean_and_spread_over_seeds():
+    runs = [
+        {"val/miou": 10.0, "val/macc": 20.0, "val/aacc": 30.0},
+        {"val/miou": 12.0, "val/macc": 20.0, "val/aacc": 30.0},
+    ]
+    rows = demo_segment.table({"from scratch": runs, "from SimMIM weights": runs[:1]}).splitlines()
+    assert rows[2].startswith("| from scratch | 2 | 11.00 (sd 1.41; 10.00, 12.00) | 20.00 (sd 0.00;")
+    assert rows[3] == "| from SimMIM weights | 1 | 10.00 | 20.00 | 30.00 |"
