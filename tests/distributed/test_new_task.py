@@ -176,7 +176,6 @@ def shards(tmp_path: Path) -> list[str]:
     return [f"data.{key}={pattern}" for key, pattern in patterns.items()]
 
 
-@pytest.mark.smoke
 def test_a_task_from_outside_trains_under_zero_3_and_is_planned_and_evaluated(registered, shards, tmp_path, capfd):
     """Nothing else in the package knows it; its scores are a mean, a quotient of sums and an average precision."""
     run_dir = tmp_path / "run"

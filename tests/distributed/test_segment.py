@@ -48,7 +48,6 @@ def trained(run_dir: Path, shards, *overrides: str, ranks: int = 2, micro: int =
     return {line["step"]: line for line in read_metrics(run_dir)}
 
 
-@pytest.mark.smoke
 def test_a_run_under_zero_3_is_scored_as_plain_numpy_scores_it_on_any_number_of_ranks(shards, tmp_path, capfd):
     """Images of seven sizes, so that every rank has another number of tiles; to the last bit on 1, 2 and 3 ranks."""
     run_dir = tmp_path / "run"

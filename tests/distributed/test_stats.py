@@ -45,7 +45,6 @@ def command(out: Path, ranks: int, *arguments: str) -> list[int]:
     return run_distributed(run, ranks, init=False, timeout_sec=60)
 
 
-@pytest.mark.smoke
 def test_any_number_of_ranks_and_workers_writes_the_same_bytes_and_training_takes_them(images, tmp_path):
     """Sums of floats would differ in their last bits."""
     texts, pictures = [], []

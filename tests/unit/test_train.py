@@ -154,7 +154,7 @@ def test_a_run_of_an_older_version_resumes(settings, tmp_path, capfd):
     assert load_run_config(run_dir).data.verify is False
 
 
-@pytest.mark.parametrize("batch", [16, 4])
+@pytest.mark.parametrize("batch", [16, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_whose_batch_changes_has_its_epochs_and_its_rates_by_images(batch, settings, tmp_path, capfd):
     """5 epochs of 16 images: 80 are seen, each image once in every epoch, and the rate is the undisturbed run's there.
 

@@ -26,10 +26,7 @@ class MixedOrder:
         self.window = sum(weights)
         self.first_shards = np.cumsum([0, *(len(each) for each in counts)]).tolist()
         self.num_samples = sum(order.num_samples for order in self.orders)
-        turns = [
-            ((2 * turn + 1) / (2 * weight), number) for number, weight in enumerate(weights) for turn in range(weight)
-        ]
-        self._turns = [number for _, number in sorted(turns)]
+        self._turns = turns_of(weights)
         before = np.zeros((self.window + 1, len(weights)), dtype=np.int64)
         for place, number in enumerate(self._turns):
             before[place + 1] = before[place]
@@ -70,3 +67,22 @@ class MixedOrder:
         """How many samples of each source stand before a position."""
         windows, place = divmod(position, self.window)
         return [windows * weight + before for weight, before in zip(self.weights, self._before[place], strict=True)]
+
+
+def turns_of(weights: Sequence[int]) -> list[int]:
+    """The source at each position of a window, so that before any position each has had its share to less than one.
+
+    weights: whole numbers.  A source's turn t may come once t - 1 shares are due and must come when t are: unit jobs
+    with times, which are kept by taking the most urgent one (R. Tijdeman, The chairman assignment problem, 1980, shows
+    that they can be).  Of equally urgent ones the first whose turn's middle comes.
+    """
+    window, taken = sum(weights), [0] * len(weights)
+    turns: list[int] = []
+    for position in range(1, window + 1):
+        number = min(
+            (number for number, weight in enumerate(weights) if position * weight > taken[number] * window),
+            key=lambda i: (-(-(taken[i] + 1) * window // weights[i]), (2 * taken[i] + 1) / weights[i], i),
+        )
+        taken[number] += 1
+        turns.append(number)
+    return turns

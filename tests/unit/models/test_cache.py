@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
@@ -90,6 +91,7 @@ def test_devices_do_not_share_tables():
     assert model(torch.randn(1, 3, 18, 26)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_tables_made_in_an_export_are_not_kept_for_others():
     """A fake tensor in the cache would be taken by every later forward pass of that size."""
     model = small_model(window_size=3).eval()

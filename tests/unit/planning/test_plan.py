@@ -223,6 +223,7 @@ def test_zero_3_gathers_ahead_no_more_than_is_still_to_come() -> None:
     assert parts["ends"]["gradient copies"] == gathered  # the head's gradients do not fill a bucket
 
 
+@pytest.mark.slow
 def test_fairscale_counts_as_itself_on_the_cpu() -> None:
     """It keeps a gradient and an output longer than torch's recomputation, which is as good a guess at first sight."""
     config = composed(*TINY, "model.recompute=blocks@fairscale")
@@ -366,7 +367,10 @@ def test_the_recommended_command_composes_and_fits(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("overrides", "gpus", "share"),
-    [(["engine=local", "model.attention=reference"], 1, 0.8), (["model.attention=fused"], 2, 0.7)],
+    [
+        pytest.param(["engine=local", "model.attention=reference"], 1, 0.8, marks=pytest.mark.slow),
+        (["model.attention=fused"], 2, 0.7),
+    ],
 )
 def test_nothing_that_fits_is_faster_than_what_is_recommended(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str], gpus: int, share: float
