@@ -155,7 +155,7 @@ def test_every_pasted_command_is_what_its_program_takes(document, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     classify = ("task=classify", "model=demo", "data=cifar10", "task.num_classes=10", "data.eval_shards=val/*.tar")
     for run, settings in {
-        "pretrain": ("task=simmim", "model=demo", "task.mask_unit_px=4"),
+        "pretrain": ("task=simmim", "model=demo", "task.mask_unit_px=4", "data.eval_shards=val/*.tar"),
         "finetune": classify,
         "segment": ("task=segment", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
     }.items():

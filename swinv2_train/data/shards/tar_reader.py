@@ -354,15 +354,16 @@ class TarReader:
         """
         fd, rows = self._shard(shard)
         record, name = rows[index], self.manifest.name(shard)
-        offset, size, label, extension, key_bytes, *checksum = record.tolist()
+        checksums = CHECKSUM in (rows.dtype.names or ())  # not in the index of a cached shard
+        offset, size, label, extension, key_bytes, *rest = record.tolist()
         key = key_bytes.decode("utf-8", "surrogateescape")
         if size <= 0:
             raise SampleError("no image" if size < 0 else "an empty image", name, key)
         targets: dict[str, Any] = dict(labelled(self.manifest.number(label)))
         try:
-            image = self._bytes(fd, name, offset, size, checksum[:1])
+            image = self._bytes(fd, name, offset, size, rest[:1] if checksums else [])
             for target in targets_in(rows):
-                offset, size, *checksum = record[list(target_fields(target, bool(checksum)))].tolist()
+                offset, size, *checksum = record[list(target_fields(target, checksums))].tolist()
                 if size < 0:
                     continue
                 value = MEMBERS[target].read(self._bytes(fd, name, offset, size, checksum))

@@ -12,12 +12,15 @@ import torch
 
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sample import Sample, SampleError, ShardError
+from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_index import build_index, load_index
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+from swinv2_train.data.shards.transfers import RetryPolicy
 from swinv2_train.data.sources.pipe import read_command
 from tests.support.configs import make_config
 from tests.support.images import encoded, image_bytes
 from tests.support.shard_files import write_plain_tar
+from tests.support.shard_server import serve
 
 LABELS = [encoded(np.full((8, 8), number, np.uint8)) for number in range(3)]
 MEMBERS = [
@@ -53,6 +56,21 @@ def test_it_is_found_beside_the_image_that_a_key_chooses(tmp_path):
     path = write_plain_tar(tmp_path / "t.tar", MEMBERS[5:8])
     (sample,) = read(path, image_member="input.npy")
     assert (sample.image, sample.extension, sample.targets) == (b"values", "npy", {"segmentation": LABELS[2]})
+
+
+def test_shards_at_an_address_have_them_too(tmp_path):
+    """The index of a cached shard holds no checksums, so that the fields of a record are others."""
+    (tmp_path / "there").mkdir()
+    write_plain_tar(tmp_path / "there" / "t.tar", MEMBERS)
+    with serve(tmp_path / "there") as server:
+        cache = ShardCache(str(tmp_path / "cache"), 2**30, RetryPolicy(5.0, 20.0))
+        for verify in (False, True):
+            reader = TarReader(open_manifest(f"{server.url}/t.tar", cache=cache, verify=verify))
+            found = [reader.read(0, number) for number in range(4)]
+            assert [sample.targets.get("segmentation") for sample in found] == [*LABELS, None]
+            assert [sample.targets.get("label") for sample in found] == [None, 4, None, None]
+            assert [sample.image for sample in found[:2]] == [image_bytes(0, "jpg"), image_bytes(1)]
+            reader.close()
 
 
 def test_the_manifest_counts_them_and_that_of_other_shards_is_as_it_was(tmp_path):
