@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,3 +42,26 @@ def test_what_waits_for_other_programs_goes_first_and_nothing_else_moves():
     marked = [SimpleNamespace(name=name, get_closest_marker={"slurm": mark}.get) for name, mark in ORDER]
     conftest.pytest_collection_modifyitems(marked)
     assert [item.name for item in marked] == ["launch_1", "launch_2", "engine", "fuzz", "weights"]
+
+
+CHILD = """
+import multiprocessing
+
+def test_a_child():
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        pool.apply(exec, ("import tests.support",))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_interpreter_of_a_test_finds_the_tests_own_modules_when_pytest_is_called_by_its_name(tmp_path):
+    """`pytest` does not put the checkout on the path, as `python -m pytest` does, and a child inherits the path."""
+    (tmp_path / "test_child.py").write_text(CHILD)
+    own = ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", *own, "--noconftest", str(tmp_path / "test_child.py")],
+        cwd=tmp_path, env=environment, check=False, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
