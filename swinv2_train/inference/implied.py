@@ -12,13 +12,12 @@ from swinv2_train.models.sizes import SIZES
 from swinv2_train.storage.json_files import anything, mapping, read_json
 from swinv2_train.weights import ConvertedWeights, trained_windows
 from swinv2_train.weights.files import HUGGINGFACE_FILES
+from swinv2_train.weights.huggingface import CONFIG_BYTES, CONFIG_DEFAULTS, PIL_RESAMPLING
 
 _BLOCK = re.compile(r"(?:encoder\.)?layers\.(\d+)\.blocks\.(\d+)\.attn\.logit_scale")
 _PUBLISHED = re.compile(r"swinv2_\w*?window(\d+)(?:to(\d+))?_(?:\d+to)?(\d+)")
 """Microsoft's and timm's names: swinv2_base_patch4_window12to16_192to256_22kto1k_ft, swinv2_tiny_window8_256."""
-_CONFIG_BYTES = 2**25
-_RESAMPLING = {2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers."""
+_RESAMPLING = {number: name for name, number in PIL_RESAMPLING.items()}
 
 Implied = dict[str, Any]
 """Values by configuration key."""
@@ -82,11 +81,9 @@ def _of_transformers(config: Mapping[str, Any], path: Path) -> Implied:
     windows = trained_windows(path)
     if windows is None:
         return {}
-    found: Implied = {
-        "model.window_size": config.get("window_size", 7),
-        "model.img_size": config.get("image_size", 224),
-    }
-    if any(config.get("pretrained_window_sizes", ())):
+    config = {**CONFIG_DEFAULTS, **config}
+    found: Implied = {"model.window_size": config["window_size"], "model.img_size": config["image_size"]}
+    if any(config["pretrained_window_sizes"]):
         found["model.pretrained_window_sizes"] = [rows for rows, _ in windows]
     return found
 
@@ -135,7 +132,7 @@ def _side(size: Any) -> int | None:
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    content: Mapping[str, Any] = read_json(path, _CONFIG_BYTES, mapping(anything()))
+    content: Mapping[str, Any] = read_json(path, CONFIG_BYTES, mapping(anything()))
     return content
 
 

@@ -25,9 +25,8 @@ from swinv2_train.config.load import home_expanded
 from swinv2_train.data.sample import Targets
 from swinv2_train.inference.implied import arguments, implied
 from swinv2_train.inference.pixels import pixels
-from swinv2_train.models.initial import on_meta
 from swinv2_train.tasks import build_task
-from swinv2_train.weights import match_weights, read_weights, weights_classes
+from swinv2_train.weights import Head, load_weights, read_weights, weights_classes
 
 if TYPE_CHECKING:
     from swinv2_train.inference.pixels import Picture
@@ -60,18 +59,11 @@ class LoadedModel:
 
     def __init__(self, config: Config, weights: Path, device: torch.device, averaged: bool, format: str | None) -> None:
         self.config, self.device = config, device
-        source = read_weights(weights, format, averaged=averaged)
-        with on_meta():
-            task = build_task(config, torch.device("meta"))
-        shapes = {name: tuple(tensor.shape) for name, tensor in task.module.state_dict().items()}
-        self.has_classes = task.predictions is not None and "head.weight" in source
-        headless = "head.weight" in shapes and not self.has_classes
-        values, self.report = match_weights(source, shapes, head="fresh" if headless else "load")
         self.task = build_task(config, device)
-        own = self.task.module.state_dict(keep_vars=True)
-        with torch.no_grad():
-            for name in values:
-                own[name].copy_(values[name])
+        self.has_classes = self.task.predictions is not None and "head.weight" in read_weights(weights, format)
+        headless = self.task.predictions is not None and not self.has_classes
+        head: Head = "fresh" if headless else "load"
+        self.report = load_weights(self.task.module, weights, format=format, head=head, averaged=averaged)
         self.module = self.task.module.to(device).eval()
         names = weights_classes(weights) if config.task.label_classes is not None else None
         self.classes = names if names is None or len(names) <= (config.task.label_classes or 0) else None

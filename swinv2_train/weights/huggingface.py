@@ -21,17 +21,17 @@ from swinv2_train.storage.lazy_tensors import LazyTensor
 from swinv2_train.storage.safetensors_files import fill_safetensors
 from swinv2_train.weights.files import HUGGINGFACE_FILES, names_of
 
-_CONFIG_DEFAULTS = {
+CONFIG_DEFAULTS = {
     "image_size": 224, "patch_size": 4, "window_size": 7, "depths": (2, 2, 6, 2), "pretrained_window_sizes": (0,) * 4,
 }  # fmt: skip
 """What config.json need not say."""
 
-_CONFIG_BYTES = 2**25
+CONFIG_BYTES = 2**25
 _MOST_STAGES = 16
 _UNNAMED = "LABEL_"
 """Begins what transformers calls a class that has no name."""
 
-_PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
+PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def huggingface_classes(path: str | Path) -> tuple[str, ...] | None:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    config: dict[str, Any] = read_json(directory / "config.json", _CONFIG_BYTES, mapping(anything()))
+    config: dict[str, Any] = read_json(directory / "config.json", CONFIG_BYTES, mapping(anything()))
     return config
 
 
@@ -189,7 +189,7 @@ def trained_windows(path: str | Path) -> tuple[tuple[int, int], ...] | None:
     path = Path(path)
     try:
         directory = path.parent if path.name in HUGGINGFACE_FILES and path.is_file() else path
-        config = {**_CONFIG_DEFAULTS, **_read_config(directory)}
+        config = {**CONFIG_DEFAULTS, **_read_config(directory)}
         if config["model_type"] != "swinv2":
             return None
         patch, window = _pair(config["patch_size"], 1), _pair(config["window_size"], 1)
@@ -228,7 +228,7 @@ def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": resized if preprocessing.squash else {"shortest_edge": resized["height"]},
-        "resample": _PIL_RESAMPLING[preprocessing.interpolation],
+        "resample": PIL_RESAMPLING[preprocessing.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,

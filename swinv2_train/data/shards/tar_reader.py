@@ -56,8 +56,9 @@ from swinv2_train.data.shards.tar_index import (
 from swinv2_train.data.shards.transfers import ONCE, base_name, folder_of, is_remote, redacted
 from swinv2_train.storage.atomic import sha256_of
 
-__all__ = ["Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex"]
-__all__ += ["verify_shards"]
+__all__ = [
+    "Manifest", "Sample", "SampleError", "ShardError", "TarReader", "open_manifest", "reindex", "verify_shards",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
