@@ -51,7 +51,7 @@ def ended(tmp_path) -> Callable[[str], tuple[int, str]]:
     ("code", "expected", "said"),
     [
         ("", 0, ""),
-        ("print('error: lr is wrong' * (rank == 0)); sys.exit(2)", 2, "error: lr is wrong\n\n"),
+        ("if rank: time.sleep(20)\nprint('error: lr is wrong'); sys.exit(2)", 2, "error: lr is wrong\n"),
         ("sys.exit(3)", 3, ""),
         ("if rank: sys.exit(1)\ntime.sleep(20)", 1, ""),
         ("if rank: os.kill(os.getpid(), 9)\ntime.sleep(20)", 137, "error: rank 1 (process PID) was ended by SIGKILL\n"),
@@ -118,11 +118,17 @@ def test_nodes_that_do_not_meet_are_said_without_a_traceback(tmp_path):
 
 def test_torchruns_own_report_ends_with_our_message(tmp_path):
     """Where it is started without launch/torchrun.sh it cannot be cut, but it can tell why, of each rank."""
-    code = """
+    code = f"""
+from pathlib import Path
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import guarded
 def refuse():
     raise ConfigError("lr is wrong")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the other rank has failed: this one fails by itself too
+here = Path({str(tmp_path)!r})
+(here / str(rank)).touch()
+while not (here / str(1 - rank)).exists():
+    time.sleep(0.01)
 sys.exit(guarded(refuse))
 """
     done = finished(start(lambda: run.main(ranks(code, tmp_path)), tmp_path))
