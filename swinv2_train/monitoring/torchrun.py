@@ -62,7 +62,7 @@ def run_ranks(arguments: Sequence[str]) -> int:
 
 def _record_outage(arguments: Sequence[str], reason: str) -> None:
     """In the run directory of the train command that torchrun was to start; nowhere for another one, or a wrong one."""
-    launched = run.parse_args(arguments)
+    launched = run.parse_args(arguments)  # type: ignore[no-untyped-call]
     if launched.training_script != TRAIN:
         return
     nodes = run.parse_min_max_nnodes(launched.nnodes)[1]
