@@ -54,8 +54,8 @@ def initial_rule(model: nn.Module, name: str) -> Rule:
     """What a parameter of a SwinTransformerV2 or of a model around one starts from; its values are not looked at.
 
     Linear layers and the mask token: normal, 0.02; biases 0; norms 1 and 0, those of a block's two branches 0 and 0
-    (official code); convolutions as torch's (uniform, 1/sqrt(fan in)); necks and heads as their layers say; logit scales
-    log 10.
+    (official code); convolutions as torch's (uniform, 1/sqrt(fan in)); necks and heads as their layers say; logit
+    scales log 10.
     """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
