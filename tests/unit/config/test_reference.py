@@ -48,7 +48,7 @@ def test_an_entry_holds_what_stands_at_the_key_and_in_conf(entries):
     assert entries["hardware.device"].allowed == "one of null, cuda, cpu"
     assert (entries["train.epochs"].type, entries["model.depths"].type) == ("float or null", "list of int or null")
     assert (entries["run_dir"].default, entries["data.eval_splits"].default) == ("???", "{}")
-    assert entries["task.num_classes"].defaults == {"classify": "1000", "segment": "150"}
+    assert entries["task.num_classes"].defaults == {"classify": "1000", "segment": "150", "detect": "80"}
     assert (entries["log.wandb_artifacts"].default, entries["train.keep_best"].default) == ("[]", "null")
 
 
