@@ -168,8 +168,13 @@ class TaskConfig:
         return None
 
     @property
+    def pixel_classes(self) -> int | None:
+        """The number of classes of which it names one for each pixel; None = it uses no label images."""
+        return None
+
+    @property
     def pixel_class_names(self) -> tuple[str, ...] | None:
-        """What the classes of pixels are called; None = by their numbers, or there are none."""
+        """What the configuration calls the classes of pixels; None = it gives no names, or there are none."""
         return None
 
     def identity(self) -> dict[str, Any]:
@@ -320,6 +325,11 @@ class SegmentConfig(TaskConfig):
 
     implementation: ClassVar[str] = "swinv2_train.tasks.segment:SegmentTask"
     scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/miou", "val/macc", "val/aacc")
+
+    @property
+    def pixel_classes(self) -> int:
+        """As configured."""
+        return self.num_classes
 
     @property
     def pixel_class_names(self) -> tuple[str, ...] | None:
