@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from swinv2_train.data.mask_codes import decode_rle
 from swinv2_train.report.pictures import grid
+from swinv2_train.tasks.detections import Found
 from swinv2_train.tasks.segment_picture import palette
 
 SIDE_PX = 384
@@ -32,6 +36,41 @@ class Shown(NamedTuple):
     """bool (H, W) each; None without one, or empty where there are none."""
 
 
+def seen_of(batch: dict[str, Any], number: int) -> tuple[Tensor, tuple[int, int]]:
+    """The first view of an image of a batch, (C, h, w), and the (height, width) that its objects are of."""
+    if "views" in batch:
+        height, width = batch["size"][number]
+        return torch.from_numpy(batch["views"][number][0]), (height, width)
+    rows, columns = batch["extent"][number].tolist()
+    return batch["images"][number][:, :rows, :columns], (rows, columns)
+
+
+def right_objects(batch: dict[str, Any], number: int) -> Shown:
+    """The right objects of an image of a batch of either kind."""
+    if "truth" in batch:
+        truth = batch["truth"][number]
+        masks = [None if each is None else decode_rle(each, tuple(batch["size"][number])) for each in truth["masks"]]
+        return Shown(truth["boxes"], truth["classes"], None, masks)
+    there = batch["classes"][number] >= 0
+    boxes, classes = (batch[name][number][there].cpu().numpy() for name in ("boxes", "classes"))
+    rows, columns = batch["extent"][number].tolist()
+    bits = batch["masks"][number][there].cpu().numpy() if "masks" in batch else ()
+    return Shown(boxes, classes, None, [np.unpackbits(each, axis=1)[:rows, :columns].astype(bool) for each in bits])
+
+
+def found_objects(found: Found) -> Shown:
+    """What was found, to draw."""
+    masks = [decode_rle(each, tuple(each["size"])) for each in found.masks or ()]
+    return Shown(found.boxes, found.classes, found.scores, masks)
+
+
+def enlarged(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(h, w, ...) -> (*size, ...), the nearest pixel's value."""
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(image.shape, size, strict=False))
+    found: np.ndarray = image[rows][:, columns]
+    return found
+
+
 def detect_picture(rows: Sequence[tuple[np.ndarray, Shown, Shown]], names: Sequence[str] | None) -> np.ndarray:
     """rows: image uint8 (H, W, 3), its right and its predicted objects.  names: of the classes; None = their numbers.
 
@@ -50,16 +89,13 @@ def draw_objects(image: np.ndarray, objects: Shown, names: Sequence[str] | None)
 
     scale = SIDE_PX / max(image.shape[:2])
     size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
-    rows, columns = (
-        (2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(image.shape[:2], size, strict=True)
-    )
-    pixels = image[rows][:, columns].astype(np.float32)
+    pixels = enlarged(image, size).astype(np.float32)
     order = _drawn(objects)
     colours = palette(int(objects.classes.max(initial=0)) + 1)
     for number in order:
         mask = objects.masks[number] if len(objects.masks) else None
         if mask is not None:
-            inside = mask[rows][:, columns]
+            inside = enlarged(mask, size)
             colour = colours[objects.classes[number]].astype(np.float32)
             pixels[inside] = (1 - _MASK_SHARE) * pixels[inside] + _MASK_SHARE * colour
     picture = Image.fromarray(pixels.round().astype(np.uint8))

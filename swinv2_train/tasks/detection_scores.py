@@ -16,7 +16,7 @@ import numpy as np
 
 from swinv2_train.config import ConfigError
 from swinv2_train.data.mask_codes import NEEDED, Rle
-from swinv2_train.tasks.detections import Detections, Truth
+from swinv2_train.tasks.detections import Found, Truth
 from swinv2_train.tasks.metrics import Records
 
 DETECTIONS = "detections"
@@ -39,7 +39,7 @@ def detection_records(
     image_ids: Sequence[int],
     sizes: Sequence[tuple[int, int]],
     truths: Sequence[Truth],
-    found: Sequence[Detections | None],
+    found: Sequence[Found | None],
     num_classes: int,
     masks: bool,
 ) -> Records:
@@ -57,7 +57,7 @@ def detection_records(
     return Records(rows, finish)
 
 
-def _record(image_id: int, size: tuple[int, int], truth: Truth, found: Detections, masks: bool) -> bytes:
+def _record(image_id: int, size: tuple[int, int], truth: Truth, found: Found, masks: bool) -> bytes:
     content: dict[str, Any] = {
         "image_id": int(image_id),
         "size": list(size),

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -20,7 +19,7 @@ from swinv2_train.tasks.detection_scores import (
     detection_records,
     read_records,
 )
-from swinv2_train.tasks.detections import Detections, Truth
+from swinv2_train.tasks.detections import Found, Truth
 from swinv2_train.tasks.metrics import Records
 
 CLASSES, SIZE = 4, (200, 240)
@@ -44,7 +43,7 @@ def boxes_of(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
 
 
-def image_of(number: int) -> tuple[Truth, Detections]:
+def image_of(number: int) -> tuple[Truth, Found]:
     """Up to 8 objects, some of them crowds, found roughly, twice, as other classes, or not; and what is not there."""
     rng = np.random.default_rng(number)
     boxes = boxes_of(rng, int(rng.integers(0, 9)))
@@ -67,7 +66,7 @@ def image_of(number: int) -> tuple[Truth, Detections]:
     scores = rng.random(len(found)).round(2).astype(np.float32)  # with ties
     codes: Any = [encode_mask(block(box)) for box in found]
     classes = np.concatenate([labels, rng.integers(0, CLASSES, len(far))]).astype(np.int64)
-    return truth, Detections(torch.from_numpy(found), torch.from_numpy(scores), torch.from_numpy(classes), codes)
+    return truth, Found(found, scores, classes, codes)
 
 
 def records(numbers: range, masks: bool = True) -> Records:
@@ -133,7 +132,7 @@ def test_the_scores_do_not_depend_on_the_order_of_images() -> None:
 def test_nothing_found_is_0_and_nothing_to_find_is_nan() -> None:
     truth, found = image_of(3)
     assert len(truth["boxes"])
-    none = Detections(found.boxes[:0], found.scores[:0], found.classes[:0], [])
+    none = Found(found.boxes[:0], found.scores[:0], found.classes[:0], [])
     empty = Truth(
         boxes=truth["boxes"][:0],
         classes=truth["classes"][:0],
@@ -149,12 +148,7 @@ def test_nothing_found_is_0_and_nothing_to_find_is_nan() -> None:
 
 def test_an_object_without_a_mask_counts_neither_way_where_masks_are_compared() -> None:
     truth, found = image_of(3)
-    whole = Detections(
-        torch.from_numpy(truth["boxes"]),
-        torch.ones(len(truth["boxes"])),
-        torch.from_numpy(truth["classes"]),
-        truth["masks"],
-    )  # type: ignore[arg-type]
+    whole = Found(truth["boxes"], np.ones(len(truth["boxes"]), np.float32), truth["classes"], truth["masks"])  # type: ignore[arg-type]
     lost = Truth(**{**truth, "masks": [None, *truth["masks"][1:]]})  # type: ignore[typeddict-item]
     images = read_records(detection_records([3], [SIZE], [lost], [whole], CLASSES, True).values)
     assert all_scores(images, CLASSES, True)["val/mask_ap50"] == 100
