@@ -115,9 +115,21 @@ def test_the_backbone_of_a_dense_model_is_read_alone(tmp_path):
         encoder = swin_v2("tiny", num_classes=0, **ENCODER)
         report = load_weights(encoder, path)
         assert all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in encoder.state_dict().items())
-        assert any(name.endswith(("norm0.weight", "norms.0.weight")) for name in report.left_out) and not report.unexpected
+        assert (
+            any(name.endswith(("norm0.weight", "norms.0.weight")) for name in report.left_out) and not report.unexpected
+        )
     with pytest.raises(ConfigError, match="has no segmentation head "):
         load_weights(segmenter(), path)
+
+
+def test_of_a_detector_the_encoder_is_read(tmp_path):
+    model, path = segmenter(), tmp_path / "w.pth"
+    named = {name.replace("decode_head.", "neck."): value for name, value in published(model).items()}
+    torch.save({name: value for name, value in named.items() if not name.startswith("auxiliary_head")}, path)
+    encoder = swin_v2("tiny", num_classes=0, **ENCODER)
+    report = load_weights(encoder, path)
+    assert not report.missing and "neck.*" in report.left_out
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in model.encoder.state_dict().items())
 
 
 def test_what_is_lacking_or_of_another_kind_is_said(tmp_path):
