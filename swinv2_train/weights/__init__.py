@@ -31,7 +31,7 @@ from swinv2_train.weights.huggingface import (
 )
 from swinv2_train.weights.matching import Head, LoadReport, match_weights
 from swinv2_train.weights.names import FLOATS, FORMATS, ConvertedWeights, from_official, to_official
-from swinv2_train.weights.segmenter import check_segmenter_format, published_names
+from swinv2_train.weights.segmenter import check_segmenter_format, dense_to_official, published_names
 from swinv2_train.weights.writing import write_named_safetensors, write_torch
 
 __all__ = [
@@ -75,7 +75,8 @@ def read_weights(path: str | Path, format: str | None = None, *, averaged: bool 
     if averaged:
         raise ConfigError(f"{path} is no run or checkpoint of our own, whose averages ema=true takes; leave it out")
     file = open_weights(path)
-    return to_official(file.entries, format, str(path), file.left_out)
+    arguments = (file.entries, format, str(path), file.left_out)
+    return dense_to_official(*arguments) or to_official(*arguments)
 
 
 def weights_classes(path: str | Path) -> tuple[str, ...] | None:

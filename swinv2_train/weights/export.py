@@ -60,10 +60,10 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
         check_segmenter_format(request.format)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights, report = match_weights(source, shapes)
-    classes = weights_classes(path) if config.task.label_classes is not None else None
-    if classes is not None and len(classes) > (config.task.label_classes or 0):
-        classes = None
-    classes = classes or config.task.pixel_class_names
+    count = config.task.label_classes or config.task.pixel_classes or 0
+    classes = weights_classes(path) if count else None
+    if classes is None or len(classes) > count:
+        classes = config.task.pixel_class_names
     preprocessing = _preprocessing(config)
     if request.format == "huggingface" and preprocessing is None:
         print("note: no preprocessor_config.json, for transformers reads photographs alone", file=sys.stderr)
