@@ -288,6 +288,8 @@ class SegmentConfig(TaskConfig):
     """What the classes are called in pictures, tables and exports, a name per class; null = by their numbers."""
     head_norm: Annotated[str, one_of(*HEAD_NORMS)]
     """Norm of the heads: layer (over channels), group, batch (one process) or sync_batch (of all ranks; published)."""
+    map_norms: bool
+    """Norms of the encoder's maps before the heads (published); false = raw maps, as transformers' UPerNet takes."""
     head_channels: Annotated[int, at_least(1)]
     """Channels of the UPerNet head (arXiv:1807.10221; published with Swin: 512)."""
     aux_channels: Annotated[int, at_least(0)]
@@ -338,7 +340,7 @@ class SegmentConfig(TaskConfig):
 
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
-        shaping = ("num_classes", "head_norm", "head_channels", "aux_channels")
+        shaping = ("num_classes", "head_norm", "map_norms", "head_channels", "aux_channels")
         return {f"task.{key}": getattr(self, key) for key in shaping}
 
     def check(self, config: Config) -> None:
