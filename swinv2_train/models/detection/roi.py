@@ -165,7 +165,7 @@ class RoIHead(nn.Module):
         return clipped(decode(deltas, boxes, stage.stds), pyramid.extent)
 
     def _mask_loss(self, i: int, pyramid: Pyramid, chosen: Chosen, objects: Objects) -> Tensor:
-        """Binary cross-entropy of the right class's mask, the mean over samples that stand for objects with one: (B,)"""
+        """Binary cross-entropy of the right class's mask, the mean over samples whose object has a mask: (B,)"""
         assert objects.masks is not None, "masks are learnt from masks"
         number = self.settings.mask_samples  # the first ones, for those that stand for objects come first
         sample, boxes, classes = chosen.sample, chosen.boxes[:, :number], chosen.classes[:, :number]
