@@ -79,14 +79,14 @@ def test_proposals_are_the_best_of_every_map_behind_nms_and_padding_is_none():
     for b in range(2):
         left = []
         for level, (places, logits, deltas) in enumerate(zip(*outputs, strict=True)):
-            best = sorted(range(len(places)), key=lambda n, row=logits[b]: -float(row[n]))[:30]
+            best = sorted(range(len(places)), key=lambda n, row=logits[b].tolist(): -row[n])[:30]
             kept = []
             for n in best:
                 box = decode_by_loops(deltas[b, n].tolist(), places[n].tolist(), (1, 1, 1, 1))
                 limits = (float(extent[b, 1]), float(extent[b, 0])) * 2
                 box = [min(max(v, 0.0), m) for v, m in zip(box, limits, strict=True)]
                 if box[2] > box[0] and box[3] > box[1] and all(iou_by_loops(box, other) <= 0.7 for _, other in kept):
-                    kept.append((float(logits[b, n]), box))
+                    kept.append((logits[b, n].item(), box))
             left += kept
             assert level == 0 or len(kept) < 30
         left = sorted(left, key=lambda each: -each[0])[:45]
