@@ -35,6 +35,7 @@ from swinv2_train.data.sources.listing import (
     say_left_out,
 )
 from swinv2_train.data.sources.virtual_shards import packing_order
+from swinv2_train.data.transforms.label_image import as_png
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _read_with_progress(
         image, labels = entry.read(), None if entry.read_labels is None else entry.read_labels()
         if labels is not None and checks is not None:
             checks.look(entry.key, image, entry.extension, labels)
-        yield entry.key, image, entry.extension, entry.label, labels
+        yield entry.key, image, entry.extension, entry.label, None if labels is None else as_png(labels)
         if time.monotonic() - shown > 5 or number == len(entries):
             shown = time.monotonic()
             tell(f"{out_prefix}: {number} of {len(entries)} images packed")
@@ -150,7 +151,7 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
     An image is packed with its label image, which is KEY.seg.png beside it or, with labels, another folder, zip or tar,
-    the PNG file of the same path there; then folders are no classes.
+    the PNG or TIFF file of the same path there; then folders are no classes.
 
     Raises ShardError for a source that does not exist, is compressed, damaged (data/sources/archives.py), holds no
     images, mixes the two layouts, or cannot be read through, and for images of which some have label images and others
@@ -174,8 +175,8 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     if alone:
         raise ShardError(
             f"SOURCE {source}: {len(alone)} of {len(paired) + len(alone)} images have no label image in "
-            f"{source if labels is None else labels} ({listed(alone)}); add a PNG file of the same path and name for "
-            "each, or move these images away"
+            f"{source if labels is None else labels} ({listed(alone)}); add a PNG or TIFF file of the same path and "
+            "name for each, or move these images away"
         )
     extra = [name for name in found if name not in label_names] if labels is not None else []
     if extra:
