@@ -25,13 +25,13 @@ def check_pair(image: bytes, label_image: bytes) -> np.ndarray:
     where its file says its sides without being decoded.
     """
     values = read_label_image(label_image)
-    sizes = _sizes_of(image)
+    sizes = image_sizes(image)
     if sizes and values.shape not in sizes:
         check_sizes((values.shape[0], values.shape[1]), sizes[0])
     return values
 
 
-def _sizes_of(image: bytes) -> list[tuple[int, int]]:
+def image_sizes(image: bytes) -> list[tuple[int, int]]:
     """The (height, width) of an image file: two where an array's axes may be in either order, none where unknown."""
     from PIL import Image
 

@@ -23,7 +23,7 @@ from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.models.upernet import UPerNet, upernet_multiply_adds
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values
+from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values, viewable
 from swinv2_train.tasks.metrics import CONFUSION, Mean, Metric, Sums
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment_picture import segment_picture
@@ -93,7 +93,7 @@ class SegmentTask:
         try:
             self.module = UPerNet(
                 self.encoder, task.num_classes, task.head_channels, task.aux_channels, task.dropout, task.head_norm,
-                total,
+                total, task.map_norms,
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"task: {error}") from error
@@ -256,7 +256,7 @@ class SegmentTask:
             size = (image.shape[1], image.shape[2])
             view = View(size, [Box(0, 0, *size)], [outputs["logits"][0].float()], mirrored=False)
             said = torch.cat([each.argmax(dim=0) for _, each in bands([view], size)])
-            rows.append((self._pixels(image), truth, said.cpu().numpy()))
+            rows.append((viewable(image, self.bands, self.picture_bands), truth, said.cpu().numpy()))
         return segment_picture(rows, self.task.num_classes, self.task.ignore_index, self.task.class_names)
 
     def _shown(self, batch: Batch) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -266,15 +266,6 @@ class SegmentTask:
                 yield torch.from_numpy(batch["views"][number][0]), batch["labels"][number]
             else:
                 yield batch["images"][number], batch["labels"][number].cpu().numpy()
-
-    def _pixels(self, image: Tensor) -> np.ndarray:
-        """uint8 (H, W, 3)"""
-        from swinv2_train.report.pictures import stretch_limits, stretched
-
-        values = image.cpu().numpy()
-        if self.bands is None:
-            return values.transpose(1, 2, 0)
-        return stretched(values, self.picture_bands, stretch_limits(values, self.picture_bands))
 
 
 def segmentation_scores(matrix: Tensor) -> dict[str, float]:

@@ -55,6 +55,10 @@ class Source(Protocol):
         """Samples per shard without a label image (the target "segmentation")."""
 
     @property
+    def unannotated(self) -> tuple[int, ...]:
+        """Samples per shard without a JSON of objects (the target "objects")."""
+
+    @property
     def label_values(self) -> Mapping[int, int] | None:
         """Pixels of all label images by their value; None where that was not counted when they were packed."""
 
