@@ -84,9 +84,10 @@ def read_tiff(data: bytes, check_shape: CheckShape, stored: bool = False) -> Arr
         check_shape(height, width, len(pages) * first.samplesperpixel)
         bands = [_values(page, data, stored) for page in pages]
         names = _band_names(first, sum(band.shape[2] for band in bands))
+        nodata = _nodata(first)
         turn = _TURNS.get(int(first.tags.valueof(_ORIENTATION, 1)))
     values = bands[0] if len(bands) == 1 else np.concatenate(bands, axis=2)
-    return Array(values if turn is None else turn(values), names)
+    return Array(values if turn is None else turn(values), names, nodata)
 
 
 def _check_page(page: TiffPage, stored: bool) -> None:
@@ -138,6 +139,14 @@ def _check_jpeg_strips(page: TiffPage, data: bytes) -> None:
         strip = data[offset : offset + count]
         if strip:
             decode_jpeg(tables[:-2] + strip[2:] if tables else strip, check_pixels)
+
+
+def _nodata(page: TiffPage) -> float | None:
+    """GDAL's number for what was not measured, where there is one."""
+    try:
+        return float(str(page.tags.valueof(_GDAL_NODATA, "")).strip("\0 "))
+    except ValueError:
+        return None
 
 
 def _band_names(page: TiffPage, count: int) -> tuple[str, ...] | None:
