@@ -61,7 +61,7 @@ def test_a_signal_before_the_first_step_leaves_something_to_resume_or_nothing(sh
         process = alone(tmp_path, *shards, "train.max_steps=100000", "data.num_workers=1", interpreter=True)
         time.sleep(delay_sec)
         process.send_signal(signal.SIGTERM)
-        code, output = finish(process, timeout_sec=60)
+        code, output = finish(process)
         assert code in (EXIT_STOPPED, -signal.SIGTERM, 128 + signal.SIGTERM), output
         checkpoint = newest_checkpoint(tmp_path)
         assert code != EXIT_STOPPED or checkpoint is not None, output

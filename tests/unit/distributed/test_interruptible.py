@@ -31,7 +31,7 @@ def test_a_stop_of_rank_0_ends_its_work_on_every_rank(ranks: int) -> None:
                 return str(stopped), stopped.exit_code(saved=False), on_main(world, lambda: "still together")
         return "went on", 0, ""
 
-    assert run_distributed(ask, ranks, timeout_sec=30) == [("SIGTERM", 143, "still together")] * ranks
+    assert run_distributed(ask, ranks) == [("SIGTERM", 143, "still together")] * ranks
 
 
 def test_without_a_stop_the_result_reaches_every_rank() -> None:
@@ -40,7 +40,7 @@ def test_without_a_stop_the_result_reaches_every_rank() -> None:
             found: str = on_main_unless_stopped(world, stop, lambda: "images")
             return found
 
-    assert run_distributed(ask, 2, timeout_sec=30) == ["images"] * 2
+    assert run_distributed(ask, 2) == ["images"] * 2
 
 
 @pytest.mark.parametrize(("told", "words"), [(0, "SIGTERM"), (1, "SIGTERM"), (None, "the time limit")])
@@ -59,7 +59,7 @@ def test_a_stop_of_any_rank_ends_what_rank_0_does_alone(told: int | None, words:
                 return str(stopped), time.monotonic() - started
         return "went on", 0.0
 
-    for said, seconds in run_distributed(ask, 2, timeout_sec=30):
+    for said, seconds in run_distributed(ask, 2):
         assert said == words and seconds < 8
 
 
@@ -76,5 +76,5 @@ def test_a_stop_ends_what_each_rank_does_on_its_own() -> None:
                 return rank, str(stopped), on_main(world, lambda: "still together")
         return rank, "went on", ""
 
-    found = run_distributed(ask, 2, timeout_sec=30)
+    found = run_distributed(ask, 2)
     assert found == [(rank, "SIGTERM", "still together") for rank in range(2)]

@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
         "data.num_workers=0",
     ])  # fmt: skip
     assert run_alone(config) == 0
-    line = run_distributed(lambda world: evaluate(config, EvaluateRequest()), 1, init=False, timeout_sec=60)[0]
+    line = run_distributed(lambda world: evaluate(config, EvaluateRequest()), 1, init=False)[0]
     return folder / "run", paths, line
 
 

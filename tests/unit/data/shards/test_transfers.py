@@ -442,7 +442,7 @@ def test_an_outage_is_one_on_every_rank(run_distributed):
                 found.append(type(error).__name__)
         return tuple(found)
 
-    assert run_distributed(command, 2, timeout_sec=30) == [("OutageError", "OutageError")] * 2
+    assert run_distributed(command, 2) == [("OutageError", "OutageError")] * 2
 
 
 def test_a_lack_of_memory_is_no_servers_fault():
