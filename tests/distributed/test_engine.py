@@ -187,8 +187,8 @@ def test_local_engine_refuses_several_ranks():
 
 def test_zero_3_start_imports_no_compiler(tmp_path: Path):
     """torch._dynamo, inductor and DeepSpeed's on-the-fly builds are most of an untouched start, and training never
-    uses them.  A new interpreter, whose two forks
-    take 2 steps, save and load."""
+    uses them.  A new interpreter, whose two forks take 2 steps, save and load.
+    """
     folder = str(tmp_path)
     script = tmp_path / "start.py"
     script.write_text(

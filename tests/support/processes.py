@@ -64,8 +64,8 @@ def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.P
     return forked(body, **options)
 
 
-def forked_torchrun(ranks: int, module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`torchrun --standalone --nproc-per-node ranks -m module arguments`: the agent a fork, ranks forks of that."""
+def forked_torchrun(torchrun: tuple[str, ...], module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`torchrun ... -m module arguments`, torchrun: its options.  The agent is a fork, ranks are forks of that."""
     main = _warm_main(module, arguments)
 
     def rank() -> None:
@@ -85,7 +85,7 @@ def forked_torchrun(ranks: int, module: str, *arguments: str, **options: Any) ->
             return lambda *_: elastic_launch(config, rank)()
 
         run.elastic_launch = with_forks
-        run.main(["--standalone", "--nproc-per-node", str(ranks), "-m", module])
+        run.main([*torchrun, "-m", module])
 
     from torch.distributed import run
 
