@@ -276,7 +276,7 @@ log = RunLog(run_dir, log_config("online"), open_console(run_dir, 0), True, {})
 for step in range(1, 4):
     start = time.perf_counter()
     log.metrics(step, step, {"train/loss": 1.0 / step})
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 1.5
 log.close()
 """
     closed_port = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}

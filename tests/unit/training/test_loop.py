@@ -367,13 +367,13 @@ def test_a_wait_for_data_ends_at_once(saved):
         def __iter__(self) -> Any:
             yield from batches[:2]
             threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-            time.sleep(20)
+            time.sleep(600)
 
     run.position.loader = Slow()
     started = time.monotonic()
     with stop:
         assert loop.fit(run, stop) is False
-    assert time.monotonic() - started < 10 and [step for step, _, _ in saved] == [2]
+    assert time.monotonic() - started < 300 and [step for step, _, _ in saved] == [2]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a stopped process ignores what comes after
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
