@@ -91,6 +91,11 @@ def check_values(
     whose: what errors call the set.  num_classes: None = as many as there are.  The other two: as the task's.
     """
     found = set(values)
+    if found == {ignore_index}:
+        raise ShardError(
+            f"{whose}: all pixels of its label images are {ignore_index}, which is ignored, so there is nothing to "
+            "learn or to score; save the numbers of the classes, or set task.ignore_index"
+        )
     if 255 in found and found <= {0, 255}:
         raise ShardError(
             f"{whose}: all pixels of its label images are 0 or 255, a mask as programs draw it, and 255 is no class: "
