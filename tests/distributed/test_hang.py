@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from swinv2_train import train
+from swinv2_train.config.exit_codes import EXIT_FAILED
 from swinv2_train.distributed import World
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.monitoring.signs import STATUS, read_ranks
@@ -58,7 +59,9 @@ def run(run_dir: Path, shards: tuple[str, ...], around: Any) -> None:
         around(world)
         return train.train(config)
 
-    assert run_distributed(command, 2, init=False, timeout_sec=90, may_die=True) == [None, None]
+    ended = run_distributed(command, 2, init=False, timeout_sec=140, may_die=True)
+    # by its own watchdog, or by the end of the other, whose watchdog was a little earlier
+    assert all(code in (None, EXIT_FAILED) for code in ended), ended
 
 
 @pytest.mark.timeout(150)
