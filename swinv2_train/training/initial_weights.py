@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from swinv2_train.data.sources.matched import difference
 from swinv2_train.distributed import World, on_main
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.windows import Axes
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.task import Task
@@ -91,7 +92,7 @@ def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:
     Known of our own runs and of Hugging Face directories; other files do not tell.
     """
     source = Path(str(config.task.init_from))
-    theirs = trained_windows(source)
+    theirs: Sequence[Axes] | None = trained_windows(source)
     runs = [folder for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
     if runs:
         with on_meta():

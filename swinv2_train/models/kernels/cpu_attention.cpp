@@ -1,8 +1,9 @@
 // Windowed cosine attention on a CPU, forward and backward, one window and head at a time.
 //
 // The same operation as the Triton kernels (fused_kernels.py): softmax(cos(q, k) scale + bias + mask) v inside the
-// windows of a map, read from the projection (B, H, W, 3C) as it lies and written to (B, H, W, C).  A window's N x N
-// scores stay in the cache of the core that computes them.  Everything is computed in float32, whatever the map's type.
+// windows of a map, read from the projection (B, H, W, 3C) as it lies and written to (B, H, W, C); those of clips have
+// (T, H, W).  A window's N x N scores stay in the cache of the core that computes them.  Everything is computed in
+// float32, whatever the map's type.
 //
 // Legend: N tokens per window, d head dim; P and D are N and d rounded up to whole vectors.
 //
@@ -133,7 +134,7 @@ inline void narrow(Vector x, BFloat16* y) {
 struct Sizes {
   long batch, map;         // images, and tokens of each
   long windows;            // of an image
-  long rows, cols;         // of a window
+  long frames, rows, cols;  // of a window; an image's has one frame
   long heads, dim;
   long chunks;             // of the windows of the batch
 };
@@ -163,23 +164,27 @@ struct Window {
   std::vector<float> region;  // (P)
 
   explicit Window(const Map<T>& map)
-      : map(map), s(map.size), n(s.rows * s.cols), p((n + ROUND - 1) / ROUND * ROUND),
+      : map(map), s(map.size), n(s.frames * s.rows * s.cols), p((n + ROUND - 1) / ROUND * ROUND),
         d((s.dim + ROUND - 1) / ROUND * ROUND), channels(s.heads * s.dim), bias(n * p), region(p) {}
 
+  long offsets() const { return (2 * s.frames - 1) * (2 * s.rows - 1) * (2 * s.cols - 1); }
+
   // Where the table holds the bias of a query towards the first key of a row; that of the next key lies one before.
-  inline long place(long query, long key_row) const {
-    const long row = query / s.cols - key_row + s.rows - 1, col = query % s.cols + s.cols - 1;
-    return row * (2 * s.cols - 1) + col;
+  inline long place(long query, long key_frame, long key_row) const {
+    const long col = query % s.cols + s.cols - 1, line = query / s.cols;
+    const long row = line % s.rows - key_row + s.rows - 1, frame = line / s.rows - key_frame + s.frames - 1;
+    return (frame * (2 * s.rows - 1) + row) * (2 * s.cols - 1) + col;
   }
 
   void take_head(long which, const float* table) {
     head = which;
     for (long i = 0; i < n; i++) {
       float* row = &bias[i * p];
-      for (long r = 0; r < s.rows; r++) {
-        const float* from = table + place(i, r);
-        for (long c = 0; c < s.cols; c++) row[r * s.cols + c] = from[-c];
-      }
+      for (long f = 0, j = 0; f < s.frames; f++)
+        for (long r = 0; r < s.rows; r++, j += s.cols) {
+          const float* from = table + place(i, f, r);
+          for (long c = 0; c < s.cols; c++) row[j + c] = from[-c];
+        }
       std::fill(row + n, row + p, -INFINITY);
     }
   }
@@ -275,7 +280,7 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
   const Sizes& s = map.size;
   const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
   std::vector<float> q(p * d), k(p * d), kt(p * d), v(p * d), scores(p * p), o(p * d), of_query(p), of_key(p);
-  w.take_head(head, map.table + head * (2 * s.rows - 1) * (2 * s.cols - 1));
+  w.take_head(head, map.table + head * w.offsets());
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
     w.take(index);
     w.read(map.qkv, 3 * w.channels, 0, q.data());
@@ -319,7 +324,7 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
   const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
   std::vector<float> q(p * d), k(p * d), v(p * d), across(p * d), go(p * d), gv(p * d), gq(p * d), gk(p * d);
   std::vector<float> weights(p * p), gradient(p * p), sums(n * p), of_query(p), of_key(p);
-  w.take_head(head, map.table + head * (2 * s.rows - 1) * (2 * s.cols - 1));
+  w.take_head(head, map.table + head * w.offsets());
   float scale_sum = 0;
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
     w.take(index);
@@ -362,12 +367,13 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
     w.write(gk.data(), grad_qkv, 3 * w.channels, w.channels);
   }
   grad_scale[chunk * s.heads + head] = scale_sum;
-  float* table = grad_table + (chunk * s.heads + head) * (2 * s.rows - 1) * (2 * s.cols - 1);
+  float* table = grad_table + (chunk * s.heads + head) * w.offsets();
   for (long i = 0; i < n; i++)
-    for (long r = 0; r < s.rows; r++) {
-      float* to = table + w.place(i, r);
-      for (long c = 0; c < s.cols; c++) to[-c] += sums[i * p + r * s.cols + c];
-    }
+    for (long f = 0, j = i * p; f < s.frames; f++)
+      for (long r = 0; r < s.rows; r++, j += s.cols) {
+        float* to = table + w.place(i, f, r);
+        for (long c = 0; c < s.cols; c++) to[-c] += sums[j + c];
+      }
 }
 
 template <typename T>
