@@ -26,6 +26,6 @@ else
 fi
 processes="${NPROC_PER_NODE:-$gpus}"
 source "$(dirname "${BASH_SOURCE[0]}")/node_environment.sh"
-exec "$python" -m swinv2_train.distributed.torchrun "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
+exec "$python" -m swinv2_train.monitoring.torchrun "${where[@]}" --nproc-per-node "$((processes > 0 ? processes : 1))" \
     --max-restarts "${MAX_RESTARTS:-0}" --shutdown-timeout "${SHUTDOWN_TIMEOUT_SEC:-600}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m swinv2_train.train "$@"

@@ -18,12 +18,12 @@ Ranks are forks of this process, which has imported everything, without a launch
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -61,8 +61,8 @@ SOURCES, TASKS = ("shards", "folder", "http", "pipe"), ("simmim", "finetune", "s
 KINDS = ("SIGKILL all", "SIGKILL one", "SIGTERM", "SIGINT twice")
 LOSS_RTOL = 1e-3  # measured worst 1.7e-5 over 3,000 steps on other ranks and stages
 ABSENT = "did not come within"
-"""What ranks say of one that is killed before it meets them; after this many seconds."""
-MEETING_SEC = 20
+"""What ranks say of one that is killed before it meets them."""
+MEETING_SEC, ENDING_SEC = 40, 120
 MODEL = (
     "model.embed_dim=16", "model.depths=[1,1]", "model.num_heads=[1,2]", "optim.lr=1e-4", "train.log_every_steps=1",
     "train.picture_every_steps=100000", "train.eval_every_steps=null", "train.keep_best=null", "data.record_keys=true",
@@ -262,11 +262,14 @@ def kill_once(start: Start, run_dir: Path, common: tuple[str, ...], draw: random
             each.send_signal(getattr(signal, number))
     said = ""
     for each in processes:
-        with contextlib.suppress(Exception):  # one that hangs is killed
-            code, output = finish(each, timeout_sec=90)
-            said += output
-            if code == EXIT_USER_ERROR and ABSENT not in output:
-                start.problem = start.problem or "refused (exit code 2)"
+        try:
+            code, output = finish(each, timeout_sec=ENDING_SEC)
+        except subprocess.TimeoutExpired:
+            start.problem = start.problem or f"did not end within {ENDING_SEC} s, and was killed"
+            continue
+        said += output
+        if code == EXIT_USER_ERROR and ABSENT not in output:
+            start.problem = start.problem or "refused (exit code 2)"
     start.reached, start.after = last_step(run_dir), step_of(newest_checkpoint(run_dir))
     if start.after < start.before:
         start.problem = f"checkpoint {start.before} was lost"

@@ -31,9 +31,9 @@ from swinv2_train.config.arguments import last_of_each
 from swinv2_train.config.command_line import compose_overrides, guarded, load_run_config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.config.load import known_keys
-from swinv2_train.distributed.torchrun import run_ranks as torchrun
 from swinv2_train.monitoring.console import duration_text
 from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.monitoring.torchrun import run_ranks as torchrun
 from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
 
 DATA_DIR = Path("data/cifar10")

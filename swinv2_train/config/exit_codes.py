@@ -2,7 +2,7 @@
 
 Besides those below: 128 + N after signal N where nothing could be saved, 134 (128 + SIGABRT) where NCCL aborts a
 process after its own time limit, 137 (128 + SIGKILL) where the kernel or the scheduler killed it.  torchrun ends with 1
-whatever its ranks end with; launch/torchrun.sh with the code of the rank that ended first (distributed/torchrun.py).
+whatever its ranks end with; launch/torchrun.sh with the code of the rank that ended first (monitoring/torchrun.py).
 """
 
 from __future__ import annotations

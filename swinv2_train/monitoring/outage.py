@@ -32,14 +32,18 @@ def outage_recorded(run_dir: Path, lock: RunDirLock) -> Iterator[None]:
     except MachineError as error:
         if os.environ.get("RANK", "0") == "0":  # which it is also where the ranks did not meet
             with contextlib.suppress(OSError):
-                lock.acquire()
-                if lock.held:
-                    record_outage(run_dir, str(error))
+                record_outage(run_dir, lock, str(error), int(os.environ.get("WORLD_SIZE", "1")))
         raise
 
 
-def record_outage(run_dir: Path, reason: str) -> None:
-    """status.json as it was, where there is one, and in it that the start failed and another may succeed."""
+def record_outage(run_dir: Path, lock: RunDirLock, reason: str, world_size: int) -> None:
+    """status.json as it was, where there is one, and in it that the start failed and another may succeed.
+
+    Nothing where there is no directory yet.  Raises BlockingIOError where another run holds it.
+    """
+    lock.acquire()
+    if not lock.held:
+        return
     now = time.time()
     try:
         before: dict[str, Any] = read_json(
@@ -50,6 +54,6 @@ def record_outage(run_dir: Path, reason: str) -> None:
     status = {
         **before, "host": socket.gethostname(), "pid": os.getpid(), "state": "failed", "outage": True,
         "reason": without_secrets(reason), "doing": STARTING, "doing_since": now, "updated_at": now,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")), "started_at": now,
+        "world_size": world_size, "started_at": now,
     }  # fmt: skip
     replace_text(run_dir / STATUS, json.dumps(status, indent=1) + "\n")

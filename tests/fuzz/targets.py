@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -33,10 +34,11 @@ from swinv2_train.report.page import page_of
 from swinv2_train.report.run_record import read_run_record
 from swinv2_train.status import read_status, status_text
 from swinv2_train.weights import match_weights, read_weights, trained_windows
-from tests.fuzz.images import image_targets
+from tests.fuzz.images import image_targets, read_values
+from tests.fuzz.lists import list_targets
 from tests.fuzz.mutation import TEXT_TOKENS
 from tests.fuzz.target import Target
-from tests.support.images import image_bytes
+from tests.support.images import encoded, image_bytes
 from tests.support.one_rank import ONE
 from tests.support.weights_samples import classifier, state_of
 
@@ -49,7 +51,7 @@ def targets() -> list[Target]:
     with tempfile.TemporaryDirectory() as folder:
         return [
             *_weights(Path(folder)), *_archives(Path(folder)), *image_targets(), *_shards(Path(folder)), *_runs(),
-            *_saved_data_sets(Path(folder)),
+            *_saved_data_sets(Path(folder)), *list_targets(),
         ]  # fmt: skip
 
 
@@ -114,6 +116,11 @@ def _weights(folder: Path) -> list[Target]:
 
 def _archives(folder: Path) -> list[Target]:
     images = {f"{name}/{i}.png": image_bytes(i, size=(8, 8)) for name in ("ape", "cat") for i in range(2)}
+    classes = encoded(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    pairs = {
+        name: content for i in range(2)
+        for name, content in ((f"k{i}.cls", b"1"), (f"k{i}.png", images["ape/0.png"]), (f"k{i}.seg.png", classes))
+    }  # fmt: skip
     zips, tars = [], []
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         buffer = io.BytesIO()
@@ -121,11 +128,14 @@ def _archives(folder: Path) -> list[Target]:
             for name, data in images.items():
                 archive.writestr(name, data)
         zips.append(buffer.getvalue())
-    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+    for kind, before, members in (
+        (tarfile.USTAR_FORMAT, "", images), (tarfile.GNU_FORMAT, f"{'é' * 60}/", images),
+        (tarfile.PAX_FORMAT, f"{'é' * 60}/", images), (tarfile.USTAR_FORMAT, "", pairs),
+    ):  # fmt: skip
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
-            for name, data in images.items():
-                info = tarfile.TarInfo(name if kind == tarfile.USTAR_FORMAT else f"{'é' * 60}/{name}")
+            for name, data in members.items():
+                info = tarfile.TarInfo(before + name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         tars.append(buffer.getvalue())
@@ -270,33 +280,43 @@ def read_weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _saved_data_sets(folder: Path) -> list[Target]:
-    from datasets import ClassLabel, Dataset, Features, Image
+    from datasets import Array3D, ClassLabel, Dataset, Features, Image
 
-    features = Features({"img": Image(), "class": ClassLabel(names=["ape", "cat"])})
     columns = {
-        "img": [{"bytes": image_bytes(i, size=(8, 8)), "path": f"{i}.png"} for i in range(8)],
-        "class": [i % 2 for i in range(8)],
+        "images": (Image(), [{"bytes": image_bytes(i, size=(8, 8)), "path": f"{i}.png"} for i in range(8)]),
+        "arrays": (Array3D((8, 6, 4), "int16"), [[[[i, 0, -i, 9]] * 6] * 8 for i in range(8)]),
     }
-    Dataset.from_dict(columns, features=features).save_to_disk(str(folder / "saved"))
-    files = {path.name: path.read_bytes() for path in (folder / "saved").iterdir()}
+    files = {}
+    for kind, (feature, cells) in columns.items():
+        features = Features({"img": feature, "class": ClassLabel(names=["ape", "cat"])})
+        made = Dataset.from_dict({"img": cells, "class": [i % 2 for i in range(8)]}, features=features)
+        made.save_to_disk(str(folder / kind))
+        files[kind] = {path.name: path.read_bytes() for path in (folder / kind).iterdir()}
 
-    def placed(name: str) -> Callable[[bytes, Path], None]:
+    def placed(kind: str, name: str) -> Callable[[bytes, Path], None]:
         def run(data: bytes, place: Path) -> None:
-            for each, content in files.items():
+            for each, content in files[kind].items():
                 (place / each).write_bytes(content)
             (place / name).write_bytes(data)
             source = open_source(str(place))
             reader = source.open_reader()
             for index in range(source.num_samples):
                 with contextlib.suppress(ConfigError):
-                    reader.read(0, index)
+                    sample = reader.read(0, index)
+                    if sample.extension == "npy":
+                        read_values(sample.image)
             reader.close()
 
         return run
 
-    arrow = next(name for name in files if name.endswith(".arrow"))
+    def target(title: str, kind: str, name: str, tokens: tuple[bytes, ...] = TEXT_TOKENS) -> Target:
+        return Target(f"data sets: {title}", [files[kind][name]], placed(kind, name), tokens)
+
+    (arrow,) = (name for name in files["images"] if name.endswith(".arrow"))
     return [
-        Target("data sets: Arrow", [files[arrow]], placed(arrow), (b"%OUTSIDE%", b"bytes", b"path")),
-        Target("data sets: state.json", [files["state.json"]], placed("state.json"), TEXT_TOKENS),
-        Target("data sets: info", [files["dataset_info.json"]], placed("dataset_info.json"), TEXT_TOKENS),
+        target("Arrow", "images", arrow, (b"%OUTSIDE%", b"bytes", b"path")),
+        target("Arrow, arrays", "arrays", arrow, (b"halffloat", b"int16", b"list", b"arrow.extension")),
+        target("state.json", "images", "state.json"),
+        target("info", "images", "dataset_info.json"),
+        target("info of arrays", "arrays", "dataset_info.json"),
     ]

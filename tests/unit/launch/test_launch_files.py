@@ -59,7 +59,7 @@ def test_torchrun_is_started_for_one_machine_and_for_several(tmp_path):
         return subprocess.check_output(command, env=environment, text=True).splitlines()
 
     alone = words(NPROC_PER_NODE="8")
-    assert alone[:5] == ["-m", "swinv2_train.distributed.torchrun", "--standalone", "--nproc-per-node", "8"]
+    assert alone[:5] == ["-m", "swinv2_train.monitoring.torchrun", "--standalone", "--nproc-per-node", "8"]
     assert alone[-3:] == ["swinv2_train.train", "data.shards='a b/{0..3}.tar'", "optim.betas=[0.9, 0.95]"]
     several = " ".join(words(NNODES="4", NODE_RANK="3", MASTER_ADDR="node1", MAX_RESTARTS="2"))
     assert "--nnodes 4 --node-rank 3 --master-addr node1 --master-port 29500" in several

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from swinv2_train.distributed.torchrun import run_ranks
+from swinv2_train.monitoring.signs import STATUS
+from swinv2_train.monitoring.torchrun import TRAIN, run_ranks
+from swinv2_train.status import read_status
 from tests.support.processes import finished, forked
 
 
@@ -102,18 +105,55 @@ def test_the_exit_code_is_of_the_rank_that_failed_by_itself(codes, expected, mon
     assert run_ranks(["-m", "x"]) == expected
 
 
-def test_nodes_that_do_not_meet_are_said_without_a_traceback(tmp_path):
-    """Where nobody listens at MASTER_ADDR; what torch's C++ has logged before is out of reach."""
-    where = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "1"]
-    arguments = [*where, "--rdzv-conf", "timeout=1", *ranks("", tmp_path)[1:]]
+def alone(rank: int, port: int, *what: str) -> subprocess.CompletedProcess[str]:
+    """torchrun on one of two nodes, the other of which never comes."""
+    where = ["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(port)]
 
     def body() -> None:
-        raise SystemExit(run_ranks(arguments))
+        raise SystemExit(run_ranks([*where, "--rdzv-conf", "timeout=1", "--nproc-per-node", "2", *what]))
 
-    done = finished(start(body, tmp_path))
+    return finished(forked(body, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Of this host, and taken by a program that nobody meets at."""
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+NOBODYS = 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nodes_that_do_not_meet_are_an_outage_of_their_run(rank, tmp_path):
+    """The first node waits for the others, the others for the first; what torch's C++ has logged is out of reach."""
+    run_dir = tmp_path / "run = 1"
+    run_dir.mkdir()  # train.sbatch keeps its code there
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = free.getsockname()[1] if rank == 0 else NOBODYS
+    run = ("experiment=cifar10_simmim", f"run_dir='{run_dir}'", "data.shards=t.tar")
+    done = alone(rank, meeting, "-m", TRAIN, *run)
     last = done.stdout.splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: torchrun cannot start the ranks: "), done.stdout
     assert "Traceback" not in done.stdout
+    status = read_status(run_dir)
+    assert (status["state"], status["outage"], status["step"], status["world_size"]) == ("failed", True, 0, 4)
+    assert f"error: {status['reason']}" == last and '"outage": true' in (run_dir / STATUS).read_text()
+
+
+def test_what_is_no_outage_or_no_run_is_not_written_down(port, tmp_path):
+    """A port that another program has; another command; a run that is not there, or whose command is wrong."""
+    run = ("-m", TRAIN, "experiment=cifar10_simmim", f"run_dir={tmp_path}", "data.shards=t.tar")
+    assert "failed to listen" in alone(0, port, *run).stdout
+    assert alone(1, NOBODYS, "-m", "json.tool", f"run_dir={tmp_path}").returncode == 1
+    assert alone(1, NOBODYS, *run, "optim.lrr=1").returncode == 1
+    assert not list(tmp_path.iterdir())
+    assert alone(1, NOBODYS, *run[:3], f"run_dir={tmp_path / 'gone'}", run[-1]).returncode == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_torchruns_own_report_ends_with_our_message(tmp_path):
@@ -124,7 +164,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import guarded
 def refuse():
     raise ConfigError("lr is wrong")
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the other rank has failed: this one fails by itself too
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the other has failed: this one fails by itself too
 here = Path({str(tmp_path)!r})
 (here / str(rank)).touch()
 while not (here / str(1 - rank)).exists():
