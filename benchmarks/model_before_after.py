@@ -1,7 +1,7 @@
 """The image model of two checkouts in one run: whether their results are the same bits, and the ratio of CPU time.
 
     git worktree add /tmp/before COMMIT
-    python -m benchmarks.model_before_after /tmp/before [--rounds 20]
+    python -m benchmarks.model_before_after /tmp/before [--rounds 20] [--cases SimMIM]
 
 Each checkout runs in a process of its own on one thread; the two take turns at a forward and backward pass.  CPU time
 and not the clock, because the machine may be shared.
@@ -68,11 +68,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--cases", default="", help="those whose names have this in them")
     options = parser.parse_args()
+    cases = {name: settings for name, settings in CASES.items() if options.cases in name}
     children = {}
     for name, checkout in (("before", options.before.resolve()), ("now", HERE)):
         children[name] = subprocess.Popen(
-            [sys.executable, "-c", CHILD, json.dumps(CASES)], text=True, cwd=checkout,
+            [sys.executable, "-c", CHILD, json.dumps(cases)], text=True, cwd=checkout,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(checkout)},
         )  # fmt: skip
         assert children[name].stdout.readline() == "ready\n"
@@ -87,7 +89,7 @@ def main() -> None:
         child.wait()
     print("| image model, forward and backward of 2 images | same bits | CPU time, now / before | quartiles |")
     print("|---|---|---|---|")
-    for case in CASES:
+    for case in cases:
         pairs = [(old[case], new[case]) for old, new in zip(turns["before"], turns["now"], strict=True)]
         same = all(old[1] == new[1] for old, new in pairs)
         low, middle, high = statistics.quantiles([new[0] / old[0] for old, new in pairs[2:]], n=4)

@@ -81,6 +81,11 @@ def _check_model(config: Config) -> None:
             f"model.recompute ({model.recompute}) needs engine.name=deepspeed, not {config.engine.name}; "
             "set engine.name=deepspeed, or another place of the saved inputs"
         )
+    if model.frames is not None:
+        raise ConfigError(
+            f"model.frames ({model.frames}): no data is read as clips yet; set model.frames=null (from Python, "
+            "swinv2_train.models takes them)"
+        )
     for stage in model.sequential_stages:
         between(1, num_stages).check("model.sequential_stages", stage)
 

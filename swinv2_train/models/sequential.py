@@ -173,7 +173,9 @@ def _chunks(qkv: Tensor, grid: WindowGrid, chunk_windows: int) -> Iterator[_Chun
         places = tokens[window] + image.unsqueeze(1) * map_tokens
         if has_padding:
             places = places.masked_fill(tokens[window] < 0, batch * map_tokens)
-        yield _Chunk(places, region_mask(regions[window]).unsqueeze(1) if grid.needs_mask else None, has_padding)
+        mask = region_mask(regions[window], len(grid.size)).unsqueeze(1) if grid.needs_mask else None
+        yield _Chunk(places, mask, has_padding)
+        del mask  # or it would still be there when the next is made
 
 
 def _buffer(rows: Tensor, channels: int, grid: WindowGrid) -> Tensor:

@@ -18,6 +18,7 @@ from swinv2_train.models.cache import cached_table
 
 MASKED_LOGIT = -100.0  # the official additive mask between regions that the cyclic shift brought together
 PADDING = -1  # the region of padded tokens
+END_OF_CLIP = 4  # regions from here on are of frames that the shift has brought from a clip's other end
 Axes = tuple[int, ...]  # a number for every axis of a map
 
 
@@ -123,23 +124,29 @@ def window_regions(grid: WindowGrid, device: torch.device) -> Tensor:
     return partition_windows(regions[None, ..., None], grid.window)[..., 0]
 
 
-def region_mask(regions: Tensor) -> Tensor:
+def region_mask(regions: Tensor, axes: int) -> Tensor:
     """Additive mask (n, N queries, N keys) float32 of n windows whose tokens are in these regions (n, N).
 
-    -100 between regions (official), -inf for padded keys, so that padding gets no weight at all.  No row is -inf
+    axes: of the map.  -100 between regions (official), -inf for padded keys, so that padding gets no weight at all, and
+    -inf between the two ends of a clip: what leaks through -100 would be there once a frame, and a clip of one repeated
+    frame no longer exactly that image.  No row is -inf
     throughout, because every window holds a token of the map: less than a window is padded, so a window in place begins
     inside the map, and so does a shifted one, except the last of an axis, which ends with the first tokens of that
     axis.
     """
     apart = regions[:, None, :] != regions[:, :, None]  # (n, N, N)
     mask = torch.zeros(apart.shape, dtype=torch.float32, device=regions.device).masked_fill_(apart, MASKED_LOGIT)
-    return mask.masked_fill_((regions == PADDING)[:, None, :], -math.inf)
+    mask.masked_fill_((regions == PADDING)[:, None, :], -math.inf)
+    if axes > 2:
+        end = regions >= END_OF_CLIP
+        mask.masked_fill_((end[:, None, :] != end[:, :, None]) & (regions != PADDING)[:, :, None], -math.inf)
+    return mask
 
 
 @cached_table
 def attention_mask(grid: WindowGrid, device: torch.device) -> Tensor:
     """The additive mask (nW, N, N) of all windows that :func:`cut_windows` gives; see :func:`region_mask`."""
-    return region_mask(window_regions(grid, device))
+    return region_mask(window_regions(grid, device), len(grid.size))
 
 
 def num_offsets(window: Axes) -> int:

@@ -97,10 +97,14 @@ def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:
     if runs:
         with on_meta():
             theirs = build_model(load_run_config(runs[0]).model, num_classes=0).pretrained_window_sizes
-    if theirs is None or theirs == encoder.pretrained_window_sizes:
+    if theirs is None:
         return []
-    value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for rows, cols in theirs)
+    axes = min(len(theirs[0]), len(encoder.pretrained_window_sizes[0]))  # of images in a model of clips, the sides
+    if [window[-axes:] for window in theirs] == [window[-axes:] for window in encoder.pretrained_window_sizes]:
+        return []
+    value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for *_, rows, cols in theirs)
+    time = f" model.pretrained_window_frames={theirs[0][0]}" if axes > 2 else ""
     return [
         f"warning: their position bias was trained at other windows than this model assumes; "
-        f"model.pretrained_window_sizes=[{value}] keeps its meaning (arXiv:2111.09883 section 3.3)"
+        f"model.pretrained_window_sizes=[{value}]{time} keeps its meaning (arXiv:2111.09883 section 3.3)"
     ]

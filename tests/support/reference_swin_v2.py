@@ -110,7 +110,7 @@ def attention(x, state, name, heads, window, shift, trained):
 
     The map is thought to go on to whole windows.  A token at (r, c), of a clip (t, r, c), stands at
     (r - shift, c - shift) of the shifted map, cyclically; tokens of a window of which one wrapped around that edge and
-    the other did not are kept apart by -100.
+    the other did not are kept apart by -100, and the two ends of a clip for good.
     """
     batch, *size, dim = x.shape
     whole = [-(-n // w) * w for n, w in zip(size, window, strict=True)]
@@ -121,6 +121,8 @@ def attention(x, state, name, heads, window, shift, trained):
     apart = (wrapped[:, None] != wrapped[None]).any(-1)  # (queries, keys)
     additive = torch.zeros(len(cell), len(cell), dtype=x.dtype)
     additive[apart] = -100.0
+    if len(size) == 3:
+        additive[wrapped[:, None, 0] != wrapped[None, :, 0]] = -math.inf
     additive[~same_window] = -math.inf
 
     reach = torch.cartesian_prod(*(torch.arange(1 - w, w) for w in window))

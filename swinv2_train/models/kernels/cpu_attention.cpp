@@ -34,6 +34,7 @@ typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4)));
 
 constexpr float MASKED = -100.0f;  // between regions that the cyclic shift brought together
+constexpr float END_OF_CLIP = 4.0f;  // regions from here on and those before have nothing to do with each other
 constexpr float SMALLEST_LENGTH = 1e-12f;
 
 inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
@@ -162,6 +163,9 @@ struct Window {
   bool apart = false;      // more than one region
   std::vector<float> bias;  // (N, P): of the head, -inf for what rounding up added
   std::vector<float> region;  // (P)
+  std::vector<float> ends[2];  // (P) each, as seen from one of a clip's two ends: the other is as good as padding.
+                               // Empty where they do not meet
+  const float* seen = nullptr;  // the regions of the keys as the query at hand sees them
 
   explicit Window(const Map<T>& map)
       : map(map), s(map.size), n(s.frames * s.rows * s.cols), p((n + ROUND - 1) / ROUND * ROUND),
@@ -196,10 +200,22 @@ struct Window {
     tokens = map.tokens + window * n;
     regions = map.regions + window * n;
     apart = false;
+    bool meet = false;
     for (long j = 0; j < n; j++) {
       region[j] = regions[j];
       apart |= regions[j] != regions[0];
+      meet |= region[j] >= END_OF_CLIP;
     }
+    seen = region.data();
+    for (long end = 0; end < 2; end++) {
+      ends[end] = meet ? region : std::vector<float>();
+      for (float& each : ends[end])
+        if ((each >= END_OF_CLIP) != end) each = -1.0f;
+    }
+  }
+
+  void take_query(long i) {
+    if (!ends[0].empty()) seen = region[i] < 0 ? region.data() : ends[region[i] >= END_OF_CLIP].data();
   }
 
   // The window's rows of a map of `width` channels, beginning at channel `from`, into (P, D), zero where there is none.
@@ -266,7 +282,7 @@ struct Window {
   inline Vector added(long i, long j) const {
     Vector x = load(&bias[i * p + j]);
     if (apart) {
-      const Vector theirs = load(&region[j]);
+      const Vector theirs = load(seen + j);
       x += theirs != fill(region[i]) ? fill(MASKED) : Vector{};
       x = theirs == fill(-1.0f) ? fill(-INFINITY) : x;
     }
@@ -291,6 +307,7 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
     transpose(k.data(), p, d, kt.data());
     multiply<false>(q.data(), d, kt.data(), p, scores.data(), p, p, p, d);
     for (long i = 0; i < n; i++) {
+      w.take_query(i);
       float* row = &scores[i * p];
       const float factor = scale[head] * of_query[i];
       Vector highest = fill(-INFINITY);
@@ -339,6 +356,7 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
     transpose(v.data(), p, d, across.data());
     multiply<false>(go.data(), d, across.data(), p, gradient.data(), p, p, p, d);
     for (long i = 0; i < n; i++) {
+      w.take_query(i);
       const float denominator = lse[(index * s.heads + head) * n + i];
       const float factor = scale[head] * of_query[i];
       Vector products{};

@@ -64,7 +64,7 @@ def unknown(device: torch.device, dtype: torch.dtype, grid: WindowGrid, num_head
     if device.type == "cpu":
         return f"windows of {tokens} tokens are more than {cpu.MAX_TOKENS}" if tokens > cpu.MAX_TOKENS else None
     if len(grid.window) > 2:
-        return "windows of several frames"
+        return "windows of clips"
     if max(grid.window) > MAX_WINDOW:
         return f"windows of {grid.window[0]}x{grid.window[1]} are larger than {MAX_WINDOW}"
     if math.prod(grid.size) * 3 * num_heads * head_dim >= 2**31:
