@@ -179,6 +179,9 @@ def a_batch(config: Config) -> dict[str, Tensor]:
     batch = {"images": images, "weight": torch.ones(size)}
     if config.task.name == "classify":
         return batch | {"labels": torch.zeros(size, dtype=torch.int64)}
+    if config.task.name == "segment":
+        labels, extent = torch.zeros(size, height, width, dtype=torch.uint8), torch.tensor([[height, width]] * size)
+        return batch | {"labels": labels, "extent": extent}
     patch = config.model.patch_size
     return batch | {"mask": torch.rand(size, height // patch, width // patch) < 0.6}
 

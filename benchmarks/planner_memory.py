@@ -54,6 +54,7 @@ class Case(NamedTuple):
 
 C = "task=classify task.mixup_alpha=0 task.cutmix_alpha=0"  # mixing wants micro-batches of pairs
 L = f"{C} engine=local"
+S = "task=segment"
 CPU_CASES = [
     Case(f"model=tiny {L} model.img_size=256 model.window_size=8 train.micro_batch_size=8"),
     Case(f"model=tiny {L} model.img_size=512 model.window_size=16 train.micro_batch_size=2 model.recompute=blocks"),
@@ -80,6 +81,13 @@ CPU_CASES = [
          "model.recompute=blocks model.sequential_stages=[1,2,3] model.attention_chunk_mib=128", 2),
     Case(f"model=small {C} engine=zero1 model.img_size=256 model.window_size=8 train.micro_batch_size=4", 2),
     Case(f"model=small {C} engine=zero2 model.img_size=256 model.window_size=8 train.micro_batch_size=4", 2),
+    Case(f"model=tiny {S} engine=local model.img_size=512 model.window_size=16 train.micro_batch_size=1"),
+    Case(f"model=tiny {S} engine=local model.img_size=256 model.window_size=16 train.micro_batch_size=2 "
+         "task.head_norm=batch model.recompute=blocks"),
+    Case(f"model=small {S} engine=zero1 model.img_size=256 model.window_size=16 train.micro_batch_size=1 "
+         "task.head_norm=sync_batch", 2),
+    Case(f"model=base {S} engine=zero3 model.img_size=256 model.window_size=16 train.micro_batch_size=1 "
+         "task.head_norm=group task.aux_channels=0", 2),
 ]  # fmt: skip
 G, B = "model=giant engine=zero3 train.micro_batch_size=1", "model.recompute=blocks"
 CUDA_CASES = [
@@ -157,6 +165,9 @@ def a_batch(config: Config) -> dict[str, Tensor]:
     batch = {"images": torch.randint(0, 256, (size, 3, height, width), dtype=torch.uint8), "weight": torch.ones(size)}
     if config.task.name == "classify":
         return batch | {"labels": torch.randint(0, 10, (size,))}
+    if config.task.name == "segment":
+        labels = torch.randint(0, 10, (size, height, width), dtype=torch.uint8)
+        return batch | {"labels": labels, "extent": torch.tensor([[height, width]] * size)}
     patch = config.model.patch_size
     return batch | {"mask": torch.rand(size, height // patch, width // patch) < 0.6}
 

@@ -29,7 +29,7 @@ from swinv2_train.config.command_line import compose_source, own_flag, run_on_we
 from swinv2_train.config.secret_texts import public
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.loader import EvalLoader
-from swinv2_train.data.sources.matched import Say
+from swinv2_train.data.sources.matched import Say, check_pixel_classes
 from swinv2_train.distributed import (
     World,
     init_distributed,
@@ -115,9 +115,8 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     def stood_in(case: failures.Case, cause: str) -> None:
         print(f"warning: {failures.text(world.rank, case, cause)}", file=sys.stderr)
 
-    called = config.task.pixel_class_names if config.task.label_classes is None else names
     with torch.no_grad(), arithmetic(config.runtime.deterministic), failures.surviving(stood_in):
-        results = {name: score(task, forward, split, loaders[name], say, called) for name, split in splits.items()}
+        results = {name: score(task, forward, split, loaders[name], say, names) for name, split in splits.items()}
         crops: dict[float, dict[str, float]] = {}
         for value in request.crop_pcts:
             crops[value] = results[""].scores
@@ -168,6 +167,8 @@ def models_classes(config: Config, request: EvaluateRequest, say: Say) -> tuple[
     say: receives a note where that had to be assumed.
     """
     count = config.task.label_classes
+    if config.task.pixel_classes is not None:
+        return _pixel_classes(config, request)
     if count is None:
         return None
     if request.weights is None:
@@ -184,6 +185,16 @@ def models_classes(config: Config, request: EvaluateRequest, say: Say) -> tuple[
     if names is not None:
         say(f"note: {request.weights} names no classes; those of {run} are assumed")
     return names
+
+
+def _pixel_classes(config: Config, request: EvaluateRequest) -> tuple[str, ...] | None:
+    """As models_classes, of a task that names the class of each pixel; the configuration's names are the user's own."""
+    ours, path = config.task.pixel_class_names, request.weights or request.checkpoint or config.run_dir
+    theirs = weights_classes(path)
+    if theirs is not None and len(theirs) > (config.task.pixel_classes or 0):
+        return ours
+    check_pixel_classes(theirs, ours, path, "task.class_names")
+    return ours or theirs
 
 
 def load(task: Task, config: Config, request: EvaluateRequest, world: World) -> dict[str, Any]:

@@ -164,9 +164,9 @@ def _said(one: _Given, whole: bool = False) -> str:
 
 @functools.cache
 def _text_keys() -> frozenset[str]:
-    return frozenset(key.name for key in all_keys() if key.kind in (str, str | None))
+    return frozenset(key.name for key in all_keys() if key.is_text)
 
 
 @functools.cache
 def _list_keys() -> frozenset[str]:
-    return frozenset(key.name for key in all_keys() if key.kind == list[str])
+    return frozenset(key.name for key in all_keys() if key.is_text_list)

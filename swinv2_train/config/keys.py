@@ -28,6 +28,16 @@ class Key(NamedTuple):
     """Whether its text names a file or directory."""
 
     @property
+    def is_text(self) -> bool:
+        """Whether its value is a text."""
+        return self.kind in (str, str | None)
+
+    @property
+    def is_text_list(self) -> bool:
+        """Whether its value is a list of texts."""
+        return self.kind in (list[str], list[str] | None)
+
+    @property
     def is_section(self) -> bool:
         """True for a section of keys, False for a value."""
         return dataclasses.is_dataclass(self.kind)

@@ -110,7 +110,7 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
 
 def _check_texts(composed: DictConfig, task: type[TaskConfig]) -> None:
     """A text that YAML or a dictionary on the command line has read as a number is another text: 1e-3 becomes 0.001."""
-    texts = [key.name for key in all_keys(task) if key.kind in (str, str | None, list[str])]
+    texts = [key.name for key in all_keys(task) if key.is_text or key.is_text_list]
     for below, (_, cls) in OWN_ENTRIES.items():
         names = OmegaConf.select(composed, below.removesuffix("."))
         texts += [f"{below}{name}.{key.name}" for name in names or () for key in keys_of(cls) if key.is_path]

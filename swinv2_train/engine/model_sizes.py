@@ -32,6 +32,8 @@ class ModelSizes:
     """Elements of each parameter of each block, in the order of the forward pass."""
     others: tuple[int, ...]
     """Elements of each parameter outside of blocks."""
+    synced_norms: tuple[int, ...] = ()
+    """Channels of each norm whose statistics are of the images of all ranks (models/batch_norm.py)."""
 
     @property
     def largest_group(self) -> int:

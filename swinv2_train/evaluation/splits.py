@@ -17,7 +17,7 @@ from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
-from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, matched
+from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, matched
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.evaluation.scoring import SumsOverRanks, evaluate_loader
@@ -107,6 +107,8 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
                 beside = splits[""].source.classes if name and names is None else None
                 whose = MODELS_CLASSES if beside is None else "the classes of data.eval_shards"
                 source = matched(source, key, names or beside, classes, whose, say)
+            elif config.task.pixel_classes is not None:
+                check_pixel_classes(source.classes, names, key, MODELS_CLASSES)
             task_class(config.task).check_source(config.task, source, key)
         splits[name] = Split(key, source, label_overrides)
     return splits
@@ -170,9 +172,9 @@ def score(
         batches = (with_labels(batch, split.label_overrides) for batch in batches)
     scores = evaluate_loader(score_batch, batches)
     loader.close()
-    if names is not None and predictions is not None:
-        names = (*names, *map(str, range(len(names), predictions.num_classes)))
     confusion = pixels.read() if counter is None else counter.read()
+    if names is not None and confusion is not None:
+        names = (*names, *map(str, range(len(names), len(confusion.images()))))
     return Scored(int(all_reduce_sum(images)), scores, confusion, names)
 
 

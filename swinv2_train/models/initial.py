@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,31 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.batch_norm import BatchNorm
+from swinv2_train.models.detection.layers import Drawn
+from swinv2_train.models.initial_rules import Constant, Normal, Rule, Uniform
 from swinv2_train.models.swin_v2 import SwinBlock, SwinTransformerV2
 from swinv2_train.models.upernet import HeadConv2d
 
 STD = 0.02
-
-
-class Constant(NamedTuple):
-    """Every element is value."""
-
-    value: float
-
-
-class Normal(NamedTuple):
-    """A normal distribution around 0; the official truncation at 2 is 100 standard deviations away."""
-
-    std: float
-
-
-class Uniform(NamedTuple):
-    """Between -bound and bound."""
-
-    bound: float
-
-
-Rule = Constant | Normal | Uniform
 
 
 @contextlib.contextmanager
@@ -70,14 +51,17 @@ _VALUES_ONLY = frozenset(
 
 
 def initial_rule(model: nn.Module, name: str) -> Rule:
-    """What a parameter of a SwinTransformerV2, SimMIM or UPerNet starts from; its values are not looked at.
+    """What a parameter of a SwinTransformerV2 or of a model around one starts from; its values are not looked at.
 
     Linear layers and the mask token: normal, 0.02; biases 0; norms 1 and 0, those of a block's two branches 0 and 0
-    (official code); convolutions as torch's (uniform, 1/sqrt(fan in)), UPerNet's as they say; logit scales log 10.
+    (official code); convolutions as torch's (uniform, 1/sqrt(fan in)); necks and heads as their layers say; logit
+    scales log 10.
     """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     above, _, own_name = path.rpartition(".")
+    if isinstance(owner, Drawn):
+        return owner.initial if leaf == "weight" else Constant(0.0)
     if isinstance(owner, nn.Linear):
         return Normal(STD) if leaf == "weight" else Constant(0.0)
     if isinstance(owner, HeadConv2d):

@@ -259,7 +259,7 @@ class SwinTransformerV2(nn.Module):
             ]
             last = i == len(self.depths) - 1
             self.layers.append(Stage(blocks, None if last else PatchMerging(dim)))
-        self.norm = Float32LayerNorm(self.num_features)
+        self.norm: nn.Module = Float32LayerNorm(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(_init_weights)
         for module in self.modules():

@@ -161,9 +161,10 @@ class SegmentationDecoder(nn.Module):
         aux_channels: int,
         dropout: float,
         norm: NormOf,
+        map_norms: bool,
     ) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(MapLayerNorm(width) for width in in_channels[:-1])
+        self.norms = nn.ModuleList(MapLayerNorm(width) if map_norms else nn.Identity() for width in in_channels[:-1])
         self.decode_head = UPerHead(in_channels, channels, num_classes, dropout, norm)
         self.auxiliary_head = None
         if aux_channels:
@@ -174,7 +175,9 @@ class UPerNet(nn.Module):
     """A semantic segmentation model on a SwinV2 encoder of two stages or more.
 
     head_channels, aux_channels: of the two heads; without the second head where aux_channels is 0.  dropout: share of
-    channels.  head_norm, total: as norm_of takes them.  Raises ValueError for numbers that do not fit.
+    channels.  head_norm, total: as norm_of takes them.  map_norms: whether each map has a norm before the heads, as
+    published; without, the encoder loses its last norm (transformers' UperNetForSemanticSegmentation).  Raises
+    ValueError for numbers that do not fit.
     """
 
     def __init__(
@@ -186,6 +189,7 @@ class UPerNet(nn.Module):
         dropout: float = 0.1,
         head_norm: str = "layer",
         total: Total | None = None,
+        map_norms: bool = True,
     ) -> None:
         super().__init__()
         if len(encoder.depths) < 2:
@@ -193,8 +197,13 @@ class UPerNet(nn.Module):
         self.encoder = encoder
         self.num_classes = num_classes
         in_channels = [encoder.embed_dim * 2**i for i in range(len(encoder.depths))]
+        self.map_norms = map_norms
+        if not map_norms:
+            encoder.norm = nn.Identity()
         norm = norm_of(head_norm, total)
-        self.decoder = SegmentationDecoder(in_channels, num_classes, head_channels, aux_channels, dropout, norm)
+        self.decoder = SegmentationDecoder(
+            in_channels, num_classes, head_channels, aux_channels, dropout, norm, map_norms
+        )
 
     def forward(self, images: Tensor, features: bool = False) -> dict[str, Tensor]:
         """images: (B, in_chans, H, W), normalised pixels, of any size: 0 is put at the bottom and the right to whole

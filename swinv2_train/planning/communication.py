@@ -22,6 +22,9 @@ without counting the blocks in between).  Recomputation adds nothing: a block co
 backward pass.  Small are parameters of at most engine.persistence_threshold elements.  With
 engine.communication_data_type=fp32 the sums and scatters of bf16 gradients have 4 bytes an element.
 
+Norms over the images of all ranks (task.head_norm=sync_batch) sum a number, means and variances in each forward pass
+and two gradients in each backward pass, in float32, and nothing goes on beside.
+
 Ring algorithms: a rank sends (W-1)/W of what is gathered or scattered and twice that of what is summed, and receives as
 much; all cards of a node carry the rings' traffic together, so the ring is as fast as the slower of a rank's link in
 the node and the node's cards together (NCCL, src/graph/tuning.cc, takes busBw so too).  A message waits one latency for
@@ -70,6 +73,17 @@ def collectives(
     """The collectives of one step.  backward: the backward pass's share of the time of both."""
     if ranks == 1 or config.name == "local":
         return []
+    return [*_of_engine(config, sizes, accumulation, backward), *_of_norms(sizes, accumulation)]
+
+
+def _of_norms(sizes: ModelSizes, accumulation: int) -> list[Collective]:
+    if not sizes.synced_norms:
+        return []
+    nbytes, calls = sum(4 * (4 * channels + 1) for channels in sizes.synced_norms), 5 * len(sizes.synced_norms)
+    return [Collective(SUM, "statistics", accumulation * nbytes, accumulation * calls, 0.0)]
+
+
+def _of_engine(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward: float) -> list[Collective]:
     stage, n, w = config.zero_stage, sizes.parameters, 2 if config.precision == "bf16" else 4
     buckets, g = buckets_of(config, sizes.layers), summed_bytes(config)
     norms = Collective(SUM, "norms", NORM_BYTES * len(sizes.groups), len(sizes.groups), 0.0)

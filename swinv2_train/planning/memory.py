@@ -13,6 +13,7 @@ from swinv2_train.engine.build import engine_memory
 from swinv2_train.engine.memory import GRADIENTS, EngineMemory
 from swinv2_train.engine.model_sizes import ModelSizes, layer_sizes
 from swinv2_train.models import count_parameters
+from swinv2_train.models.batch_norm import BatchNorm
 from swinv2_train.planning.hardware import required
 from swinv2_train.planning.trace import Peak, Trace, meta_task, trace_step
 from swinv2_train.runtime.environment import GIB
@@ -74,6 +75,11 @@ def model_sizes(task: Task, config: Config) -> ModelSizes:
         layers=layer_sizes(module, task.block_types),
         blocks=tuple(tuple(parameter.numel() for parameter in block) for block in blocks),
         others=tuple(parameter.numel() for parameter in module.parameters() if id(parameter) not in inside),
+        synced_norms=tuple(
+            child.weight.numel()
+            for child in module.modules()
+            if isinstance(child, BatchNorm) and child.total is not None
+        ),
     )
 
 
@@ -84,8 +90,9 @@ def plan_memory(config: Config, hardware: HardwareConfig, world_size: int) -> tu
     together.
     """
     on_cpu = hardware.device == "cpu"
-    sizes = model_sizes(meta_task(config), config)
     accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    config.task.check_ranks(world_size, accumulation)
+    sizes = model_sizes(meta_task(config), config)
     ema = config.optim.ema_decay is not None
     engine = engine_memory(config.engine, sizes, world_size, accumulation, on_cpu, ema)
     trace = trace_step(config, engine.kept_gradient_bytes, on_cpu)

@@ -89,12 +89,12 @@ def scaling_curve(config: Config, hardware: HardwareConfig, base_gpus: int) -> C
     share = None
     if config.plan.scaling == "weak":
         share = accumulation_steps(batch.global_batch_size, batch.micro_batch_size, base_gpus) * batch.micro_batch_size
-    traces, pairs = Traces(config, hardware), config.task.mixes
+    traces = Traces(config, hardware)
     points: list[Point] = []
     left_out: dict[int, str] = {}
     for gpus in COUNTS:
         images = batch.global_batch_size if share is None else share * gpus
-        reason = _undivided(images, gpus, pairs)
+        reason = _refusal(config, images, gpus)
         if reason is None:
             points.append(traces.point(images, gpus))
         else:
@@ -175,6 +175,19 @@ def scaling_json(curve: Curve) -> dict[str, object]:
         ],
         "left_out": {str(gpus): reason for gpus, reason in curve.left_out.items()},
     }
+
+
+def _refusal(config: Config, images: int, gpus: int) -> str | None:
+    """Why `images` images a step are none for `gpus` ranks, and the remedy."""
+    pairs = config.task.mixes
+    reason = _undivided(images, gpus, pairs)
+    if reason is None:
+        micro = _micro_batch_size(images // gpus, config.train.micro_batch_size, pairs)
+        try:
+            config.task.check_ranks(gpus, images // (micro * gpus))
+        except ConfigError as error:
+            return str(error)
+    return reason
 
 
 def _undivided(images: int, gpus: int, pairs: bool) -> str | None:

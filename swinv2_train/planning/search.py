@@ -58,6 +58,7 @@ def recommend(config: Config, hardware: HardwareConfig, num_gpus: int, arguments
     if best is not None:
         return _recommended(best, config, hardware, num_gpus, arguments, steps)
     if not search.estimates:
+        config.task.check_ranks(num_gpus, accumulation_steps=1)
         pairs, least = (" in pairs, as mixup needs", "2 x ") if config.task.mixes else ("", "")
         raise ConfigError(
             f"train.global_batch_size ({config.train.global_batch_size}) cannot be divided among {num_gpus} ranks"
@@ -127,6 +128,7 @@ class Search:
         sizes = micro_batch_sizes(self.config.train.global_batch_size, self.num_gpus)
         if self.config.task.mixes:  # in pairs
             sizes = [size for size in sizes if size % 2 == 0]
+        sizes = [size for size in sizes if self._allowed(size)]
         if not sizes:
             return
         stage = self.config.engine.zero_stage
@@ -153,13 +155,24 @@ class Search:
                             passes[compiles] = seconds.times(1 - SLACK) if size == 1 else seconds
                         yield self._candidate(setting, self._engine(setting), trace, passes[compiles])
 
+    def _allowed(self, micro_batch_size: int) -> bool:
+        """Whether the run itself would take it."""
+        try:
+            self.config.task.check_ranks(self.num_gpus, self._accumulation(micro_batch_size))
+        except ConfigError:
+            return False
+        return True
+
+    def _accumulation(self, micro_batch_size: int) -> int:
+        return self.config.train.global_batch_size // (micro_batch_size * self.num_gpus)
+
     def _candidate(self, setting: Setting, engine: EngineMemory, trace: Trace, passes: PassSeconds) -> Candidate:
         chosen = apply(self.config, setting)
         memory = memory_by_phase(chosen, self.hardware, engine, self.sizes, trace, self.num_gpus)
         return Candidate(setting, memory, plan_speed(chosen, self.hardware, self.sizes, passes, self.num_gpus))
 
     def _engine(self, setting: Setting) -> EngineMemory:
-        accumulation = self.config.train.global_batch_size // (setting.micro_batch_size * self.num_gpus)
+        accumulation = self._accumulation(setting.micro_batch_size)
         ema = self.config.optim.ema_decay is not None
         engine = apply(self.config, setting).engine
         return engine_memory(engine, self.sizes, self.num_gpus, accumulation, self.on_cpu, ema)

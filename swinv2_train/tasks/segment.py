@@ -93,7 +93,7 @@ class SegmentTask:
         try:
             self.module = UPerNet(
                 self.encoder, task.num_classes, task.head_channels, task.aux_channels, task.dropout, task.head_norm,
-                total,
+                total, task.map_norms,
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"task: {error}") from error

@@ -19,7 +19,7 @@ from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
-from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, difference, matched
+from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, difference, matched
 from swinv2_train.data.sources.mixture import Mixture, open_mixture
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
 from swinv2_train.distributed import World
@@ -235,9 +235,10 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
 
     def open_both() -> Sources:
         data, pattern = config.data, config.data.eval_shards
-        names = None if newest is None or config.task.label_classes is None else checkpoint_classes(newest)
+        names = _known_classes(config, newest)
         training = _open_training(config, names, tell)
-        if names is None and not isinstance(training, Stream) and config.task.label_classes is not None:
+        of_classes = config.task.label_classes is not None or config.task.pixel_classes is not None
+        if names is None and not isinstance(training, Stream) and of_classes:
             names = training.classes
         evaluation = None
         if pattern is not None:
@@ -250,6 +251,16 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
 
     opened: Sources = on_main_unless_stopped(world, stop, open_both)
     return opened
+
+
+def _known_classes(config: Config, newest: Path | None) -> tuple[str, ...] | None:
+    """What the model's classes are called before any image is seen: those of the run, and of pixels as configured."""
+    task = config.task
+    if task.label_classes is None and task.pixel_classes is None:
+        return None
+    kept = None if newest is None else checkpoint_classes(newest)
+    check_pixel_classes(kept, task.pixel_class_names, f"run_dir ({config.run_dir})", "task.class_names")
+    return task.pixel_class_names or kept
 
 
 def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> Source | Stream:
@@ -278,7 +289,7 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
 def _open_mixture(config: Config, names: tuple[str, ...] | None, say: Say) -> Mixture:
     """The sources of data.mix, their labels by the names of classes: the run's, or all sources' together."""
     if config.task.label_classes is None:
-        return open_mixture(config.data, say, lambda source, key: _checked(config, source, key, None, say))
+        return _open_unlabelled_mixture(config, names, say)
     plain = open_mixture(config.data, say, lambda source, key: source)
     without = [name for name, source in zip(plain.names, plain.sources, strict=True) if source.classes is None]
     if without and len(without) < len(plain.names):
@@ -294,9 +305,24 @@ def _open_mixture(config: Config, names: tuple[str, ...] | None, say: Say) -> Mi
     return dataclasses.replace(plain, sources=tuple(prepared))
 
 
+def _open_unlabelled_mixture(config: Config, names: tuple[str, ...] | None, say: Say) -> Mixture:
+    """The sources of data.mix for a task that no labels serve; classes of pixels have the same numbers in all."""
+
+    def checked(source: Source, key: str) -> Source:
+        nonlocal names
+        _checked(config, source, key, names, say)
+        if config.task.pixel_classes is not None and len(source.classes or ()) > len(names or ()):
+            names = source.classes
+        return source
+
+    return open_mixture(config.data, say, checked)
+
+
 def _checked(config: Config, source: Source, key: str, names: tuple[str, ...] | None, say: Say) -> Source:
     """The source with the model's own labels, which a task's check has looked at."""
     if config.task.label_classes is not None:
         source = matched(source, key, names, config.task.label_classes, MODELS_CLASSES, say)
+    elif config.task.pixel_classes is not None:
+        check_pixel_classes(source.classes, names, key, MODELS_CLASSES)
     task_class(config.task).check_source(config.task, source, key)
     return source

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swinv2_train.models.initial import Constant, Normal, initial_rule
+from swinv2_train.models.initial import initial_rule
+from swinv2_train.models.initial_rules import Constant, Normal
 
 BLOCK = 2**16
 """Elements that are drawn together; a part of them costs as much as all."""

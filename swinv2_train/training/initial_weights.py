@@ -52,6 +52,8 @@ def initial_weights(config: Config, task: Task, world: World, classes: tuple[str
             if head == "auto" and "head.weight" in source.entries and "head.weight" in shapes:
                 rows = source.entries["head.weight"].shape[0], shapes["head.weight"][0]
                 head, said = head_by_name(weights_classes(init_from), classes, rows)
+            elif head == "auto" and config.task.pixel_classes is not None:
+                head, said = pixel_head(weights_classes(init_from), classes)
             weights, report = match_weights(source, shapes, head=head, bands=bands)
         except ConfigError as error:
             raise ConfigError(f"task.init_from: {error}") from error
@@ -84,6 +86,13 @@ def head_by_name(
         return "fresh", [f"note: the head starts anew, for theirs is of other classes ({difference(theirs, ours)})"]
     how = difference(theirs, ours)
     return order, [f"note: their head has these classes {how}: its rows are put into our order, by name"]
+
+
+def pixel_head(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None) -> tuple[Head, list[str]]:
+    """As head_by_name, of the heads that name each pixel's class: taken where both lists say the same."""
+    if theirs is None or ours is None or theirs == ours:
+        return "auto", []
+    return "fresh", [f"note: the heads start anew, for theirs are of other classes ({difference(theirs, ours)})"]
 
 
 def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:

@@ -18,6 +18,9 @@ from swinv2_train.config import ConfigError, OptimConfig
 ONE_D = "1d"
 """The no-decay pattern that stands for every parameter with at most one dimension."""
 
+ENCODER = "encoder."
+"""What the names of an encoder's parameters begin with in a module that has more."""
+
 _LAYER = re.compile(r"layers\.(\d+)\.(?:blocks\.(\d+)\.)?")
 
 
@@ -26,20 +29,28 @@ def build_param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str,
 
     Returns a list of {"params": [Parameter, ...], "weight_decay": float, "lr_scale": float, "name": str}; every
     trainable parameter is in exactly one group, in the order of module.named_parameters().  Group names are decay and
-    no_decay, or layer_3_decay and so on with layer decay.
-    Raises ConfigError for a no_decay pattern that matches nothing and for layer decay on a module without layers.
+    no_decay, or layer_3_decay and so on with layer decay; encoder_decay and so on with another rate for the encoder.
+    Raises ConfigError for a no_decay pattern that matches nothing, for layer decay on a module without layers, and for
+    an encoder's own rate without an encoder beside other parameters.
     """
     parameters = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     assert parameters, "the module has no trainable parameter"
     num_dims = {name: len(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
     without_decay = no_decay_names(num_dims, config.no_decay)
     scales = lr_scales((name for name, _ in parameters), config.layer_decay)
+    if config.encoder_lr_scale != 1.0 and not any(name.startswith(ENCODER) for name in num_dims):
+        raise ConfigError(
+            f"optim.encoder_lr_scale ({config.encoder_lr_scale}) is for an encoder with heads beside it, as of "
+            "task=segment and task=detect; set it to 1, or use optim.layer_decay"
+        )
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters:
         layer, lr_scale = scales[name]
         group_name = "no_decay" if name in without_decay else "decay"
         if config.layer_decay != 1.0:
             group_name = f"layer_{layer}_{group_name}"
+        if config.encoder_lr_scale != 1.0 and name.startswith(ENCODER):
+            group_name, lr_scale = f"{ENCODER[:-1]}_{group_name}", lr_scale * config.encoder_lr_scale
         weight_decay = 0.0 if name in without_decay else config.weight_decay
         group = groups.setdefault(
             group_name, {"params": [], "weight_decay": weight_decay, "lr_scale": lr_scale, "name": group_name}
@@ -77,7 +88,7 @@ def lr_scales(names: Iterable[str], layer_decay: float) -> dict[str, tuple[int, 
     Source: microsoft/Swin-Transformer optimizer.py get_swin_layer.
     """
     names = list(names)
-    matches = {name: _LAYER.match(name.removeprefix("encoder.")) for name in names}
+    matches = {name: _LAYER.match(name.removeprefix(ENCODER)) for name in names}
     depths: dict[int, int] = {}
     for match in matches.values():
         if match and match[2] is not None:
@@ -90,7 +101,7 @@ def lr_scales(names: Iterable[str], layer_decay: float) -> dict[str, tuple[int, 
     scales = {}
     for name in names:
         match = matches[name]
-        short = name.removeprefix("encoder.")
+        short = name.removeprefix(ENCODER)
         if match:
             before = sum(depth for stage, depth in depths.items() if stage < int(match[1]))
             layer = before + (int(match[2]) + 1 if match[2] is not None else depths.get(int(match[1]), 0))

@@ -31,7 +31,7 @@ from swinv2_train.weights.huggingface import (
 )
 from swinv2_train.weights.matching import Head, LoadReport, match_weights
 from swinv2_train.weights.names import FLOATS, FORMATS, ConvertedWeights, from_official, to_official
-from swinv2_train.weights.segmenter import check_segmenter_format, published_names
+from swinv2_train.weights.segmenter import check_segmenter_format, published_names, transformers_names
 from swinv2_train.weights.writing import write_named_safetensors, write_torch
 
 __all__ = [
@@ -144,10 +144,11 @@ def save_weights(
     format: microsoft or timm, one file, by its suffix: .safetensors, or .pth, .pt, .bin for ``{"model": ...}`` as
     torch.save writes it; huggingface, a directory.  module tells the sizes and may be on the meta device.  weights: the
     values by the module's official names, best lazily; None = the module's own.  A SimMIM encoder's mask token goes
-    with the SimMIM model alone.  A segmentation model has the names of Swin's own (segmenter.py), in microsoft's format
-    alone.  preprocessing: for huggingface's preprocessor_config.json; None writes none.  classes: what the head's rows
-    are called, the first ones at least; they go to id2label of huggingface's config.json, into the metadata of a
-    .safetensors (class_names, a JSON list), and beside "model" in other files (class_names, a list).
+    with the SimMIM model alone.  A segmentation model has the names of Swin's own (segmenter.py), or is a directory of
+    transformers' UperNetForSemanticSegmentation where that computes the same.  preprocessing: for huggingface's
+    preprocessor_config.json; None writes none.  classes: what the head's rows are called, the first ones at least; they
+    go to id2label of huggingface's config.json, into the metadata of a .safetensors (class_names, a JSON list), and
+    beside "model" in other files (class_names, a list).
 
     An existing file is replaced when the new one is complete.  Raises, before anything is written, ConfigError when the
     format cannot hold the model or the weights are not the module's, ValueError when there are no values.
@@ -160,13 +161,11 @@ def save_weights(
     entries.pop("mask_token", None)
     _check_same(own, entries)
     if isinstance(module, UPerNet):
-        check_segmenter_format(format)
-        renamed = {theirs: entries[name] for name, theirs in published_names(list(own), module.encoder).items()}
+        renamed = _segmenter_entries(module, format, {name: entries[name] for name in own})
     else:
         _check_holds(module, format, own, preprocessing)
         renamed = from_official({name: entries[name] for name in own}, format)
     if format == "huggingface":
-        assert not isinstance(module, UPerNet), "refused before"
         if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{path} is a file; format=huggingface writes a directory, name one")
         return write_huggingface(path, renamed, module, preprocessing, classes)
@@ -202,6 +201,19 @@ def _check_same(own: Mapping[str, tuple[int, ...]], entries: Mapping[str, LazyTe
             raise ConfigError(f"weights: {name} is {tuple(entries[name].shape)}, the model has {shape}")
         if entries[name].dtype not in FLOATS:
             raise ConfigError(f"weights: {name} is {entries[name].dtype}, not a float")
+
+
+def _segmenter_entries(module: UPerNet, format: str, entries: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Entries of a segmentation model by the names of a format, which is refused where it cannot hold the model."""
+    check_segmenter_format(format, module)
+    if format == "microsoft":
+        return {theirs: entries[name] for name, theirs in published_names(entries, module.encoder).items()}
+    encoder = {name: entry for name, entry in entries.items() if name.startswith("encoder.")}
+    _check_holds(module.encoder, format, {name: tuple(entry.shape) for name, entry in encoder.items()}, None)
+    backbone = {f"backbone.{name}": entry for name, entry in from_official(encoder, format).items()}
+    heads = {theirs: entries[name] for name, theirs in transformers_names(entries).items()}
+    counters = [name.replace("running_mean", "num_batches_tracked") for name in heads if name.endswith("running_mean")]
+    return backbone | heads | {name: LazyTensor((), torch.int64, lambda: torch.tensor(0)) for name in counters}
 
 
 def _check_holds(

@@ -57,16 +57,19 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
             "its checkpoint with swinv2_train.weights.read_weights"
         )
     if isinstance(module, UPerNet):
-        check_segmenter_format(request.format)
+        check_segmenter_format(request.format, module)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     weights, report = match_weights(source, shapes)
-    classes = weights_classes(path) if config.task.label_classes is not None else None
-    if classes is not None and len(classes) > (config.task.label_classes or 0):
-        classes = None
-    classes = classes or config.task.pixel_class_names
-    preprocessing = _preprocessing(config)
+    count = config.task.label_classes or config.task.pixel_classes or 0
+    classes = weights_classes(path) if count else None
+    if classes is None or len(classes) > count:
+        classes = config.task.pixel_class_names
+    preprocessing = None if isinstance(module, UPerNet) else _preprocessing(config)
     if request.format == "huggingface" and preprocessing is None:
-        print("note: no preprocessor_config.json, for transformers reads photographs alone", file=sys.stderr)
+        why = "fits no image into task.resize_long_px x task.resize_short_px"
+        if not isinstance(module, UPerNet):
+            why = "reads photographs alone"
+        print(f"note: no preprocessor_config.json, for transformers {why}", file=sys.stderr)
     files = save_weights(
         module, request.out, request.format, weights=weights, preprocessing=preprocessing, classes=classes
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2, encoder_of
+from swinv2_train.models.upernet import POOLED_SIDES, UPerNet
 from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.storage.json_files import LARGEST, anything, mapping, read_json
 from swinv2_train.storage.lazy_tensors import LazyTensor
@@ -88,7 +89,7 @@ def _refusal(what: str) -> ConfigError:
 def write_huggingface(
     directory: Path,
     entries: Mapping[str, LazyTensor],
-    module: SwinTransformerV2 | SimMIM,
+    module: SwinTransformerV2 | SimMIM | UPerNet,
     preprocessing: Preprocessing | None,
     classes: Sequence[str] | None = None,
 ) -> list[Path]:
@@ -98,7 +99,10 @@ def write_huggingface(
     before stays until then.
     """
     weights = directory / "model.safetensors"
-    texts = {"config.json": huggingface_config(module, entries, classes)}
+    if isinstance(module, UPerNet):
+        texts = {"config.json": upernet_config(module, entries, classes)}
+    else:
+        texts = {"config.json": huggingface_config(module, entries, classes)}
     if preprocessing is not None:
         texts["preprocessor_config.json"] = preprocessor_config(preprocessing)
     with contextlib.ExitStack() as stack:  # which ends in reverse: the weights take their name last
@@ -124,8 +128,6 @@ def huggingface_config(
         architecture = "Swinv2ForMaskedImageModeling"
     else:
         architecture = "Swinv2ForImageClassification" if model.num_classes else "Swinv2Model"
-    named = classes or ()
-    labels = [named[index] if index < len(named) else f"{_UNNAMED}{index}" for index in range(model.num_classes)]
     config = {
         "architectures": [architecture],
         "model_type": "swinv2",
@@ -142,15 +144,46 @@ def huggingface_config(
         "qkv_bias": model.qkv_bias,
         "drop_path_rate": model.drop_path_rate,
         "hidden_act": "gelu",
-        "layer_norm_eps": model.norm.eps,
+        "layer_norm_eps": model.patch_embed.norm.eps,
         "use_absolute_embeddings": False,
         "encoder_stride": model.patch_size * 2 ** (len(model.depths) - 1),
         "dtype": str(next(iter(entries.values())).dtype).removeprefix("torch."),
     }
-    if labels:
-        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
-        config["label2id"] = {label: index for index, label in enumerate(labels)}
-    return config
+    return config | _labels(model.num_classes, classes)
+
+
+def upernet_config(
+    module: UPerNet, entries: Mapping[str, LazyTensor], classes: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """As huggingface_config, of a segmentation model."""
+    encoder, heads = module.encoder, module.decoder
+    backbone = huggingface_config(encoder, entries)
+    stages = [f"stage{number + 1}" for number in range(len(encoder.depths))]
+    auxiliary = heads.auxiliary_head
+    return {
+        "architectures": ["UperNetForSemanticSegmentation"],
+        "model_type": "upernet",
+        "backbone_config": backbone | {"architectures": ["Swinv2Backbone"], "out_features": stages},
+        "hidden_size": heads.decode_head.conv_seg.in_channels,
+        "pool_scales": list(POOLED_SIDES),
+        "use_auxiliary_head": auxiliary is not None,
+        "auxiliary_channels": 256 if auxiliary is None else auxiliary.conv_seg.in_channels,
+        "auxiliary_in_channels": encoder.embed_dim * 2 ** max(0, len(stages) - 2),
+        "auxiliary_num_convs": 1,
+        "auxiliary_concat_input": False,
+        "dtype": backbone["dtype"],
+    } | _labels(module.num_classes, classes)
+
+
+def _labels(num_classes: int, classes: Sequence[str] | None) -> dict[str, Any]:
+    if not num_classes:
+        return {}
+    named = classes or ()
+    labels = [named[index] if index < len(named) else f"{_UNNAMED}{index}" for index in range(num_classes)]
+    return {
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
 
 
 def huggingface_classes(path: str | Path) -> tuple[str, ...] | None:
@@ -189,7 +222,10 @@ def trained_windows(path: str | Path) -> tuple[tuple[int, int], ...] | None:
     path = Path(path)
     try:
         directory = path.parent if path.name in HUGGINGFACE_FILES and path.is_file() else path
-        config = {**CONFIG_DEFAULTS, **_read_config(directory)}
+        config = _read_config(directory)
+        if config["model_type"] == "upernet":
+            config = config["backbone_config"]
+        config = {**CONFIG_DEFAULTS, **config}
         if config["model_type"] != "swinv2":
             return None
         patch, window = _pair(config["patch_size"], 1), _pair(config["window_size"], 1)

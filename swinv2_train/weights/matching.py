@@ -20,6 +20,7 @@ from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.bands import PROJECTION, Bands, adaptation, adapted_bands
 from swinv2_train.weights.inflation import inflated, inflation
 from swinv2_train.weights.names import ConvertedWeights
+from swinv2_train.weights.segmenter import AUXILIARY, check_same_heads
 
 Shape = tuple[int, ...]
 _INDICES_BYTES = 2**20
@@ -122,8 +123,12 @@ def match_weights(
             theirs[PROJECTION] = adapted_bands(theirs[PROJECTION], channels, bands, origin)
     of_clips = inflated(theirs, shapes)
     theirs |= of_clips
+    if head != "fresh":
+        check_same_heads(theirs, shapes, origin)
     missing = [name for name in backbone if name not in theirs]
-    unexpected = [name for name in theirs if name not in backbone and not _is_added(name)]
+    unwanted_norm = () if "norm.weight" in backbone else ("norm.weight", "norm.bias")  # of UPerNet on raw maps
+    known = {*backbone, *unwanted_norm}
+    unexpected = [name for name in theirs if name not in known and not _is_added(name)]
     anew = {PROJECTION} if bands == "fresh" else set()
     misshapen = [
         name
@@ -204,12 +209,24 @@ def _absent_by_choice(head: Head, added: set[str], theirs: Mapping[str, LazyTens
     return head == "auto" and not any(name in theirs for name in added)
 
 
+_SEGMENTATION = "segmentation head"
+
+
+def _task_part(added: set[str]) -> str:
+    """What the names are of, in words."""
+    if any(name.startswith("head.") for name in added):
+        return "head"
+    return _SEGMENTATION if any("decode_head." in name for name in added) else "SimMIM decoder or mask token"
+
+
 def _check_task_part(
     added: set[str], theirs: Mapping[str, LazyTensor], shapes: Mapping[str, Shape], origin: str, strict: bool
 ) -> None:
     """ConfigError when the source lacks a part of the head (or decoder), or has it in another shape."""
-    what = "head" if any(name.startswith("head.") for name in added) else "SimMIM decoder or mask token"
+    what = _task_part(added)
     absent = sorted(name for name in added if name not in theirs)
+    if what == _SEGMENTATION and all(name.startswith(AUXILIARY) for name in absent):
+        absent = []  # of training alone, so that others do not save it
     if absent and strict:
         lacks = f"has no {what} ({', '.join(absent)})"
         other = "head=auto loads it where a file has one"
@@ -224,7 +241,7 @@ def _check_task_part(
                 + (
                     "; head=fresh starts with a new head, head=FILE takes the rows whose indices FILE lists, one a line"
                     if what == "head"
-                    else f"; head=fresh starts with a new {what}"
+                    else f"; head=fresh leaves it out: the {what} starts anew"
                 )
             )
 

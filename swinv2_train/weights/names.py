@@ -15,6 +15,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.shown import shown
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.naming import HUGGINGFACE, OFFICIAL, QKV, TIMM, TORCHVISION, Naming, mmpretrain_naming
+from swinv2_train.weights.segmenter import SEGMENTATION_HEADS, dense_names
 from swinv2_train.weights.wrappers import unwrap
 
 FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain", "torchvision")
@@ -22,9 +23,11 @@ FORMATS = ("microsoft", "simmim", "timm", "huggingface", "mmpretrain", "torchvis
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_BUFFER = re.compile(r"(^|\.)(relative_coords_table|relative_position_index|attn_mask|k_bias)$")
-_TASK_PARTS = ("head.", "classifier.", "decoder.", "mask_token")
+_BUFFER = re.compile(r"(^|\.)(relative_coords_table|relative_position_index|attn_mask|k_bias|num_batches_tracked)$")
+_TASK_PARTS = ("head.", "classifier.", "decoder.", "mask_token", *SEGMENTATION_HEADS)
 """Beginnings of what a task adds to a backbone, in any naming."""
+_SIDE_PART = re.compile(r"(?:backbone\.)?(?:mask|vocabulary)_[a-z]+")
+"""SkySense++'s tokens for annotations, which are the only ones that its mask token hides."""
 _BIAS = "attn.qkv.bias"
 """torchvision's; its middle third, the keys', counts as 0 there."""
 _QKV_PARTS = tuple(f"attention.self.{part}.weight" for part in ("query", "key", "value"))
@@ -131,9 +134,12 @@ def to_official(
     format = detect_format(weights, said, origin)
     _check_filled(weights, origin)
     naming = _naming(format, weights)
+    dense, beside = dense_names(weights)
     if format == "mmpretrain":
-        weights, beside = _without_side_parts(weights, naming)
-        dropped += [unwrapped.sources[name] for name in beside]
+        beside += [name for name in weights if _SIDE_PART.fullmatch(name)]
+    dropped += [unwrapped.sources[name] for name in beside]
+    for name in beside:
+        del weights[name]
     found: dict[str, _Found] = {}
 
     def add(name: str, entry: LazyTensor, sources: tuple[str, ...]) -> None:
@@ -149,18 +155,19 @@ def to_official(
     for source, entry in weights.items():
         if entry.dtype not in FLOATS:
             raise ConfigError(f"{origin}: {shown(source)} is {entry.dtype}, not a float; save the weights as float32")
-        name = naming.official(source.replace(".attn.rpe_mlp.", ".attn.cpb_mlp.").removeprefix(naming.prefix))
-        if name is None and OFFICIAL.official(source.removeprefix("encoder.")) is not None:
+        bare = source.replace(".attn.rpe_mlp.", ".attn.cpb_mlp.").removeprefix(naming.prefix)
+        official = dense.get(source) or naming.official(bare)
+        if official is None and OFFICIAL.official(source.removeprefix("encoder.")) is not None:
             raise ConfigError(f"{origin}: has names of {format} and official ones ({shown(source)}); keep one kind")
-        if format == "mmpretrain" and name is not None and name.endswith("downsample.reduction.weight"):
+        if format == "mmpretrain" and official is not None and official.endswith("downsample.reduction.weight"):
             entry = reordered_merging(entry, origin)
-        add(name or source, entry, (source,))
-    official = _with_encoder_prefix(found)
+        add(official or source, entry, (source,))
+    ours = _with_encoder_prefix(found)
     return ConvertedWeights(
-        {name: entry for name, (entry, _) in official.items()},
+        {name: entry for name, (entry, _) in ours.items()},
         origin,
         format,
-        {name: tuple(unwrapped.sources[each] for each in sources) for name, (_, sources) in official.items()},
+        {name: tuple(unwrapped.sources[each] for each in sources) for name, (_, sources) in ours.items()},
         [*left_out, *unwrapped.left_out, *dropped],
         unwrapped.prefix,
     )
@@ -236,22 +243,6 @@ def _split_bias(
         for name, third in zip(names, (queries, values), strict=True):
             add(str(name), third, (source,))
     return rest
-
-
-def _without_side_parts(entries: Mapping[str, LazyTensor], naming: Naming) -> tuple[dict[str, LazyTensor], list[str]]:
-    """mmpretrain's weights without what is beside the way of an image through the backbone, and the names of that.
-
-    These are the norms of what a dense head takes of the stages before the last (norm0 to norm2 with out_indices 0 to
-    3), and SkySense++'s tokens for annotations, which are the only ones that its mask token hides.
-    """
-    final = naming.outside["norm."]
-    beside = [
-        name
-        for name in entries
-        if (match := re.fullmatch(r"(?:backbone\.)?(?:(norm[0-9]+\.)(?:weight|bias)|(?:mask|vocabulary)_[a-z]+)", name))
-        and match[1] != final
-    ]
-    return {name: entry for name, entry in entries.items() if name not in set(beside)}, beside
 
 
 def _joined(parts: list[LazyTensor]) -> Callable[[], Tensor]:

@@ -62,12 +62,11 @@ def unwrap(entries: Mapping[str, LazyTensor], known_outside: Iterable[str], orig
     prefix = min(roots, key=_rank, default="")
     if prefix:
         kept = {name[len(prefix) :]: source for name, source in plain.items() if name.startswith(prefix)}
-        heads = tuple(known_outside)  # of a backbone, beside it
-        beside = [
-            name for name in plain if not name.startswith(prefix) and (name in kept or not name.startswith(heads))
-        ]
+        heads, around = tuple(known_outside), prefix.removesuffix("backbone.")  # of a backbone, beside it
+        found = {name: name.removeprefix(around) for name in plain if not name.startswith(prefix)}
+        beside = [name for name, bare in found.items() if bare in kept or not bare.startswith(heads)]
         told = set(beside)
-        kept |= {name: source for name, source in plain.items() if not name.startswith(prefix) and name not in told}
+        kept |= {bare: plain[name] for name, bare in found.items() if name not in told}
     else:
         beside = [name for name in plain if _below(name, roots)]
         told = set(beside)

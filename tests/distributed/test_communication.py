@@ -8,13 +8,15 @@ from benchmarks.communication_volume import MIB, compose, counted, gloo_sent, nb
 from swinv2_train.planning.communication import GATHER, SCATTER, SUM
 from tests.support.harness import run_distributed
 
-MODEL = "model=demo task=classify task.num_classes=10"
+MODEL, TASK = "model=demo", "task=classify task.num_classes=10"
+SYNCED = "task=segment task.num_classes=10 task.head_channels=32 task.aux_channels=16 task.head_norm=sync_batch"
 CASES = {
     2: [
         ("engine=zero0", 1),
         ("engine=zero1", 2),
         ("engine=zero1 engine.precision=fp32", 2),
         ("engine=zero2", 2),
+        (f"engine=zero1 {SYNCED}", 1),
         ("engine=zero3", 1),
         ("engine=zero3 model.recompute=blocks", 2),
         ("engine=zero3 engine.persistence_threshold=0", 1),
@@ -33,7 +35,10 @@ CASES = {
 @pytest.mark.parametrize("ranks", CASES)
 def test_a_step_sends_what_the_planner_says(ranks: int) -> None:
     """The scaling curves stand on these bytes: all stages, accumulation, recomputation, both reuse distances."""
-    configs = [compose(f"{MODEL} {overrides}", ranks, accumulation) for overrides, accumulation in CASES[ranks]]
+    tasks = [
+        (MODEL if "task=" in case else f"{MODEL} {TASK}", case, accumulation) for case, accumulation in CASES[ranks]
+    ]
+    configs = [compose(f"{task} {overrides}", ranks, accumulation) for task, overrides, accumulation in tasks]
     volumes = run_distributed(lambda world: [counted(config, world) for config in configs], ranks)
     for number, (case, config) in enumerate(zip(CASES[ranks], configs, strict=True)):
         planned = predicted(config, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.configs import composed
+from tests.support.evaluation import evaluate_command, evaluated
 from tests.support.harness import run_distributed
 from tests.support.segmentation import CLASSES, write_pairs
 from tests.support.segmenter import SEGMENT
@@ -50,6 +52,24 @@ def test_a_run_on_a_folder_goes_on_with_the_same_pairs_and_views(tmp_path):
             shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     kept = [[{k: v for k, v in line.items() if k.startswith(("train/", "val/"))} for line in each] for each in lines]
     assert kept[0] == kept[1] and len(kept[0]) == 3 and kept[0][-1]["val/miou"] >= 0
+
+
+@pytest.mark.slow
+def test_names_of_classes_go_with_the_run_and_later_masks_of_others_are_refused(tmp_path, capfd):
+    """Masks whose list has two names exchanged were scored by their numbers, without a word."""
+    write_pairs(tmp_path, 4)
+    names = ["wall", "sky", "tree", "road", "car"][:CLASSES]
+    (tmp_path / "annotations" / "classes.txt").write_text("\n".join(names))
+    command = [*overrides(tmp_path, tmp_path / "run"), "train.max_steps=1"]
+    assert trained(command) == [EXIT_DONE]
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == names
+    found = evaluated(capfd, f"run_dir={tmp_path / 'run'}")
+    assert set(found["worst_class_names"].values()) <= set(names)
+    (tmp_path / "annotations" / "classes.txt").write_text("\n".join([names[1], names[0], *names[2:]]))
+    code, _, err = evaluate_command(capfd, f"run_dir={tmp_path / 'run'}")
+    assert code == EXIT_USER_ERROR
+    assert "data.eval_shards calls class 0 of its pixels 'sky', which is 'wall' among the model's classes" in err
+    assert trained([*command, "train.max_steps=2"]) == [EXIT_USER_ERROR]
 
 
 @pytest.mark.slow

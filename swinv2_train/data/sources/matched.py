@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from swinv2_train.config.shown import shown
 from swinv2_train.data.class_names import are_wordnet, is_number, listed
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.sources.base import Source
@@ -73,8 +74,25 @@ def _by_number(
             f"{key}: its class folders are numbers, and {listed(beyond)} is none of the {count} of {whose}, which are "
             f"0 to {count - 1}; name images of these classes"
         )
-    say(f"note: {key} calls its classes by numbers ({listed(theirs)}): they are taken as the numbers of {whose}")
+    taken = f"{key} calls its classes by numbers ({listed(theirs)}): they are taken as the numbers of {whose}"
+    from_one = ", of which 0 is the first: rename the folders where they count from 1" if values[0] == 1 else ""
+    say(f"{'warning' if from_one else 'note'}: {taken}{from_one}")
     return source.relabelled(values, names)
+
+
+def check_pixel_classes(theirs: tuple[str, ...] | None, names: tuple[str, ...] | None, key: str, whose: str) -> None:
+    """Label images hold numbers that nobody puts into another order, so both lists must call a number alike.
+
+    theirs: the names of a source, or of weights, that key named; names: those of the classes, and whose they are.
+    Either may be None, or end earlier.  Raises ShardError.
+    """
+    for number, (their, ours) in enumerate(zip(theirs or (), names or (), strict=False)):
+        if their != ours:
+            raise ShardError(
+                f"{key} calls class {number} of its pixels '{shown(their)}', which is '{shown(ours)}' among {whose}: "
+                "the same number would mean two things; renumber its label images, or mend the list of names that is "
+                "wrong (classes.txt, which may also lie above the folder; task.class_names)"
+            )
 
 
 def difference(ours: Sequence[str], theirs: Sequence[str]) -> str:

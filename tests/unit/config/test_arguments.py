@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import swinv2_train
 from swinv2_train import evaluate, export, plan
@@ -16,7 +17,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.config.arguments import check_once, last_of_each, prepared
 from swinv2_train.config.command_line import compose_argv, compose_overrides, compose_source
 from swinv2_train.config.keys import all_keys
-from swinv2_train.config.load import config_yaml
+from swinv2_train.config.load import config_yaml, load_config
 
 NEEDED = ("run_dir=r", "data.shards=s")
 TYPED = (
@@ -39,6 +40,8 @@ def test_every_key_that_holds_text_keeps_it():
         (word,) = prepared([f"{name}=1e-3"])
         assert word == f"{name}='1e-3'", name
     assert prepared(["optim.no_decay=[1d,1e5, '1_0',\"x\"]"]) == ["optim.no_decay=['1d','1e5','1_0',\"x\"]"]
+    for name in (key.name for key in all_keys() if key.is_text_list):
+        assert prepared([f"{name}=[1e3,0x1,1_000]"]) == [f"{name}=['1e3','0x1','1_000']"], name
     assert prepared(["optim.no_decay=[]", "log.wandb_name=null", "run_dir="]) == [
         "optim.no_decay=[]", "log.wandb_name=null", "run_dir=",
     ]  # fmt: skip
@@ -54,6 +57,8 @@ def test_a_text_that_was_read_as_a_number_before_it_came_here_is_refused():
     """In a dictionary, or in a YAML file: what was typed is not known any more."""
     with pytest.raises(ConfigError, match=r"data.eval_splits.v2.shards \(0.001\) is a text, and was read as a number"):
         compose_overrides([*NEEDED, "+data.eval_splits={v2: {shards: 1e-3}}"])
+    with pytest.raises(ConfigError, match=r"task.class_names \(1000.0\) is a text, and was read as a number"):
+        load_config(OmegaConf.create({"task": {"name": "segment", "class_names": [1e3]}}))
 
 
 def test_the_other_commands_keep_it_too(tmp_path):

@@ -193,6 +193,10 @@ RECIPES = {
         ADE20K_ABLATION, "tiny", 60_000_662, 512, 16, (8, 8, 8, 8), 0.3, (67, 201), 0.95, 14, 150,
         after="in1k_tiny_256_w8",
     ),
+    "ade20k_upernet_small_512": Recipe(
+        ADE20K_ABLATION, "small", 81_381_926, 512, 16, (8, 8, 8, 8), 0.3, (115, 357), 0.95, 26, 150,
+        after="in1k_small_256_w8",
+    ),
     "ade20k_upernet_base_512": Recipe(
         ADE20K_ABLATION, "base", 121_430_308, 512, 16, (8, 8, 8, 8), 0.3, (115, 357), 0.95, 26, 150,
         after="in1k_base_256_w8",

@@ -40,13 +40,15 @@ def test_every_key_has_a_meaning_and_a_default(entries):
 def test_an_entry_holds_what_stands_at_the_key_and_in_conf(entries):
     """A default is that of its task, and what must be given says so."""
     assert entries["optim.lr"].allowed == "at least 0"
-    assert entries["optim.lr"].default == "0.0008 (task=simmim), 0.005 (task=classify), 4e-05 (task=segment)"
+    assert entries["optim.lr"].default == (
+        "0.0008 (task=simmim), 0.005 (task=classify), 4e-05 (task=segment), 0.0001 (task=detect)"
+    )
     assert entries["optim.betas"].allowed == "2 numbers; each at least 0 and less than 1"
     assert entries["engine.precision"].allowed == "one of fp32, bf16"
     assert entries["hardware.device"].allowed == "one of null, cuda, cpu"
     assert (entries["train.epochs"].type, entries["model.depths"].type) == ("float or null", "list of int or null")
     assert (entries["run_dir"].default, entries["data.eval_splits"].default) == ("???", "{}")
-    assert entries["task.num_classes"].defaults == {"classify": "1000", "segment": "150"}
+    assert entries["task.num_classes"].defaults == {"classify": "1000", "segment": "150", "detect": "80"}
     assert (entries["log.wandb_artifacts"].default, entries["train.keep_best"].default) == ("[]", "null")
 
 

@@ -18,6 +18,7 @@ from swinv2_train.planning.communication import (
     INTRA,
     SCATTER,
     SUM,
+    Collective,
     collectives,
     message_sec,
     ring,
@@ -25,9 +26,10 @@ from swinv2_train.planning.communication import (
     sent_by_card,
 )
 from swinv2_train.planning.hardware import fill_from_machine
-from swinv2_train.planning.memory import plan_memory
+from swinv2_train.planning.memory import model_sizes, plan_memory
 from swinv2_train.planning.scaling import COUNTS, scaling_curve
 from swinv2_train.planning.speed import PassSeconds, measured_pass, optimizer_seconds, pass_seconds, plan_speed
+from swinv2_train.planning.trace import meta_task
 from tests.support import configs
 
 pytestmark = pytest.mark.slow
@@ -74,6 +76,36 @@ def test_the_bytes_of_every_stage() -> None:
         planned, plain = volume(f"engine=zero{stage}", wide), volume(f"engine=zero{stage}")
         assert planned == plain | {(kind, "gradients"): times * 4 * n}
     assert volume("engine=local") == volume("engine=zero3", ranks=1) == {}
+
+
+def test_statistics_of_all_ranks_are_sums_that_nothing_hides() -> None:
+    """Five for each norm and micro-batch: places, means and variances, and their gradients."""
+    sizes = replace(SIZES, synced_norms=(512, 256))
+    engine = composed("engine=zero1").engine
+    found = [each for each in collectives(engine, sizes, 4, 3, 0.6) if each.what == "statistics"]
+    assert found == [Collective(SUM, "statistics", 3 * 4 * (4 * 512 + 1 + 4 * 256 + 1), 3 * 10, 0.0)]
+    assert collectives(engine, sizes, 1, 3, 0.6) == []
+
+
+SYNCED = [
+    "model=demo", "task=segment", "task.head_norm=sync_batch", "train.global_batch_size=32", "train.micro_batch_size=2",
+    "engine=zero1", "hardware=a100_40gb",
+]  # fmt: skip
+
+
+def test_norms_over_all_ranks_are_planned_as_a_run_would_take_them() -> None:
+    """Where a step has several micro-batches the run is refused, and so is the plan, by the same words."""
+    config = composed(*SYNCED, "plan.scaling=strong")
+    norms = [model_sizes(meta_task(each), each).synced_norms for each in (config, composed(*SYNCED[:2], *SYNCED[3:]))]
+    levels = len(config.model.pretrained_window_sizes)
+    assert norms == [(512,) * (4 + 1 + 2 * (levels - 1) + 1) + (256,), ()]
+    with pytest.raises(ConfigError, match=r"task\.head_norm \(sync_batch\) with 4 micro-batches per step"):
+        plan(*parse([*SYNCED, "plan.num_gpus=4"]))
+    with pytest.raises(ConfigError, match=r"task\.head_norm \(batch\) on 4 processes"):
+        plan(*parse([*SYNCED[:2], "task.head_norm=batch", *SYNCED[3:], "plan.num_gpus=4", "--recommend"]))
+    curve = scaling_curve(config, fill_from_machine(config.hardware, 8), 8)
+    assert [each.num_gpus for each in curve.points] == [16, 32]
+    assert "task.head_norm (sync_batch) with 2 micro-batches per step" in curve.left_out[8]
 
 
 def test_a_rank_sends_its_share_of_a_ring_and_a_sum_twice_that() -> None:

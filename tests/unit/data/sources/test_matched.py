@@ -14,7 +14,7 @@ from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.shards.transfers import RetryPolicy
 from swinv2_train.data.sources.base import Source, open_source
-from swinv2_train.data.sources.matched import matched
+from swinv2_train.data.sources.matched import check_pixel_classes, matched
 from tests.support.images import image_bytes
 from tests.support.shard_server import serve
 
@@ -120,6 +120,8 @@ def test_folders_called_by_numbers_are_the_classes_of_these_numbers(tmp_path):
         match(open_source(str(tmp_path / "t")), numbers[:5], 5)
     from_one = match(folder(tmp_path / "one", "1", "2", "3"), None, 3)[0]
     assert read(from_one)["3/0"] == 2
+    (said,) = match(open_source(str(tmp_path / "one")))[1]  # of four classes the last may be missing, or the first
+    assert said.startswith("warning") and "of which 0 is the first: rename the folders where they count from 1" in said
 
 
 def test_imagenets_folders_meet_models_that_say_it_in_words(tmp_path):
@@ -139,6 +141,18 @@ def test_unicode_forms_of_one_name_are_one_class(tmp_path):
     assert both.classes == ("\u00e9",) and set(read(both).values()) == {0}
 
 
+@pytest.mark.parametrize("theirs", [("bee", "ant"), ("ant", "cow"), ("Ant",)])
+def test_label_images_of_other_classes_are_refused(theirs):
+    """A model that is right on masks whose list has two names exchanged was scored as wrong, without a word."""
+    with pytest.raises(ShardError, match=r"data.eval_shards calls class . of its pixels '\w+', which is '\w+' amo"):
+        check_pixel_classes(theirs, MODEL, "data.eval_shards", "the model's classes")
+
+
+def test_label_images_of_fewer_classes_or_without_names_are_taken():
+    for theirs, names in ((MODEL[:2], MODEL), (MODEL, MODEL[:2]), (None, MODEL), (MODEL, None)):
+        check_pixel_classes(theirs, names, "data.eval_shards", "the model's classes")
+
+
 def test_an_empty_class_folder_is_a_class_and_said(tmp_path):
     """It is in a model's list, so that a later split with images of it keeps its meaning."""
     folder(tmp_path / "t", "a", "c", empty=("b", "@eaDir", ".cache"))
@@ -154,15 +168,20 @@ def test_shards_of_several_folders_name_the_same_classes(tmp_path):
     shards(tmp_path / "b", ("y", "x"), (0, 1))
     shards(tmp_path / "c", None, (0, 1))
     pattern = "::".join(f"{tmp_path}/{name}/t-*.tar" for name in "ab")
-    with pytest.raises(ShardError, match=r"a/classes.txt and .*b/classes.txt name other classes"):
-        open_manifest(pattern)
-    assert open_manifest(pattern.replace("/b/", "/c/")).classes is None
+    for other, message in (
+        ("b", r"a/classes.txt and .*b/classes.txt name other classes"),
+        ("c", r"a/classes.txt names the classes, but there is no .*c/classes.txt"),
+    ):
+        source = open_manifest(pattern.replace("/b/", f"/{other}/"))
+        assert source.num_samples == 4  # who needs no names, as SimMIM, is served
+        with pytest.raises(ShardError, match=message):
+            match(source)
 
 
 def test_a_list_that_is_too_short_for_the_labels_is_refused(tmp_path):
     """It is the list of other shards."""
     with pytest.raises(ShardError, match=r"classes.txt names 2 classes, but data.shards has labels up to 2"):
-        shards(tmp_path / "a", ("x", "y"), (0, 2))
+        match(shards(tmp_path / "a", ("x", "y"), (0, 2)))
 
 
 def test_names_come_along_from_an_address(tmp_path):
