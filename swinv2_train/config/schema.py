@@ -277,6 +277,12 @@ class ClassifyConfig(TaskConfig):
                     f"{config.model.in_chans} bands here; set task.rand_augment=null task.color_jitter=0 (flips, "
                     "data.dihedral, crops, erasing, mixup and cutmix work for any)"
                 )
+        for key, value in (("cutmix_alpha", self.cutmix_alpha), ("erasing_prob", self.erasing_prob)):
+            if value and config.model.frames is not None:
+                raise ConfigError(
+                    f"task.{key} ({value}) takes boxes out of images, and model.frames ({config.model.frames}) asks "
+                    f"for clips; set task.{key}=0"
+                )
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "

@@ -33,10 +33,14 @@ class WindowAttention(nn.Module):
     matrices in the dtype of the weights, or autocast's.  Keys have no bias.
     pretrained_window_size: (rows, cols) of the window at which the bias was trained, of clips (frames, rows, cols); it
     normalises the offsets, whatever window a forward pass uses, and as many axes as it has the maps have.
-    fused: attend by fused kernels (models/kernels/) where one is available; on the meta device one always is.
+    fused: attend by fused kernels (models/kernels/) where one is available; on the meta device one is, but for clips
+    as it is on the device that this stands for.
     chunks: where they are not, None attends in all windows at once, otherwise it tells how many at a time, computed
     again in the backward pass.
     """
+
+    meta_stands_for = "cuda"
+    """As Float32LayerNorm's."""
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class WindowAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias)  # (B, ..., 3C)
         scale = at_least_float32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp()
         table = self.position_table(grid.window, x.device)
-        if self.fused and (qkv.is_meta or fused_available(qkv, grid, self.num_heads)):
+        if self.fused and self._fused_serves(qkv, grid):
             out = fused_window_attention(qkv, scale, table, grid, self.num_heads)
         elif self.chunks is None:
             out = window_attention(qkv, scale, table, grid, self.num_heads)
@@ -92,3 +96,8 @@ class WindowAttention(nn.Module):
             at_a_time = self.chunks.windows_at_a_time(grid, self.num_heads, qkv.dtype)
             out = sequential_window_attention(qkv, scale, table, grid, self.num_heads, at_a_time)
         return self.proj(out)
+
+    def _fused_serves(self, qkv: Tensor, grid: WindowGrid) -> bool:
+        if qkv.is_meta:
+            return len(grid.size) == 2 or self.meta_stands_for == "cpu"
+        return fused_available(qkv, grid, self.num_heads)
