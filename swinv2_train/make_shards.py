@@ -2,6 +2,7 @@
 
     swinv2-make-shards SOURCE OUT               # images/ or images.zip -> OUT-000000.tar, OUT-000001.tar, ...
     swinv2-make-shards SOURCE OUT --labels MASKS  # and the label image of each, for task=segment
+    swinv2-make-shards SOURCE OUT --annotations PATH  # and the objects of each, for task=detect
     swinv2-make-shards --reindex 'DIR/*.tar'    # make index and manifest of existing shards again
     swinv2-make-shards --verify 'DIR/*.tar'     # read everything, compare with the manifest's checksums
 
@@ -13,6 +14,10 @@ once.
 Label images are PNG files whose pixels are numbers of classes: MASKS/<path>.png for SOURCE/<path>.jpg, or KEY.seg.png
 beside KEY.jpg in SOURCE itself.  Each is compared with its image, their values are counted and shown, and the first few
 are drawn over their images (OUT-labels-0.png, ...).
+
+Objects with boxes and masks are read from a COCO json, or from a folder, zip or tar of Pascal VOC xml, YOLO txt or
+labelme json files; each image is packed with its own, KEY.json, and the classes are those of the annotations.  What
+cannot be is counted, named and handled by one rule for each kind (docs/detection.md).
 """
 
 from __future__ import annotations
@@ -30,9 +35,12 @@ from swinv2_train.config.command_line import stoppable
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
+from swinv2_train.data.annotations.rules import BadBoxes
 from swinv2_train.data.class_names import CLASSES_NAME
 from swinv2_train.data.label_checks import LabelImageChecks
-from swinv2_train.data.packing import pack, read_source
+from swinv2_train.data.object_checks import ObjectChecks, Overlay
+from swinv2_train.data.objects import Objects
+from swinv2_train.data.packing import pack, read_annotated, read_source
 from swinv2_train.data.sample import ShardError, lacking
 from swinv2_train.data.shards.tar_reader import Manifest, reindex, verify_shards
 from swinv2_train.data.sources.label_folders import pixel_class_names
@@ -47,6 +55,8 @@ def _of_the_machine(error: Exception) -> bool:
 
 
 def _pack(options: argparse.Namespace) -> Manifest:
+    if options.annotations is not None:
+        return _pack_annotated(options)
     labels = None if options.labels is None else Path(options.labels)
     entries, classes = read_source(Path(options.source), labels)
     checks = None
@@ -65,6 +75,41 @@ def _pack(options: argparse.Namespace) -> Manifest:
     elif checks is None:
         print("no class folders, so no labels")
     return manifest
+
+
+def _pack_annotated(options: argparse.Namespace) -> Manifest:
+    for option in ("labels", "num_classes", "reduce_zero_label"):
+        if getattr(options, option):
+            name = option.replace("_", "-")
+            raise ShardError(f"--{name} is of label images, and --annotations of objects; leave one of them out")
+    entries, classes = read_annotated(Path(options.source), Path(options.annotations))
+    checks = ObjectChecks(
+        f"SOURCE {options.source}", classes, BadBoxes(options.annotations, refuse=options.on_bad_box == "error"),
+        options.drop_empty, _objects_overlay(options, classes), options.overlays,
+    )  # fmt: skip
+    manifest = pack(entries, options.out, options.samples_per_shard, options.seed, classes, options.overwrite, checks)
+    print(f"{len(classes)} classes, see {CLASSES_NAME}; task.num_classes={len(classes)}")
+    return manifest
+
+
+def _objects_overlay(options: argparse.Namespace, classes: Sequence[str]) -> Overlay:
+    from PIL import Image
+
+    from swinv2_train.tasks.detect_picture import Shown, draw_objects
+
+    def overlay(key: str, image: bytes, extension: str, objects: Objects) -> None:
+        try:
+            pixels = decode_image(image, extension).permute(1, 2, 0).numpy()
+        except DecodeError:  # values of bands, or damaged, which a run will tell
+            return
+        path = Path(f"{options.out}-objects-{next(numbers)}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        masks = [None if mask is None else mask.pixels(objects.size) for mask in objects.masks]
+        Image.fromarray(draw_objects(pixels, Shown(objects.boxes, objects.classes, None, masks), classes)).save(path)
+        tell(f"{path}: the objects of '{shown(key)}'; look whether they fit")
+
+    numbers = itertools.count()
+    return overlay
 
 
 def _label_image_checks(options: argparse.Namespace, names: tuple[str, ...] | None) -> LabelImageChecks:
@@ -108,12 +153,23 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=PACKING_SEED, help="of the shuffle (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards of that prefix")
     parser.add_argument("--labels", metavar="MASKS", help="folder, zip or tar of label images, as SOURCE is of images")
+    parser.add_argument(
+        "--annotations", metavar="PATH",
+        help="objects: a COCO json, or a folder, zip or tar of Pascal VOC xml, YOLO txt or labelme json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-bad-box", choices=("rules", "error"), default="rules",
+        help="go by the rules of docs/detection.md, and count; or end at the first (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--drop-empty", action="store_true", help="leave out images without objects")
     parser.add_argument("--num-classes", type=int, help="of pixels; label images with others are refused")
     parser.add_argument(
         "--reduce-zero-label", action="store_true", help="check as task.reduce_zero_label=true reads: 0 is no class"
     )
     parser.add_argument("--ignore-index", type=int, default=255, help="value of pixels without a class (%(default)s)")
-    parser.add_argument("--overlays", type=int, default=4, help="label images to draw over their images (%(default)s)")
+    parser.add_argument(
+        "--overlays", type=int, default=4, help="label images, or images with objects, to draw (%(default)s)"
+    )
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
     options = parser.parse_args(arguments)

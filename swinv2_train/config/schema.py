@@ -442,6 +442,13 @@ class SegmentConfig(TaskConfig):
             )
 
 
+COCO_SCORES = (
+    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+    "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
+)  # fmt: skip
+"""COCO's twelve numbers: average precision and recall, in percent."""
+
+
 @dataclass
 class DetectConfig(TaskConfig):
     head: Annotated[str, one_of("mask_rcnn", "cascade_mask_rcnn")]
@@ -488,6 +495,10 @@ class DetectConfig(TaskConfig):
     """Of detections of one class that overlap by a higher IoU, the best is left (0.5)."""
     soft_nms: Annotated[str, one_of("none", "linear", "gaussian")]
     """Or their scores are lowered (arXiv:1704.04503), by 1 - IoU or exp(-IoU^2 / 0.5); none = they are removed."""
+    resize: Annotated[str, one_of("opencv", "antialias")]
+    """Bilinear resize of images: antialias (as Pillow) or opencv (no antialiasing)."""
+    min_object_px: Annotated[float, positive()]
+    """Training: an object of which less than this is left in a crop, in either direction, is left out (1)."""
     resize_scale: Annotated[list[float], low_high(math.inf)]
     """Training: an image is fitted into model.img_size, times a number drawn between these; then that size is cut."""
     eval_long_px: Annotated[int, at_least(1)]
@@ -500,7 +511,7 @@ class DetectConfig(TaskConfig):
     """Evaluation: join those of the mirrored image too."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.detect:DetectTask"
-    scores: ClassVar[tuple[str, ...]] = ("val/box_ap", "val/mask_ap")
+    scores: ClassVar[tuple[str, ...]] = tuple(f"val/{kind}_{name}" for kind in ("box", "mask") for name in COCO_SCORES)
 
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
@@ -514,6 +525,11 @@ class DetectConfig(TaskConfig):
             raise ConfigError(
                 f"task.class_names has {len(self.class_names)} names for task.num_classes ({self.num_classes}); give "
                 "one per class, or null"
+            )
+        if not self.masks and (config.train.keep_best or "").startswith("val/mask_"):
+            raise ConfigError(
+                f"train.keep_best ({config.train.keep_best}) is of masks, and task.masks is false; set "
+                "train.keep_best=val/box_ap, or task.masks=true"
             )
         if self.eval_short_px > self.eval_long_px:
             raise ConfigError(
@@ -603,7 +619,7 @@ class DataConfig:
     image_member: str | None
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
     label_folders: Annotated[list[str] | None, folder_names()]
-    """Folders: [images, annotations] = the label image of images/a/b.jpg is annotations/a/b.png; null = a/b.seg.png."""
+    """[images, annotations]: images/a/b.jpg has annotations/a/b.png (or columns called so); null = a/b.seg.png."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig

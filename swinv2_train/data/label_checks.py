@@ -55,7 +55,7 @@ class LabelImageChecks:
         except (DecodeError, SampleError) as error:
             raise ShardError(f"{whose} cannot be packed: {error}; mend it, or move the pair away") from error
         counts = count_values(values)
-        if not counts.keys() <= {0, 255}:  # masks of 0 and 255 are told when all have been seen
+        if not counts.keys() <= {0, 255, self.ignore_index}:  # masks of 0 and 255 are told when all have been seen
             self._check(counts, whose)
         if self._looked_at % self.samples_per_shard == 0:
             self.counted.append(Counter())
@@ -80,10 +80,9 @@ class LabelImageChecks:
             f"the values of {self._looked_at} label images, in per cent of their pixels:\n{values_text(values, named)}"
         )
         if self.num_classes is None and classes:
-            tell(
-                f"task.num_classes={max(classes) + 1} if 0 is a class, else task.num_classes={max(max(classes), 1)} "
-                "task.reduce_zero_label=true"
-            )
+            highest = max(classes)
+            reduced = f", else task.num_classes={highest} task.reduce_zero_label=true" if highest > 1 else ""
+            tell(f"task.num_classes={max(highest + 1, 2)} if 0 is a class{reduced}")
 
     def keep(self, manifest: Manifest) -> None:
         """Write the counts into the shards' manifest."""

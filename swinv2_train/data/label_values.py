@@ -25,13 +25,13 @@ def check_pair(image: bytes, label_image: bytes) -> np.ndarray:
     where its file says its sides without being decoded.
     """
     values = read_label_image(label_image)
-    sizes = _sizes_of(image)
+    sizes = image_sizes(image)
     if sizes and values.shape not in sizes:
         check_sizes((values.shape[0], values.shape[1]), sizes[0])
     return values
 
 
-def _sizes_of(image: bytes) -> list[tuple[int, int]]:
+def image_sizes(image: bytes) -> list[tuple[int, int]]:
     """The (height, width) of an image file: two where an array's axes may be in either order, none where unknown."""
     from PIL import Image
 
@@ -91,6 +91,11 @@ def check_values(
     whose: what errors call the set.  num_classes: None = as many as there are.  The other two: as the task's.
     """
     found = set(values)
+    if found == {ignore_index}:
+        raise ShardError(
+            f"{whose}: all pixels of its label images are {ignore_index}, which is ignored, so there is nothing to "
+            "learn or to score; save the numbers of the classes, or set task.ignore_index"
+        )
     if 255 in found and found <= {0, 255}:
         raise ShardError(
             f"{whose}: all pixels of its label images are 0 or 255, a mask as programs draw it, and 255 is no class: "

@@ -14,9 +14,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from swinv2_train.config.shown import tell
+from swinv2_train.data.annotations.form import DrawnImage
+from swinv2_train.data.annotations.reading import match, read_annotations
 from swinv2_train.data.class_names import CLASSES_NAME, class_names_text, listed, read_class_names
 from swinv2_train.data.label_checks import LabelImageChecks
-from swinv2_train.data.sample import ShardError
+from swinv2_train.data.object_checks import ObjectChecks
+from swinv2_train.data.sample import OBJECTS, SEGMENTATION, ShardError
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.shards.tar_writer import Written, shard_files, write_shards
 from swinv2_train.data.sources.archives import Read, open_archive
@@ -35,6 +38,7 @@ from swinv2_train.data.sources.listing import (
     say_left_out,
 )
 from swinv2_train.data.sources.virtual_shards import packing_order
+from swinv2_train.data.transforms.label_image import as_png
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Entry:
     read: Callable[[], bytes]
     read_labels: Callable[[], bytes] | None = None
     """The label image, of an image that has one."""
+    drawn: DrawnImage | None = None
+    """The objects, of an image whose annotations are packed with it."""
+    image_id: int = 0
+    """Of the image in a set of annotations, where these have no number for it."""
 
 
 def pack(
@@ -56,11 +64,11 @@ def pack(
     seed: int,
     classes: Sequence[str] | None = None,
     overwrite: bool = False,
-    checks: LabelImageChecks | None = None,
+    checks: LabelImageChecks | ObjectChecks | None = None,
 ) -> Manifest:
     """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and, if given, classes.txt.
 
-    checks: what looks at every pair of an image and its label image, where there are any.
+    checks: what looks at every pair of an image and its label image or its objects, where there are any.
 
     Where the folder has a classes.txt already, its classes' numbers are taken for those of the same names.  Raises
     ShardError when shards of that prefix exist (overwrite: they are replaced, once all images are packed), or when that
@@ -72,16 +80,17 @@ def pack(
     def write() -> Manifest:
         samples = _read_with_progress(order, out_prefix, checks)
         manifest = write_shards(samples, out_prefix, samples_per_shard, overwrite)
-        if checks is not None:
+        if isinstance(checks, LabelImageChecks):
             checks.keep(manifest)
         return manifest
 
     if classes is None:
         return write()
     stay = not {*map(str, path.parent.glob("*.tar"))} <= {*map(str, shard_files(out_prefix) if overwrite else ())}
-    used = {entry.label for entry in entries if entry.label is not None} if checks is None else {*range(len(classes))}
-    numbers = _numbers_there(path, classes, used, stay)
-    if checks is not None and numbers is not None and numbers != [*range(len(classes))]:
+    numbers = _numbers_there(path, classes, _used(entries, classes, checks), stay)
+    if isinstance(checks, ObjectChecks):
+        checks.numbers = numbers
+    if isinstance(checks, LabelImageChecks) and numbers is not None and numbers != [*range(len(classes))]:
         raise ShardError(
             f"{path} lists the classes of pixels in another order than SOURCE's, and label images are packed as they "
             "are; choose another OUT folder, or mend either list"
@@ -106,19 +115,29 @@ def pack(
         raise
 
 
+def _used(entries: Sequence[Entry], classes: Sequence[str], checks: LabelImageChecks | ObjectChecks | None) -> set[int]:
+    """The labels that images, pixels or objects have."""
+    if isinstance(checks, LabelImageChecks):
+        return {*range(len(classes))}
+    if isinstance(checks, ObjectChecks):
+        named = {each.category for entry in entries if entry.drawn is not None for each in entry.drawn.objects}
+        return {number for number, name in enumerate(classes) if name in named}
+    return {entry.label for entry in entries if entry.label is not None}
+
+
 def _write_classes(path: Path, classes: Sequence[str]) -> None:
     path.write_text(class_names_text(classes), "utf-8", "surrogateescape")
 
 
 def _read_with_progress(
-    entries: list[Entry], out_prefix: str, checks: LabelImageChecks | None
+    entries: list[Entry], out_prefix: str, checks: LabelImageChecks | ObjectChecks | None
 ) -> Iterator[Written]:  # fmt: skip
     shown = time.monotonic()
     for number, entry in enumerate(entries, 1):
-        image, labels = entry.read(), None if entry.read_labels is None else entry.read_labels()
-        if labels is not None and checks is not None:
-            checks.look(entry.key, image, entry.extension, labels)
-        yield entry.key, image, entry.extension, entry.label, labels
+        image = entry.read()
+        targets = _targets(entry, image, checks)
+        if targets is not None:
+            yield entry.key, image, entry.extension, entry.label, targets
         if time.monotonic() - shown > 5 or number == len(entries):
             shown = time.monotonic()
             tell(f"{out_prefix}: {number} of {len(entries)} images packed")
@@ -146,11 +165,45 @@ def _numbers_there(path: Path, classes: Sequence[str], used: set[int], shards_st
     )
 
 
+def _targets(entry: Entry, image: bytes, checks: LabelImageChecks | ObjectChecks | None) -> Mapping[str, bytes] | None:
+    """What is packed beside an image and its label; None for an image that is to be left out."""
+    if isinstance(checks, ObjectChecks):
+        assert entry.drawn is not None, entry.key
+        content = checks.look(entry.key, image, entry.extension, entry.drawn, entry.image_id)
+        return None if content is None else {OBJECTS: content}
+    if entry.read_labels is None:
+        return {}
+    labels = entry.read_labels()
+    if checks is not None:
+        checks.look(entry.key, image, entry.extension, labels)
+    return {SEGMENTATION: as_png(labels)}
+
+
+def read_annotated(source: Path, annotations: Path) -> tuple[list[Entry], tuple[str, ...]]:
+    """The annotated images of a folder, zip or plain tar, and the names of the classes.
+
+    annotations: a COCO json, or a folder, zip or tar of Pascal VOC xml, YOLO txt or labelme json files.  Raises
+    ShardError as read_source does, and for annotations that cannot be read or are of none of the images.
+    """
+    images, found = _list_files(source, "SOURCE"), read_annotations(annotations, "--annotations")
+    matched = match(found, images.reads, f"SOURCE {source}")
+    for note in matched.notes:
+        tell(note)
+    if not found.classes:
+        raise ShardError(f"{found.origin}: no object has a class, so there is nothing to learn")
+    entries, _ = _entries(source, images, classes=False)
+    kept = []
+    for number, (entry, drawn) in enumerate(zip(entries, matched.images.values(), strict=True), 1):
+        if drawn is not None:
+            kept.append(replace(entry, drawn=drawn, image_id=number))
+    return kept, found.classes
+
+
 def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], tuple[str, ...] | None]:
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
     An image is packed with its label image, which is KEY.seg.png beside it or, with labels, another folder, zip or tar,
-    the PNG file of the same path there; then folders are no classes.
+    the PNG or TIFF file of the same path there; then folders are no classes.
 
     Raises ShardError for a source that does not exist, is compressed, damaged (data/sources/archives.py), holds no
     images, mixes the two layouts, or cannot be read through, and for images of which some have label images and others
@@ -174,8 +227,8 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     if alone:
         raise ShardError(
             f"SOURCE {source}: {len(alone)} of {len(paired) + len(alone)} images have no label image in "
-            f"{source if labels is None else labels} ({listed(alone)}); add a PNG file of the same path and name for "
-            "each, or move these images away"
+            f"{source if labels is None else labels} ({listed(alone)}); add a PNG or TIFF file of the same path and "
+            "name for each, or move these images away"
         )
     extra = [name for name in found if name not in label_names] if labels is not None else []
     if extra:

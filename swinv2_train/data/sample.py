@@ -96,12 +96,16 @@ class Targets(TypedDict, total=False):
     """The image's class, 0 or more."""
     segmentation: bytes
     """The label image, a PNG file as it was packed: the class of each pixel (transforms/label_image.py reads it)."""
+    objects: bytes
+    """The JSON of its objects, with their boxes, classes and masks (data/objects.py reads it)."""
 
 
 LABEL = "label"
 """The name of the one integer that sorts an image into a class."""
 SEGMENTATION = "segmentation"
 """The name of the image whose pixels are classes."""
+OBJECTS = "objects"
+"""The name of the JSON of an image's objects."""
 
 
 class Member(NamedTuple):
@@ -139,6 +143,9 @@ _EXAMPLE_PNG = bytes.fromhex(
 MEMBERS: Mapping[str, Member] = {
     LABEL: Member("cls", read_label, example=0),
     SEGMENTATION: Member("seg.png", lambda content: content or None, example=_EXAMPLE_PNG),
+    OBJECTS: Member(
+        "json", lambda content: content or None, example=b'{"size":[%d,%d],"objects":[]}' % (EXAMPLE_PX, EXAMPLE_PX)
+    ),
 }
 """The member of each target."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import all_gather, all_reduce_max, all_reduce_sum, raise_together
+from swinv2_train.distributed import all_gather, all_reduce_max, all_reduce_sum, gather_objects, raise_together
 from swinv2_train.monitoring.metrics import Means
-from swinv2_train.tasks.metrics import Finish, Mean, Metric, Rows, Sums
+from swinv2_train.tasks.metrics import Finish, Mean, Metric, Records, Rows, Sums
 
 Batch = dict[str, Any]
 
@@ -62,7 +62,7 @@ def evaluate_loader(score: Score, batches: Iterable[Batch], stop: Callable[[], b
 
     Raises StoppedError on every rank where stop says so on any, between two batches.
     """
-    means, sums, rows = Means(), SumsOverRanks(), RowsOfRanks()
+    means, sums, rows, records = Means(), SumsOverRanks(), RowsOfRanks(), RecordsOfRanks()
     for batch in in_lockstep(batches, stop):
         metrics, weight = score(batch), batch["weight"]
         means.add({name: each for name, each in metrics.items() if isinstance(each, Tensor)}, weight=weight.sum())
@@ -71,7 +71,8 @@ def evaluate_loader(score: Score, batches: Iterable[Batch], stop: Callable[[], b
                 means.add({name: each.value}, weight=each.weight)
         sums.add({name: each for name, each in metrics.items() if isinstance(each, Sums)}, weight)
         rows.add({name: each for name, each in metrics.items() if isinstance(each, Rows)}, weight)
-    return means.read() | sums.read() | rows.read()
+        records.add({name: each for name, each in metrics.items() if isinstance(each, Records)}, weight)
+    return means.read() | sums.read() | rows.read() | records.read()
 
 
 class SumsOverRanks:
@@ -119,6 +120,29 @@ class RowsOfRanks:
             everyone = gather_rows(torch.cat(self._rows[name]).cpu())
             order = np.lexsort(everyone.numpy().T[::-1])
             scores |= self._finish[name](everyone[torch.from_numpy(order)])
+        return scores
+
+
+class RecordsOfRanks:
+    """Collects the records of images, each once, and sorts them: the same whichever rank saw which image."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, list[bytes]] = {}
+        self._finish: dict[str, Callable[[Sequence[bytes]], dict[str, float]]] = {}
+
+    def add(self, records: Mapping[str, Records], weight: Tensor) -> None:
+        """Records of a batch; weight: (B,) of its images."""
+        for name, each in records.items():
+            counted = [value for value, there in zip(each.values, (weight > 0).tolist(), strict=True) if there]
+            self._records.setdefault(name, []).extend(counted)
+            self._finish[name] = each.finish
+
+    def read(self) -> dict[str, float]:
+        """The finished scores, the same on every rank; a collective of objects for each name."""
+        scores: dict[str, float] = {}
+        for name in sorted(self._records):
+            everyone = sorted(each for rank in gather_objects(self._records[name]) for each in rank)
+            scores |= self._finish[name](everyone)
         return scores
 
 

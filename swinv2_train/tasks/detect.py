@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,28 +17,19 @@ from swinv2_train.models.detection.rcnn import RCNN, RPNSettings
 from swinv2_train.models.detection.roi import CASCADE, ONE_STAGE, RoISettings
 from swinv2_train.models.detection.suppress import Suppression
 from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.tasks.detect_picture import detect_picture, enlarged, found_objects, right_objects, seen_of
 from swinv2_train.tasks.detect_views import DetectTransform
+from swinv2_train.tasks.detection_scores import DETECTIONS, check_installed, detection_records
+from swinv2_train.tasks.detections import Found
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import Normalise, meta_images, neutral_values
+from swinv2_train.tasks.inputs import Normalise, meta_images, neutral_values, viewable
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.paste import pasted, run_lengths
 from swinv2_train.tasks.task import Batch, Forward
 
 TARGETS = ("boxes", "classes", "crowd", "draw")
 """What the module learns from, beside masks."""
-
-
-class Found(NamedTuple):
-    """The objects that are found in one image, the best first; D of them."""
-
-    boxes: np.ndarray
-    """(D, 4) float32: x0, y0, x1, y1 in pixels of the image as it is read."""
-    scores: np.ndarray
-    """(D,) float32."""
-    classes: np.ndarray
-    """(D,) int64."""
-    masks: list[dict[str, object]] | None
-    """COCO's compressed run lengths, {"size": [H, W], "counts": bytes}, each; None without task.masks."""
+PICTURE_IMAGES = 4
 
 
 def build_rcnn(config: Config, task: DetectConfig) -> RCNN:
@@ -78,7 +68,6 @@ class DetectTask:
 
     block_types = (SwinBlock,)
     predictions = None
-    picture = None
 
     def __init__(self, config: Config, task: DetectConfig, device: torch.device) -> None:
         self.module = build_rcnn(config, task)
@@ -86,6 +75,7 @@ class DetectTask:
         self.multiply_adds = rcnn_multiply_adds(self.module)
         self.task = task
         self.normalise = Normalise.of(config, device)
+        self.picture_bands = config.data.picture_bands or (range(3) if config.model.in_chans >= 3 else (0,))
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
         fill = neutral_values(config)
@@ -96,7 +86,8 @@ class DetectTask:
 
     @staticmethod
     def preflight(task: DetectConfig) -> None:
-        """torchvision is an ordinary requirement."""
+        """Masks and average precision need faster-coco-eval."""
+        check_installed()
 
     @staticmethod
     def check_source(task: DetectConfig, source: Source, key: str) -> None:
@@ -158,9 +149,12 @@ class DetectTask:
 
     def scores(self, forward: Forward, batch: Batch) -> Mapping[str, Metric]:
         """Every image takes as many forward passes as any other, and one that does not count takes them too."""
+        rows: list[Found | None] = []
         for number, weight in enumerate(batch["weight"].tolist()):
-            self.found(forward, batch["views"][number], batch["size"][number], counts=weight > 0)
-        return {}
+            found = self.found(forward, batch["views"][number], batch["size"][number], counts=weight > 0)
+            rows.append(found if weight > 0 else None)
+        images = (batch["image_id"], batch["size"], batch["truth"], rows)
+        return {DETECTIONS: detection_records(*images, self.task.num_classes, self.task.masks)}
 
     def found(self, forward: Forward, views: list[np.ndarray], size: tuple[int, int], counts: bool = True) -> Found:
         """What the model finds in an image of (height, width), seen in views (C, h, w) of several sizes.
@@ -192,6 +186,16 @@ class DetectTask:
     def several(self) -> bool:
         """Whether an image is seen more than once."""
         return len(self.task.eval_scales) > 1 or self.task.eval_flip
+
+    def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
+        """The first images of a batch of either kind: their right objects beside those that are found, with scores."""
+        rows = []
+        for number in range(min(PICTURE_IMAGES, len(batch["weight"]))):
+            view, size = seen_of(batch, number)
+            found = self.found(forward, [view.cpu().numpy()], size)
+            image = enlarged(viewable(view, self.bands, self.picture_bands), size)
+            rows.append((image, right_objects(batch, number), found_objects(found)))
+        return detect_picture(rows, self.task.class_names)
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]), features=True)

@@ -1,8 +1,8 @@
-"""What the detector sees of an image and of the objects in it."""
+"""From images with objects to the rows of task=detect."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,27 +10,76 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import DetectConfig
-from swinv2_train.data.sample import Targets
+from swinv2_train.data.objects import Objects, check_image_size, objects_from_json
+from swinv2_train.data.sample import OBJECTS, SampleError, Targets
+from swinv2_train.data.transforms.detect import DetectTrainView, eval_views
 from swinv2_train.tasks.inputs import ImageTransform
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectTransform(ImageTransform):
-    """An image and its objects; the class of the rows that tasks/detect.py takes."""
+    """An image and its objects.
+
+    For training a view of both: {"images": (C, H, W), "extent": int64 (2,), "boxes": float32 (M, 4), "classes": int64
+    (M,), "crowd": bool (M,)} and, with task.masks, "masks": uint8 (M, H, ceil(W / 8)), as transforms/detect.py's View
+    describes them; M = task.max_objects; and "draw", int64 (), for what the model draws of this view.  For evaluation
+    both keep their own sizes, so they are plain: {"views": [(C, h, w) of each of task.eval_scales], "image_id": int,
+    "size": (H, W), "truth": Truth}.
+    """
 
     task: DetectConfig
+    needs: tuple[str, ...] = (OBJECTS,)
     fill: tuple[float, ...]
     """The value of each band that is 0 when normalised."""
+    notes: set[str] = field(default_factory=set, compare=False)
+    """What is worth saying once of the images."""
 
     def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
-        count, (height, width) = self.task.max_objects, self.img_size
-        masks = torch.zeros(count, height, -(-width // 8), dtype=torch.uint8)
+        objects = objects_from_json(targets["objects"])
+        check_image_size(objects, (image.shape[1], image.shape[2]))
+        self._check_classes(objects)
+        return self._train_row(image, objects, rng) if self.train else self._eval_row(image, objects)
+
+    def _train_row(self, image: Tensor, objects: Objects, rng: np.random.Generator) -> dict[str, Any]:
+        task, data = self.task, self.data
+        view = DetectTrainView(
+            size=self.img_size,
+            scale=(task.resize_scale[0], task.resize_scale[1]),
+            resize=task.resize,
+            flip=data.hflip,
+            dihedral=data.dihedral,
+            max_objects=task.max_objects,
+            min_object_px=task.min_object_px,
+            masks=task.masks,
+            fill=self.fill,
+        )(image, objects, rng)
+        if view.left_out:
+            self.notes.add(
+                f"some crops hold more objects than task.max_objects ({task.max_objects}); the largest are kept and "
+                "the others count as background: raise it where that is not what you want"
+            )
+        row: dict[str, Any] = {name: value for name, value in view._asdict().items() if isinstance(value, Tensor)}
+        return {**row, "draw": torch.tensor(int(rng.integers(2**31)))}
+
+    def _eval_row(self, image: Tensor, objects: Objects) -> dict[str, Any]:
+        task = self.task
         return {
-            **super().__call__(image, targets, rng),
-            "boxes": torch.zeros(count, 4),
-            "classes": torch.full((count,), -1),
-            "crowd": torch.zeros(count, dtype=torch.bool),
-            "extent": torch.tensor(self.img_size),
-            "draw": torch.tensor(int(rng.integers(2**31))),
-            **({"masks": masks} if self.task.masks else {}),
+            "views": eval_views(image, task.eval_long_px, task.eval_short_px, task.eval_scales, task.resize),
+            "image_id": objects.image_id,
+            "size": objects.size,
+            "truth": {
+                "boxes": objects.boxes,
+                "classes": objects.classes,
+                "crowd": objects.crowd,
+                "area": objects.area,
+                "masks": [None if mask is None else mask.codes(objects.size) for mask in objects.masks],
+            },
         }
+
+    def _check_classes(self, objects: Objects) -> None:
+        highest = int(objects.classes.max(initial=-1))
+        if highest >= self.task.num_classes:
+            raise SampleError(
+                f"it has an object of class {highest}, but task.num_classes ({self.task.num_classes}) knows 0 to "
+                f"{self.task.num_classes - 1}; set task.num_classes={highest + 1} or more"
+            )

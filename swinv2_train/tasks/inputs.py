@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,16 @@ def neutral_values(config: Config) -> tuple[float, ...]:
         return tuple(255 * mean for mean in data.mean)
     factors, offsets = per_band(data.scale.factor, count, 1.0), per_band(data.scale.offset, count, 0.0)
     return tuple((mean - offset) / factor for mean, factor, offset in zip(data.mean, factors, offsets, strict=True))
+
+
+def viewable(values: Tensor, bands: Bands | None, picture_bands: Sequence[int]) -> np.ndarray:
+    """An image as it is read, (C, H, W), as uint8 (H, W, 3): photographs as they are, values stretched."""
+    from swinv2_train.report.pictures import stretch_limits, stretched
+
+    pixels: np.ndarray = values.cpu().numpy()
+    if bands is None:
+        return pixels.transpose(1, 2, 0)
+    return stretched(pixels, picture_bands, stretch_limits(pixels, picture_bands))
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:

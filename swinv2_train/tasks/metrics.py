@@ -1,13 +1,13 @@
 """What a task may measure of an evaluation batch, exact on any number of ranks.
 
 A mean is a scalar tensor: over the batch's images, weighted by batch["weight"]; a mean over something else is a Mean.
-What is none is a quotient of Sums (mIoU), or comes out of all Rows together (average precision); evaluation/scoring.py
-adds them all up.
+What is none is a quotient of Sums (mIoU), or comes out of all Rows or all Records together (average precision);
+evaluation/scoring.py adds them all up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -45,7 +45,16 @@ class Rows(NamedTuple):
     """Is given the rows of all images, (N, columns) float64 on the CPU, sorted by their columns from the first on."""
 
 
+class Records(NamedTuple):
+    """What is known of each image, of any size, that is looked at together."""
+
+    values: Sequence[bytes]
+    """B of them; those of images of weight 0 do not count."""
+    finish: Callable[[Sequence[bytes]], dict[str, float]]
+    """Is given the records of all images, sorted."""
+
+
 CONFUSION = "confusion"
 """The name of Sums that are the pixels of each image by right and predicted class, (B, classes, classes)."""
 
-Metric = Tensor | Mean | Sums | Rows
+Metric = Tensor | Mean | Sums | Rows | Records

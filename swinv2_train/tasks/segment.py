@@ -23,7 +23,7 @@ from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.models.upernet import UPerNet, upernet_multiply_adds
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values
+from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values, viewable
 from swinv2_train.tasks.metrics import CONFUSION, Mean, Metric, Sums
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment_picture import segment_picture
@@ -235,9 +235,10 @@ class SegmentTask:
             right = labels[first : first + probabilities.shape[1]].to(probabilities.device).long()
             counts = right != self.task.ignore_index
             right, said = right[counts], probabilities[:, counts]  # (n,), (K, n)
-            codes = right * classes + said.argmax(dim=0)
-            matrix += torch.bincount(codes, minlength=classes**2).cpu()
             chosen = said.gather(0, right.unsqueeze(0))
+            # where scores are NaN, all are, and the highest would be class 0
+            named = torch.where(chosen[0].isnan(), (right + 1) % classes, said.argmax(dim=0))
+            matrix += torch.bincount(right * classes + named, minlength=classes**2).cpu()
             loss -= chosen.clamp(min=TINY).log().sum(dtype=torch.float64).cpu()
         return matrix.view(classes, classes), loss, int(matrix.sum())
 
@@ -256,7 +257,7 @@ class SegmentTask:
             size = (image.shape[1], image.shape[2])
             view = View(size, [Box(0, 0, *size)], [outputs["logits"][0].float()], mirrored=False)
             said = torch.cat([each.argmax(dim=0) for _, each in bands([view], size)])
-            rows.append((self._pixels(image), truth, said.cpu().numpy()))
+            rows.append((viewable(image, self.bands, self.picture_bands), truth, said.cpu().numpy()))
         return segment_picture(rows, self.task.num_classes, self.task.ignore_index, self.task.class_names)
 
     def _shown(self, batch: Batch) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -266,15 +267,6 @@ class SegmentTask:
                 yield torch.from_numpy(batch["views"][number][0]), batch["labels"][number]
             else:
                 yield batch["images"][number], batch["labels"][number].cpu().numpy()
-
-    def _pixels(self, image: Tensor) -> np.ndarray:
-        """uint8 (H, W, 3)"""
-        from swinv2_train.report.pictures import stretch_limits, stretched
-
-        values = image.cpu().numpy()
-        if self.bands is None:
-            return values.transpose(1, 2, 0)
-        return stretched(values, self.picture_bands, stretch_limits(values, self.picture_bands))
 
 
 def segmentation_scores(matrix: Tensor) -> dict[str, float]:

@@ -75,7 +75,7 @@ def palette(num_classes: int) -> np.ndarray:
         colorsys.hsv_to_rgb(number * _TURN % 1, (0.9, 0.55)[number % 2], (0.95, 0.7, 0.45)[number % 3])
         for number in range(num_classes)
     ]
-    return (255 * np.array(found)).round().astype(np.uint8)
+    return (255 * np.array(found)).round().astype(np.uint8).reshape(-1, 3)
 
 
 def _coloured(classes: np.ndarray, colours: np.ndarray) -> np.ndarray:

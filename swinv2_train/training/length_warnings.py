@@ -28,7 +28,7 @@ def length_warnings(config: Config, length: RunLength, step: int) -> Iterator[st
 
 
 def _schedule(config: Config, length: RunLength) -> Iterator[str]:
-    """A warm-up that does not end before the run, and milestones that are never passed, or in the warm-up."""
+    """A warm-up that does not end before the run, a rate above the peak, and milestones without effect."""
     schedule, steps, warmup = config.optim.schedule, length.curve_steps, length.warmup_steps
     key, value = ("warmup_steps", schedule.warmup_steps) if schedule.warmup_steps is not None else (
         "warmup_epochs", schedule.warmup_epochs
@@ -40,6 +40,13 @@ def _schedule(config: Config, length: RunLength) -> Iterator[str]:
             f"learning rate ends at {last:.3g}, still rising to optim.lr ({config.optim.lr:g}); shorten it, or "
             "lengthen the run"
         )
+    falls = schedule.name in ("cosine", "linear", "poly")
+    for key, value, used in (("warmup_lr", schedule.warmup_lr, warmup > 0), ("min_lr", schedule.min_lr, falls)):
+        if used and value > config.optim.lr:
+            yield (
+                f"warning: optim.schedule.{key} ({value:g}) is above optim.lr ({config.optim.lr:g}), which is meant to "
+                "be the highest learning rate; lower the one or raise the other"
+            )
     if schedule.name != "multistep":
         return
     for milestone in schedule.milestones:

@@ -42,6 +42,6 @@ def pair_shards(
         rows = []
         for number in range(first, first + count):
             image, labels = pixel_pair(number, sizes[number % len(sizes)])
-            rows.append((f"k{number:03d}", encoded(image), "png", None, encoded(labels)))
+            rows.append((f"k{number:03d}", encoded(image), "png", None, {"segmentation": encoded(labels)}))
         write_shards(rows, str(folder / name), 4)
     return (f"data.shards={folder}/train-*.tar", f"data.eval_shards={folder}/test-*.tar")

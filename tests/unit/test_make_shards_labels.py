@@ -120,6 +120,16 @@ def test_one_image_of_background_and_ignored_rim_is_no_such_mask(pairs):
     assert run(pairs) == 0
 
 
+def test_images_of_which_every_pixel_is_ignored_are_packed_unless_all_are(pairs, capsys):
+    """The first ones are drawn; there was no colour to draw with."""
+    for number in range(4):
+        annotation(pairs, number).write_bytes(encoded(np.full((32, 32), 255, np.uint8)))
+    assert run(pairs, out="some/train") == 0
+    capsys.readouterr()
+    annotation(pairs, 4).write_bytes(encoded(np.full((32, 32), 255, np.uint8)))
+    assert "all pixels of its label images are 255, which is ignored, so there is nothing to " in refused(capsys, pairs)
+
+
 def test_another_size_is_refused_by_name(pairs, capsys):
     annotation(pairs, 3).write_bytes(encoded(np.zeros((32, 31), np.uint8)))
     assert "the label image of 'k003' cannot be packed: its label image has 32 x 31 pixels and the image 32 x 32" in (

@@ -24,6 +24,7 @@ from swinv2_train.data.sample import (
     EXAMPLE_PX,
     LABEL,
     MEMBERS,
+    OBJECTS,
     SEGMENTATION,
     Sample,
     SampleError,
@@ -296,6 +297,13 @@ def _check_targets(manifest: Source, config: DataConfig, transform: Transform, k
             "indexed by an older version, make the index again (swinv2-make-shards --reindex)"
         )
         _check_missing(manifest, manifest.unsegmented, config, what, key, remedy)
+    if OBJECTS in transform.needs:
+        what = f"no objects (.{MEMBERS[OBJECTS].suffix})"
+        remedy = (
+            "this task needs boxes for every image: pack the images with their annotations (docs/detection.md); of "
+            "shards that were indexed by an older version, make the index again (swinv2-make-shards --reindex)"
+        )
+        _check_missing(manifest, manifest.unannotated, config, what, key, remedy)
 
 
 def _check_room(
@@ -428,7 +436,9 @@ class _Fetcher(Fetch):
                 if name not in sample.targets:
                     where = self.source.labels_from if name == LABEL else f".{MEMBERS[name].suffix}"
                     raise SampleError(f"no readable {name} ({where})")
-            return self.transform(self.decoded(sample), sample.targets, rng)
+            row = self.transform(self.decoded(sample), sample.targets, rng)
+            self._notes |= getattr(self.transform, "notes", frozenset())
+            return row
         except DecodeError as error:
             cause = f"{error}{self.reader.place(shard, index)}"
             raise SampleError(cause, sample.shard, sample.key) from error

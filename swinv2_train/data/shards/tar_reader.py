@@ -24,6 +24,7 @@ import numpy as np
 from swinv2_train.data.class_names import CLASSES_NAME, read_class_names
 from swinv2_train.data.sample import (
     MEMBERS,
+    OBJECTS,
     SEGMENTATION,
     Sample,
     SampleError,
@@ -79,6 +80,8 @@ class Manifest:
     """Samples per shard without a readable label."""
     unsegmented: tuple[int, ...]
     """Samples per shard without a label image."""
+    unannotated: tuple[int, ...]
+    """Samples per shard without a JSON of objects."""
     label_values: Mapping[int, int] | None
     """Pixels of all label images by their value; None where that was not counted when they were packed."""
     label_range: tuple[int, int] | None
@@ -193,17 +196,23 @@ def open_manifest(
         counts=tuple(entry["samples"] for entry in entries),
         sizes=tuple(entry["bytes"] for entry in entries),
         unlabelled=tuple(entry["unlabelled"] for entry in entries),
-        unsegmented=tuple(entry["samples"] - entry.get("targets", {}).get(SEGMENTATION, 0) for entry in entries),
+        unsegmented=_without(SEGMENTATION, entries),
+        unannotated=_without(OBJECTS, entries),
         label_values=added([_label_values(entry) for entry in entries if entry["samples"]]),
         label_range=label_range,
         digest=digest.hexdigest(),
         cache=cache if remote else None,
         class_list=_class_names(paths, -1 if label_range is None else label_range[1], key, cache, progress)
-        if label_range is not None or any(entry.get("targets", {}).get(SEGMENTATION) for entry in entries)
+        if label_range is not None or any(entry.get("targets") for entry in entries)
         else None,
         verify=verify,
         image_member=image_member,
     )
+
+
+def _without(target: str, entries: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Samples per shard that do not have this target."""
+    return tuple(entry["samples"] - entry.get("targets", {}).get(target, 0) for entry in entries)
 
 
 def added(counts: Sequence[Mapping[int, int] | None]) -> Mapping[int, int] | None:

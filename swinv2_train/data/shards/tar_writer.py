@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from swinv2_train.data.sample import MEMBERS, SEGMENTATION, ShardError
+from swinv2_train.data.sample import LABEL, MEMBERS, ShardError
 from swinv2_train.data.shards.manifest import INDEX_SUFFIX, merge_entries, read_entries
 from swinv2_train.data.shards.tar_index import sample_member
 from swinv2_train.data.shards.tar_reader import Manifest, open_manifest
 
-Written = tuple[str, bytes, str, int | None] | tuple[str, bytes, str, int | None, bytes | None]
-"""A sample to write: key, image bytes, extension, label and, where there is one, the label image's bytes."""
+Written = tuple[str, bytes, str, int | None] | tuple[str, bytes, str, int | None, Mapping[str, bytes]]
+"""A sample to write: key, image bytes, extension, label and, where there are any, the bytes of its other targets."""
 
 
 def write_shards(
@@ -39,7 +39,7 @@ def write_shards(
         raise ShardError(f"{existing[0]} exists already ({len(existing)} shards); delete them or choose another OUT")
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{stem}-[0-9]*.tar.part"):
+    for leftover in folder.glob(f"{glob.escape(stem)}-[0-9]*.tar.part"):
         leftover.unlink()
     parts: list[Path] = []
     keys: set[str] = set()
@@ -64,8 +64,9 @@ def write_shards(
             sample: dict[str, Any] = {"__key__": key, extension: image}
             if label is not None:
                 sample["cls"] = str(label).encode()
-            if more and more[0] is not None:
-                sample[MEMBERS[SEGMENTATION].suffix] = more[0]
+            for target, content in more[0].items() if more else ():
+                assert target != LABEL, "a label is given by itself"
+                sample[MEMBERS[target].suffix] = content
             writer.write(sample)
         if writer is None:
             raise ShardError(f"there is no sample to write to {out_prefix}-*.tar")
@@ -93,4 +94,4 @@ def write_shards(
 
 def shard_files(out_prefix: str) -> list[Path]:
     """The shards that write_shards wrote, or would collide with, in order."""
-    return sorted(Path(out_prefix).parent.glob(f"{Path(out_prefix).name}-[0-9]*.tar"))
+    return sorted(Path(out_prefix).parent.glob(f"{glob.escape(Path(out_prefix).name)}-[0-9]*.tar"))

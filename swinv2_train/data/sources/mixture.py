@@ -57,6 +57,11 @@ class Mixture:
         return tuple(count for source in self.sources for count in source.unsegmented)
 
     @property
+    def unannotated(self) -> tuple[int, ...]:
+        """Samples per shard without a JSON of objects."""
+        return tuple(count for source in self.sources for count in source.unannotated)
+
+    @property
     def label_values(self) -> Mapping[int, int] | None:
         """Pixels of all sources' label images by their value; None where any does not know."""
         return added([source.label_values for source in self.sources])

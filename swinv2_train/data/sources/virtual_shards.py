@@ -66,6 +66,11 @@ class VirtualShards:
         return self.counts
 
     @property
+    def unannotated(self) -> tuple[int, ...]:
+        """Images per shard without a JSON of objects: all of them, where the source knows of none."""
+        return self.counts
+
+    @property
     def label_values(self) -> None:
         """None: nothing has looked at the label images yet."""
         return

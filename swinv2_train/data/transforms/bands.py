@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from swinv2_train.config import Config, ConfigError
+from swinv2_train.config.shown import shown
 from swinv2_train.data.transforms import band_tiff, numpy_files
 from swinv2_train.data.transforms.decode import (
     FORMATS,
@@ -29,6 +30,7 @@ from swinv2_train.data.transforms.jpeg import decode_jpeg, is_grey
 from swinv2_train.data.transforms.numpy_files import Array, CheckShape
 from swinv2_train.data.transforms.png import SIGNATURE, Png, read_png
 
+_MOST_NOTES, _LISTED = 20, 16
 MAX_VALUES = 1 << 28
 """Largest height x width x bands that is decoded: a GiB of float32."""
 
@@ -42,6 +44,8 @@ class Bands:
     layout: str
     nodata: tuple[float, ...]
     max_nodata_fraction: float
+    by_list: bool = False
+    """Whether a list beside the files said which places the chosen names have."""
 
     @classmethod
     def of(cls, config: Config) -> Bands | None:
@@ -65,7 +69,7 @@ class Bands:
         """
         if names is None or self.chosen is None:
             return self
-        return replace(self, chosen=tuple(_place(band, names, where) for band in self.chosen))
+        return replace(self, chosen=tuple(_place(band, names, where) for band in self.chosen), by_list=True)
 
 
 def _place(band: int | str, names: Sequence[str], where: str) -> int:
@@ -87,7 +91,26 @@ def decode_bands(
     """
     with reading(data, extension):
         found = _read(data, bands.layout, _shape_check(max_pixels), notes)
-        return torch.from_numpy(_measured(_chosen(found, bands), bands)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+        chosen = _chosen(found, bands)
+        if notes is not None and len(notes) < _MOST_NOTES:
+            notes.update(_not_asked(found, chosen, bands))
+        return torch.from_numpy(_measured(chosen, bands)).permute(2, 0, 1)  # (H, W, C) -> (C, H, W)
+
+
+def _not_asked(found: Array, chosen: np.ndarray, bands: Bands) -> Iterator[str]:
+    """What a file says of its bands and the configuration does not ask for, so that they may mean something else."""
+    if found.names is not None and len(found.names) > 1 and not (bands.named or bands.by_list):
+        listed = ", ".join(shown(name, 40) for name in found.names[:_LISTED])
+        yield (
+            f"some files call their bands {listed}{', ...' if len(found.names) > _LISTED else ''}; data.bands takes "
+            "them by their places, whatever their names are: choose by name where orders differ (data.bands=[NAME,...])"
+        )
+    stored = None if found.nodata is None or found.nodata in bands.nodata else _stored(found.nodata, chosen.dtype)
+    if stored is not None and (chosen == stored).any():
+        yield (
+            f"some TIFF files say that {found.nodata:g} means no data, and data.nodata does not: their pixels of this "
+            f"value count as measured; set data.nodata=[{found.nodata:g}]"
+        )
 
 
 def file_values(data: bytes, extension: str, layout: str) -> Array:
@@ -207,6 +230,8 @@ def _named(band: str, names: tuple[str, ...] | None) -> int:
         )
     if band not in names:
         raise DecodeError(f"it has no band '{band}' (data.bands), but {', '.join(names[:30])}")
+    if names.count(band) > 1:
+        raise DecodeError(f"{names.count(band)} of its bands are called '{band}' (data.bands); choose by indices")
     return names.index(band)
 
 

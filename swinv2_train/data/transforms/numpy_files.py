@@ -30,6 +30,8 @@ class Array(NamedTuple):
     """(H, W, C)"""
     names: tuple[str, ...] | None = None
     """Of the bands, where the file gives them."""
+    nodata: float | None = None
+    """The number that the file itself says means that nothing was measured."""
 
 
 def check_type(dtype: np.dtype, hint: str = "save it as one of them") -> None:
@@ -54,6 +56,8 @@ def read_npz(data: bytes, layout: str, check_shape: CheckShape) -> Array:
         members = archive.infolist()
         if not 1 <= len(members) <= _MOST_MEMBERS:
             raise ValueError(f"it holds {len(members)} arrays")
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("two of its arrays have the same name")
         arrays = [_member(archive, member, layout, len(members), check_shape) for member in members]
     if len(arrays) == 1:
         return Array(_hwc(arrays[0], layout))

@@ -53,7 +53,7 @@ class SegmentTrainView:
         """
         if self.dihedral:
             number = int(rng.integers(8))
-            image, labels = _turned(image, number), _turned(labels, number)
+            image, labels = turned(image, number), turned(labels, number)
         low, high = self.scale
         drawn = low + (high - low) * rng.random()
         fitted = fit_inside(labels.shape, int(self.long_px * drawn), int(self.short_px * drawn))
@@ -70,7 +70,7 @@ class SegmentTrainView:
         return image, labels, torch.tensor([height, width])
 
 
-def _turned(values: Tensor, number: int) -> Tensor:
+def turned(values: Tensor, number: int) -> Tensor:
     """(..., H, W) in the direction `number` of eight, as random_dihedral (crop.py) counts them."""
     turned = values.rot90(number % 4, (-2, -1))
     return turned.flip(-2) if number >= 4 else turned
@@ -155,13 +155,21 @@ def pad(
     height, width = labels.shape
     if (height, width) == tuple(size):
         return image, labels
+    around = torch.full(size, ignore_index, dtype=labels.dtype)
+    around[:height, :width] = labels
+    return pad_image(image, size, fill), around
+
+
+def pad_image(image: Tensor, size: tuple[int, int], fill: Sequence[float]) -> Tensor:
+    """(C, h, w) at the top left of (C, *size); around it fill, rounded in uint8."""
+    height, width = image.shape[1:]
+    if (height, width) == tuple(size):
+        return image
     values = torch.tensor(fill)
     values = values.round().to(torch.uint8) if image.dtype == torch.uint8 else values.to(image.dtype)
     padded = values.view(-1, 1, 1).expand(-1, *size).contiguous()
     padded[:, :height, :width] = image
-    around = torch.full(size, ignore_index, dtype=labels.dtype)
-    around[:height, :width] = labels
-    return padded, around
+    return padded
 
 
 def eval_image(image: Tensor, long_px: int, short_px: int, how: str) -> Tensor:

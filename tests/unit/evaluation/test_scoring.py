@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from swinv2_train.distributed import World
 from swinv2_train.evaluation.scoring import evaluate_loader, gather_rows
-from swinv2_train.tasks.metrics import Metric, Rows, Sums
+from swinv2_train.tasks.metrics import Metric, Records, Rows, Sums
 
 CLASSES, IMAGES, PIXELS, BATCH = 5, 23, 40, 3
 
@@ -63,7 +64,18 @@ def score(batch: dict[str, Any]) -> dict[str, Metric]:
         "val/loss": (correct * weight).sum() / weight.sum().clamp(min=1e-12),
         "areas": Sums(matrix.to(torch.int32), miou),
         "found": Rows(torch.stack([confidence[image, place], hit.float()], dim=1), image, average_precision),
+        "told": Records([record(int(number)) for number in batch["number"]], digest),
     }
+
+
+def record(number: int) -> bytes:
+    """Of unequal lengths, 0 among them."""
+    return str(number).encode() * (number % 4)
+
+
+def digest(records: Sequence[bytes]) -> dict[str, float]:
+    """Their number, and what tells each of them and their order."""
+    return {"val/records": float(len(records)), "val/digest": float(zlib.crc32(b",".join(records)))}
 
 
 def expected() -> dict[str, float]:
@@ -87,6 +99,7 @@ def expected() -> dict[str, float]:
     return {
         "val/loss": float(accuracy), "val/miou": float(np.mean(ious)), "val/pixels": float(len(counted) * PIXELS),
         "val/ap": float(np.mean(precisions)), "val/rows": float(len(rows)),
+        **digest(sorted(record(number) for number in counted)),
     }  # fmt: skip
 
 
@@ -95,7 +108,7 @@ def test_each_kind_of_metric_is_what_plain_loops_say() -> None:
     assert evaluate_loader(score, batches(0, 1)) == pytest.approx(expected(), rel=1e-6)
 
 
-def test_sums_and_rows_are_the_same_on_any_number_of_ranks_bit_for_bit(run_distributed) -> None:
+def test_sums_rows_and_records_are_the_same_on_any_number_of_ranks_bit_for_bit(run_distributed) -> None:
     """Means are too, up to the order of their additions; every rank knows all of them."""
     alone = evaluate_loader(score, batches(0, 1))
     for ranks in (1, 2, 3):

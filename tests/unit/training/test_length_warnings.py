@@ -50,6 +50,18 @@ def test_a_milestone_without_effect_is_said(milestone, where):
     assert warnings(schedule={"name": "cosine", "milestones": [0.5, milestone]}) == []
 
 
+@pytest.mark.parametrize(
+    ("schedule", "lr"),
+    [({"min_lr": 0.1}, 0.01), ({"min_lr": 0.1, "name": "poly"}, 0.01), ({"warmup_lr": 0.1, "name": "constant"}, 0.01)],
+)
+def test_a_rate_above_the_peak_is_said(schedule, lr):
+    """optim.lr lowered on the command line, below the recipe's min_lr: the rate rises to the end."""
+    (line,) = warnings(schedule=schedule, optim={"lr": lr})
+    assert "_lr (0.1) is above optim.lr (0.01)" in line
+    assert warnings(schedule={"min_lr": 0.1, "name": "constant"}, optim={"lr": lr}) == []
+    assert warnings(schedule={"warmup_lr": 0.1, "warmup_epochs": 0}, optim={"lr": lr}) == []
+
+
 def test_periods_beyond_the_end_are_said_together():
     lines = warnings(
         train={"eval_every_steps": 101, "log_every_steps": 1000, "checkpoint_every_steps": 500},

@@ -145,6 +145,41 @@ def test_bands_are_chosen_by_the_names_that_files_give_them():
         bands(1, ("B04",)).with_names(["B1", "B2"], "bands.json")
 
 
+def test_what_a_file_says_of_its_bands_and_nobody_asked_for_is_noted():
+    """Rasters of GDAL: pixels of its no-data number counted as measured, and bands lay in any order, without a word."""
+    array = values("int16", (4, 6, 2))
+    array[0, 0] = -9999
+    data = tiff(array, extratags=[(42113, "s", 0, "-9999", True)])
+
+    def noted(data: bytes, extension: str, wanted: Bands) -> str:
+        notes: set[str] = set()
+        decode_bands(data, extension, wanted, notes=notes)
+        return " ".join(notes)
+
+    assert "some TIFF files say that -9999 means no data" in noted(data, "tif", bands(2))
+    assert noted(data, "tif", bands(2, nodata=(-9999.0,))) == ""
+    array[0, 0] = 5
+    assert noted(tiff(array, extratags=[(42113, "s", 0, "-9999", True)]), "tif", bands(2)) == ""
+    for odd in ("nan", "1e400", "no number", "-9999"):
+        assert noted(tiff(values("uint8", (4, 6, 2)), extratags=[(42113, "s", 0, odd, True)]), "tif", bands(2)) == ""
+    named = npz(B02=array[..., 0], B03=array[..., 1])
+    assert "call their bands B02, B03; data.bands takes them by their places" in noted(named, "npz", bands(2))
+    assert noted(named, "npz", bands(1, ("B03",)).with_names(["B02", "B03"], "bands.json")) == ""
+    assert noted(named, "npz", bands(2, ("B02", "B03"))) == ""
+
+
+def test_bands_of_one_name_are_refused():
+    array = values("uint16", (4, 6, 2))
+    gdal = "".join(f'<Item name="DESCRIPTION" sample="{i}" role="description">B02</Item>' for i in range(2))
+    data = tiff(array, extratags=[(42112, "s", 0, f"<GDALMetadata>{gdal}</GDALMetadata>", True)])
+    refused(data, bands(1, ("B02",)), r"2 of its bands are called 'B02' \(data.bands\)")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for band in range(2):
+            archive.writestr("B02.npy", npy(array[..., band]))
+    refused(buffer.getvalue(), bands(2), "two of its arrays have the same name")
+
+
 def test_overviews_and_masks_are_no_bands():
     array = values("uint16", (32, 32, 3))
     buffer = io.BytesIO()
