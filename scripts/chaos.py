@@ -175,7 +175,7 @@ def run_case(
     """Disturb a run as often as asked, let it end, and look at its records."""
     pattern = {
         "shards": f"{case.folder}/shards/train-*.tar",
-        "folder": f"{case.folder}/images",
+        "folder": images_of_task(case),
         "http": f"{server.url}/train-{{000000..{NUM_SHARDS - 1:06d}}}.tar",
         "pipe": f"pipe:cat {case.folder}/shards/train-{{000000..{NUM_SHARDS - 1:06d}}}.tar",
     }[case.source]
@@ -188,15 +188,19 @@ def run_case(
         print(row(case, start), flush=True)
     last = Start(1, 1, max(MICRO_BATCHES), options.batch or LARGEST_BATCH, 0, False, 1000, "", 0)
     case.problems += [start.problem for start in case.starts if start.problem]
-    case.problems += to_the_end(last, case.run_dir, common)
-    case.problems += wrong_records(case)
+    case.problems += to_the_end(last, case.run_dir, common) or wrong_records(case)
     if options.batch and not case.problems and case.source != "pipe":
         quiet = case.run_dir.with_name(f"{case.run_dir.name}_quiet")
         case.problems += to_the_end(last, quiet, common) or wrong_losses(quiet, case.run_dir)
 
 
+def images_of_task(case: Case) -> str:
+    """The folder source: in a folder with label images, class folders are none."""
+    return f"{case.folder}/{'pairs' if case.task == 'segment' else 'images'}"
+
+
 def pack(folder: Path) -> None:
-    """The same images, each with the classes of its pixels, as shards and as files in class folders."""
+    """The same images, each with the classes of its pixels, as shards and as pairs, and as files in class folders."""
     rng = np.random.default_rng(0)
     images = [encoded(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(NUM_IMAGES)]
     classes = [encoded(rng.integers(0, NUM_CLASSES, (32, 32), dtype=np.uint8)) for _ in range(NUM_IMAGES)]
@@ -206,9 +210,10 @@ def pack(folder: Path) -> None:
     ]
     write_shards(rows, str(folder / "shards" / "train"), NUM_IMAGES // NUM_SHARDS)
     for name, image, ending, label, pixels in rows:
-        path = folder / "images" / f"class_{label}" / f"{name}.{ending}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image)
+        for kind in ("images", "pairs"):
+            path = folder / kind / f"class_{label}" / f"{name}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image)
         path.with_suffix(".seg.png").write_bytes(pixels)
 
 
@@ -292,7 +297,7 @@ def to_the_end(start: Start, run_dir: Path, common: tuple[str, ...]) -> list[str
 def planned_keys(case: Case) -> Iterator[str]:
     """The images in the order of the stream, without end."""
     config = load_run_config(case.run_dir)
-    source = open_source(f"{case.folder}/images" if case.source == "folder" else f"{case.folder}/shards/train-*.tar")
+    source = open_source(images_of_task(case) if case.source == "folder" else f"{case.folder}/shards/train-*.tar")
     order = GlobalOrder(source.counts, config.seed, config.data.lanes, config.data.window_shards)
     reader = source.open_reader()
     position = 0

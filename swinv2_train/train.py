@@ -230,7 +230,7 @@ def settled_start(config: Config, world: World, stop: StopRequest, lock: RunDirL
 def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
     """Where the run of config.run_dir stands, and all that can be refused before it is written to.  Collective.
 
-    Raises StopNow on every rank where a stop comes while images are listed or a server is waited for.
+    Raises StopNow on every rank where a stop comes while images are listed, weights are read or a server is waited for.
     """
     run_dir = Path(config.run_dir)
     newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world, stop)
@@ -245,7 +245,7 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
     with on_meta():  # each rank makes those of its own share, in the engine
         task = build_task(config, world.device)
     groups = build_param_groups(task.module, config.optim)
-    initial = initial_weights(config, task, world, sources.classes) if newest is None else None
+    initial = initial_weights(config, task, world, sources.classes, stop) if newest is None else None
     return Start(newest, reached, length, sources, probe, task, groups, initial)
 
 

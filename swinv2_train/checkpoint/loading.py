@@ -11,22 +11,24 @@ from swinv2_train.checkpoint.saved_state import read_state
 from swinv2_train.config import ConfigError
 from swinv2_train.distributed import World, raise_together
 from swinv2_train.engine.state.files import StateFiles
-from swinv2_train.runtime import seed_everything
+from swinv2_train.runtime import StopRequest, seed_everything
 from swinv2_train.storage.lazy_tensors import LazyTensors
 
 
 class Loadable(Protocol):
     """The part of an engine that a resume needs."""
 
-    def load(self, directory: Path) -> None: ...
+    def load(self, directory: Path, stop: StopRequest | None = None) -> None: ...
 
 
-def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, engine: Loadable, world: World, seed: int, stop: StopRequest | None = None
+) -> dict[str, Any]:
     """Restore engine and random states on every rank; returns the saved state.  Collective.
 
     Random states are restored where as many ranks saved them; at another number of ranks each rank's is derived from
     (seed, step, rank), and so are a GPU's after a CPU (device_note).  Raises ConfigError on all ranks when path is no
-    complete checkpoint or does not fit the engine.
+    complete checkpoint or does not fit the engine.  stop: may come meanwhile; StopNow on every rank.
     """
     error: BaseException | None = None
     marker: dict[str, Any] = {}
@@ -37,7 +39,7 @@ def load_checkpoint(path: Path, engine: Loadable, world: World, seed: int) -> di
     except ConfigError as caught:
         error = caught
     raise_together(error)
-    engine.load(path / "engine")
+    engine.load(path / "engine", stop)
     derived = derived_seed(seed, state["step"])
     if marker["world_size"] == world.world_size:  # last: loading may draw random numbers
         raise_together(restore_random_states(path / "rng", world, derived))

@@ -121,7 +121,7 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         print(f"swinv2_train {__version__}")
         return EXIT_DONE
     try:
-        code = command()
+        code = _with_interrupts(command)
         if code in (EXIT_FAILED, EXIT_USER_ERROR):
             tell_torchrun("what went wrong is said above", code)
         return code
@@ -145,6 +145,32 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         print(without_secrets(text), end="", file=sys.stderr)
         tell_torchrun("a traceback, which is printed above", EXIT_FAILED)
         return EXIT_FAILED
+
+
+def _with_interrupts(command: Callable[[], int]) -> int:
+    """The command; what a library's tidying up has raised over a KeyboardInterrupt is that again.
+
+    Ctrl-C in the middle of a composition is an AttributeError of OmegaConf's, and a ConfigError without a word.
+    """
+    try:
+        return command()
+    except Exception as error:
+        if (stop := _interrupt_behind(error)) is not None:
+            raise stop from None
+        raise
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C during whose handling an error was raised, or one of its causes; None without."""
+    behind, seen = [error], set()
+    while behind:
+        each = behind.pop()
+        if isinstance(each, KeyboardInterrupt):
+            return each
+        if id(each) not in seen:
+            seen.add(id(each))
+            behind += [next for next in (each.__cause__, each.__context__) if next is not None]
+    return None
 
 
 def _speaker() -> str | None:
@@ -318,7 +344,7 @@ def _composition_errors() -> Iterator[None]:
 
 def _explain(error: Exception) -> str:
     """Hydra's complaint in one line, with a remedy where the key is unknown."""
-    text = one_line(error)
+    text = one_line(error) or one_line(error.__cause__ or error) or type(error).__name__
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     option = re.search(r"Could not find '(\w+)/([^']*)' Available options in '\w+': (.*?) Config search path", text)
     if option:

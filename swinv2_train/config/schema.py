@@ -605,7 +605,7 @@ class DataConfig:
     image_member: str | None
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
     label_folders: Annotated[list[str] | None, folder_names()]
-    """Folders: [images, annotations] = the label image of images/a/b.jpg is annotations/a/b.png; null = a/b.seg.png."""
+    """[images, annotations]: images/a/b.jpg has annotations/a/b.png (or columns called so); null = a/b.seg.png."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig

@@ -9,7 +9,15 @@ from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 
-from swinv2_train.distributed.collectives import World, gather_objects, on_main
+from swinv2_train.config import ConfigError
+from swinv2_train.distributed.collectives import (
+    World,
+    any_rank,
+    broadcast_object,
+    gather_objects,
+    on_main,
+    raise_together,
+)
 from swinv2_train.runtime import StopNow, StopRequest
 
 Result = TypeVar("Result")
@@ -86,6 +94,22 @@ def unless_stopped(stop: StopRequest | None, function: Callable[[], Result]) -> 
     reasons = [reason for reason in gather_objects(stopped_by) if reason is not None]
     if reasons:
         raise StopNow(reasons[0])
+    return result
+
+
+def main_alone(world: World, stop: StopRequest | None, function: Callable[[], Result]) -> Result | None:
+    """A function of rank 0, whose result stays there (others have None), and which a stop ends at once: StopNow on
+    every rank.  A ConfigError of it is raised on every rank.
+    """
+    result, reason, error = None, None, None
+    if world.is_main:
+        try:
+            result, reason = _attempt(stop, function)
+        except ConfigError as caught:
+            error = caught
+    if any_rank(reason is not None or error is not None):
+        raise_together(error)
+        raise StopNow(broadcast_object(reason))
     return result
 
 

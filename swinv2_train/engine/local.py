@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.distributed import World
+from swinv2_train.distributed.interruptible import unless_stopped
 from swinv2_train.engine.adamw import adamw
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
-from swinv2_train.engine.materialize import Initializer, allocate, is_meta
+from swinv2_train.engine.materialize import Initializer, allocate, fill_weights, is_meta
 from swinv2_train.engine.state.ema import WeightEMA
 from swinv2_train.engine.state.files import (
     HostMemory,
@@ -27,6 +29,7 @@ from swinv2_train.engine.state.files import (
     tensor_specs,
 )
 from swinv2_train.engine.state.pieces import Piece, plain_pieces, whole_pieces
+from swinv2_train.runtime import StopRequest
 
 
 class LocalEngine:
@@ -120,9 +123,9 @@ class LocalEngine:
             self._pieces(), self._tensor_specs(), settings, self._world, self._host_memory if copy else None
         )
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, stop: StopRequest | None = None) -> None:
         self._host_memory.wait()
-        restore(StateFiles(directory), self._pieces(), self._tensor_specs())
+        unless_stopped(stop, lambda: restore(StateFiles(directory), self._pieces(), self._tensor_specs()))
 
     def _pieces(self) -> list[Piece]:
         return plain_pieces(self.module, self.optimizer, self._ema) + whole_pieces(persistent_buffers(self.module))
@@ -130,16 +133,15 @@ class LocalEngine:
     def _tensor_specs(self) -> dict[str, TensorSpec]:
         return tensor_specs({name: (tuple(t.shape), t.dtype, t.requires_grad) for name, t in self._tensors().items()})
 
-    def initialise(self, values: Initializer) -> None:
-        for piece in plain_pieces(self.module, self.optimizer, self._ema):
-            values.fill(piece.tensors["weight"], piece.name, piece.start)
+    def initialise(self, values: Initializer, stop: StopRequest | None = None) -> None:
+        unless_stopped(stop, lambda: fill_weights(plain_pieces(self.module, self.optimizer, self._ema), values))
         self._ema.restart()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         for name, tensor in self._tensors().items():
             yield name, tensor.detach().to("cpu", copy=True)
 
-    def load_full(self, state: Mapping[str, Tensor] | None) -> None:
+    def load_full(self, state: Mapping[str, Tensor] | None, stop: StopRequest | None = None) -> None:
         assert state is not None, "the only rank has the tensors"
         self._host_memory.wait()
         tensors = self._tensors()
@@ -147,7 +149,8 @@ class LocalEngine:
         with torch.no_grad():
             for name in state:
                 tensor = tensors[name]
-                tensor.copy_(read_tensor(state, name, tuple(tensor.shape), tensor.dtype, tensor.device))
+                like = tuple(tensor.shape), tensor.dtype, tensor.device
+                tensor.copy_(unless_stopped(stop, partial(read_tensor, state, name, *like)))
         self._ema.restart()
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from swinv2_train.engine.state.pieces import Piece
 
 
 class Initializer(Protocol):
@@ -14,6 +17,12 @@ class Initializer(Protocol):
     def fill(self, target: Tensor, name: str, start: int) -> None:
         """Put the elements from start on of a parameter into target, which has one dimension, any dtype and device."""
         ...
+
+
+def fill_weights(pieces: Iterable[Piece], values: Initializer) -> None:
+    """Write the initial values of these parts of parameters."""
+    for piece in pieces:
+        values.fill(piece.tensors["weight"], piece.name, piece.start)
 
 
 def is_meta(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from swinv2_train.engine.materialize import Initializer
 from swinv2_train.engine.state.files import Snapshot
+from swinv2_train.runtime import StopRequest
 
 
 class Engine(Protocol):
@@ -64,19 +65,21 @@ class Engine(Protocol):
         """
         ...
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, stop: StopRequest | None = None) -> None:
         """Restore what any engine's snapshots wrote: masters, moments and step counts unrounded, bit for bit.
 
         The number of ranks, stage, precision and parameter groups may be others.  Weights' averages begin at the
         weights where none were kept.  Raises ConfigError on every rank for another model's state before anything is
-        changed, and for a missing or damaged file.
+        changed, and for a missing or damaged file.  stop: may come meanwhile; StopNow on every rank, and then the state
+        is a mixture.
         """
         ...
 
-    def initialise(self, values: Initializer) -> None:
+    def initialise(self, values: Initializer, stop: StopRequest | None = None) -> None:
         """Start from values, before the first step: each rank makes those of its own share, float32 masters unrounded.
 
-        So a seed's weights are the same bit for bit in every engine, stage, precision and number of ranks.
+        So a seed's weights are the same bit for bit in every engine, stage, precision and number of ranks.  stop: as
+        load's.
         """
         ...
 
@@ -85,12 +88,13 @@ class Engine(Protocol):
         on other ranks.  Each step of the iteration gathers one, so every rank iterates to the end."""
         ...
 
-    def load_full(self, state: Mapping[str, Tensor] | None) -> None:
+    def load_full(self, state: Mapping[str, Tensor] | None, stop: StopRequest | None = None) -> None:
         """Put whole tensors into weights and masters, unrounded; parameters and buffers without one keep their values.
 
         Weights' averages begin anew at the weights.
         state: on rank 0 the tensors by official name (any dtype and device; from LazyTensors one is read at a time),
         None on other ranks.  Raises ConfigError on every rank: for unexpected or misshapen names before anything is
-        changed; for a tensor that cannot be read half-way, and then the weights are a mixture of old and new.
+        changed; for a tensor that cannot be read half-way, and then the weights are a mixture of old and new.  stop: as
+        load's, while rank 0 reads.
         """
         ...

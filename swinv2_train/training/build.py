@@ -77,7 +77,7 @@ def build_run(
     """Engine, loaders and position of a run: restored from its newest checkpoint, or at the start.
 
     initial: the weights that a new run starts from, where task.init_from names some.  stop: may come while attention
-    kernels are compiled; StopNow on every rank.
+    kernels are compiled or weights are read; StopNow on every rank.
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(batch, micro_batch, world.world_size)
@@ -95,15 +95,15 @@ def build_run(
     seed_everything(config.seed, world.rank)
     state: dict[str, Any] = {"step": 0, "images_seen": 0}
     if newest is not None:
-        state = load_checkpoint(newest, engine, world, config.seed)
+        state = load_checkpoint(newest, engine, world, config.seed, stop)
         log.say(f"resuming from {newest}")
         for note in (ema_note(newest, config.optim.ema_decay), device_note(newest, world)):
             if note is not None:
                 log.say(note)
     else:
-        engine.initialise(InitialValues(task.module, config.seed))
+        engine.initialise(InitialValues(task.module, config.seed), stop)
         if initial is not None:
-            engine.load_full(initial.weights)
+            engine.load_full(initial.weights, stop)
             log.say(initial.report)
             if not_finite := initial.not_finite_text():
                 log.say(f"warning: {not_finite}")

@@ -10,9 +10,11 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.data.class_names import are_wordnet
 from swinv2_train.data.sources.matched import difference
-from swinv2_train.distributed import World, on_main
+from swinv2_train.distributed import World
+from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.initial import on_meta
+from swinv2_train.runtime import StopRequest
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.task import Task
@@ -29,11 +31,14 @@ class Initial(NamedTuple):
     """What to warn of once the weights were read: those that hold NaN or infinity; "" for none."""
 
 
-def initial_weights(config: Config, task: Task, world: World, classes: tuple[str, ...] | None = None) -> Initial | None:
+def initial_weights(
+    config: Config, task: Task, world: World, classes: tuple[str, ...] | None = None, stop: StopRequest | None = None
+) -> Initial | None:
     """The weights of task.init_from as the task's module wants them; nothing is read yet but names and shapes.
 
     classes: what the rows of the module's head are to be called; None where they have numbers alone.  Raises
-    ConfigError on every rank when the weights cannot be read or do not fit.
+    ConfigError on every rank when the weights cannot be read or do not fit.  stop: may come meanwhile; StopNow on every
+    rank.
     """
     init_from, init_head = config.task.init_from, config.task.init_head
     matched: list[tuple[LazyTensors, LoadReport]] = []
@@ -59,7 +64,7 @@ def initial_weights(config: Config, task: Task, world: World, classes: tuple[str
         matched.append((weights, report))
         return "\n".join([f"weights from {source.origin}: {report}", *said, *other_windows(config, task.encoder)])
 
-    text = on_main(world, match)
+    text = on_main_unless_stopped(world, stop, match)
     if not matched:  # another rank than 0
         return Initial(None, text, str)
     return Initial(matched[0][0], text, matched[0][1].not_finite_text)

@@ -33,7 +33,9 @@ from tests.fuzz.target import Target
 from tests.fuzz.targets import targets
 
 LONGEST_SEC = 10
-"""For one input; the machine may be busy with other tests."""
+"""Of the processor, for one input."""
+HANG_SEC = 120
+"""Of the clock: the machine may be busy with other work."""
 MOST_BYTES = 2**30
 """Of memory, beyond what the process has when it begins."""
 MOST_CHARACTERS = 6100
@@ -113,7 +115,9 @@ def try_batch(target: Target, seed: int, first: int, outside: Path, failures: Pa
         count.accepted += (first + _BATCH if finished else number) - begin - refused
         if finished:
             break
-        how = {-signal.SIGALRM: f"took more than {LONGEST_SEC} s"}.get(status, f"ended the process ({status})")
+        how = {
+            -signal.SIGPROF: f"took more than {LONGEST_SEC} s", -signal.SIGALRM: f"did not end in {HANG_SEC} s",
+        }.get(status, f"ended the process ({status})")  # fmt: skip
         text = said.decode(errors="replace") or how
         count.failures.append(f"{target.name}: input {number} of seed {seed}: {text[-3000:]}")
         if failures is not None:
@@ -145,6 +149,7 @@ def _child(
         resource.setrlimit(resource.RLIMIT_AS, (pages + MOST_BYTES, pages + MOST_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         watch = Watch(outside)
         before = outside.stat().st_mtime_ns, outside.read_bytes()
         refused = 0
@@ -154,7 +159,8 @@ def _child(
             data = input_of(target, seed, number, outside)
             place = root / "place"
             place.mkdir()
-            signal.setitimer(signal.ITIMER_REAL, LONGEST_SEC)
+            signal.setitimer(signal.ITIMER_PROF, LONGEST_SEC)
+            signal.setitimer(signal.ITIMER_REAL, HANG_SEC)
             watch.folder = os.path.realpath(place)
             try:
                 target.run(data, place)
@@ -166,6 +172,7 @@ def _child(
                 assert number >= len(target.seeds), f"a sound file was refused: {message}"
             finally:
                 watch.folder = None
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             assert not watch.found, f"outside of its folder: {watch.found}"
             assert (outside.stat().st_mtime_ns, outside.read_bytes()) == before, "a file outside was changed"

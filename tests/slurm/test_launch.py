@@ -17,6 +17,7 @@ from swinv2_train.monitoring.run_log import read_metrics
 from tests.slurm.cluster import NODES, ROOT, Cluster, wait_until
 from tests.support.commands import SMALL, keys_per_step, losses
 from tests.support.shard_files import ODD_NAME
+from tests.support.shard_server import serve
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 PRETRAIN = (
@@ -140,6 +141,30 @@ def test_nights_of_preemption_change_no_number(cluster, undisturbed, shards, tmp
     assert "stopped by SIGUSR1 after step" in output and "stopped by SIGTERM after step" in output, output
     assert losses(job.run_dir) == losses(undisturbed.run_dir)
     assert keys_per_step(job.run_dir) == keys_per_step(undisturbed.run_dir)
+
+
+def test_a_job_whose_server_is_away_is_requeued_until_it_is_back(cluster, shards, tmp_path):
+    """An address that answers 503: exit code 1 with the mark of an outage, the same job again, and then it trains."""
+    folder = Path(shards[0].partition("=")[2]).parent
+    with serve(folder) as server:
+        for path in folder.iterdir():
+            server.faults[path.name] = ["always 503"]
+            server.head_faults[path.name] = ["always 503"]
+        run_dir = tmp_path / "run"
+        overrides = (
+            *PRETRAIN, f"data.shards={server.url}/train-{{000000..000002}}.tar", "data.eval_shards=null",
+            f"data.cache_dir={tmp_path / 'cache'}", "data.fetch_give_up_sec=1", "train.max_steps=2",
+        )  # fmt: skip
+        job = Job(cluster.train(*overrides, f"run_dir={run_dir}", options=("--nodes=1",)), run_dir)
+        wait_until(lambda: "requeued" in cluster.output(job.number), 90, "outage")
+        server.faults.clear()
+        server.head_faults.clear()
+        cluster.wait(job.number, "COMPLETED")
+    output = cluster.output(job.number)
+    assert "HTTP 503" in output and "ended with 1: requeued, newest checkpoint: \n" in output, output
+    assert sorted(losses(run_dir)) == [1, 2] and starts_of(run_dir) == [1]
+    restarts = int(cluster.field(job.number, "Restarts"))
+    assert restarts >= 1 and output.count("ended with 1: requeued") == restarts, output
 
 
 def test_a_chain_goes_on_when_the_first_run_is_complete(cluster, undisturbed, finetuning):

@@ -20,7 +20,8 @@ def expand_pattern(
 ) -> list[str]:
     """Paths of a pattern: ``{00..11}`` and ``{a,b}`` braces, ``* ? [..]`` wildcards (sorted), parts joined by ``::``.
 
-    A name of a file is that file, whatever it holds of these but braces; ``\\{`` is a brace.
+    What is there is meant by its name, a file or the folders before a pattern, whatever they hold of these: of
+    ``runs[1]/{a,b}/*.tar`` with a folder runs[1]/{a,b} the star alone is a wildcard.  Elsewhere ``\\{`` is a brace.
 
     A part may be an address that fsspec knows (https://, s3://, ...); there wildcards need a file system that can list
     (asked as retry_policy says), and whether the named shards exist is found out by who opens them.  Raises ShardError
@@ -76,7 +77,19 @@ def check_whole(pattern: str, key: str) -> None:
 
 
 def _candidates(part: str, key: str) -> list[str]:
-    return _braces(os.path.expanduser(part.removeprefix("file://")), key)
+    part = os.path.expanduser(part.removeprefix("file://"))
+    there, rest = ("", part) if is_remote(part) else _split(part)
+    return [there + each for each in _braces(rest, key)] if rest else [there]
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A path's longest beginning that is there by its letters, folders or the whole of it, and what follows."""
+    if os.path.isfile(path) or os.path.isdir(path):
+        return path, ""
+    there = 0
+    while (end := path.find("/", there) + 1) and os.path.isdir(path[:end]):
+        there = end
+    return path[:there], path[there:]
 
 
 def _braces(part: str, key: str) -> list[str]:
@@ -96,12 +109,13 @@ def _local(candidate: str, key: str, complete: bool) -> list[str]:
             f"{key} '{candidate}' is a folder; name its shards, e.g. {os.path.join(candidate, '*.tar')} (a folder of "
             "images or a saved data set stands alone: it is not joined to others by :: or braces)"
         )
-    literal = os.path.isfile(candidate)  # brackets in its name are no wildcard then
-    if literal or not glob.has_magic(candidate):
-        if not literal:
-            raise ShardError(f"{key} names '{candidate}', which does not exist; {remedy}")
+    there, rest = _split(candidate)
+    if not rest:
         return [candidate]
-    found = sorted(path for path in glob.glob(candidate, recursive=True) if os.path.isfile(path))
+    if not glob.has_magic(rest):
+        raise ShardError(f"{key} names '{candidate}', which does not exist; {remedy}")
+    wildcard = glob.escape(there) + rest
+    found = sorted(path for path in glob.glob(wildcard, recursive=True) if os.path.isfile(path))
     if not found:
         raise ShardError(f"{key} '{candidate}' matches no file; {remedy}")
     for folder in sorted({os.path.dirname(path) for path in found}) if complete else ():

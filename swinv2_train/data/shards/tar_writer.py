@@ -39,7 +39,7 @@ def write_shards(
         raise ShardError(f"{existing[0]} exists already ({len(existing)} shards); delete them or choose another OUT")
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{stem}-[0-9]*.tar.part"):
+    for leftover in folder.glob(f"{glob.escape(stem)}-[0-9]*.tar.part"):
         leftover.unlink()
     parts: list[Path] = []
     keys: set[str] = set()
@@ -94,4 +94,4 @@ def write_shards(
 
 def shard_files(out_prefix: str) -> list[Path]:
     """The shards that write_shards wrote, or would collide with, in order."""
-    return sorted(Path(out_prefix).parent.glob(f"{Path(out_prefix).name}-[0-9]*.tar"))
+    return sorted(Path(out_prefix).parent.glob(f"{glob.escape(Path(out_prefix).name)}-[0-9]*.tar"))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.distributed import World, any_rank, broadcast_object, raise_together
+from swinv2_train.distributed import World, broadcast_object, raise_together
+from swinv2_train.distributed.interruptible import main_alone, unless_stopped
 from swinv2_train.engine.adamw import adamw, avoid_compiler
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.deepspeed.config import deepspeed_json
@@ -25,7 +26,7 @@ from swinv2_train.engine.deepspeed.grad_norm import norm_read_once, skip_overflo
 from swinv2_train.engine.deepspeed.pieces import swapped_pieces, zero_1_2_pieces, zero_3_pieces
 from swinv2_train.engine.deepspeed.startup import import_deepspeed, quick_initialize
 from swinv2_train.engine.local import persistent_buffers, sum_of_squares, to_device
-from swinv2_train.engine.materialize import Initializer, allocate, allocate_partitions, is_meta
+from swinv2_train.engine.materialize import Initializer, allocate, allocate_partitions, fill_weights, is_meta
 from swinv2_train.engine.model_sizes import layer_sizes
 from swinv2_train.engine.state.ema import WeightEMA
 from swinv2_train.engine.state.files import (
@@ -38,6 +39,7 @@ from swinv2_train.engine.state.files import (
     tensor_specs,
 )
 from swinv2_train.engine.state.pieces import Piece, in_memory, plain_pieces, whole_pieces
+from swinv2_train.runtime import StopRequest
 
 
 class ZeroEngine:
@@ -225,24 +227,30 @@ class ZeroEngine:
         pieces = map(in_memory, self._pieces()) if self._on_disk else self._pieces()
         return snapshot(pieces, self._tensor_specs(), self._settings, self._world, memory)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, stop: StopRequest | None = None) -> None:
         assert self._num_backward == 0, "load between steps only"
         self._host_memory.wait()
         self._ds.empty_partition_cache()  # under ZeRO-3, what is gathered now would hide what is loaded
-        error: ConfigError | None = None
-        try:
-            restore(StateFiles(directory, self._world.rank), self._pieces(), self._tensor_specs())
-        except ConfigError as caught:
-            error = caught
-        raise_together(error)
+
+        def restored() -> ConfigError | None:
+            try:
+                restore(StateFiles(directory, self._world.rank), self._pieces(), self._tensor_specs())
+            except ConfigError as caught:
+                return caught
+            return None
+
+        raise_together(unless_stopped(self._harmless(stop), restored))
         self._renew_weights()
 
-    def initialise(self, values: Initializer) -> None:
+    def initialise(self, values: Initializer, stop: StopRequest | None = None) -> None:
         assert self._ds.global_steps == 0 == self._num_backward, "before the first step only"
-        for piece in self._parameter_pieces():
-            values.fill(piece.tensors["weight"], piece.name, piece.start)
+        unless_stopped(self._harmless(stop), lambda: fill_weights(self._parameter_pieces(), values))
         self._ema.restart()
         self._renew_weights()
+
+    def _harmless(self, stop: StopRequest | None) -> StopRequest | None:
+        """No stop ends what DeepSpeed's threads may be writing to a disk."""
+        return None if self._on_disk else stop
 
     def _pieces(self) -> Iterator[Piece]:
         """What this rank holds.  Of what is on disk, each piece is in memory until the next one is asked for."""
@@ -290,7 +298,7 @@ class ZeroEngine:
         for name, buffer in persistent_buffers(self.module).items():
             yield name, buffer.detach().to("cpu", copy=True) if self._world.is_main else None
 
-    def load_full(self, state: Mapping[str, Tensor] | None) -> None:
+    def load_full(self, state: Mapping[str, Tensor] | None, stop: StopRequest | None = None) -> None:
         assert (state is not None) == self._world.is_main, "rank 0 gives the tensors"
         self._host_memory.wait()
         parameters, buffers = dict(self.module.named_parameters()), persistent_buffers(self.module)
@@ -299,28 +307,27 @@ class ZeroEngine:
         with torch.no_grad():
             for name in broadcast_object(None if state is None else list(state)):
                 if name in parameters:
-                    value = self._from_main(state, name, shapes[name], torch.float32)
+                    value = self._from_main(state, name, shapes[name], torch.float32, stop)
                     self._set_full_value(parameters[name], value)
                 else:
-                    value = self._from_main(state, name, shapes[name], buffers[name].dtype)
+                    value = self._from_main(state, name, shapes[name], buffers[name].dtype, stop)
                     buffers[name].copy_(value)
                 del value  # before the next one is read
         self._ema.restart()
 
     def _from_main(
-        self, state: Mapping[str, Tensor] | None, name: str, shape: tuple[int, ...], dtype: torch.dtype
+        self,
+        state: Mapping[str, Tensor] | None,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        stop: StopRequest | None,
     ) -> Tensor:
         """One of rank 0's tensors on every rank's device; ConfigError on every rank when rank 0 cannot read it."""
-        value, error = None, None
-        if state is not None:
-            try:
-                value = read_tensor(state, name, shape, dtype, self._world.device)
-            except ConfigError as caught:
-                error = caught
-        if any_rank(error is not None):
-            raise_together(error)
+        device = self._world.device
+        value = main_alone(self._world, stop, lambda: read_tensor(state or {}, name, shape, dtype, device))
         if value is None:
-            value = torch.empty(shape, dtype=dtype, device=self._world.device)
+            value = torch.empty(shape, dtype=dtype, device=device)
         torch.distributed.broadcast(value, src=0)
         return value
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import ListConfig
+from omegaconf.errors import ValidationError
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.command_line import compose_argv, guarded, run_command, stoppable
+from swinv2_train.config.command_line import compose_argv, compose_overrides, guarded, run_command, stoppable
 from swinv2_train.config.exit_codes import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from tests.support.processes import finished, forked_code
 
@@ -75,6 +77,30 @@ def test_wrong_input_is_said_by_each_hosts_first_rank(rank, local_rank, said, of
 def test_a_bug_is_a_traceback_and_exit_code_1(capsys):
     assert guarded(lambda: 1 // 0) == EXIT_FAILED == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_interrupt_in_the_middle_of_a_composition_is_one(monkeypatch, capsys):
+    """Not wrong input without a word: OmegaConf's own tidying up fails over a list that Ctrl-C has left half-made."""
+
+    def append(self: ListConfig, item: object) -> None:
+        self._get_flag("readonly")  # whose answer it keeps, for as long as the list is whole
+        vars(self)["_content"].append(None)
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(ListConfig, "append", append)
+    assert guarded(lambda: compose_overrides(["model.depths=[1,2]"]) is None) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+def test_a_complaint_of_hydras_without_words_is_that_of_its_cause(monkeypatch, capsys):
+    def append(self: ListConfig, item: object) -> None:
+        raise ValidationError("no such list")
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(ListConfig, "append", append)
+    assert guarded(lambda: compose_overrides(["model.depths=[1,2]"]) is None) == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith("error: no such list ")
 
 
 def test_exit_code_of_the_run_is_the_commands_own(monkeypatch, capsys):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import os
+import signal
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scripts import compose_scenes, demo_segment
+from scripts import compose_scenes, demo, demo_segment
 from scripts.compose_scenes import IGNORE, SIDE_PX, FetchError, find_fashion, find_photographs, scene
+from swinv2_train import train
 from swinv2_train.config import SegmentConfig, SimMIMConfig
-from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.command_line import compose_overrides, guarded
+from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_STOPPED
+from swinv2_train.training import loop
+from tests.support.harness import run_distributed
 
 
 @pytest.fixture
@@ -42,7 +48,8 @@ def test_a_scene_is_a_function_of_its_number_and_its_labels_are_where_garments_a
         assert (image[labels == 0][:, 2] <= 90).all()  # the photograph
         assert np.median(image[garment][:, 2]) > 200  # as bright as the colour can be
         around = np.pad(labels, 1, constant_values=IGNORE)
-        neighbours = [around[1 + dy : 65 + dy, 1 + dx : 65 + dx] for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0))]
+        last = SIDE_PX + 1
+        neighbours = [around[1 + dy : last + dy, 1 + dx : last + dx] for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0))]
         assert not any(((each == 0) & garment).any() for each in neighbours)  # the rim lies between
         found.add(image.tobytes())
     assert len(found) == 12
@@ -80,3 +87,63 @@ def test_the_table_has_mean_and_spread_over_seeds():
     rows = demo_segment.table({"from scratch": runs, "from SimMIM weights": runs[:1]}).splitlines()
     assert rows[2].startswith("| from scratch | 2 | 11.00 (sd 1.41; 10.00, 12.00) | 20.00 (sd 0.00;")
     assert rows[3] == "| from SimMIM weights | 1 | 10.00 | 20.00 | 30.00 |"
+
+
+SHORT = (
+    "model.embed_dim=8", "model.depths=[1,1,1,1]", "task.head_channels=8", "task.aux_channels=4", "train.epochs=null",
+    "train.max_steps=2", "train.global_batch_size=4", "train.micro_batch_size=2", "optim.schedule.warmup_steps=1",
+    "optim.schedule.warmup_epochs=null", "engine=local", "runtime.num_threads=1", "log.wandb=disabled",
+    "log.progress=none",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_shortened_demo_that_is_stopped_in_each_kind_of_phase_ends_as_one_that_is_not(
+    fashion, tmp_path, monkeypatch, capsys
+):
+    """The script, the packer, the training and the tables are the real ones; garments are squares."""
+    monkeypatch.setattr(compose_scenes, "SIZES", {"train": 8, "test": 3})
+    monkeypatch.setattr(compose_scenes, "SAMPLES_PER_SHARD", 4)
+    colours = np.random.default_rng(0).integers(0, 256, (2, 100, 120, 3), dtype=np.uint8)
+    monkeypatch.setattr(compose_scenes, "find_fashion", lambda raw, given: fashion)
+    monkeypatch.setattr(compose_scenes, "find_photographs", lambda raw, given: {"train": colours, "test": colours})
+    phases: list[str] = []
+    stopping = False
+
+    def torchrun(command: list[str]) -> int:
+        config = compose_overrides(command[command.index("swinv2_train.train") + 1 :])
+        phases.append(Path(config.run_dir).name)
+        stopped = Path(f"{config.run_dir}.stopped")
+
+        def rank(_: object) -> int:
+            step = loop.take_step
+
+            def step_and_ctrl_c(*arguments: object) -> object:
+                if stopping and not stopped.exists() and arguments[0].position.step == 1:
+                    stopped.touch()
+                    os.kill(os.getpid(), signal.SIGINT)
+                return step(*arguments)
+
+            loop.take_step = step_and_ctrl_c
+            return guarded(lambda: train.train(config))
+
+        return run_distributed(rank, 1, init=False)[0]
+
+    monkeypatch.setattr(demo, "torchrun", torchrun)
+
+    def call(runs: str) -> int:
+        where = ["--runs", str(tmp_path / runs), "--data", str(tmp_path / "scenes"), "--seeds", "1"]
+        return demo_segment.main([*where, *SHORT])
+
+    def rows() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| from")]
+
+    assert call("whole") == EXIT_DONE
+    wanted = rows()
+    assert len(wanted) == 2 and phases == ["pretrain", "from-scratch-0", "from-simmim-weights-0"]
+    stopping = True
+    for done in range(3):  # each call ends the phase that the one before has stopped, and is stopped in the next
+        phases.clear()
+        assert call("stopped") == EXIT_STOPPED and len(phases) == done + 1
+    assert "stopped; `make demo-segment` goes on from there" in capsys.readouterr().out
+    assert call("stopped") == EXIT_DONE and rows() == wanted
