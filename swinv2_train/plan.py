@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from swinv2_train.config import Config, ConfigError, HardwareConfig, is_pipe
+from swinv2_train.config import Config, ConfigError, HardwareConfig, ModelConfig, is_pipe
 from swinv2_train.config.arguments import unquoted
 from swinv2_train.config.command_line import compose_overrides, load_run_config, run_on_weights
 from swinv2_train.config.load import home_expanded
@@ -134,7 +134,7 @@ def plan(config: Config, arguments: list[str]) -> None:
     passes = measured_pass(config, hardware, memory.sizes.parameters, estimated, estimated)
     speed = plan_speed(config, hardware, memory.sizes, passes, gpus)
     batch = config.train
-    print(f"{config.model.name}, {config.model.img_size} px, window {config.model.window_size}, {config.task.name}: "
+    print(f"{config.model.name}, {_inputs(config.model)}, {config.task.name}: "
           f"{memory.sizes.parameters:,} parameters; {config.engine.name} ZeRO-{config.engine.zero_stage} "
           f"{config.engine.precision}, recompute {config.model.recompute}, sequential stages "
           f"{config.model.sequential_stages}, compiled: {compile_choice(config, str(hardware.device), here=False)}; "
@@ -158,6 +158,13 @@ def bf16_problem(config: Config, hardware: HardwareConfig) -> str | None:
     if hardware.device != "cpu" or config.engine.precision != "bf16":
         return None
     return slow_bf16(CpuSpeed(1e3 * required(hardware.tflops_fp32), 1e3 * required(hardware.tflops_bf16)))
+
+
+def _inputs(model: ModelConfig) -> str:
+    """What the model takes, and its window, in words."""
+    if model.frames is None:
+        return f"{model.img_size} px, window {model.window_size}"
+    return f"{model.frames} frames of {model.img_size} px, window {model.window_frames} x {model.window_size}"
 
 
 def check_request(config: Config) -> None:

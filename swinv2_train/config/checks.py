@@ -81,8 +81,27 @@ def _check_model(config: Config) -> None:
             f"model.recompute ({model.recompute}) needs engine.name=deepspeed, not {config.engine.name}; "
             "set engine.name=deepspeed, or another place of the saved inputs"
         )
+    if model.frames is not None and config.task.name not in ("simmim", "classify"):
+        raise ConfigError(
+            f"model.frames ({model.frames}): task={config.task.name} takes images; set model.frames=null, or "
+            "task=simmim or classify"
+        )
+    if model.frames is not None and config.reads_values:
+        raise ConfigError(
+            f"model.frames ({model.frames}): clips are of 3 x 8 bits, and images are values of {model.in_chans} bands "
+            "here; set model.in_chans=3 and leave data.bands, data.nodata and data.scale out, or set model.frames=null"
+        )
     for stage in model.sequential_stages:
         between(1, num_stages).check("model.sequential_stages", stage)
+
+
+def check_clips_are_read(config: Config) -> None:
+    """ConfigError where a model of clips is to be trained or evaluated: no data is read as clips yet."""
+    if config.model.frames is not None:
+        raise ConfigError(
+            f"model.frames ({config.model.frames}): no data is read as clips yet; set model.frames=null (the planner "
+            "counts clips, and from Python swinv2_train.models takes them)"
+        )
 
 
 def _check_labels(config: Config) -> None:

@@ -111,6 +111,14 @@ class ModelConfig:
     """Attention window in tokens: one number, or [height, width]."""
     pretrained_window_sizes: Annotated[list[Any], each(size_or_0())]
     """Window at which each stage's log-CPB was trained, a number or [height, width]; 0 = model.window_size."""
+    frames: Annotated[int | None, at_least(1)]
+    """Frames of a clip, a multiple of model.patch_frames; null = images (docs/model.md#clips)."""
+    patch_frames: Annotated[int, at_least(1)]
+    """Of clips: frames of a patch (1, or 2 as in Video Swin, arXiv:2106.13230)."""
+    window_frames: Annotated[int, at_least(1)]
+    """Of clips: attention window along time, in tokens; clamped to the clip, and shifted where the clip is longer."""
+    pretrained_window_frames: Annotated[int, at_least(0)]
+    """Of clips: window along time at which the log-CPB was trained; 0 = model.window_frames."""
     embed_dim: Annotated[int | None, at_least(1)]
     """Channels of stage 1; null = the size's own."""
     depths: Annotated[list[int] | None, one_per_stage()]
@@ -268,6 +276,12 @@ class ClassifyConfig(TaskConfig):
                     f"task.{key} ({value}) changes the colours of photographs of 3 x 8 bits, and images are values of "
                     f"{config.model.in_chans} bands here; set task.rand_augment=null task.color_jitter=0 (flips, "
                     "data.dihedral, crops, erasing, mixup and cutmix work for any)"
+                )
+        for key, value in (("cutmix_alpha", self.cutmix_alpha), ("erasing_prob", self.erasing_prob)):
+            if value and config.model.frames is not None:
+                raise ConfigError(
+                    f"task.{key} ({value}) takes boxes out of images, and model.frames ({config.model.frames}) asks "
+                    f"for clips; set task.{key}=0"
                 )
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
@@ -605,7 +619,7 @@ class DataConfig:
     image_member: str | None
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
     label_folders: Annotated[list[str] | None, folder_names()]
-    """Folders: [images, annotations] = the label image of images/a/b.jpg is annotations/a/b.png; null = a/b.seg.png."""
+    """[images, annotations]: images/a/b.jpg has annotations/a/b.png (or columns called so); null = a/b.seg.png."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig

@@ -15,6 +15,9 @@ MESSAGE_CHARACTERS = 6000
 TRACEBACK_CHARACTERS = 100_000
 """The most that is shown of a traceback."""
 
+NOTES = "swinv2_train.notes"
+"""The logger of what is found while images are read and a user should see once: a run's console shows it too."""
+
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 

@@ -38,6 +38,7 @@ from swinv2_train.data.sources.listing import (
     say_left_out,
 )
 from swinv2_train.data.sources.virtual_shards import packing_order
+from swinv2_train.data.transforms.label_image import as_png
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _targets(entry: Entry, image: bytes, checks: LabelImageChecks | ObjectChecks
     labels = entry.read_labels()
     if checks is not None:
         checks.look(entry.key, image, entry.extension, labels)
-    return {SEGMENTATION: labels}
+    return {SEGMENTATION: as_png(labels)}
 
 
 def read_annotated(source: Path, annotations: Path) -> tuple[list[Entry], tuple[str, ...]]:
@@ -202,7 +203,7 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     """The images of a folder, zip or plain tar, and the class names (None without class folders).
 
     An image is packed with its label image, which is KEY.seg.png beside it or, with labels, another folder, zip or tar,
-    the PNG file of the same path there; then folders are no classes.
+    the PNG or TIFF file of the same path there; then folders are no classes.
 
     Raises ShardError for a source that does not exist, is compressed, damaged (data/sources/archives.py), holds no
     images, mixes the two layouts, or cannot be read through, and for images of which some have label images and others
@@ -226,8 +227,8 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     if alone:
         raise ShardError(
             f"SOURCE {source}: {len(alone)} of {len(paired) + len(alone)} images have no label image in "
-            f"{source if labels is None else labels} ({listed(alone)}); add a PNG file of the same path and name for "
-            "each, or move these images away"
+            f"{source if labels is None else labels} ({listed(alone)}); add a PNG or TIFF file of the same path and "
+            "name for each, or move these images away"
         )
     extra = [name for name in found if name not in label_names] if labels is not None else []
     if extra:

@@ -1,6 +1,6 @@
 """Window attention of SwinV2: scaled cosine attention with a log-spaced continuous position bias.
 
-Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
+Legend: B batch, ... the map's axes (T) H W, C channels, nW windows per map, N tokens per window, h heads, d head dim.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from swinv2_train.models.cosine import (
 from swinv2_train.models.kernels.dispatch import fused_available, fused_window_attention
 from swinv2_train.models.precision import Float32Linear, at_least_float32
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
-from swinv2_train.models.windows import WindowGrid, log_spaced_coordinates
+from swinv2_train.models.windows import Axes, WindowGrid, log_spaced_coordinates
 
 LOGIT_SCALE_MAX = math.log(1.0 / 0.01)  # tau >= 0.01, arXiv:2111.09883 section 3.2
 BIAS_HIDDEN = 512
@@ -31,18 +31,22 @@ class WindowAttention(nn.Module):
     logits = cos(q, k) * exp(min(logit_scale, log 100)) + 16 sigmoid(MLP(log-spaced offsets)) + mask.  Bias, scale,
     softmax and the lengths of q and k are computed in at least float32, also under autocast; the two products of
     matrices in the dtype of the weights, or autocast's.  Keys have no bias.
-    pretrained_window_size: (rows, cols) of the window at which the bias was trained; it normalises the offsets,
-    whatever window a forward pass uses.
-    fused: attend by fused kernels (models/kernels/) where one is available; on the meta device one always is.
+    pretrained_window_size: (rows, cols) of the window at which the bias was trained, of clips (frames, rows, cols); it
+    normalises the offsets, whatever window a forward pass uses, and as many axes as it has the maps have.
+    fused: attend by fused kernels (models/kernels/) where one is available; on the meta device one is, but for clips
+    as it is on the device that this stands for.
     chunks: where they are not, None attends in all windows at once, otherwise it tells how many at a time, computed
     again in the backward pass.
     """
+
+    meta_stands_for = "cuda"
+    """As Float32LayerNorm's."""
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        pretrained_window_size: tuple[int, int],
+        pretrained_window_size: Axes,
         qkv_bias: bool = True,
         fused: bool = False,
         chunks: Chunks | None = None,
@@ -54,35 +58,37 @@ class WindowAttention(nn.Module):
         self.chunks = chunks
         self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(num_heads, 1, 1)))
         self.cpb_mlp = nn.Sequential(
-            Float32Linear(2, BIAS_HIDDEN), nn.ReLU(inplace=True), Float32Linear(BIAS_HIDDEN, num_heads, bias=False)
+            Float32Linear(len(pretrained_window_size), BIAS_HIDDEN),
+            nn.ReLU(inplace=True),
+            Float32Linear(BIAS_HIDDEN, num_heads, bias=False),
         )
         self.qkv = nn.Linear(dim, dim * 3, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = nn.Linear(dim, dim)
 
-    def position_table(self, window: tuple[int, int], device: torch.device) -> Tensor:
-        """The position bias of every offset within a window (rows, cols): ((2rows-1)(2cols-1), h), at least float32."""
+    def position_table(self, window: Axes, device: torch.device) -> Tensor:
+        """The position bias of every offset within a window: (num_offsets(window), h), at least float32."""
         dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         coordinates = log_spaced_coordinates(window, self.pretrained_window_size, dtype, device)
         return BIAS_RANGE * torch.sigmoid(self.cpb_mlp(coordinates))
 
-    def position_bias(self, window: tuple[int, int], device: torch.device) -> Tensor:
-        """The additive position bias of a window (rows, cols): (h, N, N) in at least float32, within 0..16."""
+    def position_bias(self, window: Axes, device: torch.device) -> Tensor:
+        """The additive position bias of a window: (h, N, N) in at least float32, within 0..16."""
         return window_bias(self.position_table(window, device), window)
 
     def forward(self, x: Tensor, grid: WindowGrid) -> Tensor:
-        """x: (B, H, W, C), a map as it is, neither padded nor shifted; grid: the windows to lay over it.
+        """x: (B, ..., C), a map as it is, neither padded nor shifted; grid: the windows to lay over it.
 
-        Returns (B, H, W, C).
+        Returns (B, ..., C).
         """
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B, H, W, 3C)
+        qkv = F.linear(x, self.qkv.weight, bias)  # (B, ..., 3C)
         scale = at_least_float32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp()
         table = self.position_table(grid.window, x.device)
-        if self.fused and (qkv.is_meta or fused_available(qkv, grid, self.num_heads)):
+        if self.fused and self._fused_serves(qkv, grid):
             out = fused_window_attention(qkv, scale, table, grid, self.num_heads)
         elif self.chunks is None:
             out = window_attention(qkv, scale, table, grid, self.num_heads)
@@ -90,3 +96,8 @@ class WindowAttention(nn.Module):
             at_a_time = self.chunks.windows_at_a_time(grid, self.num_heads, qkv.dtype)
             out = sequential_window_attention(qkv, scale, table, grid, self.num_heads, at_a_time)
         return self.proj(out)
+
+    def _fused_serves(self, qkv: Tensor, grid: WindowGrid) -> bool:
+        if qkv.is_meta:
+            return len(grid.size) == 2 or self.meta_stands_for == "cpu"
+        return fused_available(qkv, grid, self.num_heads)

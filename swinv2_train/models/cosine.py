@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swinv2_train.models.precision import at_least_float32
-from swinv2_train.models.windows import WindowGrid, attention_mask, cut_windows, join_windows, relative_position_index
+from swinv2_train.models.windows import (
+    Axes,
+    WindowGrid,
+    attention_mask,
+    cut_windows,
+    join_windows,
+    relative_position_index,
+)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -32,8 +39,8 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def window_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """The bias of every pair of tokens of a window (rows, cols): ((2rows-1)(2cols-1), h) -> (h, N, N)."""
+def window_bias(table: Tensor, window: Axes) -> Tensor:
+    """The bias of every pair of tokens of a window, from that of every offset: (offsets, h) -> (h, N, N)."""
     index = relative_position_index(window, table.device)
     tokens = index.shape[0]
     return table[index.flatten()].t().reshape(-1, tokens, tokens)  # indexing: its gradient is deterministic on CUDA
@@ -55,8 +62,9 @@ def attention_weights(unit_q: Tensor, unit_k: Tensor, scale: Tensor, bias: Tenso
 def window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
     """Attention in all windows of a map at once: the reference that every other way of computing it must equal.
 
-    qkv: (B, H, W, 3C), the projected map, channel order (3, h, d).  scale: (h, 1, 1) and table:
-    ((2rows-1)(2cols-1), h), both at least float32.  Returns (B, H, W, C) in the dtype of qkv.
+    qkv: (B, H, W, 3C), of a clip (B, T, H, W, 3C), the projected map, channel order (3, h, d).  scale: (h, 1, 1) and
+    table: (num_offsets(grid.window), h), both at least float32.  Returns (B, H, W, C), a clip's (B, T, H, W, C), in
+    the dtype of qkv.
     Padding is zeros, which no token of the map looks at.
     """
     windows = cut_windows(qkv, grid)  # (B*nW, N, 3C)

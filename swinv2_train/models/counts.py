@@ -15,13 +15,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def multiply_adds(model: SwinTransformerV2) -> int:
-    """Multiply-adds of one image's forward pass at model.img_size, as the official code counts them (norms included,
+    """Multiply-adds of the forward pass of one image or clip, as the official code counts them (norms included,
     bias MLP left out), and the padding of windows and of merging with them.
 
     A training step is about three times this, and a FLOP count twice as many operations.
     """
-    tokens = model.sizes[0][0] * model.sizes[0][1]
-    total: int = tokens * model.embed_dim * (model.in_chans * model.patch_size**2 + 1)
+    total: int = math.prod(model.sizes[0]) * model.embed_dim * (model.in_chans * math.prod(model.patch) + 1)
     for i, (grid, depth) in enumerate(zip(model.grids, model.depths, strict=True)):
         tokens, dim = math.prod(grid.size), model.embed_dim * 2**i
         attention = math.prod(grid.padded) * (4 * dim * dim + 2 * math.prod(grid.window) * dim)

@@ -66,8 +66,8 @@ def initial_rule(model: nn.Module, name: str) -> Rule:
         return Normal(STD) if leaf == "weight" else Constant(0.0)
     if isinstance(owner, HeadConv2d):
         return Normal(owner.initial_std) if leaf == "weight" else Constant(0.0)
-    if isinstance(owner, nn.Conv2d):
-        return Uniform(1.0 / math.sqrt(owner.in_channels * owner.kernel_size[0] * owner.kernel_size[1]))
+    if isinstance(owner, nn.Conv2d | nn.Conv3d):
+        return Uniform(1.0 / math.sqrt(owner.in_channels * math.prod(owner.kernel_size)))
     if isinstance(owner, nn.LayerNorm):
         branch = isinstance(model.get_submodule(above), SwinBlock) and own_name in ("norm1", "norm2")
         return Constant(1.0 if leaf == "weight" and not branch else 0.0)

@@ -1,6 +1,6 @@
 """A convolution without overlap as a product of matrices.
 
-Legend: B batch, H W patches per side, p pixels per side of a patch.
+Legend: B batch, H W patches per side, T along time, p pixels per side of a patch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,24 @@ class PatchConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        patch = self.kernel_size[0]
-        batch, channels, height, width = input.shape
-        x = input.reshape(batch, channels, height // patch, patch, width // patch, patch)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H, W, in*p*p), in the order of the weight's
-        return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return _on_patches(input, self.weight, self.bias)
+
+
+class PatchConv3d(nn.Conv3d):
+    """The same for clips: (B, in, T*t, H*p, W*p) -> (B, out, T, H, W), patch_size = (t, p, p)."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _on_patches(input, self.weight, self.bias)
+
+
+def _on_patches(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight: (out, in, ...), the last axes those of a patch."""
+    batch, channels, *lengths = input.shape
+    cut = [part for length, unit in zip(lengths, weight.shape[2:], strict=True) for part in (length // unit, unit)]
+    x = input.reshape(batch, channels, *cut)
+    patches, within = range(2, x.ndim, 2), range(3, x.ndim, 2)
+    x = x.permute(0, *patches, 1, *within).flatten(1 + len(lengths))  # (B, H, W, in*p*p), in the order of the weight's
+    return F.linear(x, weight.flatten(1), bias).movedim(-1, 1)

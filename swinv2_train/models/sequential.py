@@ -3,8 +3,8 @@
 Taking turns alone saves nothing in training, because every turn's softmax waits for the backward pass.  So the forward
 pass keeps its inputs only, and the backward pass computes each chunk's attention again.
 
-Legend: B batch, H W tokens per side, C channels, nW windows per image, n windows per chunk, N tokens per window,
-h heads, d head dim.
+Legend: B batch, H W tokens per side (T H W of a clip), C channels, nW windows per map, n windows per chunk,
+N tokens per window, h heads, d head dim.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def sequential_window_attention(
 ) -> Tensor:
     """What :func:`swinv2_train.models.attention.window_attention` computes, chunk_windows windows at a time.
 
-    qkv: (B, H, W, 3C), the projected map, channel order (3, h, d), multiplied in its own dtype, also under autocast.
-    scale: (h, 1, 1) and table: ((2rows-1)(2cols-1), h), both at least float32.  chunk_windows: of the whole batch, 1 or
-    more; it need not divide their number.  Returns (B, H, W, C) in the dtype of qkv.
+    qkv: (B, H, W, 3C), of a clip (B, T, H, W, 3C), the projected map, channel order (3, h, d), multiplied in its own
+    dtype, also under autocast.  scale: (h, 1, 1) and table: (num_offsets(grid.window), h), both at least float32.
+    chunk_windows: of the whole batch, 1 or more; it need not divide their number.  Returns (B, H, W, C), a clip's
+    (B, T, H, W, C), in the dtype of qkv.
     Has no second derivative: asking for one is a RuntimeError.
     """
     out: Tensor = _Sequential.apply(qkv, scale, table, grid, num_heads, chunk_windows)
@@ -68,21 +69,21 @@ class _Sequential(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(qkv, scale, table)
         ctx.grid, ctx.num_heads, ctx.chunk_windows = grid, num_heads, chunk_windows
-        rows = qkv.flatten(0, 2)  # (B*H*W, 3C)
+        rows = qkv.flatten(0, -2)  # (B*H*W, 3C)
         out = _buffer(rows, rows.shape[1] // 3, grid)
         with without_autocast(qkv.device):
             bias = window_bias(table, grid.window)
             for chunk in _chunks(qkv, grid, chunk_windows):
                 chunk.write(out, _attend(chunk.read(rows), scale, bias, chunk.mask, num_heads))
                 del chunk  # or its mask would still be there when the next is made
-        return out[: len(rows)].view(*qkv.shape[:3], -1)
+        return out[: len(rows)].view(*qkv.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, scale, table = ctx.saved_tensors
         grid, num_heads = ctx.grid, ctx.num_heads
-        rows, d_out = qkv.flatten(0, 2), d_out.flatten(0, 2)  # (B*H*W, 3C), (B*H*W, C)
+        rows, d_out = qkv.flatten(0, -2), d_out.flatten(0, -2)  # (B*H*W, 3C), (B*H*W, C)
         d_rows = _buffer(rows, rows.shape[1], grid)
         d_scale = torch.zeros_like(scale)
         with without_autocast(qkv.device), torch.enable_grad():
@@ -162,17 +163,19 @@ class _Chunk(NamedTuple):
 def _chunks(qkv: Tensor, grid: WindowGrid, chunk_windows: int) -> Iterator[_Chunk]:
     """All windows of the batch, image by image; the mask is made for each chunk alone, because there may be
     thousands of windows (604 MB for the masks of stage 1 at 1536 px and window 32)."""
-    batch, height, width = qkv.shape[:3]
+    batch, map_tokens = qkv.shape[0], math.prod(grid.size)
     has_padding = grid.padded != grid.size
     tokens, regions = window_tokens(grid, qkv.device), window_regions(grid, qkv.device)  # (nW, N)
     for first in range(0, batch * len(tokens), chunk_windows):
         last = min(first + chunk_windows, batch * len(tokens))
         number = torch.arange(first, last, device=qkv.device)
         image, window = number // len(tokens), number % len(tokens)
-        places = tokens[window] + image.unsqueeze(1) * (height * width)
+        places = tokens[window] + image.unsqueeze(1) * map_tokens
         if has_padding:
-            places = places.masked_fill(tokens[window] < 0, batch * height * width)
-        yield _Chunk(places, region_mask(regions[window]).unsqueeze(1) if grid.needs_mask else None, has_padding)
+            places = places.masked_fill(tokens[window] < 0, batch * map_tokens)
+        mask = region_mask(regions[window], len(grid.size)).unsqueeze(1) if grid.needs_mask else None
+        yield _Chunk(places, mask, has_padding)
+        del mask  # or it would still be there when the next is made
 
 
 def _buffer(rows: Tensor, channels: int, grid: WindowGrid) -> Tensor:

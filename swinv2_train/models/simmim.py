@@ -100,9 +100,20 @@ def _pixels_in_window(size: tuple[int, int], window_px: int, dtype: torch.dtype,
     return torch.outer(*sides).to(dtype)
 
 
+def frames_of(clips: Tensor) -> Tensor:
+    """Clips (B, C, T, H, W) as images (B*T, C, H, W); images as they are."""
+    return clips if clips.ndim == 4 else clips.movedim(2, 1).flatten(0, 1)
+
+
+def _frame(images: Tensor) -> tuple[int, ...]:
+    """The shape of an image, or of a clip's frame: (C, H, W)."""
+    return images.shape[1], *images.shape[-2:]
+
+
 class SimMIM(nn.Module):
     """An encoder that sees mask tokens, and one linear layer that predicts the hidden pixels.
 
+    Clips are hidden by tubes: the same patches in every frame; a token predicts all frames of its patch.
     encoder_stride: pixels per side of one token of the encoder's last map (32 with patches of 4 px and 4 stages).
     norm_target: side in pixels of the window that normalises the target, None for plain pixels.
     Raises ValueError when the stride does not fit the encoder or the window is even.
@@ -120,8 +131,9 @@ class SimMIM(nn.Module):
         self.norm_target = norm_target
         encoder.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(encoder.mask_token, std=0.02)
+        of_a_token = encoder_stride**2 * encoder.in_chans * (1 if encoder.frames is None else encoder.patch_frames)
         self.decoder = nn.Sequential(
-            PatchConv2d(encoder.num_features, encoder_stride**2 * encoder.in_chans, 1),
+            PatchConv2d(encoder.num_features, of_a_token, 1),
             nn.PixelShuffle(encoder_stride),
         )
 
@@ -133,12 +145,12 @@ class SimMIM(nn.Module):
         measured: Tensor | None = None,
         by_image: bool = False,
     ) -> dict[str, Tensor]:
-        """images: (B, C, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool, True where hidden.
-        weight: (B,), how much each image counts in the loss; None = 1.  measured: (B, C, H, W) bool, False for values
-        that are no target (images has any finite number there); None = all are.
+        """images: (B, C, H, W), of clips (B, C, T, H, W), normalised pixels, whole patches.  mask: (B, H/p, W/p) bool,
+        True where hidden.  weight: (B,), how much each image counts in the loss; None = 1.  measured: bool as images,
+        False for values that are no target (images has any finite number there); None = all are.
 
-        Returns {"loss": (), "reconstruction": (B, C, H, W)}, both at least float32; by_image adds each image's own
-        "image_losses" and what it counts, "image_counts", (B,) each, without gradients.
+        Returns {"loss": (), "reconstruction": as images}, both at least float32; by_image adds each image's (clip's)
+        own "image_losses" and what it counts, "image_counts", (B,) each, without gradients.
 
         Where the encoder padded odd maps
         before merging, what the decoder says beyond the image is cut off.  Without a mask nothing is hidden or
@@ -147,19 +159,26 @@ class SimMIM(nn.Module):
         if mask is None:
             return {"features": self.encoder.pooled_features(images)}
         features = self.encoder.forward_features(images, mask)[-1]
-        decoded = at_least_float32(self.decoder(features))
-        reconstruction = decoded[:, :, : images.shape[2], : images.shape[3]]
-        target = at_least_float32(images)
+        decoded = at_least_float32(self.decoder(frames_of(features)))
+        reconstruction = decoded[:, :, : images.shape[-2], : images.shape[-1]].reshape(-1, *_frame(images))
+        frames = len(reconstruction) // len(images)
+        if images.ndim == 5:
+            mask = mask.repeat_interleave(frames, 0)
+            weight = None if weight is None else weight.repeat_interleave(frames)
+            measured = None if measured is None else frames_of(measured)
+        target = at_least_float32(frames_of(images))
         if self.norm_target is not None:
             target = norm_target(target, self.norm_target, measured)
         hidden = target_weights(mask, self.encoder.patch_size, weight, measured, self.norm_target).to(target.dtype)
         outputs = {"loss": masked_l1(reconstruction, target, hidden), "reconstruction": reconstruction}
         if by_image:
             with torch.no_grad():
-                whole = hidden.expand_as(target).flatten(1)
+                whole = hidden.expand_as(target).reshape(len(images), -1)
                 outputs["image_counts"] = whole.sum(1)
-                errors = ((reconstruction - target).abs().flatten(1) * whole).sum(1)
+                errors = ((reconstruction - target).abs().reshape(len(images), -1) * whole).sum(1)
                 outputs["image_losses"] = errors / outputs["image_counts"].clamp(min=1e-12)
+        if images.ndim == 5:
+            outputs["reconstruction"] = reconstruction.view(-1, frames, *_frame(images)).movedim(1, 2)
         return outputs
 
 

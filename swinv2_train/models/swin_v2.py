@@ -1,6 +1,8 @@
-"""Swin Transformer V2 (arXiv:2111.09883), with the official code's parameter names and numerics.
+"""Swin Transformer V2 (arXiv:2111.09883), with the official code's parameter names and numerics; of images and clips.
 
-Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window.
+A clip's maps have the axis of time before height and width, and so have its windows; everything else is the same.
+
+Legend: B batch, H W tokens per side, T along time, ... the axes of a map (H W or T H W), C channels.
 """
 
 from __future__ import annotations
@@ -13,21 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.input_sizes import Size, as_pair, check_patches, map_sizes, trained_window
 from swinv2_train.models.kernels.dispatch import fused_problem
-from swinv2_train.models.patch_conv import PatchConv2d
+from swinv2_train.models.patch_conv import PatchConv2d, PatchConv3d
 from swinv2_train.models.precision import Float32LayerNorm, at_least_float32
 from swinv2_train.models.sequential import Chunks
-from swinv2_train.models.windows import WindowGrid, window_grid
-
-Size = int | Sequence[int]
-
-
-def as_pair(value: Size, name: str) -> tuple[int, int]:
-    """An int or a (height, width) pair as a pair of positive ints; ValueError otherwise."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in pair):
-        raise ValueError(f"{name} ({value!r}) must be a positive int or a (height, width) pair of them")
-    return pair[0], pair[1]
+from swinv2_train.models.windows import Axes, WindowGrid, window_grid
 
 
 def drop_path_factors(x: Tensor, rate: float, training: bool) -> Tensor | None:
@@ -55,7 +48,7 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """A res-post-norm block: x + norm1(attention(x)), then x + norm2(mlp(x)) (section 3.2); (B, H, W, C) of any H, W.
+    """A res-post-norm block: x + norm1(attention(x)), then x + norm2(mlp(x)) (section 3.2); (B, ..., C) of any size.
 
     window_size, shifted, clamp_to_shorter_side: what :func:`window_grid` makes of them for the map at hand.
     extra_norm adds a LayerNorm on the main branch behind the block (section 3.6, huge and giant).
@@ -66,8 +59,8 @@ class SwinBlock(nn.Module):
         self,
         dim: int,
         num_heads: int,
-        window_size: tuple[int, int],
-        pretrained_window_size: tuple[int, int],
+        window_size: Axes,
+        pretrained_window_size: Axes,
         shifted: bool,
         clamp_to_shorter_side: bool,
         mlp_ratio: float,
@@ -94,8 +87,7 @@ class SwinBlock(nn.Module):
 
     def branches(self, x: Tensor, attn_factors: Tensor | None, mlp_factors: Tensor | None) -> Tensor:
         """The block without its random numbers and its rate, so that blocks of one shape can share a compiled graph."""
-        size = (x.shape[1], x.shape[2])
-        grid = window_grid(size, self.window_size, self.shifted, self.clamp_to_shorter_side)
+        grid = window_grid(tuple(x.shape[1:-1]), self.window_size, self.shifted, self.clamp_to_shorter_side)
         branch = self.norm1(self.attn(x, grid))
         x = x + (branch if attn_factors is None else branch * attn_factors)
         branch = self.norm2(self.mlp(x))
@@ -109,21 +101,30 @@ class SwinBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches of pixels to tokens: (B, in_chans, H*p, W*p) -> (B, H, W, C), normed."""
+    """Patches of pixels to tokens: (B, in_chans, H*p, W*p) -> (B, H, W, C), normed.
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+    patch_frames: None for images; of clips t, (B, in_chans, T*t, H*p, W*p) -> (B, T, H, W, C).
+    """
+
+    proj: PatchConv2d | PatchConv3d
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, patch_frames: int | None = None) -> None:
         super().__init__()
-        self.proj = PatchConv2d(in_chans, embed_dim, patch_size)
+        if patch_frames is None:
+            self.proj = PatchConv2d(in_chans, embed_dim, patch_size)
+        else:
+            self.proj = PatchConv3d(in_chans, embed_dim, (patch_frames, patch_size, patch_size))
         self.norm = Float32LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+        return self.norm(self.proj(images).movedim(1, -1))
 
 
 class PatchMerging(nn.Module):
     """Concatenate 2x2 neighbours, reduce 4C to 2C, norm: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C).
 
-    An odd side gets a row or column of zeros at the bottom or the right, as in timm.
+    An odd side gets a row or column of zeros at the bottom or the right, as in timm.  A clip's frames are merged each
+    for itself: (B, T, H, W, C) -> (B, T, ceil(H/2), ceil(W/2), 2C).
     """
 
     def __init__(self, dim: int) -> None:
@@ -132,11 +133,11 @@ class PatchMerging(nn.Module):
         self.norm = Float32LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] % 2 or x.shape[2] % 2:
-            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        batch, height, width, dim = x.shape
-        x = x.view(batch, height // 2, 2, width // 2, 2, dim)
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * dim)  # (0,0) (1,0) (0,1) (1,1)
+        if x.shape[-3] % 2 or x.shape[-2] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
+        *frames, height, width, dim = x.shape
+        x = x.view(-1, height // 2, 2, width // 2, 2, dim)
+        x = x.permute(0, 1, 3, 4, 2, 5).reshape(*frames, height // 2, width // 2, 4 * dim)  # (0,0) (1,0) (0,1) (1,1)
         return self.norm(self.reduction(x))
 
 
@@ -152,18 +153,22 @@ class Stage(nn.Module):
 
 
 class SwinTransformerV2(nn.Module):
-    """Swin Transformer V2: images (B, in_chans, H, W) -> logits (B, num_classes).
+    """Swin Transformer V2: images (B, in_chans, H, W) or clips (B, in_chans, T, H, W) -> logits (B, num_classes).
 
     img_size and window_size: pixels and tokens, an int or a (height, width) pair.  A forward pass takes its sizes from
     the images, whose sides are any multiples of patch_size; img_size is what the model is counted and exported for.
     Odd maps are padded before merging, and maps that the window does not tile before attention, where padding gets no
     weight; see :func:`window_grid` for the clamping of windows and clamp_to_shorter_side (a square window only).
+    frames: of the clips that the model is counted for, a multiple of patch_frames, the frames of a patch; None = a
+    model of images.  A forward pass takes any number of whole patches.  window_frames: tokens of a window along time,
+    clamped and shifted as along the sides; pretrained_window_frames is to it what pretrained_window_sizes are to
+    window_size, for all stages, because time is never merged.
     num_classes 0 leaves the head out, and forward returns the pooled features (B, num_features).
     drop_path_rate rises linearly over the blocks.
     pretrained_window_sizes: per stage the window at which the position bias was trained, an int or a (height, width)
     pair; it normalises the bias's coordinates (section 3.3).  0 = the window really used at this img_size and
-    window_size.  The attribute holds what that came to, one pair per stage, and stays what it is when images or
-    windows of other sizes come: so the model keeps the meaning of its weights.
+    window_size.  The attribute holds what that came to, one pair per stage, of clips (frames, rows, cols), and stays
+    what it is when inputs or windows of other sizes come: so the model keeps the meaning of its weights.
     extra_norm_period: blocks from one extra LayerNorm on a stage's main branch to the next, 0 = none (section 3.6).
     fused_attention: attend by fused kernels (models/kernels/), which hold no N x N scores; where there is none, the
     next rule applies.
@@ -174,7 +179,9 @@ class SwinTransformerV2(nn.Module):
     """
 
     img_size: tuple[int, int]
+    frames: int | None
     window_size: tuple[int, int]
+    window_frames: int
 
     def __init__(
         self,
@@ -196,9 +203,14 @@ class SwinTransformerV2(nn.Module):
         sequential_stages: Sequence[int] = (),
         attention_chunk_windows: int | None = None,
         attention_chunk_mib: float = 256.0,
+        frames: int | None = None,
+        patch_frames: int = 1,
+        window_frames: int = 8,
+        pretrained_window_frames: int = 0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.patch_frames = patch_frames
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.embed_dim = embed_dim
@@ -213,13 +225,15 @@ class SwinTransformerV2(nn.Module):
         self.sequential_stages = tuple(sequential_stages)
         self.num_features = embed_dim * 2 ** (len(self.depths) - 1)
         chunks = Chunks(attention_chunk_windows, attention_chunk_mib)
-        self._check_numbers(pretrained_window_sizes, chunks)
+        self.frames, self.window_frames = frames, window_frames
+        self._check_numbers(pretrained_window_sizes, pretrained_window_frames, chunks)
         self.set_input_size(img_size, window_size)
         self.pretrained_window_sizes = tuple(
-            _trained_window(given, grid.window) for given, grid in zip(pretrained_window_sizes, self.grids, strict=True)
+            trained_window(given, grid.window, pretrained_window_frames)
+            for given, grid in zip(pretrained_window_sizes, self.grids, strict=True)
         )
 
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, None if frames is None else patch_frames)
         self.mask_token: nn.Parameter | None
         self.register_parameter("mask_token", None)  # SimMIM gives the encoder one
         rates = torch.linspace(0, drop_path_rate, sum(self.depths), device="cpu").tolist()
@@ -230,7 +244,7 @@ class SwinTransformerV2(nn.Module):
                 SwinBlock(
                     dim,
                     self.num_heads[i],
-                    self.window_size,
+                    self.window,
                     self.pretrained_window_sizes[i],
                     shifted=j % 2 == 1,
                     clamp_to_shorter_side=clamp_to_shorter_side,
@@ -254,15 +268,19 @@ class SwinTransformerV2(nn.Module):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
 
-    def _check_numbers(self, pretrained_window_sizes: Sequence[Size], chunks: Chunks) -> None:
+    def _check_numbers(self, pretrained_window_sizes: Sequence[Size], trained_frames: int, chunks: Chunks) -> None:
         stages = len(self.depths)
         for name, numbers in (
             ("depths", self.depths),
             ("num_heads", self.num_heads),
             ("patch_size", [self.patch_size]),
+            ("patch_frames", [self.patch_frames]),
+            ("window_frames", [self.window_frames]),
         ):
             if not numbers or min(numbers) < 1:
                 raise ValueError(f"{name} ({numbers}) must be 1 or more")
+        if trained_frames < 0:
+            raise ValueError(f"pretrained_window_frames ({trained_frames}) must be 1 or more, or 0 for the window used")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate ({self.drop_path_rate}) must be at least 0 and less than 1")
         if len(self.num_heads) != stages or len(pretrained_window_sizes) != stages:
@@ -283,54 +301,86 @@ class SwinTransformerV2(nn.Module):
                     f"num_heads[{i}] ({heads}) does not divide the stage's {self.embed_dim * 2**i} channels"
                 )
 
-    def set_input_size(self, img_size: Size | None = None, window_size: Size | None = None) -> None:
-        """Use other windows from the next forward pass on, and count and export for another img_size; None = as it is.
+    def set_input_size(
+        self,
+        img_size: Size | None = None,
+        window_size: Size | None = None,
+        frames: int | None = None,
+        window_frames: int | None = None,
+    ) -> None:
+        """Use other windows from the next forward pass on, and count and export for other inputs; None = as it is.
 
         No parameter changes, and the position bias keeps the coordinates it was trained with
         (pretrained_window_sizes).  Raises ValueError, and changes nothing, when a size does not fit.
         """
         new_img_size = self.img_size if img_size is None else as_pair(img_size, "img_size")
         new_window_size = self.window_size if window_size is None else as_pair(window_size, "window_size")
-        _check_patches(new_img_size, self.patch_size, "img_size")
+        if frames is not None and self.frames is None:
+            raise ValueError(f"frames ({frames}): this is a model of images; build one of clips")
+        new_frames = self.frames if frames is None else frames
+        new_window_frames = self.window_frames if window_frames is None else window_frames
+        check_patches(new_img_size, self.patch[-2:], "img_size")
+        if new_frames is not None:
+            check_patches((new_frames, *new_img_size), self.patch, "a clip's")
+        if new_window_frames < 1:
+            raise ValueError(f"window_frames ({new_window_frames}) must be 1 or more")
         if self.clamp_to_shorter_side and new_window_size[0] != new_window_size[1]:
             raise ValueError(f"window_size {new_window_size} must be square with clamp_to_shorter_side")
         self.img_size, self.window_size = new_img_size, new_window_size
+        self.frames, self.window_frames = new_frames, new_window_frames
         for module in self.modules():
             if isinstance(module, SwinBlock):
-                module.window_size = new_window_size
+                module.window_size = self.window
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """The map (rows, cols) of every stage at img_size."""
-        sizes = [(self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size)]
-        while len(sizes) < len(self.depths):
-            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-        return sizes
+    def input_size(self) -> Axes:
+        """An image's (height, width) in pixels, or a clip's (frames, height, width)."""
+        return self.img_size if self.frames is None else (self.frames, *self.img_size)
+
+    @property
+    def patch(self) -> Axes:
+        """What a token of the first map stands for, by the axes of input_size."""
+        sides = (self.patch_size, self.patch_size)
+        return sides if self.frames is None else (self.patch_frames, *sides)
+
+    @property
+    def window(self) -> Axes:
+        """The window, not clamped to any map, by the axes of input_size."""
+        return self.window_size if self.frames is None else (self.window_frames, *self.window_size)
+
+    @property
+    def sizes(self) -> list[Axes]:
+        """The map (rows, cols), of clips (frames, rows, cols), of every stage at input_size."""
+        return map_sizes(self.input_size, self.patch, len(self.depths))
 
     @property
     def grids(self) -> list[WindowGrid]:
-        """The windows of every stage's shifted blocks at img_size."""
-        return [window_grid(size, self.window_size, True, self.clamp_to_shorter_side) for size in self.sizes]
+        """The windows of every stage's shifted blocks at input_size."""
+        return [window_grid(size, self.window, True, self.clamp_to_shorter_side) for size in self.sizes]
 
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """Stage outputs before merging, (B, C*2^i, H_i, W_i) each, the last one normed.
+        """Stage outputs before merging, the last one normed: (B, C*2^i, H_i, W_i), of clips (B, C*2^i, T', H_i, W_i).
 
-        images: (B, in_chans, H, W), normalised pixels, H and W multiples of patch_size p; H_0 = H/p, and
-        H_{i+1} = ceil(H_i / 2).  mask: (B, H/p, W/p) bool, True where a token is replaced by the mask token behind the
-        patch norm (SimMIM); needs an encoder with a mask token.  Raises ValueError for other shapes.
+        images: (B, in_chans, H, W), of clips (B, in_chans, T, H, W), normalised pixels, H and W multiples of patch_size
+        p and T one of patch_frames; T' = T/patch_frames, H_0 = H/p, and H_{i+1} = ceil(H_i / 2).
+        mask: (B, H/p, W/p) bool, True where a token is replaced by the mask token behind the patch norm (SimMIM), in
+        all of a clip's frames; needs an encoder with a mask token.  Raises ValueError for other shapes.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images have shape {tuple(images.shape)}, not (B, {self.in_chans}, H, W)")
-        _check_patches((images.shape[2], images.shape[3]), self.patch_size, "images'")
-        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))  # (B, H/p, W/p, C)
+        if images.ndim != 2 + len(self.patch) or images.shape[1] != self.in_chans:
+            form = f"(B, {self.in_chans}, H, W)" if self.frames is None else f"(B, {self.in_chans}, T, H, W)"
+            raise ValueError(f"images have shape {tuple(images.shape)}, not {form}")
+        check_patches(tuple(images.shape[2:]), self.patch, "images'")
+        x = self.patch_embed(images.to(self.patch_embed.proj.weight.dtype))  # (B, ..., C)
         if mask is not None:
             assert self.mask_token is not None, "only an encoder inside SimMIM has a mask token"
-            if mask.shape != x.shape[:3] or mask.dtype != torch.bool:
+            patches = (x.shape[0], *x.shape[-3:-1])
+            if mask.shape != patches or mask.dtype != torch.bool:
                 raise ValueError(
-                    f"mask is {mask.dtype} of shape {tuple(mask.shape)}, the images have {tuple(x.shape[:3])} patches; "
+                    f"mask is {mask.dtype} of shape {tuple(mask.shape)}, the images have {patches} patches; "
                     "it must be bool and say of each whether it is hidden"
                 )
-            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+            hidden = mask if self.frames is None else mask.unsqueeze(1)  # one tube through all frames
+            x = torch.where(hidden.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         outputs = []
         for stage in self.layers:
             assert isinstance(stage, Stage)
@@ -339,34 +389,22 @@ class SwinTransformerV2(nn.Module):
             outputs.append(x)
             x = self.norm(x) if stage.downsample is None else stage.downsample(x)
         outputs[-1] = x
-        return [out.permute(0, 3, 1, 2) for out in outputs]
+        return [out.movedim(-1, 1) for out in outputs]
 
     def forward(self, images: Tensor, features: bool = False) -> Tensor:
-        """images: (B, in_chans, H, W), normalised pixels.  Returns (B, num_classes); with features, pooled_features."""
+        """images: as forward_features takes them.  Returns (B, num_classes); with features, pooled_features."""
         if features:
             return self.pooled_features(images)
-        return self.head(self.forward_features(images)[-1].mean(dim=(2, 3)))
+        return self.head(_token_means(self.forward_features(images)[-1]))
 
     def pooled_features(self, images: Tensor) -> Tensor:
         """The normed last map's mean over its tokens, (B, num_features), in at least float32."""
-        return at_least_float32(self.forward_features(images)[-1]).mean(dim=(2, 3))
+        return _token_means(at_least_float32(self.forward_features(images)[-1]))
 
 
-def _check_patches(size: tuple[int, int], patch_size: int, name: str) -> None:
-    """ValueError unless both sides, in pixels, are whole patches."""
-    for axis, length in zip(("height", "width"), size, strict=True):
-        if length % patch_size or length == 0:
-            below = length // patch_size * patch_size
-            nearest = ", ".join(str(n) for n in (below, below + patch_size) if n)
-            raise ValueError(f"{name} {axis} {length} is not a multiple of patch_size {patch_size}; nearest: {nearest}")
-
-
-def _trained_window(given: Size, used: tuple[int, int]) -> tuple[int, int]:
-    """An entry of pretrained_window_sizes as a pair, the window used where it is 0; ValueError for anything else."""
-    pair = (given, given) if isinstance(given, int) else tuple(given)
-    if len(pair) == 2:
-        pair = (pair[0] or used[0], pair[1] or used[1])
-    return as_pair(pair, "pretrained_window_sizes")
+def _token_means(features: Tensor) -> Tensor:
+    """(B, C, ...) -> (B, C)."""
+    return features.mean(dim=tuple(range(2, features.ndim)))
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
+import logging
 import math
 import os
 import signal
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar, cast
 
 from swinv2_train.config.secret_texts import without_secrets
-from swinv2_train.config.shown import MESSAGE_CHARACTERS, TRACEBACK_CHARACTERS, shown
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, NOTES, TRACEBACK_CHARACTERS, shown
 
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ class Console:
         self._previous_streams = sys.stdout, sys.stderr
         self._bar: Any = None  # a tqdm bar that must step aside for a line
         self._closed = False
+        self._notes = _Notes(self)
+        logging.getLogger(NOTES).addHandler(self._notes)
 
     @property
     def err(self) -> TextIO:
@@ -78,6 +81,7 @@ class Console:
         if self._closed:
             return
         self._closed = True
+        logging.getLogger(NOTES).removeHandler(self._notes)
         sys.excepthook, sys.breakpointhook = self._previous_hooks
         sys.stdout, sys.stderr = self._previous_streams
         if hasattr(faulthandler, "unregister"):
@@ -146,6 +150,19 @@ def open_console(run_dir: Path, rank: int) -> Console:
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     return console
+
+
+class _Notes(logging.Handler):
+    """What is found while images are read: in the rank's log, and on the console."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"note: {record.getMessage()}"
+        print(text, file=sys.stderr)
+        self._console.say(text)
 
 
 class _WithoutSecrets:

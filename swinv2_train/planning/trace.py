@@ -125,6 +125,8 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
         for module in task.module.modules():
             if isinstance(module, Float32LayerNorm):
                 module.meta_stands_for = "cpu"
+            if isinstance(module, WindowAttention):
+                module.meta_stands_for = "cpu"
     policy = config.model.recompute.removesuffix(
         "@partitioned"
     )  # which frees nothing (engine/activation_checkpointing.py)

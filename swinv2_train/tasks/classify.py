@@ -115,7 +115,7 @@ class ClassifyTask:
     def meta_batch(self, size: int) -> dict[str, Tensor]:
         """Images and labels without contents."""
         labels = torch.empty(size, dtype=torch.int64, device="meta")
-        return {**meta_images(size, self.encoder.img_size, self.bands), "labels": labels}
+        return {**meta_images(size, self.encoder.input_size, self.bands), "labels": labels}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         images = self.normalise(batch["images"])

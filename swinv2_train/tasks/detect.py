@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, DetectConfig, pair
+from swinv2_train.data.mask_codes import encode_mask
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.data.transforms.bands import Bands
@@ -24,7 +25,7 @@ from swinv2_train.tasks.detections import Found
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import Normalise, meta_images, neutral_values, viewable
 from swinv2_train.tasks.metrics import Metric
-from swinv2_train.tasks.paste import pasted, run_lengths
+from swinv2_train.tasks.paste import pasted
 from swinv2_train.tasks.task import Batch, Forward
 
 TARGETS = ("boxes", "classes", "crowd", "draw")
@@ -216,7 +217,7 @@ class DetectTask:
         boxes = outputs["boxes"][0][there] * _factors(seen, size, outputs["boxes"].device)
         lengths = None
         if masks is not None:
-            lengths = [run_lengths(each) for each in pasted(masks[0][there], boxes, size)]
+            lengths = [encode_mask(each) for each in pasted(masks[0][there], boxes, size)]
         return Found(
             boxes.cpu().numpy(), outputs["scores"][0][there].cpu().numpy(), outputs["classes"][0][there].cpu().numpy(),
             lengths,

@@ -42,11 +42,11 @@ class ImageTransform:
         return {"images": random_flip(image, data.hflip, rng)}
 
 
-def meta_images(size: int, img_size: tuple[int, int], bands: Bands | None = None) -> dict[str, Tensor]:
-    """What every batch holds of `size` images, without contents, on the meta device."""
+def meta_images(size: int, input_size: tuple[int, ...], bands: Bands | None = None) -> dict[str, Tensor]:
+    """What every batch holds of `size` images, or clips, without contents, on the meta device."""
     count, dtype = (3, torch.uint8) if bands is None else (bands.count, torch.float32)
     return {
-        "images": torch.empty(size, count, *img_size, dtype=dtype, device="meta"),
+        "images": torch.empty(size, count, *input_size, dtype=dtype, device="meta"),
         "weight": torch.empty(size, device="meta"),
     }
 
@@ -71,6 +71,8 @@ class Normalise:
         """What the configuration says of photographs, or of values."""
         data, count = config.data, config.model.in_chans
         found = cls(data.mean, data.std, device)
+        if config.model.frames is not None:
+            found.mean, found.std = found.mean.unsqueeze(-1), found.std.unsqueeze(-1)  # (C, 1, 1, 1)
         if config.reads_values:
             found.mean, found.std = _column(data.mean, device), _column(data.std, device)
             found.factor = _column(per_band(data.scale.factor, count, 1.0), device)

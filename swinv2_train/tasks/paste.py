@@ -1,4 +1,4 @@
-"""From the mask of a box to the pixels of an image, and to COCO's run lengths."""
+"""From the mask of a box to the pixels of an image."""
 
 from __future__ import annotations
 
@@ -31,28 +31,3 @@ def pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[np.n
             values = F.grid_sample(mask[None, None].float(), grid[None].float(), align_corners=False)[0, 0]
             canvas[top:bottom, left:right] = (values >= THRESHOLD).cpu().numpy()
         yield canvas
-
-
-def run_lengths(pixels: np.ndarray) -> dict[str, object]:
-    """COCO's compressed run lengths of (H, W) bool: columns first, 0 first, six bits a character."""
-    flat = pixels.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    edges = np.concatenate([[0], changes, [len(flat)]])
-    counts = np.diff(edges)
-    if len(flat) and flat[0]:
-        counts = np.concatenate([[0], counts])
-    return {"size": [int(side) for side in pixels.shape], "counts": _compressed(counts.tolist())}
-
-
-def _compressed(counts: list[int]) -> bytes:
-    """From the third on the difference to the one two before; five bits a character, least first, +48."""
-    found = bytearray()
-    for i, count in enumerate(counts):
-        value = count - counts[i - 2] if i > 2 else count
-        more = True
-        while more:
-            bits = value & 0x1F
-            value >>= 5
-            more = value != (-1 if bits & 0x10 else 0)
-            found.append((bits | (0x20 if more else 0)) + 48)
-    return bytes(found)

@@ -235,9 +235,10 @@ class SegmentTask:
             right = labels[first : first + probabilities.shape[1]].to(probabilities.device).long()
             counts = right != self.task.ignore_index
             right, said = right[counts], probabilities[:, counts]  # (n,), (K, n)
-            codes = right * classes + said.argmax(dim=0)
-            matrix += torch.bincount(codes, minlength=classes**2).cpu()
             chosen = said.gather(0, right.unsqueeze(0))
+            # where scores are NaN, all are, and the highest would be class 0
+            named = torch.where(chosen[0].isnan(), (right + 1) % classes, said.argmax(dim=0))
+            matrix += torch.bincount(right * classes + named, minlength=classes**2).cpu()
             loss -= chosen.clamp(min=TINY).log().sum(dtype=torch.float64).cpu()
         return matrix.view(classes, classes), loss, int(matrix.sum())
 

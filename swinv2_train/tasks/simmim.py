@@ -87,7 +87,7 @@ class SimMIMTask:
         """Images and masks without contents."""
         height, width = (side // self.encoder.patch_size for side in self.encoder.img_size)
         mask = torch.empty(size, height, width, dtype=torch.bool, device="meta")
-        return {**meta_images(size, self.encoder.img_size, self.bands), "mask": mask}
+        return {**meta_images(size, self.encoder.input_size, self.bands), "mask": mask}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         outputs = self._outputs(forward, batch)
@@ -99,7 +99,8 @@ class SimMIMTask:
         if self.normalise.nodata:
             return float(self._measured_targets(batch))
         patches = batch["mask"].flatten(1).sum(dim=1)  # (B,)
-        return float((patches * batch["weight"]).sum()) * self.module.encoder.patch_size**2
+        frames = self.encoder.frames or 1
+        return float((patches * batch["weight"]).sum()) * self.module.encoder.patch_size**2 * frames
 
     def scores(self, forward: Forward, batch: Batch) -> dict[str, Metric]:
         loss = self._outputs(forward, batch)["loss"]

@@ -18,7 +18,7 @@ from swinv2_train.models.kernels import cpu_attention, failures
 from swinv2_train.models.kernels.dispatch import fused_problem, tried, unknown
 from swinv2_train.models.kernels.failures import Case, case_of
 from swinv2_train.models.swin_v2 import Stage, SwinBlock
-from swinv2_train.models.windows import window_grid
+from swinv2_train.models.windows import Axes, window_grid
 from swinv2_train.runtime import StopRequest
 
 KERNELS = {"cuda": "Triton fused", "cpu": "C++ fused"}
@@ -143,8 +143,8 @@ def compile_kernel(world: World, say: Callable[[str], None], stop: StopRequest |
     unless_stopped(stop, lambda: cpu_attention.problem() if compiles[world.rank] else None)
 
 
-def _stage(number: int, stage: object, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> _Stage:
-    """What a stage asks of the kernels at this map (rows, cols)."""
+def _stage(number: int, stage: object, size: Axes, dtype: torch.dtype, device: torch.device) -> _Stage:
+    """What a stage asks of the kernels at this map."""
     assert isinstance(stage, Stage)
     blocks = [block for block in stage.modules() if isinstance(block, SwinBlock)]
     cases, problem = [], None

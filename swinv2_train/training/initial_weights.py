@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from swinv2_train.distributed import World
 from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.windows import Axes
 from swinv2_train.runtime import StopRequest
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
@@ -105,15 +106,19 @@ def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:
     Known of our own runs and of Hugging Face directories; other files do not tell.
     """
     source = Path(str(config.task.init_from))
-    theirs = trained_windows(source)
+    theirs: Sequence[Axes] | None = trained_windows(source)
     runs = [folder for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
     if runs:
         with on_meta():
             theirs = build_model(load_run_config(runs[0]).model, num_classes=0).pretrained_window_sizes
-    if theirs is None or theirs == encoder.pretrained_window_sizes:
+    if theirs is None:
         return []
-    value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for rows, cols in theirs)
+    axes = min(len(theirs[0]), len(encoder.pretrained_window_sizes[0]))  # of images in a model of clips, the sides
+    if [window[-axes:] for window in theirs] == [window[-axes:] for window in encoder.pretrained_window_sizes]:
+        return []
+    value = ",".join(str(rows) if rows == cols else f"[{rows},{cols}]" for *_, rows, cols in theirs)
+    time = f" model.pretrained_window_frames={theirs[0][0]}" if axes > 2 else ""
     return [
         f"warning: their position bias was trained at other windows than this model assumes; "
-        f"model.pretrained_window_sizes=[{value}] keeps its meaning (arXiv:2111.09883 section 3.3)"
+        f"model.pretrained_window_sizes=[{value}]{time} keeps its meaning (arXiv:2111.09883 section 3.3)"
     ]

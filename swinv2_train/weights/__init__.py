@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swinv2_train.checkpoint import COMPLETE, checkpoint_classes, find_checkpoint, read_checkpoint_weights
 from swinv2_train.config import ConfigError
-from swinv2_train.models import SimMIM, SwinTransformerV2
+from swinv2_train.models import SimMIM, SwinTransformerV2, encoder_of
 from swinv2_train.models.upernet import UPerNet
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.bands import Bands
@@ -225,6 +225,8 @@ def _check_holds(
     """ConfigError when the format has no place for something that the model has."""
     if format == "microsoft":
         return
+    if encoder_of(module).frames is not None:
+        raise ConfigError(f"format={format} cannot hold a model of clips (model.frames); export format=microsoft")
     extra = [name for name in own if ".norm3." in name]
     if extra:
         raise ConfigError(

@@ -27,9 +27,9 @@ source's one, from 0, whose weights are divided by how often it is taken.  fresh
 def adapted_bands(entry: LazyTensor, channels: int, bands: Bands, origin: str) -> LazyTensor:
     """A patch embedding's weight with `channels` input channels.
 
-    entry: (C, n, patch, patch); bands: not "fresh".  mean and a sequence that takes every channel keep the sum over
-    the channels; so does repeat where n divides channels, or channels is 1.  Raises ConfigError, naming bands and
-    remedy, for a sequence that does not fit.
+    entry: (C, n, patch, patch), of clips (C, n, frames, patch, patch); bands: not "fresh".  mean and a sequence that
+    takes every channel keep the sum over the channels; so does repeat where n divides channels, or channels is 1.
+    Raises ConfigError, naming bands and remedy, for a sequence that does not fit.
     """
     given = entry.shape[1]
     if isinstance(bands, str):
@@ -54,8 +54,9 @@ def adapted_bands(entry: LazyTensor, channels: int, bands: Bands, origin: str) -
     def read() -> Tensor:
         weight = entry.read()
         exact = weight.double()
-        taken = exact[:, rows] if rows else exact.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-        return (taken * torch.tensor(factors, dtype=torch.float64)[:, None, None]).to(weight.dtype)
+        taken = exact[:, rows] if rows else exact.mean(1, keepdim=True).expand(-1, channels, *entry.shape[2:])
+        shares = torch.tensor(factors, dtype=torch.float64).view(-1, *[1] * (exact.ndim - 2))
+        return (taken * shares).to(weight.dtype)
 
     return LazyTensor((entry.shape[0], channels, *entry.shape[2:]), entry.dtype, read)
 

@@ -18,6 +18,7 @@ from swinv2_train.config.shown import shown
 from swinv2_train.models import SIZES
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.bands import PROJECTION, Bands, adaptation, adapted_bands
+from swinv2_train.weights.inflation import inflated, inflation
 from swinv2_train.weights.names import ConvertedWeights
 from swinv2_train.weights.segmenter import AUXILIARY, check_same_heads
 
@@ -47,6 +48,8 @@ class LoadReport:
     """What stood before all names in the source."""
     bands: str = ""
     """How the patch embedding came to the model's channels, where the source has others; "" where it has not."""
+    clips: str = ""
+    """How weights of images became those of clips (inflation.py); "" where they did not."""
     not_finite: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Of the weights that were read so far, those that hold NaN or infinity: how many values, of how many."""
 
@@ -67,8 +70,7 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{len(names)} {what}: {_some(names)}")
-        if self.bands:
-            lines.append(f"note: {self.bands}")
+        lines += [f"note: {said}" for said in (self.bands, self.clips) if said]
         if self.not_finite:
             lines.append(f"warning: {self.not_finite_text()}")
         return "\n".join(lines)
@@ -92,7 +94,7 @@ def match_weights(
     map22kto1k.txt).  What the model has no task part for is left out.
 
     bands: how a patch embedding of another number of channels is adapted (bands.py); None refuses it.  A sequence and
-    "fresh" are done with the same number too.
+    "fresh" are done with the same number too.  Weights of images are inflated for a model of clips (inflation.py).
 
     strict=False reports missing and unexpected names in place of raising.  A shape that differs is always a
     ConfigError, as is a source of which nothing fits; it lists the first few names and says what the difference means.
@@ -108,12 +110,19 @@ def match_weights(
     added = {name for name in shapes if _is_added(name)}
     backbone = {name: shape for name, shape in shapes.items() if name not in added}
     said_of_bands = ""
-    if bands is not None and PROJECTION in theirs and len(theirs[PROJECTION].shape) == 4 and PROJECTION in backbone:
+    if (
+        bands is not None
+        and PROJECTION in theirs
+        and len(theirs[PROJECTION].shape) in (4, 5)
+        and PROJECTION in backbone
+    ):
         source_channels, channels = theirs[PROJECTION].shape[1], backbone[PROJECTION][1]
         if source_channels != channels or not isinstance(bands, str):
             said_of_bands = adaptation(source_channels, channels, bands)
         if bands != "fresh":
             theirs[PROJECTION] = adapted_bands(theirs[PROJECTION], channels, bands, origin)
+    of_clips = inflated(theirs, shapes)
+    theirs |= of_clips
     if head != "fresh":
         check_same_heads(theirs, shapes, origin)
     missing = [name for name in backbone if name not in theirs]
@@ -154,6 +163,7 @@ def match_weights(
         left_out=(*(named[name] for name in unwanted), *source.left_out),
         prefix=source.prefix,
         bands=said_of_bands,
+        clips=inflation(of_clips, shapes[PROJECTION][2]) if of_clips else "",
     )
     return LazyTensors({ours[name]: _watched(ours[name], theirs[name], report.not_finite) for name in loaded}), report
 
@@ -313,8 +323,9 @@ def model_facts(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """What names and shapes tell of a backbone: the constructor's arguments, as far as weights show them."""
     facts: dict[str, Any] = {}
     projection = shapes.get("patch_embed.proj.weight", ())
-    if len(projection) == 4:
-        facts |= {"embed_dim": projection[0], "in_chans": projection[1], "patch_size": projection[2]}
+    if len(projection) in (4, 5):
+        facts |= {"embed_dim": projection[0], "in_chans": projection[1], "patch_size": projection[-1]}
+        facts["inputs"] = "images" if len(projection) == 4 else f"clips with patches of {projection[2]} frames"
     depths: dict[int, int] = {}
     for name in shapes:
         if match := re.match(r"layers\.([0-9]{1,9})\.blocks\.([0-9]{1,9})\.", name):

@@ -23,7 +23,7 @@ from tests.support.configs import composed
 from tests.support.evaluation import evaluated
 from tests.support.harness import run_distributed
 from tests.support.one_rank import ONE
-from tests.support.segmenter import MODES, SEGMENT, plain_scores, png, randomised, scenes, write_scenes
+from tests.support.segmenter import MODES, SEGMENT, odd_scenes, plain_scores, png, randomised, scenes, write_scenes
 
 ZERO_3 = ("engine=zero3", "engine.persistence_threshold=0", "engine.precision=fp32")
 EVALUATED = scenes(7, seed=1)
@@ -59,7 +59,9 @@ def test_a_run_under_zero_3_is_scored_as_plain_numpy_scores_it_on_any_number_of_
     task.module.load_state_dict(read_checkpoint_weights(find_checkpoint(run_dir)))
     expected = plain_scores(task, EVALUATED)
     assert {name: lines[2][name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    again = (f"run_dir={run_dir}", "train.micro_batch_size=2", "task.class_names=[wall,sky,tree,road,car]")
+    splits = {"odd": odd_scenes(), "few": EVALUATED[:1]}  # of any shape; fewer than ranks
+    named = [f"+data.eval_splits.{n}.shards={write_scenes(tmp_path / f'{n}.tar', each)}" for n, each in splits.items()]
+    again = (f"run_dir={run_dir}", "train.micro_batch_size=2", "task.class_names=[wall,sky,tree,road,car]", *named)
     found = [evaluated(capfd, *again, f"out={tmp_path}/{ranks}", ranks=ranks) for ranks in (1, 2, 3)]
     tables = [json.loads((tmp_path / str(ranks) / "evaluation.json").read_text()) for ranks in (1, 2, 3)]
     for name in ("classes", "class_iou", "class_accuracy", "class_pixels", "confusion"):
@@ -73,6 +75,13 @@ def test_a_run_under_zero_3_is_scored_as_plain_numpy_scores_it_on_any_number_of_
     shutil.copytree(tmp_path / "3", run_dir / "evaluation")
     page = write_report(run_dir, curves=False).read_text()
     assert "<th>IoU, %</th>" in page and "<td>sky</td>" in page and "which class is taken for which" in page
+    for name, pairs in splits.items():
+        expected = plain_scores(task, pairs)
+        for line in (each["splits"][name] for each in found):
+            assert line["images"] == len(pairs)
+            assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-5), name
+            exact = ("val/miou", "val/macc", "val/aacc")
+            assert all(line[key] == found[0]["splits"][name][key] for key in exact)
     for line in found:
         assert line["images"] == 7
         assert all(line[name] == lines[2][name] for name in ("val/miou", "val/macc", "val/aacc"))

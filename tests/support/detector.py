@@ -34,7 +34,8 @@ HEADS = {
 
 
 def detector(*overrides: str, device: str = "cpu"):
-    """The task with weights that are all random."""
+    """The task with weights that are all random, the same at every call."""
+    torch.manual_seed(0)
     task = build_task(composed([*DETECT, "run_dir=x", "data.shards=unused", *overrides]), torch.device(device))
     return randomised(task)
 

@@ -56,25 +56,52 @@ CASES = {
     "shorter side: 20x12, 10x6": {"img_size": (40, 24), "window_size": 8, "clamp_to_shorter_side": True},
 }  # fmt: skip
 
+# Clips: every axis clamped, shifted and padded, alone and together.  (T, H, W) in the names are the first map's.
+CLIP_CASES = {
+    "4x8x8, window 2x4x4": {"frames": 4, "img_size": 16, "window_frames": 2, "window_size": 4},
+    "8x4x4, window 8x4x4 takes all": {"frames": 8, "img_size": 8, "window_frames": 8, "window_size": 4},
+    "patches of 2 frames": {"frames": 8, "patch_frames": 2, "img_size": 16, "window_frames": 2, "window_size": 4},
+    "5 frames, window 2 does not divide them": {"frames": 5, "img_size": 12, "window_frames": 2, "window_size": 3},
+    "odd maps 3x7x5": {"frames": 3, "img_size": (14, 10), "window_frames": 2, "window_size": 4},
+    "time alone is shifted": {"frames": 6, "img_size": 8, "window_frames": 4, "window_size": 8},
+    "sides alone are shifted": {"frames": 2, "img_size": 16, "window_frames": 8, "window_size": 4},
+    "windows of one frame": {"frames": 3, "img_size": 16, "window_frames": 1, "window_size": 4},
+    "one frame": {"frames": 1, "img_size": 16, "window_frames": 8, "window_size": 4},
+    "pretrained windows of all axes": {
+        "frames": 4, "img_size": (16, 12), "window_frames": 4, "window_size": (4, 3),
+        "pretrained_window_sizes": ((3, 9), (0, 5)), "pretrained_window_frames": 7,
+    },
+    "extra norms, three stages": {
+        "frames": 4, "img_size": 16, "window_frames": 2, "window_size": 3, "extra_norm_period": 2,
+        "depths": (2, 2, 2), "num_heads": (1, 2, 2),
+    },
+}  # fmt: skip
+
 QUICK_AND_SLOW = [pytest.param(case, marks=pytest.mark.slow) if "40x36" in case else case for case in CASES]
 """CASES for parametrize: the map of 1440 tokens takes seconds."""
 
 
 def settings_of(case: str) -> dict:
-    settings = {"patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), **CASES[case]}
+    settings = {"patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), **(CASES | CLIP_CASES)[case]}
     settings.setdefault("pretrained_window_sizes", (0,) * len(settings["depths"]))
     return settings
 
 
 def reference_of(model: SwinTransformerV2, settings: dict, state: dict, images, mask=None) -> list[torch.Tensor]:
+    patch, window, pretrained = settings["patch_size"], model.window_size, settings["pretrained_window_sizes"]
+    if "frames" in settings:
+        patch = (settings.get("patch_frames", 1), patch, patch)
+        window = (settings["window_frames"], *window)
+        pairs = [(given, given) if isinstance(given, int) else given for given in pretrained]
+        pretrained = [(settings.get("pretrained_window_frames", 0), *pair) for pair in pairs]
     return reference_features(
         state,
         images,
-        patch=settings["patch_size"],
+        patch=patch,
         depths=settings["depths"],
         heads=settings["num_heads"],
-        window=model.window_size,
-        pretrained=settings["pretrained_window_sizes"],
+        window=window,
+        pretrained=pretrained,
         norm_period=settings.get("extra_norm_period", 0),
         mask=mask,
         clamp_to_shorter_side=settings.get("clamp_to_shorter_side", False),

@@ -27,17 +27,18 @@ def reference_features(
     """The map of every stage, (B, C, h, w) each, the last one normed, of images (B, 3, H, W).
 
     window: (rows, cols); pretrained: an int or (rows, cols) per stage, 0 = the clamped window of this image.
+    Of clips (B, 3, T, H, W): maps (B, C, t, h, w), windows (frames, rows, cols), patch (frames, side, side).
     """
-    x = torch.nn.functional.conv2d(
-        images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch
-    )
-    x = layer_norm(x.permute(0, 2, 3, 1), state, "patch_embed.norm")  # (B, H, W, C)
+    convolution = torch.nn.functional.conv2d if images.ndim == 4 else torch.nn.functional.conv3d
+    x = convolution(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch)
+    x = layer_norm(torch.movedim(x, 1, -1), state, "patch_embed.norm")  # (B, H, W, C) or (B, T, H, W, C)
     if mask is not None:
         keep = (~mask).to(x.dtype)[..., None]
+        keep = keep if x.ndim == 4 else keep[:, None]
         x = x * keep + state["mask_token"].view(-1) * (1 - keep)
     maps = []
     for i, depth in enumerate(depths):
-        clamped, may_shift = official_window(x.shape[1:3], window, clamp_to_shorter_side)
+        clamped, may_shift = official_window(x.shape[1:-1], window, clamp_to_shorter_side)
         trained = (pretrained[i], pretrained[i]) if isinstance(pretrained[i], int) else pretrained[i]
         trained = [t or w for t, w in zip(trained, clamped, strict=True)]
         for j in range(depth):
@@ -52,7 +53,7 @@ def reference_features(
         if i < len(depths) - 1:
             x = merge(x, state, f"layers.{i}.downsample")
     maps[-1] = layer_norm(x, state, "norm")
-    return [x.permute(0, 3, 1, 2) for x in maps]
+    return [torch.movedim(x, -1, 1) for x in maps]
 
 
 def reference_simmim(state, images, mask, *, patch, **settings):
@@ -78,6 +79,7 @@ def official_window(size, window, clamp_to_shorter_side):
     """The window per axis after clamping, and per axis whether odd blocks shift it."""
     if clamp_to_shorter_side:  # the official code, for one int
         shorter = min(size)
+        assert len(size) == 2, "the official code has no clips"
         return ([shorter] * 2, [False] * 2) if shorter <= window[0] else (list(window), [True] * 2)
     return [min(w, n) for w, n in zip(window, size, strict=True)], [n > w for w, n in zip(window, size, strict=True)]
 
@@ -96,37 +98,40 @@ def mlp(x, state, name):
 
 def merge(x, state, name):
     """Neighbours (0,0) (1,0) (0,1) (1,1); those beyond an odd map's edge are zeros."""
-    batch, height, width, dim = x.shape
-    whole = x.new_zeros(batch, height + height % 2, width + width % 2, dim)
-    whole[:, :height, :width] = x
-    parts = [whole[:, 0::2, 0::2], whole[:, 1::2, 0::2], whole[:, 0::2, 1::2], whole[:, 1::2, 1::2]]
+    *leading, height, width, dim = x.shape
+    whole = x.new_zeros(*leading, height + height % 2, width + width % 2, dim)
+    whole[..., :height, :width, :] = x
+    parts = [whole[..., row::2, col::2, :] for row, col in ((0, 0), (1, 0), (0, 1), (1, 1))]
     return layer_norm(torch.cat(parts, dim=-1) @ state[f"{name}.reduction.weight"].T, state, f"{name}.norm")
 
 
 def attention(x, state, name, heads, window, shift, trained):
     """Attention of all tokens to all tokens of the map that fall into the same window of the shifted map.
 
-    The map is thought to go on to whole windows.  A token at (r, c) stands at (r - shift, c - shift) of the shifted
-    map, cyclically; tokens of a window of which one wrapped around that edge and the other did not are kept apart by
-    -100.
+    The map is thought to go on to whole windows.  A token at (r, c), of a clip (t, r, c), stands at
+    (r - shift, c - shift) of the shifted map, cyclically; tokens of a window of which one wrapped around that edge and
+    the other did not are kept apart by -100, and the two ends of a clip for good.
     """
-    batch, rows, cols, dim = x.shape
-    whole = [-(-n // w) * w for n, w in zip((rows, cols), window, strict=True)]
-    cell = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).view(-1, 2)  # (tokens, 2)
+    batch, *size, dim = x.shape
+    whole = [-(-n // w) * w for n, w in zip(size, window, strict=True)]
+    cell = torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size))  # (tokens, axes)
     place = (cell - torch.tensor(shift)) % torch.tensor(whole)
     wrapped = cell < torch.tensor(shift)
     same_window = (place[:, None] // torch.tensor(window) == place[None] // torch.tensor(window)).all(-1)
     apart = (wrapped[:, None] != wrapped[None]).any(-1)  # (queries, keys)
     additive = torch.zeros(len(cell), len(cell), dtype=x.dtype)
     additive[apart] = -100.0
+    if len(size) == 3:
+        additive[wrapped[:, None, 0] != wrapped[None, :, 0]] = -math.inf
     additive[~same_window] = -math.inf
 
-    reach = torch.cartesian_prod(torch.arange(1 - window[0], window[0]), torch.arange(1 - window[1], window[1]))
-    table = position_bias(reach.view(2 * window[0] - 1, 2 * window[1] - 1, 2).to(x.dtype), state, name, trained)
+    reach = torch.cartesian_prod(*(torch.arange(1 - w, w) for w in window))
+    reach = reach.view(*(2 * w - 1 for w in window), len(window)).to(x.dtype)
+    table = position_bias(reach, state, name, trained)
     offset = (place[:, None] - place[None]) + torch.tensor(window) - 1  # indices into the table; other windows: any
     offset = torch.where(same_window[..., None], offset, 0)
 
-    tokens = x.reshape(batch, rows * cols, dim)
+    tokens = x.reshape(batch, len(cell), dim)
     weight, d = state[f"{name}.qkv.weight"], dim // heads
     no_bias = torch.zeros(dim, dtype=x.dtype)
     q = tokens @ weight[:dim].T + state.get(f"{name}.q_bias", no_bias)
@@ -137,15 +142,19 @@ def attention(x, state, name, heads, window, shift, trained):
     for h in range(heads):
         qh, kh, vh = (t[..., h * d : (h + 1) * d] for t in (q, k, v))
         cosine = (qh / qh.norm(dim=-1, keepdim=True)) @ (kh / kh.norm(dim=-1, keepdim=True)).transpose(1, 2)
-        bias = table[offset[..., 0], offset[..., 1], h]
+        bias = table[offset.unbind(-1)][..., h]
         out.append(torch.softmax(cosine * scale[h] + bias + additive, dim=-1) @ vh)
     out = torch.cat(out, dim=-1) @ state[f"{name}.proj.weight"].T + state[f"{name}.proj.bias"]
-    return out.view(batch, rows, cols, dim)
+    return out.view(x.shape)
 
 
 def position_bias(offsets, state, name, trained):
-    """offsets (..., 2) in tokens -> bias (..., heads), by the window (rows, cols) at which it was trained."""
+    """offsets (..., 2) in tokens -> bias (..., heads), by the window (rows, cols) at which it was trained.
+
+    A clip's offsets are (time, rows, cols); its MLP reads time as the last column.
+    """
     x = offsets / torch.tensor([max(t - 1, 1) for t in trained], dtype=offsets.dtype) * 8
     x = torch.sign(x) * torch.log2(x.abs() + 1) / 3
+    x = torch.cat((x[..., -2:], x[..., :-2]), dim=-1)
     hidden = torch.relu(x @ state[f"{name}.cpb_mlp.0.weight"].T + state[f"{name}.cpb_mlp.0.bias"])
     return 16 / (1 + torch.exp(-(hidden @ state[f"{name}.cpb_mlp.2.weight"].T)))

@@ -46,6 +46,18 @@ def scenes(count: int = len(SIZES), seed: int = 0) -> list[tuple[np.ndarray, np.
     return found
 
 
+def odd_scenes() -> list[tuple[np.ndarray, np.ndarray]]:
+    """A single pixel, two stripes, and an image of which no pixel counts."""
+    rng = np.random.default_rng(7)
+    sizes = [(1, 1), (3000, 20), (2, 700), (40, 50)]
+    found = [
+        (rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(1, CLASSES + 1, size, dtype=np.uint8))
+        for size in sizes
+    ]
+    found[-1][1][:] = 0
+    return found
+
+
 def write_scenes(path: Path, pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
     """A shard of them, KEY.png and KEY.seg.png; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)

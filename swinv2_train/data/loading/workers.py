@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from swinv2_train.config import ConfigError, DataConfig, MachineError
-from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
+from swinv2_train.config.shown import MESSAGE_CHARACTERS, NOTES, shown
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch, fits
 from swinv2_train.data.sample import Sample, lacking
 from swinv2_train.data.transforms.bands import Bands, decode_bands
@@ -171,7 +171,7 @@ class Workers:
             for note in result.pop("notes", ()):
                 if note not in self._said:
                     self._said.add(note)
-                    _log.warning("%s", shown(note, MESSAGE_CHARACTERS))
+                    getLogger(NOTES).warning("%s", shown(note, MESSAGE_CHARACTERS))
             for problem in result["problems"]:
                 _log.warning("%s: %s", fetch.told_of_damage, shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
             yield result

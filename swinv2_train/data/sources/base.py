@@ -111,7 +111,8 @@ def open_source(
     """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
 
     Arguments as tar_reader.open_manifest's (of a folder, image_member is what its images' names end in), and
-    label_folders as open_folder's; what has no checksums cannot be verified.  Raises ShardError.
+    label_folders as open_folder's (of a saved data set the names of two columns); what has no checksums cannot be
+    verified.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
     if not os.path.isdir(directory):
@@ -127,5 +128,5 @@ def open_source(
                 f"data.image_member ({image_member}) names members of shards and files of folders, but {key} "
                 f"'{directory}' is a saved data set, whose images are a column; set data.image_member=null"
             )
-        return open_saved_dataset(directory, key, progress)
+        return open_saved_dataset(directory, key, progress, label_folders)
     return open_folder(directory, key, progress, image_member, label_folders)

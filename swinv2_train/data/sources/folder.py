@@ -7,6 +7,7 @@ by the same rules.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from swinv2_train.data.sample import (
 )
 from swinv2_train.data.sources.label_folders import (
     BESIDE,
-    MIRROR,
+    MIRRORS,
     LabelImages,
     mirrored,
     pairs_beside,
@@ -132,8 +133,8 @@ def _label_images(
 ) -> tuple[Listing, LabelImages | None]:
     """The images, without label images beside them, and the label images of these, in their order; None without."""
     if label_folders is not None:
-        root, suffix = mirrored(path, label_folders, key), MIRROR
-        found = list_folder(root, f"the label images of {key} '{path}', {root},", progress, suffix[1:])
+        root = mirrored(path, label_folders, key)
+        found, suffix = _listed_labels(root, f"the label images of {key} '{path}', {root},", progress)
     else:
         root, suffix = path, BESIDE
         if image_member is None:
@@ -152,6 +153,14 @@ def _label_images(
     if extra and progress is not None:
         progress(f"warning: {len(extra)} label images below {root} have no image in {path} ({listed(extra)})")
     return images, LabelImages(root, suffix, np.array([size_of.get(name, -1) for name in names], "<i8"))
+
+
+def _listed_labels(root: str, what: str, progress: Callable[[str], None] | None) -> tuple[Listing, str]:
+    """The label images in a folder of their own, and what their names end in: the first of MIRRORS that any has."""
+    for suffix in MIRRORS[:-1]:
+        with contextlib.suppress(ShardError):  # none of these: said of the last
+            return list_folder(root, what, progress, suffix[1:]), suffix
+    return list_folder(root, what, progress, MIRRORS[-1][1:]), MIRRORS[-1]
 
 
 def _listed_beside(path: str, key: str) -> list[tuple[str, int]]:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from swinv2_train.config.shown import shown
 from swinv2_train.data.class_names import canonical
 from swinv2_train.data.sample import Sample, SampleError, ShardError, again, labelled, unreadable
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
-from swinv2_train.data.sources.array_columns import array_fault, array_type, is_array, npy_bytes, plain_lists
+from swinv2_train.data.sources.array_columns import ARRAYS, array_fault, array_type, is_array, npy_bytes, plain_lists
+from swinv2_train.data.sources.label_folders import pixel_class_names
 from swinv2_train.data.sources.virtual_shards import VirtualShards, VirtualShardsReader, packed_index, packing_order
 from swinv2_train.storage.json_files import Shape, anything, file_name, listing, mapping, record, text
 
@@ -53,7 +55,19 @@ class SavedDataset(VirtualShards):
     image_column: str
     rows: np.ndarray
     """int64 (images,): the number of the row at each place of the packing order."""
+    label_column: str | None = None
+    """The column of label images, whose pixels are classes."""
+    has_label_image: np.ndarray | None = None
+    """bool (images,), in packing order; None without that column."""
     labels_from = "a column of class labels"
+
+    @cached_property
+    def unsegmented(self) -> tuple[int, ...]:
+        """Images per shard without a label image."""
+        if self.has_label_image is None:
+            return self.counts
+        ends = np.cumsum(self.counts)
+        return tuple(int((~shard).sum()) for shard in np.split(self.has_label_image, ends[:-1]))
 
     def open_reader(self, max_open: int = 64) -> SavedDatasetReader:
         """max_open: of no meaning here; all files are mapped into memory, and none stays open."""
@@ -66,14 +80,19 @@ def is_saved_dataset(directory: str) -> bool:
 
 
 def open_saved_dataset(
-    path: str, key: str = "data.shards", progress: Callable[[str], None] | None = None
+    path: str,
+    key: str = "data.shards",
+    progress: Callable[[str], None] | None = None,
+    columns: Sequence[str] | None = None,
 ) -> SavedDataset:
     """Find the image and the label column of a saved data set by their types, and read the labels.
 
     Images are files in a column of type Image, or, where there is none, arrays in one of type Array2D or Array3D.
 
-    key: the config key that error messages name.  progress: receives a line.  Raises ShardError for several splits, a
-    damaged directory, no or several columns of a kind, or no rows; ConfigError when pyarrow is not installed.
+    key: the config key that error messages name.  progress: receives a line.  columns: those of the images and of their
+    label images, whose pixels are classes (data.label_folders); then a column of labels is none.  Raises ShardError for
+    several splits, a damaged directory, no or several columns of a kind, or no rows; ConfigError when pyarrow is not
+    installed.
     """
     path, source = os.path.abspath(path), f"{key} '{path}'"
     _check_single(path, source)
@@ -83,25 +102,48 @@ def open_saved_dataset(
     features = info.get("features") or {}
     _check_shape(features, _FEATURES, f"{path}: {_INFO}: features")
     _check_shape(state, _STATE_SHAPE, f"{path}: {_STATE}")
-    image, label = find_columns(features, source)
+    image, label = find_columns(features, source) if columns is None else named_columns(features, columns, source)
     files = tuple(file["filename"] for file in state["_data_files"])
-    labels, file_rows = [], []
+    labels, file_rows, segmented = [], [], []
     for file in files:
-        table = _open_table(os.path.join(path, file), image, label)
+        table = _open_table(os.path.join(path, file), image, label, files_in=() if columns is None else columns[1:])
         file_rows.append(table.num_rows)
-        labels.append(_labels(table, label, os.path.join(path, file)))
+        labels.append(_labels(table, None if columns else label, os.path.join(path, file)))
+        if columns is not None:
+            segmented.append(np.array(table.column(label).is_valid().to_pylist(), bool))
     if not sum(file_rows):
         raise ShardError(f"{source} holds no rows; name a data set that has some")
     rows = np.array(packing_order(sum(file_rows)), "<i8")
     in_order = np.concatenate(labels)[rows]
-    classes = None if label is None else _class_names(features[label], in_order, source)
+    has_label_image = np.concatenate(segmented)[rows] if columns else None
+    if columns is not None:
+        classes = pixel_class_names(Path(path), levels=0)
+    else:
+        classes = None if label is None else _class_names(features[label], in_order, source)
     digest = hashlib.sha256(f"{state['_fingerprint']}\0{image}\0{label}\0".encode())
     for part in (rows, in_order):
         digest.update(part.tobytes())
     if progress is not None:
         told = "none" if label is None else f"'{label}'"
-        progress(f"{path}: {len(rows)} rows; images in the column '{image}', labels in {told}")
-    return SavedDataset(path, in_order, classes, digest.hexdigest(), files, tuple(file_rows), image, rows)
+        what = "labels" if columns is None else "label images"
+        progress(f"{path}: {len(rows)} rows; images in the column '{image}', {what} in {told}")
+    return SavedDataset(
+        path, in_order, classes, digest.hexdigest(), files, tuple(file_rows), image, rows,
+        None if columns is None else label, has_label_image,
+    )  # fmt: skip
+
+
+def named_columns(features: Mapping[str, Any], columns: Sequence[str], source: str) -> tuple[str, str]:
+    """The columns of images and of label images, which are files.  Raises ShardError where they are others."""
+    listed = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items()) or "none"
+    for column, wanted in zip(columns, (("Image", *ARRAYS), ("Image",)), strict=True):
+        kind = features.get(column)
+        if not isinstance(kind, dict) or kind.get("_type") not in wanted:
+            raise ShardError(
+                f"data.label_folders ({', '.join(columns)}): {source} has no column '{column}' of type "
+                f"{' or '.join(wanted)}; its columns: {listed}; name those of the images and of their label images"
+            )
+    return columns[0], columns[1]
 
 
 def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | None]:
@@ -131,6 +173,7 @@ def find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str | N
             raise ShardError(
                 f"{source} has {len(found)} columns that may be the {what}: {', '.join(found)}; its columns: {listed}; "
                 "keep one of them (select_columns([...])) and save it again"
+                + (f"; of label images: data.label_folders=[{found[0]},{found[1]}]" if what == "images" else "")
             )
     return images[0], labels[0] if labels else None
 
@@ -198,7 +241,7 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _open_table(path: str, image: str, label: str | None) -> Any:
+def _open_table(path: str, image: str, label: str | None, files_in: Sequence[str] = ()) -> Any:
     """The two columns of an Arrow file, mapped into memory: nothing of the images is read yet.
 
     Their lengths and offsets are compared with the file first: pyarrow believes them, and a flipped bit in one ended
@@ -211,6 +254,8 @@ def _open_table(path: str, image: str, label: str | None) -> Any:
             complete = file.read() == _END_MARK
         table = plain_lists(arrow.ipc.open_stream(arrow.memory_map(path)).read_all(), image)
         _check_columns(table, image, label, path)
+        for column in files_in:
+            _check_columns(table, column, None, path)
         table = table.select([image] if label is None else [image, label])
         table.validate(full=True)
     except ShardError:
@@ -265,17 +310,24 @@ class SavedDatasetReader(VirtualShardsReader):
     def __init__(self, dataset: SavedDataset) -> None:
         _pyarrow()  # here, or every worker process would import it on its own
         self.dataset = dataset
-        self._chunks: tuple[list[int], list[Any]] | None = None
+        self._chunks: tuple[list[int], list[list[Any]]] | None = None
 
     def read(self, shard: int, index: int) -> Sample:
         """The row's bytes.  Raises SampleError where there are none, ShardError where a file has changed."""
         path, place = self.dataset.path, packed_index(shard, index)
         key = self.key(shard, index)
-        starts, chunks = self._mapped()
+        starts, columns = self._mapped()
         chunk = bisect_right(starts, int(self.dataset.rows[place])) - 1
-        cell = chunks[chunk][int(self.dataset.rows[place]) - starts[chunk]]
+        cell, *labels = (chunks[chunk][int(self.dataset.rows[place]) - starts[chunk]] for chunks in columns)
         image, extension = _array(cell, path, key) if array_type(cell.type) else _file(cell, path, key)
-        return Sample(key, image, extension, labelled(int(self.dataset.labels[place])), path)
+        targets = labelled(int(self.dataset.labels[place]))
+        if self.dataset.has_label_image is not None and self.dataset.has_label_image[place]:
+            try:
+                content, _ = _file(labels[0], path, key)
+            except SampleError as error:
+                raise SampleError(f"its label image: {error.cause}", path, key) from error
+            targets = {**targets, "segmentation": content}
+        return Sample(key, image, extension, targets, path)
 
     def key(self, shard: int, index: int) -> str:
         """The number of the row."""
@@ -285,17 +337,21 @@ class SavedDatasetReader(VirtualShardsReader):
         """Let the mapped files go; the next read maps them again."""
         self._chunks = None
 
-    def _mapped(self) -> tuple[list[int], list[Any]]:
-        """The number of the first row, and the images, of every batch of rows that the files hold."""
+    def _mapped(self) -> tuple[list[int], list[list[Any]]]:
+        """The number of the first row of every batch of rows that the files hold, and their images and label images."""
         if self._chunks is None:
-            chunks: list[Any] = []
+            image, label = self.dataset.image_column, self.dataset.label_column
+            columns: list[list[Any]] = [[]] if label is None else [[], []]
             for name, rows in zip(self.dataset.files, self.dataset.file_rows, strict=True):
-                table = _open_table(os.path.join(self.dataset.path, name), self.dataset.image_column, None)
+                path = os.path.join(self.dataset.path, name)
+                table = _open_table(path, image, label, files_in=() if label is None else (label,))
                 if table.num_rows != rows:
                     raise ShardError(f"{self.dataset.path}: {name} changed since the run started; {_AGAIN}")
-                chunks += [chunk for chunk in table.column(self.dataset.image_column).chunks if len(chunk)]
-            starts = np.cumsum([0, *map(len, chunks)])[:-1].tolist()
-            self._chunks = (starts, chunks)
+                for batch in table.to_batches():
+                    for number, chunks in enumerate(columns if batch.num_rows else ()):
+                        chunks.append(batch.column(number))
+            starts = np.cumsum([0, *map(len, columns[0])])[:-1].tolist()
+            self._chunks = (starts, columns)
         return self._chunks
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from swinv2_train.data.sample import MEMBERS, SEGMENTATION, ShardError
 
 BESIDE = f".{MEMBERS[SEGMENTATION].suffix}"
 """What the name of a label image beside its image ends in."""
-MIRROR = ".png"
-"""What the name of a label image in a folder of its own ends in."""
+MIRRORS = (".png", ".tif", ".tiff")
+"""What the name of a label image in a folder of its own ends in, all alike."""
 ADE20K_NAMES = "objectInfo150.txt"
 """In ADE20K's folder: a table of the classes, numbered from 1, their names in the last column."""
 _NAMES_BYTES = 2**20
@@ -59,7 +59,7 @@ def pairs_beside(names: Iterable[str]) -> dict[str, str]:
 
 def pairs_of(images: Iterable[str], labels: Iterable[str]) -> dict[str, str]:
     """The label image of each image that has one of the same path, but for the ending, among `labels`."""
-    known = {stem(name): name for name in labels if name.endswith(MIRROR)}
+    known = {stem(name): name for name in sorted(labels, reverse=True) if name.endswith(MIRRORS)}  # PNG before TIFF
     return {name: known[stem(name)] for name in images if stem(name) in known}
 
 

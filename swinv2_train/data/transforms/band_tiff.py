@@ -57,8 +57,9 @@ def tifffile_module() -> Any:
     return tifffile
 
 
-def read_tiff(data: bytes, check_shape: CheckShape) -> Array:
-    """All bands of the first size of image in the file.  Raises ValueError for what is damaged or not whole."""
+def read_tiff(data: bytes, check_shape: CheckShape, stored: bool = False) -> Array:
+    """All bands of the first size of image in the file.  stored: its numbers are no colours: those of a palette stay,
+    and none is inverted.  Raises ValueError for what is damaged or not whole."""
     with tifffile_module().TiffFile(io.BytesIO(data), is_ome=False) as file:
         first = file.pages[0]
         pages = [first]
@@ -78,10 +79,10 @@ def read_tiff(data: bytes, check_shape: CheckShape) -> Array:
                     "bands of one image"
                 )
             pages.append(page)
-        _check_page(first)
+        _check_page(first, stored)
         height, width = (first.shape[first.axes.index(axis)] for axis in "YX")
         check_shape(height, width, len(pages) * first.samplesperpixel)
-        bands = [_values(page, data) for page in pages]
+        bands = [_values(page, data, stored) for page in pages]
         names = _band_names(first, sum(band.shape[2] for band in bands))
         nodata = _nodata(first)
         turn = _TURNS.get(int(first.tags.valueof(_ORIENTATION, 1)))
@@ -89,17 +90,17 @@ def read_tiff(data: bytes, check_shape: CheckShape) -> Array:
     return Array(values if turn is None else turn(values), names, nodata)
 
 
-def _check_page(page: TiffPage) -> None:
+def _check_page(page: TiffPage, stored: bool) -> None:
     if page.dtype is None:
         raise ValueError(f"{page.bitspersample} bits a sample are not read")
     check_type(np.dtype(page.dtype))
     if page.axes not in ("YX", "YXS", "SYX") or 0 in page.shape:
         raise ValueError(f"its axes are {page.axes} {page.shape}, not rows, columns and samples")
-    if int(page.photometric) == _PALETTE:
+    if not stored and int(page.photometric) == _PALETTE:
         raise ValueError("its pixels are entries of a palette; save their colours, or grey")
 
 
-def _values(page: TiffPage, data: bytes) -> np.ndarray:
+def _values(page: TiffPage, data: bytes, stored: bool) -> np.ndarray:
     """(H, W, samples)"""
     offsets, counts = page.dataoffsets, page.databytecounts
     if len(offsets) != int(np.prod(page.chunked, dtype=object)) and not page.is_contiguous:
@@ -116,7 +117,8 @@ def _values(page: TiffPage, data: bytes) -> np.ndarray:
     if page.compression == _JPEG:
         _check_jpeg_strips(page, data)
     values: np.ndarray = page.asarray(maxworkers=1)
-    if page.photometric is not None and int(page.photometric) == _WHITE_IS_ZERO and values.dtype.kind == "u":
+    inverted = not stored and page.photometric is not None and int(page.photometric) == _WHITE_IS_ZERO
+    if inverted and values.dtype.kind == "u":
         values = (2**page.bitspersample - 1) - values
     if page.axes == "SYX":
         return np.moveaxis(values, 0, 2)

@@ -1,4 +1,4 @@
-"""Label images: PNG files whose pixels are the numbers of classes, read as they are and never as colours."""
+"""Label images: PNG or TIFF files whose pixels are the numbers of classes, read as they are and never as colours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import partial
 import numpy as np
 
 from swinv2_train.data.sample import SampleError
+from swinv2_train.data.transforms.band_tiff import SIGNATURES as TIFF_SIGNATURES
+from swinv2_train.data.transforms.band_tiff import read_tiff
 from swinv2_train.data.transforms.decode import MAX_PIXELS, DecodeError, check_png_rows, check_size, reading
 from swinv2_train.data.transforms.png import SIGNATURE, Png, read_png
 
@@ -20,14 +22,16 @@ _LISTED = 8
 def read_label_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The numbers in a label image: of a palette its indices, of grey its values, of 1 to 16 bits.
 
-    data: a PNG file's bytes.  Returns uint8 (H, W), or uint16 where the file has 16 bits.  Raises DecodeError for
-    damaged bytes, more pixels than max_pixels, and colours, which are no numbers of classes; MachineError where the
-    machine cannot decode any.
+    data: the bytes of a PNG or TIFF file.  Returns uint8 (H, W), or uint16 where the file has 16 bits.  Raises
+    DecodeError for damaged bytes, more pixels than max_pixels, and colours, which are no numbers of classes;
+    MachineError where the machine cannot decode any.
     """
+    if data.startswith(TIFF_SIGNATURES):
+        return _read_tiff(data, max_pixels)
     with reading(data, "png"):
         if data[:8] != SIGNATURE:
             raise DecodeError(
-                "a label image that is no PNG file; save the numbers of the classes as PNG (JPEG changes them)"
+                "a label image that is no PNG or TIFF file; save the numbers of the classes as PNG (JPEG changes them)"
             )
         png = read_png(data, partial(check_size, max_pixels=max_pixels))
         colour = png.data[25]
@@ -39,6 +43,30 @@ def read_label_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         values = _values(png)
         check_png_rows(png, values[-1])
         return values
+
+
+def _read_tiff(data: bytes, max_pixels: int) -> np.ndarray:
+    def check(height: int, width: int, bands: int) -> None:
+        check_size(height, width, max_pixels)
+        if bands != 1:
+            raise DecodeError(f"a label image of {bands} bands, which are no numbers of classes; save one of them")
+
+    with reading(data, "tif"):
+        values = read_tiff(data, check, stored=True).values[..., 0]
+        if values.dtype not in (np.uint8, np.uint16):
+            raise DecodeError(f"a label image of {values.dtype}; save the numbers of the classes as uint8 or uint16")
+        return np.ascontiguousarray(values)
+
+
+def as_png(data: bytes) -> bytes:
+    """A label image as a PNG file, which it is as a rule; raises what read_label_image raises."""
+    if not data.startswith(TIFF_SIGNATURES):
+        return data
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(read_label_image(data)).save(file, "PNG")
+    return file.getvalue()
 
 
 def _values(png: Png) -> np.ndarray:

@@ -19,7 +19,9 @@ class Objects(NamedTuple):
     draw: Tensor
     """(B,) int64: of which the choice of what is learnt from is a function."""
     masks: Tensor | None = None
-    """(B, M, H, ceil(W / 8)) uint8: eight pixels a byte, the leftmost in the highest bit; None = boxes alone."""
+    """(B, M, H, ceil(W / 8)) uint8: eight pixels a byte, the leftmost in the highest bit; None = boxes alone.
+
+    Without any pixel: the object's mask is not known."""
 
     @property
     def real(self) -> Tensor:

@@ -165,11 +165,12 @@ class RoIHead(nn.Module):
         return clipped(decode(deltas, boxes, stage.stds), pyramid.extent)
 
     def _mask_loss(self, i: int, pyramid: Pyramid, chosen: Chosen, objects: Objects) -> Tensor:
-        """Binary cross-entropy of the right class's mask, the mean over samples that stand for objects: (B,)"""
+        """Binary cross-entropy of the right class's mask, the mean over samples whose object has a mask: (B,)"""
         assert objects.masks is not None, "masks are learnt from masks"
         number = self.settings.mask_samples  # the first ones, for those that stand for objects come first
         sample, boxes, classes = chosen.sample, chosen.boxes[:, :number], chosen.classes[:, :number]
-        positive = sample.positive[:, :number]
+        known = (objects.masks.flatten(2).amax(dim=2) > 0).gather(1, sample.place)
+        positive = (sample.positive & known)[:, :number]
         boxes = torch.where(positive.unsqueeze(-1), boxes, 0.0)
         features = pooled(pyramid.maps, pyramid.strides, boxes, MASK_SIDE)
         logits = of_class(self._mask_logits(i, features), classes.flatten())  # (B * N, 28, 28)

@@ -1,8 +1,9 @@
 // Windowed cosine attention on a CPU, forward and backward, one window and head at a time.
 //
 // The same operation as the Triton kernels (fused_kernels.py): softmax(cos(q, k) scale + bias + mask) v inside the
-// windows of a map, read from the projection (B, H, W, 3C) as it lies and written to (B, H, W, C).  A window's N x N
-// scores stay in the cache of the core that computes them.  Everything is computed in float32, whatever the map's type.
+// windows of a map, read from the projection (B, H, W, 3C) as it lies and written to (B, H, W, C); those of clips have
+// (T, H, W).  A window's N x N scores stay in the cache of the core that computes them.  Everything is computed in
+// float32, whatever the map's type.
 //
 // Legend: N tokens per window, d head dim; P and D are N and d rounded up to whole vectors.
 //
@@ -33,6 +34,7 @@ typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4)));
 
 constexpr float MASKED = -100.0f;  // between regions that the cyclic shift brought together
+constexpr float END_OF_CLIP = 4.0f;  // regions from here on and those before have nothing to do with each other
 constexpr float SMALLEST_LENGTH = 1e-12f;
 
 inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
@@ -133,7 +135,7 @@ inline void narrow(Vector x, BFloat16* y) {
 struct Sizes {
   long batch, map;         // images, and tokens of each
   long windows;            // of an image
-  long rows, cols;         // of a window
+  long frames, rows, cols;  // of a window; an image's has one frame
   long heads, dim;
   long chunks;             // of the windows of the batch
 };
@@ -161,25 +163,32 @@ struct Window {
   bool apart = false;      // more than one region
   std::vector<float> bias;  // (N, P): of the head, -inf for what rounding up added
   std::vector<float> region;  // (P)
+  std::vector<float> ends[2];  // (P) each, as seen from one of a clip's two ends: the other is as good as padding.
+                               // Empty where they do not meet
+  const float* seen = nullptr;  // the regions of the keys as the query at hand sees them
 
   explicit Window(const Map<T>& map)
-      : map(map), s(map.size), n(s.rows * s.cols), p((n + ROUND - 1) / ROUND * ROUND),
+      : map(map), s(map.size), n(s.frames * s.rows * s.cols), p((n + ROUND - 1) / ROUND * ROUND),
         d((s.dim + ROUND - 1) / ROUND * ROUND), channels(s.heads * s.dim), bias(n * p), region(p) {}
 
+  long offsets() const { return (2 * s.frames - 1) * (2 * s.rows - 1) * (2 * s.cols - 1); }
+
   // Where the table holds the bias of a query towards the first key of a row; that of the next key lies one before.
-  inline long place(long query, long key_row) const {
-    const long row = query / s.cols - key_row + s.rows - 1, col = query % s.cols + s.cols - 1;
-    return row * (2 * s.cols - 1) + col;
+  inline long place(long query, long key_frame, long key_row) const {
+    const long col = query % s.cols + s.cols - 1, line = query / s.cols;
+    const long row = line % s.rows - key_row + s.rows - 1, frame = line / s.rows - key_frame + s.frames - 1;
+    return (frame * (2 * s.rows - 1) + row) * (2 * s.cols - 1) + col;
   }
 
   void take_head(long which, const float* table) {
     head = which;
     for (long i = 0; i < n; i++) {
       float* row = &bias[i * p];
-      for (long r = 0; r < s.rows; r++) {
-        const float* from = table + place(i, r);
-        for (long c = 0; c < s.cols; c++) row[r * s.cols + c] = from[-c];
-      }
+      for (long f = 0, j = 0; f < s.frames; f++)
+        for (long r = 0; r < s.rows; r++, j += s.cols) {
+          const float* from = table + place(i, f, r);
+          for (long c = 0; c < s.cols; c++) row[j + c] = from[-c];
+        }
       std::fill(row + n, row + p, -INFINITY);
     }
   }
@@ -191,10 +200,22 @@ struct Window {
     tokens = map.tokens + window * n;
     regions = map.regions + window * n;
     apart = false;
+    bool meet = false;
     for (long j = 0; j < n; j++) {
       region[j] = regions[j];
       apart |= regions[j] != regions[0];
+      meet |= region[j] >= END_OF_CLIP;
     }
+    seen = region.data();
+    for (long end = 0; end < 2; end++) {
+      ends[end] = meet ? region : std::vector<float>();
+      for (float& each : ends[end])
+        if ((each >= END_OF_CLIP) != end) each = -1.0f;
+    }
+  }
+
+  void take_query(long i) {
+    if (!ends[0].empty()) seen = region[i] < 0 ? region.data() : ends[region[i] >= END_OF_CLIP].data();
   }
 
   // The window's rows of a map of `width` channels, beginning at channel `from`, into (P, D), zero where there is none.
@@ -261,7 +282,7 @@ struct Window {
   inline Vector added(long i, long j) const {
     Vector x = load(&bias[i * p + j]);
     if (apart) {
-      const Vector theirs = load(&region[j]);
+      const Vector theirs = load(seen + j);
       x += theirs != fill(region[i]) ? fill(MASKED) : Vector{};
       x = theirs == fill(-1.0f) ? fill(-INFINITY) : x;
     }
@@ -275,7 +296,7 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
   const Sizes& s = map.size;
   const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
   std::vector<float> q(p * d), k(p * d), kt(p * d), v(p * d), scores(p * p), o(p * d), of_query(p), of_key(p);
-  w.take_head(head, map.table + head * (2 * s.rows - 1) * (2 * s.cols - 1));
+  w.take_head(head, map.table + head * w.offsets());
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
     w.take(index);
     w.read(map.qkv, 3 * w.channels, 0, q.data());
@@ -286,6 +307,7 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
     transpose(k.data(), p, d, kt.data());
     multiply<false>(q.data(), d, kt.data(), p, scores.data(), p, p, p, d);
     for (long i = 0; i < n; i++) {
+      w.take_query(i);
       float* row = &scores[i * p];
       const float factor = scale[head] * of_query[i];
       Vector highest = fill(-INFINITY);
@@ -319,7 +341,7 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
   const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
   std::vector<float> q(p * d), k(p * d), v(p * d), across(p * d), go(p * d), gv(p * d), gq(p * d), gk(p * d);
   std::vector<float> weights(p * p), gradient(p * p), sums(n * p), of_query(p), of_key(p);
-  w.take_head(head, map.table + head * (2 * s.rows - 1) * (2 * s.cols - 1));
+  w.take_head(head, map.table + head * w.offsets());
   float scale_sum = 0;
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
     w.take(index);
@@ -334,6 +356,7 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
     transpose(v.data(), p, d, across.data());
     multiply<false>(go.data(), d, across.data(), p, gradient.data(), p, p, p, d);
     for (long i = 0; i < n; i++) {
+      w.take_query(i);
       const float denominator = lse[(index * s.heads + head) * n + i];
       const float factor = scale[head] * of_query[i];
       Vector products{};
@@ -362,12 +385,13 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
     w.write(gk.data(), grad_qkv, 3 * w.channels, w.channels);
   }
   grad_scale[chunk * s.heads + head] = scale_sum;
-  float* table = grad_table + (chunk * s.heads + head) * (2 * s.rows - 1) * (2 * s.cols - 1);
+  float* table = grad_table + (chunk * s.heads + head) * w.offsets();
   for (long i = 0; i < n; i++)
-    for (long r = 0; r < s.rows; r++) {
-      float* to = table + w.place(i, r);
-      for (long c = 0; c < s.cols; c++) to[-c] += sums[i * p + r * s.cols + c];
-    }
+    for (long f = 0, j = i * p; f < s.frames; f++)
+      for (long r = 0; r < s.rows; r++, j += s.cols) {
+        float* to = table + w.place(i, f, r);
+        for (long c = 0; c < s.cols; c++) to[-c] += sums[j + c];
+      }
 }
 
 template <typename T>

@@ -1,6 +1,7 @@
 """Windowed cosine attention on a CPU: cpu_attention.cpp, compiled on first use by the machine's C++ compiler.
 
-Legend: B batch, H W tokens per side, C channels, nW windows per image, N tokens per window, h heads, d head dim.
+Legend: B batch, H W tokens per side (T H W of a clip), C channels, nW windows per map, N tokens per window, h heads,
+d head dim.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 class _Sizes(ctypes.Structure):
-    names = ("batch", "map", "windows", "rows", "cols", "heads", "dim", "chunks")
+    names = ("batch", "map", "windows", "frames", "rows", "cols", "heads", "dim", "chunks")
     _fields_ = [(name, ctypes.c_long) for name in names]
 
 
@@ -172,9 +173,9 @@ class _Call:
         windows = tokens.shape[0]
         self.chunks = max(1, min(math.ceil(ITEMS / heads), qkv.shape[0] * windows // CHUNK))
         self.table = table.t().contiguous()  # (h, offsets)
-        sizes = _Sizes(
-            qkv.shape[0], math.prod(grid.size), windows, *grid.window, heads, qkv.shape[-1] // (3 * heads), self.chunks
-        )
+        frames, rows, cols = (1, *grid.window)[-3:]
+        dim = qkv.shape[-1] // (3 * heads)
+        sizes = _Sizes(qkv.shape[0], math.prod(grid.size), windows, frames, rows, cols, heads, dim, self.chunks)
         self.tensors = (qkv, scale, self.table, tokens.contiguous(), regions.contiguous())
         self.arguments = (int(qkv.dtype == torch.bfloat16), ctypes.byref(sizes), *map(_address, self.tensors))
 
@@ -196,7 +197,7 @@ def backward(
     grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, lse: Tensor, grad_qkv: Tensor,
     grid: WindowGrid, heads: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write the gradient of qkv into grad_qkv; returns those of scale (h,) and table ((2rows-1)(2cols-1), h)."""
+    """Write the gradient of qkv into grad_qkv; returns those of scale (h,) and table (offsets, h)."""
     call, (library, _) = _Call(qkv, scale, table, grid, heads), _load()
     assert library is not None, "ask problem() first"
     scale_parts = lse.new_empty(call.chunks, heads)

@@ -23,7 +23,7 @@ from swinv2_train.models.cosine import window_attention
 from swinv2_train.models.kernels import failures, trial
 from swinv2_train.models.kernels.failures import Case, case_of
 from swinv2_train.models.precision import without_autocast
-from swinv2_train.models.windows import MASKED_LOGIT, WindowGrid
+from swinv2_train.models.windows import MASKED_LOGIT, WindowGrid, num_offsets
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +63,8 @@ def unknown(device: torch.device, dtype: torch.dtype, grid: WindowGrid, num_head
         return f"head dim {head_dim} is not within {limits[1]} to {HEAD_DIMS[1]}"
     if device.type == "cpu":
         return f"windows of {tokens} tokens are more than {cpu.MAX_TOKENS}" if tokens > cpu.MAX_TOKENS else None
+    if len(grid.window) > 2:
+        return "windows of clips"
     if max(grid.window) > MAX_WINDOW:
         return f"windows of {grid.window[0]}x{grid.window[1]} are larger than {MAX_WINDOW}"
     if math.prod(grid.size) * 3 * num_heads * head_dim >= 2**31:
@@ -286,12 +288,8 @@ def _kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
 
 
 def _check(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, heads: int) -> None:
-    rows, cols = grid.window
-    assert qkv.shape[1:3] == grid.size and qkv.shape[-1] % (3 * heads) == 0, (qkv.shape, grid, heads)
-    assert scale.numel() == heads and table.shape == ((2 * rows - 1) * (2 * cols - 1), heads), (
-        scale.shape,
-        table.shape,
-    )
+    assert qkv.shape[1:-1] == grid.size and qkv.shape[-1] % (3 * heads) == 0, (qkv.shape, grid, heads)
+    assert scale.numel() == heads and table.shape == (num_offsets(grid.window), heads), (scale.shape, table.shape)
     assert scale.dtype == table.dtype == torch.float32 and qkv.dtype in DTYPES, (scale.dtype, table.dtype, qkv.dtype)
 
 
@@ -304,9 +302,8 @@ def _forward_fake(
     shift: Sequence[int],
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    batch, height, width, channels = qkv.shape
-    windows = batch * math.prod(math.ceil(n / w) for n, w in zip(size, window, strict=True))
-    out = qkv.new_empty(batch, height, width, channels // 3)
+    windows = qkv.shape[0] * math.prod(math.ceil(n / w) for n, w in zip(size, window, strict=True))
+    out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     return out, qkv.new_empty(windows, heads, math.prod(window), dtype=torch.float32)
 
 
@@ -319,7 +316,7 @@ def _attend(
     shift: Sequence[int],
     heads: int,
 ) -> tuple[Tensor, Tensor]:
-    grid = WindowGrid(_pair(size), _pair(window), _pair(shift))
+    grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
     _check(qkv, scale, table, grid, heads)
     qkv, scale = qkv.contiguous(), scale.contiguous()
     out, lse = _forward_fake(qkv, scale, table, size, window, shift, heads)
@@ -351,7 +348,7 @@ def _attend_backward(
     grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor,
     size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grid = WindowGrid(_pair(size), _pair(window), _pair(shift))
+    grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
     grad, qkv, scale = grad.contiguous(), qkv.contiguous(), scale.contiguous()
     grad_qkv, grad_scale, grad_table = _backward_fake(grad, qkv, scale, table, out, lse, size, window, shift, heads)
     if _compiled(qkv):
@@ -363,7 +360,7 @@ def _attend_backward(
     group, groups, splits, bins = launch.table_programs()
     whole = launch.dense and groups == 1
     delta = lse.new_empty(0 if whole else lse.shape)
-    unit = qkv.new_empty(0 if whole else (*qkv.shape[:3], qkv.shape[3] // 3 * 2))
+    unit = qkv.new_empty(0 if whole else (*qkv.shape[:-1], qkv.shape[-1] // 3 * 2))
     programs = launch.programs(tiles.owned)
     scale_summands = lse.new_empty(splits * heads if whole else programs[0])
     common = {**launch.constants, "STRIDE": stride, "num_warps": tiles.warps}
@@ -407,14 +404,9 @@ def _attend_backward(
     return grad_qkv, grad_scale, grad_table
 
 
-def _pair(sizes: Sequence[int]) -> tuple[int, int]:
-    rows, cols = sizes
-    return rows, cols
-
-
 def _case(qkv: Tensor, sizes: tuple[Any, ...]) -> Case:
     size, window, shift, heads = sizes
-    grid = WindowGrid(_pair(size), _pair(window), _pair(shift))
+    grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
     return case_of(qkv.dtype, grid, qkv.shape[-1] // (3 * heads))
 
 
@@ -426,7 +418,7 @@ def _forward_surviving(qkv: Tensor, scale: Tensor, table: Tensor, *sizes: Any) -
         failures.got_over(_case(qkv, sizes), error, qkv.device)
     size, window, shift, heads = sizes
     with without_autocast(qkv.device):
-        out = window_attention(qkv, scale, table, WindowGrid(_pair(size), _pair(window), _pair(shift)), heads)
+        out = window_attention(qkv, scale, table, WindowGrid(tuple(size), tuple(window), tuple(shift)), heads)
     return out.contiguous(), _forward_fake(qkv, scale, table, *sizes)[1].fill_(math.nan)
 
 

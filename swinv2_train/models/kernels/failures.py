@@ -25,17 +25,17 @@ class Case(NamedTuple):
     head_dim: int
 
     def __str__(self) -> str:
-        words = [f"windows of {self.grid.window[0]}x{self.grid.window[1]}", f"head dim {self.head_dim}"]
-        words += ["shifted"] * (self.grid.shift != (0, 0)) + ["padded"] * (self.grid.padded != self.grid.size)
+        words = [f"windows of {'x'.join(map(str, self.grid.window))}", f"head dim {self.head_dim}"]
+        words += ["shifted"] * self.grid.shifted + ["padded"] * (self.grid.padded != self.grid.size)
         return f"{', '.join(words)}, {str(self.dtype).removeprefix('torch.')}"
 
 
 def case_of(dtype: torch.dtype, grid: WindowGrid, head_dim: int) -> Case:
     """The case of a map with this grid."""
-    rows, cols = (
+    size = tuple(
         n if n <= w else w + (n - 1) % w + 1 for n, w in zip(grid.size, grid.window, strict=True)
     )  # as many tokens in the last window
-    return Case(dtype, grid._replace(size=(rows, cols)), head_dim)
+    return Case(dtype, grid._replace(size=size), head_dim)
 
 
 MOST_OF_A_CAUSE = 300

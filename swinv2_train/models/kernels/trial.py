@@ -23,7 +23,7 @@ from swinv2_train.models.kernels.failures import Case
 from swinv2_train.models.kernels.requirements import missing_for_triton
 from swinv2_train.models.precision import without_autocast
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
-from swinv2_train.models.windows import WindowGrid
+from swinv2_train.models.windows import WindowGrid, num_offsets
 
 LIMIT_SEC = 300.0
 """For all cases of a start together; compiling takes seconds for each."""
@@ -94,11 +94,11 @@ def forget() -> None:
 
 def _trial(case: Case, device: torch.device, fused: Attention) -> str | None:
     """One case beside the reference; what goes wrong, or None."""
-    grid, (rows, cols) = case.grid, case.grid.window
+    grid = case.grid
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, *grid.size, 3 * HEADS * case.head_dim, generator=generator).to(device, case.dtype)
     scale = torch.full((HEADS, 1, 1), 10.0, device=device)
-    table = torch.rand((2 * rows - 1) * (2 * cols - 1), HEADS, generator=generator).to(device)
+    table = torch.rand(num_offsets(grid.window), HEADS, generator=generator).to(device)
     chunk = Chunks(None, 64.0).windows_at_a_time(grid, HEADS, case.dtype)
     results = []
     try:

@@ -34,13 +34,33 @@ def segmenter():
     return UPerNet(swin_v2("demo", num_classes=0, **SMALL), 50, 64, 32, head_norm="batch")
 
 
+def found(head: str, norm: str):
+    """A detector with boxes and masks."""
+    from swinv2_train.config import DetectConfig
+    from swinv2_train.tasks.detect import build_rcnn
+    from tests.support.configs import composed
+    from tests.support.detector import DETECT
+
+    config = composed([*DETECT, "run_dir=x", "data.shards=x", f"task.head={head}", f"task.head_norm={norm}"])
+    assert isinstance(config.task, DetectConfig)
+    return build_rcnn(config, config.task)
+
+
+def detector():
+    return found("mask_rcnn", "layer")
+
+
+def cascade():
+    return found("cascade_mask_rcnn", "group")
+
+
 def whole(values, name, shape):
     target = torch.full((math.prod(shape),), torch.nan)
     values.fill(target, name, 0)
     return target.view(shape)
 
 
-@pytest.mark.parametrize("build", [simmim, classifier, segmenter])
+@pytest.mark.parametrize("build", [simmim, classifier, segmenter, detector, cascade])
 def test_rules_are_those_of_the_constructors(build):
     """Constants exactly; what is drawn by its distribution, of which a constructor gives one sample."""
     model = build()

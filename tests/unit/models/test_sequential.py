@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -21,15 +22,17 @@ from tests.support.model_cases import QUICK_AND_SLOW, gradients_of, relative_err
 FLOAT64_BOUND = 1e-10  # of the largest entry; measured worst 2e-14
 MAPS = ((8, 8), (7, 10), (5, 13), (12, 6), (3, 20))
 WINDOWS = ((4, 4), (3, 5), (8, 2), (1, 1))
+CLIPS = ((4, 8, 8), (3, 7, 5), (6, 4, 3))
+CLIP_WINDOWS = ((2, 4, 4), (4, 3, 3), (1, 4, 4))
 
 
 def inputs_of(grid: WindowGrid, batch: int, heads: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """A projected map in dtype, scales of 1 to 100 and a bias table as the real ones are; leaves."""
     wide = torch.promote_types(dtype, torch.float32)
-    rows, cols = grid.window
+    offsets = math.prod(2 * length - 1 for length in grid.window)
     qkv = torch.randn(batch, *grid.size, 3 * heads * dim, dtype=torch.float64)
     scale = torch.logspace(0, 2, heads, dtype=torch.float64).view(heads, 1, 1)
-    table = 16 * torch.rand((2 * rows - 1) * (2 * cols - 1), heads, dtype=torch.float64)
+    table = 16 * torch.rand(offsets, heads, dtype=torch.float64)
     return [t.to(d).requires_grad_() for t, d in ((qkv, dtype), (scale, wide), (table, wide))]
 
 
@@ -44,7 +47,8 @@ def attended(attend, inputs) -> list[torch.Tensor]:
 @pytest.mark.parametrize("chunk", [1, 3, 5, 10**6])
 def test_output_and_all_gradients_equal_the_batched_path(chunk, shifted):
     """Shifted or not, padded or not, windows of all shapes, chunks that do not divide and that span two images."""
-    for size, window, batch in itertools.product(MAPS, WINDOWS, (1, 2)):
+    kinds = [*itertools.product(MAPS, WINDOWS, (1, 2)), *itertools.product(CLIPS, CLIP_WINDOWS, (1, 2))]
+    for size, window, batch in kinds:
         grid = window_grid(size, window, shifted)
         inputs = inputs_of(grid, batch, 2, 3, torch.float64)
         expected = attended(lambda *a, grid=grid: window_attention(*a, grid, 2), inputs)

@@ -152,3 +152,33 @@ def test_names_are_those_of_the_official_pretraining_files():
     assert tuple(state["decoder.0.weight"].shape) == (8 * 8 * 3, 192, 1, 1)
     assert {name.split(".")[0] for name in state} == {"encoder", "decoder"}
     assert not [name for name in state if "head" in name]
+
+
+def test_clips_are_hidden_by_tubes_and_every_frame_counts():
+    """Hidden pixels of no frame matter to the encoder, and the loss is the mean over those of all frames."""
+    torch.manual_seed(0)
+    encoder = swin_v2(
+        "demo", num_classes=0, pretrained_window_sizes=(0, 0), frames=4, patch_frames=2, window_frames=2, window_size=4
+    )
+    model = SimMIM(encoder, 8, norm_target=5).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    clips, mask = torch.randn(2, 3, 4, 32, 32), torch.rand(2, 8, 8) < 0.5
+    hidden = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None, None].expand_as(clips)
+    weight = torch.tensor([1.0, 0.5])
+    out = model(clips, mask, weight, by_image=True)
+    assert out["reconstruction"].shape == clips.shape
+    changed = torch.where(hidden, torch.randn_like(clips), clips)
+    assert torch.equal(model(changed, mask)["reconstruction"], out["reconstruction"])
+    late = clips.clone()
+    late[:, :, 3] = torch.where(hidden[:, :, 3], late[:, :, 3], 0)
+    assert not torch.allclose(model(late, mask)["reconstruction"][:, :, 0], out["reconstruction"][:, :, 0])
+    targets = torch.stack([norm_target(frame, 5) for frame in clips.unbind(2)], dim=2)
+    errors = (out["reconstruction"] - targets).abs()
+    summed = sum(each * errors[i][hidden[i]].sum() for i, each in enumerate(weight))
+    count = sum(each * hidden[i].sum() for i, each in enumerate(weight))
+    assert out["loss"].item() == pytest.approx((summed / count).item(), rel=1e-4)
+    torch.testing.assert_close(out["image_counts"], weight * hidden.flatten(1).sum(1))
+    own = torch.stack([errors[i][hidden[i]].mean() for i in range(2)])
+    torch.testing.assert_close(out["image_losses"], own)

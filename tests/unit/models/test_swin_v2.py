@@ -9,6 +9,7 @@ import torch
 
 from swinv2_train.models import SIZES, SimMIM, SwinTransformerV2, count_parameters, multiply_adds, swin_v2
 from tests.support.model_cases import (
+    CLIP_CASES,
     FLOAT64_BOUND,
     QUICK_AND_SLOW,
     gradients_of,
@@ -19,14 +20,14 @@ from tests.support.model_cases import (
 )
 
 
-@pytest.mark.parametrize("case", QUICK_AND_SLOW)
+@pytest.mark.parametrize("case", [*QUICK_AND_SLOW, *CLIP_CASES])
 @pytest.mark.parametrize("masked", [False, True])
 def test_forward_and_every_gradient_equal_an_independent_float64_implementation(case, masked):
     """The reference shares no code: a wrong shift, mask, padding, clamping, merging or coordinate shows here."""
     settings = settings_of(case)
     model = random_model(**settings)
-    images = torch.randn(2, 3, *model.img_size, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(2, *model.sizes[0]) < 0.5 if masked else None
+    images = torch.randn(2, 3, *model.input_size, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, *model.sizes[0][-2:]) < 0.5 if masked else None
     if masked:
         model.mask_token = torch.nn.Parameter(torch.randn(1, 1, 8, dtype=torch.float64))
     state = dict(model.named_parameters())

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from swinv2_train.config import LogConfig
+from swinv2_train.config.shown import NOTES
 from swinv2_train.monitoring.console import Progress, counted, duration_text, open_console, ticking, tracked
 from swinv2_train.monitoring.run_log import RunLog, read_metrics
 from swinv2_train.runtime import git_commit
@@ -437,6 +438,19 @@ def test_console_is_restored_inside_a_process(tmp_path: Path, capfd: pytest.Capt
     assert (sys.excepthook, sys.breakpointhook) == hooks
     out = capfd.readouterr().out
     assert "to the console\n" in out and "after\n" in out and "to the log" not in out
+
+
+def test_what_was_noted_of_images_reaches_console_and_log(tmp_path: Path) -> None:
+    """It stood in the log alone: that pixels of no data count as measured, that animated files have one frame used."""
+    body = """
+console = open_console(run_dir, 0)
+logging.getLogger(NOTES).warning("some files hold several frames")
+console.close()
+logging.getLogger(NOTES).warning("later")
+"""
+    done = run_script(f"NOTES = {NOTES!r}\n{body}", tmp_path)
+    assert (done.stdout, done.stderr) == ("note: some files hold several frames\n", "later\n")
+    assert "note: some files hold several frames\n" in (tmp_path / "logs" / "rank_00000.log").read_text()
 
 
 def test_a_breakpoint_talks_to_the_terminal(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from swinv2_train.tasks.segment import class_scores, segmentation_scores
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.weights import load_weights, save_weights
 from tests.support.configs import composed
-from tests.support.segmenter import CLASSES, IGNORE, MODES, SEGMENT, plain_scores, png, randomised, scenes
+from tests.support.segmenter import CLASSES, IGNORE, MODES, SEGMENT, odd_scenes, plain_scores, png, randomised, scenes
 
 CPU = torch.device("cpu")
 
@@ -149,6 +149,31 @@ def test_scores_are_those_of_a_plain_evaluator(mode):
     assert segmentation_scores(matrix.sum(0)) == pytest.approx({k: v for k, v in expected.items() if k != "val/loss"})
     assert float(found["val/loss"].value) == pytest.approx(expected["val/loss"], rel=1e-5)
     assert int((matrix.sum((0, 1)) > 0).sum()) >= 3, "classes that are predicted"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_any_shape_are_scored(mode):
+    """A pixel, stripes of 3000 x 20 and 2 x 700, and one without any pixel that counts."""
+    task, pairs = task_of(*MODES[mode]), odd_scenes()
+    task.module.eval()
+    with torch.no_grad():
+        found = task.scores(task.module, eval_batch(task, pairs))
+    matrix = found["confusion"].values
+    assert matrix.sum((1, 2)).tolist() == [1, 60_000, 1400, 0]
+    expected = plain_scores(task, pairs)
+    assert segmentation_scores(matrix.sum(0)) == pytest.approx({k: v for k, v in expected.items() if k != "val/loss"})
+    assert float(found["val/loss"].value) == pytest.approx(expected["val/loss"], rel=1e-5)
+
+
+def test_scores_that_are_no_numbers_are_right_nowhere():
+    """The highest of NaNs is the first, so that a model gone astray would be as good as one that says class 0."""
+    task, pairs = task_of(), scenes()[:2]
+    with torch.no_grad():
+        task.module.decoder.decode_head.conv_seg.bias[2] = torch.nan
+        found = task.scores(task.module.eval(), eval_batch(task, pairs))
+    matrix = found["confusion"].values.sum(0)
+    assert math.isnan(float(found["val/loss"].value)) and matrix.sum() == sum((labels > 0).sum() for _, labels in pairs)
+    assert segmentation_scores(matrix) == {"val/miou": 0.0, "val/macc": 0.0, "val/aacc": 0.0}
 
 
 def test_an_images_scores_do_not_depend_on_its_batch():

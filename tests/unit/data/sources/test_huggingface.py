@@ -29,9 +29,10 @@ from swinv2_train.data.sources import virtual_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.sources.huggingface import find_columns
 from swinv2_train.data.sources.matched import matched
-from tests.support.images import image_bytes
+from tests.support.images import encoded, image_bytes
 from tests.support.loaders import CONFIG, Transform, rows, train_loader
 from tests.support.processes import finished, forked
+from tests.support.segmentation import pixel_pair
 
 COUNT = 240
 
@@ -428,3 +429,45 @@ def test_arrays_that_are_rounded_or_incomplete_are_refused(tmp_path):
         match = {"0": "some of its values are missing", "1": "no array", "2": "2 lengths"}[reader.key(0, index)]
         with pytest.raises(SampleError, match=match):
             reader.read(0, index)
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """Five images and their label images in two files of rows, with a class of each image beside."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    directory = tmp_path / "pairs"
+    features = Features({"image": Image(), "scene": ClassLabel(names=["in", "out"]), "annotation": Image()})
+    columns: dict[str, list[Any]] = {
+        "image": [{"bytes": image_bytes(i), "path": f"{i}.png"} for i in range(5)],
+        "scene": [i % 2 for i in range(5)],
+        "annotation": [{"bytes": encoded(pixel_pair(i)[1]), "path": None} if i != 3 else None for i in range(5)],
+    }
+    Dataset.from_dict(columns, features=features).save_to_disk(str(directory), num_shards=2)
+    return directory
+
+
+def test_a_second_column_of_images_is_that_of_label_images_where_it_is_named(pairs):
+    said: list[str] = []
+    (pairs / "classes.txt").write_text("sky\nground\n")
+    source = open_source(str(pairs), progress=said.append, label_folders=["image", "annotation"])
+    assert said == [f"{pairs}: 5 rows; images in the column 'image', label images in 'annotation'"]
+    assert source.unsegmented == (1,) and source.label_range is None and source.classes == ("sky", "ground")
+    reader = pickle.loads(pickle.dumps(source)).open_reader()
+    for index in range(5):
+        sample = reader.read(0, index)
+        number = int(sample.key)
+        assert sample.image == image_bytes(number)
+        assert sample.targets == ({} if number == 3 else {"segmentation": encoded(pixel_pair(number)[1])})
+    other = open_source(str(pairs), label_folders=["annotation", "image"])
+    assert other.digest != source.digest
+
+
+def test_without_names_two_columns_of_images_are_refused_with_the_remedy(pairs):
+    with pytest.raises(
+        ShardError, match=r"2 columns that may be the images: .*data\.label_folders=\[image,annotation\]"
+    ):
+        open_source(str(pairs))
+    for names in (["image", "mask"], ["image", "scene"]):
+        with pytest.raises(ShardError, match=rf"{names[1]}' of type Image; its columns: image \(Image\), scene"):
+            open_source(str(pairs), label_folders=names)

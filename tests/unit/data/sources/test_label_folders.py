@@ -5,13 +5,16 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 from swinv2_train import make_shards
 from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import Sample, SampleError, ShardError
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_folders import ade20k_names, pairs_of, pixel_class_names
+from swinv2_train.data.transforms.label_image import read_label_image
 from tests.support.configs import composed
 from tests.support.images import encoded
 from tests.support.segmentation import pixel_pair, write_pairs
@@ -55,6 +58,23 @@ def test_a_run_on_the_folder_sees_what_a_run_on_its_shards_sees(ade):
     shards = opened(ade / "t-*.tar", label_folders=ADE20K)  # of no meaning for shards
     pairs = [[(s.key, s.image, s.targets) for s in read(each).values()] for each in (source, shards)]
     assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize("ending", ["tif", "tiff"])
+def test_label_images_may_be_tiffs_and_are_png_in_shards(ade, ending):
+    masks = ade / "annotations" / "training"
+    values = {}
+    for path in sorted(masks.glob("*.png")):
+        values[path.stem] = read_label_image(path.read_bytes()).astype(np.uint16)
+        tifffile.imwrite(path.with_suffix(f".{ending}"), values[path.stem])
+        path.unlink()
+    source = opened(ade / "images" / "training", label_folders=ADE20K)
+    assert make_shards.run([str(ade / "images" / "training"), str(ade / "t"), "--labels", str(masks)]) == 0
+    assert source.unsegmented == (0,)
+    for found in (source, opened(ade / "t-*.tar")):
+        for key, sample in read(found).items():
+            assert np.array_equal(read_label_image(sample.targets["segmentation"]), values[key])
+        assert found.num_samples == len(values) == 4
 
 
 def test_folders_below_are_no_classes_and_the_last_part_of_that_name_counts(tmp_path):
@@ -154,4 +174,4 @@ def test_a_table_that_is_none_is_refused(tmp_path, content):
 
 
 def test_a_label_image_of_another_ending_is_no_partner():
-    assert pairs_of(["a.jpg", "b/c.d.jpg"], ["a.jpg", "b/c.d.png", "a.tif"]) == {"b/c.d.jpg": "b/c.d.png"}
+    assert pairs_of(["a.jpg", "b/c.d.jpg"], ["a.jpg", "b/c.d.png", "a.bmp"]) == {"b/c.d.jpg": "b/c.d.png"}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from swinv2_train.data.sample import SampleError
 from swinv2_train.data.transforms.decode import DecodeError
-from swinv2_train.data.transforms.label_image import check_sizes, class_numbers, label_dtype, read_label_image
+from swinv2_train.data.transforms.label_image import as_png, check_sizes, class_numbers, label_dtype, read_label_image
 from tests.support.images import encoded
 
 
@@ -51,6 +53,46 @@ def test_a_palette_with_transparency_and_one_that_pillow_wrote_are_indices_too()
     assert len(np.unique(np.asarray(picture))) > 1
 
 
+def tiff(values: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite", "palette"])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_the_numbers_of_a_tiff_are_read_as_they_are_stored(dtype, photometric, compression):
+    """Programs of maps write label images so; white is zero or a palette of colours changes no number."""
+    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (7, 5)).astype(dtype)
+    colours = {"colormap": np.zeros((3, np.iinfo(dtype).max + 1), np.uint16)} if photometric == "palette" else {}
+    data = tiff(values, photometric=photometric, compression=compression, **colours)
+    read = read_label_image(data)
+    assert read.dtype == dtype and np.array_equal(read, values)
+    again = as_png(data)
+    assert again[:4] == b"\x89PNG" and np.array_equal(read_label_image(again), values)
+    assert as_png(again) is again
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), "a label image of 3 bands, which are no numbers of classes"),
+        (np.zeros((4, 4), np.float32), "a label image of float32; save the numbers of the classes as uint8 or uint16"),
+        (np.zeros((4, 4), np.int16), "a label image of int16"),
+    ],
+)
+def test_a_tiff_of_anything_else_is_a_damaged_sample(values, message):
+    with pytest.raises(DecodeError, match=message):
+        read_label_image(tiff(values))
+    whole = tiff(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    for cut in (9, len(whole) - 8):
+        with pytest.raises(DecodeError, match="not a readable .tif image"):
+            read_label_image(whole[:cut])
+    with pytest.raises(DecodeError, match="4 x 4 pixels, more than the 15"):
+        read_label_image(whole, max_pixels=15)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_colours_are_refused_with_the_remedy(mode):
     with pytest.raises(DecodeError, match=r"colours .*, which are no numbers of classes; save it as grey .* or with a"):
@@ -60,7 +102,7 @@ def test_colours_are_refused_with_the_remedy(mode):
 def test_other_formats_damage_and_bombs_are_damaged_samples():
     values = np.random.default_rng(0).integers(0, 9, (64, 64), np.uint8)
     whole = encoded(values)
-    with pytest.raises(DecodeError, match="no PNG file; save the numbers"):
+    with pytest.raises(DecodeError, match="no PNG or TIFF file; save the numbers"):
         read_label_image(encoded(values, "jpg"))
     for cut in (0, 7, 30, len(whole) // 2, len(whole) - 1):
         with pytest.raises(DecodeError):

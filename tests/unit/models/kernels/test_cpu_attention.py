@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.skipif(cpu_attention.problem() is not None, reason=str(
 def inputs(grid, heads, dim, batch=2, dtype=torch.float32, largest_scale=30.0, seed=0):
     """qkv, scale, table and the gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
-    offsets = (2 * grid.window[0] - 1) * (2 * grid.window[1] - 1)
+    offsets = math.prod(2 * length - 1 for length in grid.window)
     qkv = torch.randn(batch, *grid.size, 3 * heads * dim, generator=generator)
     scale = 1 + (largest_scale - 1) * torch.rand(heads, 1, 1, generator=generator)
     table = 16 * torch.rand(offsets, heads, generator=generator)
@@ -54,6 +56,11 @@ def errors(found, expected):
         ((7, 7), (7, 7), False, 5, 5),
         ((1, 3), (1, 1), False, 1, 16),
         ((17, 33), (16, 32), True, 1, 16),
+        ((8, 8, 8), (4, 4, 4), True, 2, 32),  # clips from here on
+        ((3, 7, 5), (2, 4, 3), True, 2, 24),
+        ((5, 6, 4), (2, 6, 4), True, 3, 5),
+        ((2, 9, 9), (2, 4, 4), False, 1, 16),
+        ((4, 5, 6), (1, 3, 3), True, 1, 16),
     ],
 )  # fmt: skip
 def test_outputs_and_gradients_are_those_of_the_reference(dtype, size, window, shifted, heads, dim):
