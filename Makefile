@@ -8,6 +8,8 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 QUICK := -m "not slow" -n $(WORKERS) --dist worksteal
 SLOW := -m "slow and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# by their files: to import all the others takes seconds of one process
+SERIAL := -m serial $$(grep -rlw mark.serial tests --include='test_*.py')
 DEMO_ARGS ?=
 FUZZ_SECONDS ?= 3600
 FUZZ_SEED ?= 0
@@ -37,7 +39,7 @@ demo-segment: setup  ## segmentation of composed scenes, from SimMIM weights and
 	@$(BIN)/python scripts/demo_segment.py $(DEMO_ARGS)
 
 test: setup  ## the whole test suite: the quick part, the slow tests, what must be alone, and tests/gpu on a card, if there is one
-	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) -m serial || code=$$?; \
+	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) $(SERIAL) || code=$$?; \
 	$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || exit $$code; \
 	$(PYTEST) tests/gpu && exit $$code
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.config import Config, ConfigError
+from swinv2_train.config.arguments import check_once, prepared
 from swinv2_train.config.command_line import compose_overrides, load_run_config
 from swinv2_train.config.load import home_expanded
 from swinv2_train.data.sample import Targets
@@ -137,6 +138,8 @@ def load(
 
     Raises ConfigError, which names path or key and the remedy, for weights that cannot be read or do not fit.
     """
+    check_once(overrides)
+    overrides = tuple(prepared(overrides))
     path = Path(home_expanded("path", str(path)))
     run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
     if run is not None:

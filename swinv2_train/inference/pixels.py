@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.data.transforms.bands import Bands, decode_bands
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     Picture = str | PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
     """One image: a path, a file's bytes, an image of Pillow's, an array (H, W, C), or a tensor (C, H, W)."""
+
+_FILE_BYTES = 2**31
 
 
 def pixels(image: Picture, bands: Bands | None) -> Tensor:
@@ -32,7 +35,7 @@ def pixels(image: Picture, bands: Bands | None) -> Tensor:
     name = str(image) if isinstance(image, str | PathLike) else f"an image ({type(image).__name__})"
     try:
         if isinstance(image, str | PathLike):
-            image = Path(image).expanduser().read_bytes()
+            image = read_bytes(Path(image).expanduser(), _FILE_BYTES)
         if isinstance(image, bytes):
             return _decoded(image, Path(name).suffix, bands)
         if bands is not None:
@@ -61,13 +64,30 @@ def _npy(image: Any, bands: Bands) -> bytes:
     return file.getvalue()
 
 
+def _eight_bit(image: Any) -> Any:
+    """An image of Pillow's in RGB.  Its own conversion would clip 16 bits, which files are scaled from."""
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise ConfigError(f"an image is a path, bytes, an image of Pillow's, an array or a tensor, not {type(image)}")
+    if image.mode.startswith("I;16"):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return decode_image(file.getvalue(), "png").permute(1, 2, 0).numpy()
+    if image.mode in ("I", "F"):
+        raise ConfigError(
+            f"an image of Pillow's mode {image.mode} has no defined black and white; convert it to RGB or L"
+        )
+    return image.convert("RGB")
+
+
 def _photograph(image: Any) -> Tensor:
     if isinstance(image, Tensor):
         found = image.detach().cpu()
         if found.ndim == 2:
             found = found.unsqueeze(0)
     else:
-        values = np.array(image if isinstance(image, np.ndarray) else image.convert("RGB"))
+        values = np.array(image if isinstance(image, np.ndarray) else _eight_bit(image))
         if values.ndim == 2:
             values = values[..., None]
         found = torch.from_numpy(values)

@@ -85,13 +85,13 @@ def test_half_an_environment_is_not_one_process(name, monkeypatch):
 def test_all_ranks_end_alike_when_they_cannot_meet(sizes, said, code):
     """A rank that is not there is no wrong input: the next start may find it.  Every rank is told before rank 0, and
     with it the store, is gone."""
-    messages = run_distributed(lambda world: join(world.rank, sizes[world.rank]), 2, init=False, timeout_sec=60)
+    messages = run_distributed(lambda world: join(world.rank, sizes[world.rank]), 2, init=False)
     assert messages[0] == messages[1] and messages[0][0] == code and re.search(said, messages[0][1]), messages
 
 
 def test_a_doubled_rank_is_named():
     """On at least one rank: the second rank 0 finds its port taken, by the first or by its store."""
-    messages = run_distributed(lambda _: join(0, 2), 2, init=False, timeout_sec=60)
+    messages = run_distributed(lambda _: join(0, 2), 2, init=False)
     said = "two processes call themselves RANK 0|cannot listen on MASTER_PORT"
     assert any(code == EXIT_USER_ERROR and re.search(said, text) for code, text in messages), messages
 

@@ -105,7 +105,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_previous_checkpoint(when, vic
             kill_in_save(when)
         Save(tmp_path, engine, {"step": 2, "images_seen": 2}, world, 2, None, background).finish()
 
-    results = run_distributed(run, 2, may_die=True, timeout_sec=90)
+    results = run_distributed(run, 2, may_die=True)
     assert results == [None, None]
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())][0] == "step_00000001"
     assert newest_checkpoint(tmp_path).name == "step_00000001"
@@ -154,7 +154,7 @@ def test_rank_that_cannot_write_stops_the_save_on_all_ranks(trouble, rank, backg
             save_checkpoint(tmp_path, engine, {"step": 3, "images_seen": 3}, world, 2, None).name,
         )
 
-    (text, left, last), other = run_distributed(run, 2, timeout_sec=30)
+    (text, left, last), other = run_distributed(run, 2)
     reason = "File too large" if trouble == "full disk" else "No such file or directory"
     assert "step_00000002: the checkpoint could not be written ([Errno" in text and reason in text
     assert f"rank {rank}" in text or "ranks 0, 1" in text
@@ -171,7 +171,7 @@ def test_run_directory_that_vanished_is_not_made_anew(tmp_path):
         with pytest.raises(RuntimeError, match="run/checkpoints/step_00000001: .*No such file or directory"):
             save_checkpoint(tmp_path / "run", engine, {"step": 1, "images_seen": 1}, world, 2, None)
 
-    run_distributed(run, 2, timeout_sec=30)
+    run_distributed(run, 2)
     assert not (tmp_path / "run").exists()
 
 
@@ -222,7 +222,7 @@ def test_no_checkpoint_left_after_bit_flips_is_an_error_that_names_the_last_on_a
         ):
             verified_checkpoint(newest_checkpoint(tmp_path), world)
 
-    run_distributed(run, 2, timeout_sec=30)
+    run_distributed(run, 2)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -262,4 +262,4 @@ def test_missing_checkpoint_stops_all_ranks(tmp_path):
         with pytest.raises(ConfigError, match="step_00000009 is no complete checkpoint"):
             load_checkpoint(tmp_path / "step_00000009", build(toy_config(), world), world, 0)
 
-    run_distributed(run, 2, timeout_sec=30)
+    run_distributed(run, 2)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from swinv2_train import train
+from swinv2_train.config.command_line import guarded
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.engine import build_engine
+from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.configs import composed
+from tests.support.detection import object_shards
 from tests.support.detector import CASCADE, DETECT, HEADS, HTC, crops, part, randomised
 from tests.support.harness import run_distributed
 from tests.support.one_rank import ONE
@@ -133,3 +139,31 @@ def test_coordinates_stay_in_float32_under_bf16():
 
     seen = run_distributed(run, 2, timeout_sec=120)
     assert seen[0] == seen[1] == [True, torch.float32, torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_for_bit_and_on_other_ranks_as_planned(tmp_path):
+    """From shards through the command, with stochastic depth and averages; the choice of what is learnt from, too."""
+    shards = object_shards(tmp_path / "objects")
+    common = (*ZERO_3, *CASCADE, "engine.precision=fp32", "train.max_steps=4", "train.checkpoint_every_steps=2",
+              "train.keep_checkpoints=3", "optim.ema_decay=0.5", "optim.lr=1e-4")  # fmt: skip
+    keys = ("train/loss", "train/grad_norm", "val/box_ap", "val/mask_ap", "val_ema/box_ap")
+    for name, overrides, ranks, micro in (("same", (), 2, 3), ("others", ("model.drop_path_rate=0",), 3, 2)):
+        whole = trained(tmp_path / name, shards, *common, *overrides)
+        for path in (tmp_path / name / "checkpoints").glob("step_*4"):
+            shutil.rmtree(path)
+        again = trained(tmp_path / name, shards, *common, *overrides, ranks=ranks, micro=micro)
+        for step in (3, 4):
+            found, expected = ({key: line[step][key] for key in keys if key in line[step]} for line in (again, whole))
+            assert len(found) == (2 if step == 3 else 5)
+            assert found == (expected if ranks == 2 else pytest.approx(expected, rel=1e-3, abs=1e-6)), step
+
+
+def trained(run_dir, shards, *overrides, ranks=2, micro=3):
+    """What the train command writes about each step."""
+    config = composed(
+        [*DETECT, *shards, "log.progress=none", f"train.micro_batch_size={micro}", f"run_dir={run_dir}", *overrides]
+    )
+    codes = run_distributed(lambda _: guarded(lambda: train.train(config)), ranks, init=False, timeout_sec=200)
+    assert codes == [0] * ranks
+    return {line["step"]: line for line in read_metrics(run_dir)}

@@ -56,7 +56,7 @@ def test_a_full_disk_stops_the_save_and_nothing_is_lost(background, mount, shard
     with open(ballast, "wb", buffering=0) as file:
         while shutil.disk_usage(disk).free > 300_000:
             file.write(bytes(min(2**20, shutil.disk_usage(disk).free - 290_000)))
-    code, output = finish(process, timeout_sec=60)
+    code, output = finish(process)
     assert code == EXIT_FAILED, output
     message = "the checkpoint could not be written ([Errno 28] No space left on device)"
     assert f"rank 0 failed: RankError: rank 0: SaveError: {run_dir}/checkpoints/step_" in output and message in output
@@ -74,7 +74,7 @@ def test_a_disk_that_turns_read_only_stops_the_save(mount, shards, tmp_path):
     wait_for_step(run_dir, 5, process)
     mount("--bind", run_dir, run_dir)
     mount("-o", "remount,bind,ro", run_dir)
-    code, output = finish(process, timeout_sec=60)
+    code, output = finish(process)
     assert code == EXIT_FAILED, output
     assert f"SaveError: {run_dir}/checkpoints/step_" in output and "[Errno 30] Read-only file system" in output
     checkpoint = newest_checkpoint(run_dir)
@@ -90,7 +90,7 @@ def test_a_directory_that_vanishes_stops_the_run_on_all_ranks(shards, tmp_path):
     process = start(*command(run_dir, *ENDLESS), *shards)
     wait_for_step(run_dir, 5, process)
     shutil.rmtree(run_dir)
-    code, output = finish(process, timeout_sec=90)
+    code, output = finish(process)
     assert code == 1 and not run_dir.exists(), output
     for rank in range(2):
         assert f"rank {rank} failed: RankError: rank 0: SaveError: {run_dir}/checkpoints/step_" in output, output

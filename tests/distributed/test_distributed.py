@@ -105,7 +105,7 @@ def test_ranks_of_a_restarted_job_find_each_other():
 
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     assert run_distributed(attempt, 2, 0, init=False, may_die=True, environment=agent)[1] is None
-    assert run_distributed(attempt, 2, 1, init=False, timeout_sec=30, environment=agent) == [1, 1]
+    assert run_distributed(attempt, 2, 1, init=False, environment=agent) == [1, 1]
 
 
 def test_ranks_that_do_not_fit_together_are_refused(monkeypatch):

@@ -151,7 +151,7 @@ def test_state_of_another_model_is_refused_by_names_and_shapes_on_all_ranks_befo
         assert before is None or all(torch.equal(before[name], after[name]) for name in before)
         return str(caught.value)
 
-    text, other = run_distributed(load, 2, timeout_sec=30)
+    text, other = run_distributed(load, 2)
     assert text == other
     for problem in (
         "the state is another model's: extra.bias was not trained in it, so AdamW has no averages of it; ",

@@ -42,7 +42,7 @@ def test_all_ranks_stop_before_the_same_micro_batch(told: tuple[int, ...], colle
             assert begun < 200
         return begun, at
 
-    found = run_distributed(count, 3, timeout_sec=30)
+    found = run_distributed(count, 3)
     assert len({begun for begun, _ in found}) == 1
     assert found[0][0] >= min(found[rank][1] for rank in told)
 
@@ -61,7 +61,7 @@ def test_each_front_is_its_own() -> None:
         all_reduce_max(0)
         return [*found, Front().may_begin(False)]
 
-    assert run_distributed(twice, 2, timeout_sec=30) == [[True, False, True]] * 2
+    assert run_distributed(twice, 2) == [[True, False, True]] * 2
 
 
 def test_without_its_store_all_go_on_to_the_agreement_at_the_end_of_the_step() -> None:
@@ -79,7 +79,7 @@ def test_without_its_store_all_go_on_to_the_agreement_at_the_end_of_the_step() -
         front._store = Gone()  # type: ignore[assignment]
         return [*found, front.may_begin(True), front.may_begin(True)]
 
-    assert run_distributed(lose, 2, timeout_sec=30) == [[True, True, True]] * 2
+    assert run_distributed(lose, 2) == [[True, True, True]] * 2
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_a_stop_in_the_middle_of_a_step_loses_nothing(engine: str, shards: tuple
             ZeroEngine.backward = counting  # type: ignore[method-assign]  # a fork's own
             return guarded(lambda: train.train(config))
 
-        return run_distributed(command, 2, init=False, timeout_sec=120)
+        return run_distributed(command, 2, init=False)
 
     assert run(whole, 0) == [EXIT_DONE] * 2
     assert run(stopped, 10) == [EXIT_STOPPED] * 2  # of four micro-batches a step

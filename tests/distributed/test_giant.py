@@ -1,6 +1,6 @@
-"""The giant's experiments take steps on a cluster of 16 that is not there: wrong shapes and names cannot hide.
+"""The giant's experiments take steps on a cluster that is not there: wrong shapes and names cannot hide.
 
-DeepSpeed's own ZeRO-3 engine runs on rank 0 of 16, over torch's fake process group, with the model at its full width
+DeepSpeed's own ZeRO-3 engine runs on rank 0 of 4, over torch's fake process group, with the model at its full width
 and input, and of its third stage one period of its extra norms: 6 blocks and the first of the next, instead of 42.
 Tensors are fake (torch's FakeTensorMode: shapes, dtypes and devices without memory), so every operation of forward,
 loss, backward, reduction and AdamW checks its operands, and none computes.  What is asked of a value (is the
@@ -22,7 +22,7 @@ from swinv2_train.training.param_groups import build_param_groups
 from tests.support.configs import composed
 from tests.support.harness import run_distributed
 
-RANKS = 16
+RANKS = 4  # what a parameter costs here grows with them: DeepSpeed cuts it into as many pieces
 PARAMETERS = {
     "giant_1536": 3_001_940_680, "simmim_giant_192": 3_010_430_176, "simmim_satvision_giant_128": 2_653_783_008
 }  # fmt: skip
@@ -68,7 +68,7 @@ def take_steps(world, name):
 
     # Fewer chunks than the shipped 256 MiB make: each is a pass through the same operations.
     config = composed([f"experiment={name}", "data.shards=x", DEPTHS, ZERO_3, "model.attention_chunk_mib=8192"])
-    world = World(0, 0, RANKS, 8, torch.device("cpu"))
+    world = World(0, 0, RANKS, 2, torch.device("cpu"))
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -101,8 +101,8 @@ def on_meta_module(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_giant_takes_its_steps_on_16_ranks(name):
-    """Each rank holds a sixteenth of masters and moments, every parameter has a rule for its initial values, and the
+def test_giant_takes_its_steps_on_several_ranks(name):
+    """Each rank holds its share of masters and moments, every parameter has a rule for its initial values, and the
     trainer's model without values has the same names and shapes."""
     ((shapes, pieces, moments, num_groups, dtype),) = run_distributed(take_steps, 1, name, timeout_sec=600, init=False)
     config = composed([f"experiment={name}", "data.shards=x"])

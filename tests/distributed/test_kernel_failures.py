@@ -58,7 +58,7 @@ def run(config: Config, cache: Path, which: str | None = None, first: int = 0) -
             break_library(types.SimpleNamespace(setattr=setattr), which, window=(2, 2), first=first)
         return train.train(config)
 
-    return run_distributed(command, 2, init=False, timeout_sec=120)
+    return run_distributed(command, 2, init=False)
 
 
 def paths_of(run_dir: Path) -> set[str]:

@@ -59,7 +59,7 @@ def test_global_mean_on_two_ranks_is_one_process_over_the_whole_batch(experiment
         def command(world: World) -> Any:
             return guarded(lambda: train.train(config))
 
-        assert run_distributed(command, ranks, init=False, timeout_sec=100) == [EXIT_DONE] * ranks
+        assert run_distributed(command, ranks, init=False) == [EXIT_DONE] * ranks
         lines = read_metrics(Path(config.run_dir))
         weights = read_checkpoint_weights(find_checkpoint(Path(config.run_dir)))
         return lines[-1]["train/loss"], {name: tensor.detach() for name, tensor in weights.items()}

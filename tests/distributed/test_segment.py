@@ -43,7 +43,7 @@ def trained(run_dir: Path, shards, *overrides: str, ranks: int = 2, micro: int =
     config = composed(
         [*SEGMENT, *shards, "log.progress=none", f"train.micro_batch_size={micro}", f"run_dir={run_dir}", *overrides]
     )
-    codes = run_distributed(lambda _: guarded(lambda: train.train(config)), ranks, init=False, timeout_sec=120)
+    codes = run_distributed(lambda _: guarded(lambda: train.train(config)), ranks, init=False)
     assert codes == [0] * ranks
     return {line["step"]: line for line in read_metrics(run_dir)}
 

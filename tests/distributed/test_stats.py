@@ -42,7 +42,7 @@ def command(out: Path, ranks: int, *arguments: str) -> list[int]:
 
         return guarded(body)
 
-    return run_distributed(run, ranks, init=False, timeout_sec=60)
+    return run_distributed(run, ranks, init=False)
 
 
 def test_any_number_of_ranks_and_workers_writes_the_same_bytes_and_training_takes_them(images, tmp_path):

@@ -170,7 +170,7 @@ def test_tensor_that_cannot_be_read_stops_all_ranks_together(failure):
             engine.load_full(LazyTensors(state) if world.is_main else None)
         return str(caught.value)
 
-    text, other = run_distributed(run, 2, timeout_sec=30)
+    text, other = run_distributed(run, 2)
     assert text == other
     reason = "OSError: the disk is gone" if failure == "raises" else "RuntimeError: shape '[16, 16]' is invalid"
     assert f"rank 0: extra.weight: cannot be read ({reason}" in text

@@ -155,7 +155,7 @@ def test_damaged_part_of_one_rank_stops_all_ranks(stage, damage, tmp_path):
         with pytest.raises(ConfigError, match=r"rank 1: .*rank_0001\.safetensors: (missing|cannot be read)"):
             engine.load(tmp_path)
 
-    run_distributed(load, 2, timeout_sec=30)
+    run_distributed(load, 2)
 
 
 def test_whole_tensors_come_out_although_the_parameters_are_empty():

@@ -28,19 +28,25 @@ OWN_SESSION: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.S
 
 
 def start(
-    *overrides: str, ranks: int = 2, module: str = "swinv2_train.train", interpreter: bool = False
+    *overrides: str,
+    ranks: int = 2,
+    module: str = "swinv2_train.train",
+    interpreter: bool = False,
+    torchrun: tuple[str, ...] = (),
 ) -> subprocess.Popen[str]:
     """The command in a session of its own, as a terminal or scheduler would start it: under torchrun, or alone.
 
     overrides: of a key that is there twice, the last one, as the command itself wants it once.
     interpreter: whether Python itself starts too, for torchrun and each rank; without it all processes are forks.
+    torchrun: more of its options.
     """
     overrides = tuple(last_of_each(overrides))
+    agent = ("--standalone", "--nproc-per-node", str(ranks), *torchrun)
     if not interpreter:
-        forks = forked_command if ranks == 1 else functools.partial(forked_torchrun, ranks)
+        forks = forked_command if ranks == 1 else functools.partial(forked_torchrun, agent)
         return forks(module, *overrides, **OWN_SESSION)
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, "-m", *torchrun, module, *overrides], text=True, **OWN_SESSION)
+    words = ["-m", "torch.distributed.run", *agent] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *words, "-m", module, *overrides], text=True, **OWN_SESSION)
 
 
 def start_ranks(*overrides: str, ranks: int = 2) -> list[subprocess.Popen[str]]:

@@ -42,14 +42,25 @@ def composed(overrides: Sequence[str]) -> Config:
     Hydra takes 0.3 s for the files and next to nothing for values on top, which it parses here too.  What it cannot
     parse, and keys that there are not, go through compose_overrides, for its message.
     """
-    values = [override for override in overrides if override.partition("=")[0] in _keys()]
+    values, choices = _sorted_out(overrides)
     try:
-        tree = copy.deepcopy(_files(tuple(override for override in overrides if override not in values)))
+        tree = copy.deepcopy(_files(choices))
         for override in OverridesParser.create().parse_overrides(values):
             OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
     except Exception:  # noqa: BLE001  whatever it is, a user gets another message for it
         return compose_overrides(list(overrides))
     return load_config(tree)
+
+
+def compose_files(overrides: Sequence[str]) -> None:
+    """What composed() would compose anew, so that forks of this process find it."""
+    _files(_sorted_out(overrides)[1])
+
+
+def _sorted_out(overrides: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """(those of values, those that choose files)"""
+    values = [override for override in overrides if override.partition("=")[0] in _keys()]
+    return values, tuple(override for override in overrides if override not in values)
 
 
 @functools.cache

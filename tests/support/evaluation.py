@@ -100,7 +100,7 @@ def evaluate_command(capfd: Any, *arguments: str, ranks: int = 1) -> tuple[int, 
         raise AssertionError("the command always exits")
 
     capfd.readouterr()
-    codes = run_distributed(command, ranks, init=False, timeout_sec=60)
+    codes = run_distributed(command, ranks, init=False)
     out, err = capfd.readouterr()
     assert len(set(codes)) == 1, (codes, err)
     return codes[0], out, err

@@ -45,7 +45,7 @@ def run_distributed(
     fn: Callable[..., Any],
     world_size: int = 2,
     *args: Any,
-    timeout_sec: float = 120,
+    timeout_sec: float = 300,
     environment: dict[str, str] | None = None,
     may_die: bool = False,
     init: bool = True,
@@ -103,7 +103,7 @@ def _child(fn: Callable[..., Any], args: tuple[Any, ...], sender: Any, rank: int
         torch.set_num_threads(1)
         world = World(rank, rank, world_size, world_size, torch.device("cpu"))
         if init:
-            world = init_distributed(60)
+            world = init_distributed(300)
         message = ("ok", fn(world, *args))
         payload = pickle.dumps(message)
         sender.send_bytes(payload)

@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+from swinv2_train.config import Config, command_line
+from swinv2_train.config.arguments import prepared
+from tests.support.configs import compose_files, composed
 from tests.support.harness import warm_up
 
 
@@ -52,8 +55,7 @@ def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, *
 
 def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """`python -m module arguments`."""
-    warm_up()
-    main = importlib.import_module(module).main
+    main = _warm_main(module, arguments)
 
     def body() -> None:
         sys.argv = [module, *arguments]
@@ -62,10 +64,9 @@ def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.P
     return forked(body, **options)
 
 
-def forked_torchrun(ranks: int, module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """`torchrun --standalone --nproc-per-node ranks -m module arguments`: the agent a fork, ranks forks of that."""
-    warm_up()
-    main = importlib.import_module(module).main
+def forked_torchrun(torchrun: tuple[str, ...], module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """`torchrun ... -m module arguments`, torchrun: its options.  The agent is a fork, ranks are forks of that."""
+    main = _warm_main(module, arguments)
 
     def rank() -> None:
         _look_new({})
@@ -84,11 +85,30 @@ def forked_torchrun(ranks: int, module: str, *arguments: str, **options: Any) ->
             return lambda *_: elastic_launch(config, rank)()
 
         run.elastic_launch = with_forks
-        run.main(["--standalone", "--nproc-per-node", str(ranks), "-m", module])
+        run.main([*torchrun, "-m", module])
 
     from torch.distributed import run
 
     return forked(body, **options)
+
+
+def _warm_main(module: str, arguments: tuple[str, ...]) -> Callable[[], None]:
+    """The command's main, for forks of this process: they find their choice of configuration files composed."""
+    warm_up()
+    main = importlib.import_module(module).main
+    with contextlib.suppress(Exception):  # the command is the one to say what is wrong
+        compose_files(prepared(arguments))
+
+    def with_warm_files() -> None:
+        compose_anew = command_line.compose_overrides
+
+        def compose_overrides(overrides: list[str], *more: Any, **named: Any) -> Config:
+            return compose_anew(overrides, *more, **named) if more or named else composed(prepared(overrides))
+
+        command_line.compose_overrides = compose_overrides
+        main()
+
+    return with_warm_files
 
 
 def forked_code(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -101,7 +121,7 @@ def forked_code(code: str, *arguments: str, **options: Any) -> subprocess.Popen[
     return forked(body, **options)
 
 
-def finished(process: subprocess.Popen[str], input: str | None = None, timeout: float = 60) -> Any:
+def finished(process: subprocess.Popen[str], input: str | None = None, timeout: float = 300) -> Any:
     """What subprocess.run returns; a process that hangs is killed."""
     try:
         stdout, stderr = process.communicate(input, timeout=timeout)

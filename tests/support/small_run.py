@@ -30,7 +30,7 @@ def run_alone(config: Config, around: Any = None) -> Any:
         code = guarded(lambda: train.train(config))
         return code if after is None else (code, after())
 
-    return run_distributed(command, 1, init=False, timeout_sec=60)[0]
+    return run_distributed(command, 1, init=False)[0]
 
 
 def weights_of(config: Config) -> dict[str, torch.Tensor]:

@@ -62,6 +62,6 @@ def test_a_new_interpreter_of_a_test_finds_the_tests_own_modules_when_pytest_is_
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", *own, "--noconftest", str(tmp_path / "test_child.py")],
-        cwd=tmp_path, env=environment, check=False, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment, check=False, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

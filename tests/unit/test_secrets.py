@@ -38,7 +38,7 @@ def train(folder: Path, server: ShardServer, *overrides: str) -> tuple[int, str]
         "data.fetch_give_up_sec=1", *overrides,
     )  # fmt: skip
     process = forked_command("swinv2_train.train", *arguments, environment=KEY, **OWN_SESSION)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     return process.returncode, output
 
 
@@ -132,7 +132,7 @@ def test_a_traceback_or_a_warning_of_anybody_tells_no_secret(tmp_path):
                 console.fail(error)
             console.say(f"gone: {said}")
 
-    output, _ = forked(body, **OWN_SESSION).communicate(timeout=60)
+    output, _ = forked(body, **OWN_SESSION).communicate(timeout=240)
     log = (tmp_path / "logs" / "rank_00000.log").read_text()
     assert log.count("https://REDACTED@host/x?REDACTED") == 4 and "gone: https://REDACTED@host" in output
     assert not [secret for secret in SECRETS if secret in log + output]

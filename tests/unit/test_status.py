@@ -39,7 +39,7 @@ def wait_for_state(run_dir: Path, state: str) -> None:
 
 def test_it_says_whether_blocks_are_compiled_and_why(tmp_path):
     """Of the newest start; a start of an earlier version has nothing to say."""
-    start(tmp_path, "heartbeat.close(0, None)", timeout_sec=60).communicate(timeout=30)
+    start(tmp_path, "heartbeat.close(0, None)", timeout_sec=60).communicate(timeout=240)
     record_environment(tmp_path, 1, {"precision": "bf16"})
     assert read_status(tmp_path)["compile"] is None and "compiled" not in status_text(read_status(tmp_path))
     record_environment(tmp_path, 1, {"precision": "bf16", "compile": "blocks (auto: CUDA)"})

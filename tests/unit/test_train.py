@@ -470,7 +470,7 @@ def test_what_the_first_rank_finds_or_raises_reaches_every_rank(error, kinds):
         except Exception as caught:  # noqa: BLE001  its kind is the result
             return f"{type(caught).__name__}: {caught}".splitlines()[0]
 
-    assert run_distributed(ask, 2, timeout_sec=30) == kinds
+    assert run_distributed(ask, 2) == kinds
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def test_evaluate_command_scores_the_named_checkpoint_in_evaluation_mode(setting
             assert left.value.code == EXIT_DONE
 
         capfd.readouterr()
-        run_distributed(command, 1, init=False, timeout_sec=60)
+        run_distributed(command, 1, init=False)
         return json.loads(capfd.readouterr().out)
 
     newest, again, older = score(), score(), score(f"checkpoint={first}")

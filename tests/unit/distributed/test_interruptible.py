@@ -22,7 +22,7 @@ def test_a_stop_of_rank_0_ends_its_work_on_every_rank(ranks: int) -> None:
     def ask(world: World) -> tuple[str, int, str]:
         def listing() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(20)
+            time.sleep(600)
 
         with StopRequest() as stop:
             try:
@@ -31,7 +31,7 @@ def test_a_stop_of_rank_0_ends_its_work_on_every_rank(ranks: int) -> None:
                 return str(stopped), stopped.exit_code(saved=False), on_main(world, lambda: "still together")
         return "went on", 0, ""
 
-    assert run_distributed(ask, ranks, timeout_sec=30) == [("SIGTERM", 143, "still together")] * ranks
+    assert run_distributed(ask, ranks) == [("SIGTERM", 143, "still together")] * ranks
 
 
 def test_without_a_stop_the_result_reaches_every_rank() -> None:
@@ -40,27 +40,25 @@ def test_without_a_stop_the_result_reaches_every_rank() -> None:
             found: str = on_main_unless_stopped(world, stop, lambda: "images")
             return found
 
-    assert run_distributed(ask, 2, timeout_sec=30) == ["images"] * 2
+    assert run_distributed(ask, 2) == ["images"] * 2
 
 
 @pytest.mark.parametrize(("told", "words"), [(0, "SIGTERM"), (1, "SIGTERM"), (None, "the time limit")])
 def test_a_stop_of_any_rank_ends_what_rank_0_does_alone(told: int | None, words: str) -> None:
     """One host may be told to go and not the others, and its ranks wait in a collective; a time limit tells nobody."""
 
-    def ask(world: World) -> tuple[str, float]:
-        started = time.monotonic()
+    def ask(world: World) -> str:
         with StopRequest(after_sec=1 if told is None else None) as stop, StopOfAnyRank(stop) as stops:
             stops.listen()
             if world.rank == told:
                 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
             try:
-                on_main_unless_stopped(world, stop, lambda: time.sleep(20))
+                on_main_unless_stopped(world, stop, lambda: time.sleep(600))
             except StopNow as stopped:
-                return str(stopped), time.monotonic() - started
-        return "went on", 0.0
+                return str(stopped)
+        return "went on"
 
-    for said, seconds in run_distributed(ask, 2, timeout_sec=30):
-        assert said == words and seconds < 8
+    assert run_distributed(ask, 2) == [words] * 2
 
 
 def test_a_stop_ends_what_each_rank_does_on_its_own() -> None:
@@ -71,10 +69,10 @@ def test_a_stop_ends_what_each_rank_does_on_its_own() -> None:
             if world.rank == 1:
                 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
             try:
-                unless_stopped(stop, lambda: time.sleep(20 if world.rank == 0 else 0))
+                unless_stopped(stop, lambda: time.sleep(600 if world.rank == 0 else 0))
             except StopNow as stopped:
                 return rank, str(stopped), on_main(world, lambda: "still together")
         return rank, "went on", ""
 
-    found = run_distributed(ask, 2, timeout_sec=30)
+    found = run_distributed(ask, 2)
     assert found == [(rank, "SIGTERM", "still together") for rank in range(2)]

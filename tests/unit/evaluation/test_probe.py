@@ -298,7 +298,7 @@ def run_alone(*configs: Config) -> list[int]:
             found.append(guarded(lambda config=config: train.train(config)))
         return found
 
-    return run_distributed(command, 1, init=False, timeout_sec=100)[0]
+    return run_distributed(command, 1, init=False)[0]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import swinv2_train
 from swinv2_train.config import ConfigError
 from swinv2_train.evaluate import EvaluateRequest, evaluate
+from swinv2_train.inference.pixels import pixels
 from swinv2_train.models import swin_v2
 from swinv2_train.weights import save_weights
 from swinv2_train.weights.huggingface import Preprocessing
@@ -46,7 +48,7 @@ def trained(tmp_path_factory):
         "data.num_workers=0",
     ])  # fmt: skip
     assert run_alone(config) == 0
-    line = run_distributed(lambda world: evaluate(config, EvaluateRequest()), 1, init=False, timeout_sec=60)[0]
+    line = run_distributed(lambda world: evaluate(config, EvaluateRequest()), 1, init=False)[0]
     return folder / "run", paths, line
 
 
@@ -126,6 +128,37 @@ def test_other_weights_say_what_they_can_and_ask_for_the_rest(name, tmp_path):
         expected = model(normalised.permute(2, 0, 1)[None]).softmax(dim=1)[0]
     assert answer.probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
     assert answer.labels[0] == (["a", "b", "2", "3", "4"] if loaded.classes else list("01234"))[int(expected.argmax())]
+
+
+def test_a_deep_grey_image_of_pillows_is_the_one_of_its_file(tmp_path):
+    """Pillow's own conversion to RGB clips 16 bits: every pixel above 255 was white."""
+    values = np.random.default_rng(0).integers(0, 2**16, (8, 9), dtype=np.uint16)
+    image = Image.fromarray(values)
+    image.save(tmp_path / "deep.png")
+    assert image.mode == "I;16"
+    assert torch.equal(pixels(image, None), pixels(tmp_path / "deep.png", None))
+    assert torch.equal(pixels(image, None)[0], torch.from_numpy((values >> 8).astype(np.uint8)))
+
+
+@pytest.mark.parametrize("image", [None, 5, Image.new("I", (8, 8)), Image.new("F", (8, 8))])
+def test_what_is_no_image_is_told(image):
+    with pytest.raises(ConfigError, match="an image is a path|no defined black and white"):
+        pixels(image, None)
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"a.png is no regular file"):
+        pixels(tmp_path / "a.png", None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [(("seed=1", "seed=2"), "seed is given twice"), (("hydra.run.dir=x",), "Hydra's own"), (("seed",), "no KEY=VALUE")],
+)
+def test_overrides_are_a_command_lines(overrides, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        swinv2_train.load(tmp_path, *overrides)
 
 
 def test_values_of_bands_are_looked_at_as_files_are(tmp_path):

@@ -28,7 +28,7 @@ def train_on_two(run_dir: Path, shards: tuple[str, str], *more: str) -> list[flo
         "task.num_classes=4", "engine=zero3", "train.max_steps=6", "train.checkpoint_every_steps=3",
         "train.eval_every_steps=2", "train.keep_checkpoints=3", *more,
     ])  # fmt: skip
-    codes = run_distributed(lambda world: guarded(lambda: train.train(config)), 2, init=False, timeout_sec=100)
+    codes = run_distributed(lambda world: guarded(lambda: train.train(config)), 2, init=False)
     assert codes == [EXIT_DONE] * 2, codes
     return [line["train/loss"] for line in read_metrics(run_dir)]
 

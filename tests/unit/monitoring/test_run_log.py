@@ -248,7 +248,7 @@ log.close()
 assert "wandb" not in sys.modules
 """
     command = [sys.executable, "-c", PRELUDE + body, str(tmp_path)]  # a new interpreter: this one has imported wandb
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "wandb").exists()
 
@@ -277,7 +277,7 @@ log = RunLog(run_dir, log_config("online"), open_console(run_dir, 0), True, {})
 for step in range(1, 4):
     start = time.perf_counter()
     log.metrics(step, step, {"train/loss": 1.0 / step})
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 1.5
 log.close()
 """
     closed_port = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
@@ -423,7 +423,7 @@ for number in range(200):
     assert process.stdout is not None
     assert process.stdout.readline() == "line 0\n"
     process.stdout.close()
-    process.wait(timeout=60)
+    process.wait(timeout=240)
     assert (tmp_path / "finished").exists()
     assert "console lost" in (tmp_path / "logs" / "rank_00000.log").read_text()
 
@@ -457,7 +457,7 @@ def test_a_breakpoint_talks_to_the_terminal(tmp_path: Path) -> None:
     """Under `engine=local` a debugger must not vanish in the log."""
     body = "console = open_console(run_dir, 0)\nanswer = 42\nbreakpoint()\nconsole.say('went on')"
     command = [sys.executable, "-c", PRELUDE + body, str(tmp_path)]
-    done = subprocess.run(command, check=False, input="p answer\nc\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, input="p answer\nc\n", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "(Pdb) 42\n" in done.stdout and done.stdout.endswith("went on\n")
 
@@ -560,7 +560,7 @@ log.close()
 
     reader = threading.Thread(target=drain)
     reader.start()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=240) == 0
     reader.join(timeout=10)
     os.close(master)
     text = b"".join(chunks).decode()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from swinv2_train.monitoring.signs import STATUS
@@ -80,14 +82,21 @@ time.sleep(30)
     arguments = ranks(code, tmp_path)
 
     def body() -> None:
+        watch = PContext.wait
+
+        def said(*more: Any) -> Any:
+            PContext.wait = watch
+            os.write(1, b"watched\n")
+            return watch(*more)
+
+        PContext.wait = said
         raise SystemExit(run_ranks(arguments))
 
     process = start(body, tmp_path)
     assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
-    time.sleep(0.3)  # torchrun watches its ranks by then
+    assert sorted(process.stdout.readline() for _ in range(3)) == ["ready\n", "ready\n", "watched\n"]
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=240)
     assert (process.returncode, output) == (128 + signal.SIGTERM, "saved\nsaved\n")
 
 

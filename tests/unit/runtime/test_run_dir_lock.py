@@ -99,7 +99,7 @@ time.sleep(60)
         time.sleep(0.01)
     (tmp_path / "new").write_text(json.dumps(ELSEWHERE))
     (tmp_path / "new").replace(tmp_path / LOCK_NAME)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=240)
     assert process.returncode == 1 and "was taken over by a run on node7 (process 4711)" in said, said
     assert json.loads((tmp_path / LOCK_NAME).read_text()) == ELSEWHERE
 

@@ -318,7 +318,7 @@ def test_ranks_stop_at_the_same_step_when_the_signal_reaches_one():
         loop.fit(run, stop)
         return run.position.step, steps
 
-    assert run_distributed(stopped_at, 2, timeout_sec=30) == [(3, [3]), (3, [3])]
+    assert run_distributed(stopped_at, 2) == [(3, [3]), (3, [3])]
 
 
 def test_a_stop_within_a_step_drops_its_work_and_saves_the_step_before(saved):
@@ -354,7 +354,7 @@ def test_ranks_stop_before_the_same_micro_batch_when_the_signal_reaches_one():
         loop.fit(run, stop)
         return run.position.step, steps, len(run.engine.losses)
 
-    (one, other) = run_distributed(stopped_at, 2, timeout_sec=30)
+    (one, other) = run_distributed(stopped_at, 2)
     assert one == other and one[:2] in ((2, [2]), (3, [3])) and 20 <= one[2] <= 24
 
 
@@ -367,13 +367,13 @@ def test_a_wait_for_data_ends_at_once(saved):
         def __iter__(self) -> Any:
             yield from batches[:2]
             threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-            time.sleep(20)
+            time.sleep(600)
 
     run.position.loader = Slow()
     started = time.monotonic()
     with stop:
         assert loop.fit(run, stop) is False
-    assert time.monotonic() - started < 10 and [step for step, _, _ in saved] == [2]
+    assert time.monotonic() - started < 300 and [step for step, _, _ in saved] == [2]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a stopped process ignores what comes after
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 

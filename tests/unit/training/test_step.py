@@ -73,7 +73,7 @@ def host_reads(config: Any) -> dict[int, Counter[str]]:
         loop.fit = watched
         return guarded(lambda: train.train(config)), found
 
-    ((code, found),) = run_distributed(command, 1, init=False, timeout_sec=60)
+    ((code, found),) = run_distributed(command, 1, init=False)
     assert code == EXIT_DONE
     return found
 
@@ -177,7 +177,7 @@ def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(sh
         code = guarded(lambda: train.train(config))
         return code, collected, alive, gc.isenabled()
 
-    ((code, collected, alive, enabled),) = run_distributed(command, 1, init=False, timeout_sec=60)
+    ((code, collected, alive, enabled),) = run_distributed(command, 1, init=False)
     assert code == EXIT_DONE and collected == [20, 40] and enabled
     assert alive[1] - alive[0] < 1000, alive  # measured 60; a leaked batch of 8 is 20 objects a step
 
@@ -243,5 +243,5 @@ model = swin_v2("tiny", img_size=32, window_size=4, fused_attention=True)
 model(torch.randn(1, 3, 32, 32)).sum().backward()
 print("torch._dynamo" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "False"
