@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,9 @@ from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.evaluation.scoring import SumsOverRanks, evaluate_loader
 from swinv2_train.monitoring.console import counted
 from swinv2_train.tasks import task_class
-from swinv2_train.tasks.metrics import CONFUSION, Metric, Sums
+from swinv2_train.tasks.detection_scores import DETECTIONS
+from swinv2_train.tasks.detection_tables import detection_tables
+from swinv2_train.tasks.metrics import CONFUSION, Metric, Records, Sums
 from swinv2_train.tasks.task import Batch, Forward, Task
 
 WORST_CLASSES = 5
@@ -54,6 +56,8 @@ class Scored:
     """Of images or of pixels; None where images have several right classes, and for tasks without classes."""
     classes: tuple[str, ...] | None
     """What the classes are called; None where they have numbers alone."""
+    objects: dict[str, Any] | None = None
+    """Of found objects (tasks/detection_tables.py): each class, precision over recall, the commonest confusions."""
 
     def summary(self) -> dict[str, Any]:
         """What fits into a line."""
@@ -82,7 +86,7 @@ class Scored:
             if self.confusion.unit == "pixels":
                 found["class_iou"] = [None if math.isnan(value) else value for value in self.confusion.iou()]
             found["confusion"] = pairs.tolist()  # [right class, predicted class, images or pixels]
-        return found
+        return found | ({} if self.objects is None else {"classes": self.classes, **self.objects})
 
 
 def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict[str, Split]:
@@ -153,7 +157,7 @@ def score(
 
     say: told every few seconds how far they are.  names: of the model's classes; None where they have numbers alone.
     """
-    counter, predictions, pixels = None, task.predictions, PixelsOverRanks()
+    counter, predictions, pixels, kept = None, task.predictions, PixelsOverRanks(), KeptRecords()
     if predictions is not None and (
         split.label_overrides is None or max(map(len, split.label_overrides.values())) == 1
     ):
@@ -163,7 +167,7 @@ def score(
     def score_batch(batch: Batch) -> Mapping[str, Metric]:
         images.add_(batch["weight"].sum())
         if predictions is None:
-            return pixels.seen(task.scores(forward, batch), batch["weight"])
+            return kept.seen(pixels.seen(task.scores(forward, batch), batch["weight"]))
         scores, predicted = predictions.score(forward, batch)
         if counter is not None:
             counter.add(batch["labels"].view(len(predicted), -1)[:, 0], predicted, batch["weight"])
@@ -177,7 +181,8 @@ def score(
     confusion = pixels.read() if counter is None else counter.read()
     if names is not None and confusion is not None:
         names = (*names, *map(str, range(len(names), len(confusion.images()))))
-    return Scored(int(all_reduce_sum(images)), scores, confusion, names)
+    objects = None if kept.records is None else detection_tables(kept.records)
+    return Scored(int(all_reduce_sum(images)), scores, confusion, names, objects)
 
 
 class PixelsOverRanks:
@@ -202,6 +207,26 @@ class PixelsOverRanks:
     def _keep(self, matrix: torch.Tensor) -> dict[str, float]:
         self._total = Confusion.of_pixels(matrix)
         return {}
+
+
+class KeptRecords:
+    """Keeps the records of all images' objects, as they come together for a task's scores."""
+
+    def __init__(self) -> None:
+        self.records: Sequence[bytes] | None = None
+        """Of all ranks; None where the task has none."""
+
+    def seen(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
+        """The metrics of a batch; those that finish with the records leave them here."""
+        found = metrics.get(DETECTIONS)
+        if not isinstance(found, Records):
+            return metrics
+
+        def finish(records: Sequence[bytes]) -> dict[str, float]:
+            self.records = records
+            return found.finish(records)
+
+        return {**metrics, DETECTIONS: Records(found.values, finish)}
 
 
 def compared(crops: dict[float, dict[str, float]]) -> dict[str, Any]:

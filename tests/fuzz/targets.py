@@ -34,6 +34,7 @@ from swinv2_train.report.page import page_of
 from swinv2_train.report.run_record import read_run_record
 from swinv2_train.status import read_status, status_text
 from swinv2_train.weights import match_weights, read_weights, trained_windows
+from tests.fuzz.annotations import annotation_targets
 from tests.fuzz.images import image_targets, read_values
 from tests.fuzz.lists import list_targets
 from tests.fuzz.mutation import TEXT_TOKENS
@@ -51,7 +52,7 @@ def targets() -> list[Target]:
     with tempfile.TemporaryDirectory() as folder:
         return [
             *_weights(Path(folder)), *_archives(Path(folder)), *image_targets(), *_shards(Path(folder)), *_runs(),
-            *_saved_data_sets(Path(folder)), *list_targets(),
+            *_saved_data_sets(Path(folder)), *list_targets(), *annotation_targets(),
         ]  # fmt: skip
 
 

@@ -158,6 +158,7 @@ def test_every_pasted_command_is_what_its_program_takes(document, tmp_path, monk
         "pretrain": ("task=simmim", "model=demo", "task.mask_unit_px=4", "data.eval_shards=val/*.tar"),
         "finetune": classify,
         "segment": ("task=segment", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
+        "detect": ("task=detect", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
     }.items():
         (tmp_path / "runs" / run).mkdir(parents=True)
         text = config_yaml(composed([*settings, f"run_dir=runs/{run}", "data.shards=images/*.tar"]))

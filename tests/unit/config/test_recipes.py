@@ -12,6 +12,14 @@ each experiment file names its own), worked out with pencil and formula and not 
   extra norm (0), 2 in a classifier (1), 3 with SimMIM's token and decoder (1); UPerNet has 12 convolutions with a norm
   (3 each, 1 decays), a norm for each of three maps (2, 0) and its classes (2, 1), the auxiliary head one convolution
   and its classes: 15 that decay and 34 that do not;
+- detectors (docs of models/detection/): norms of three maps 14 C; a pyramid's 8 convolutions, 256 (15 C + 4) + 4 x 256
+  (9 x 256 + 1); its anchors 593,935; per stage four 3 x 3 convolutions without bias and their norms, 49 x 256 x 1,024 +
+  1,024, and n + 1 classes and 4 n sides (4 where they are of any class) of 1,025 each; per mask head 2,643,280 with 80
+  classes; 65,792 for each of HTC's two ways between mask heads.  coco_cascade_tiny_3x: 27,578,154 + 1,344 + 2,729,984 +
+  593,935 + 3 x 15,618,449 + 3 x 2,643,280 = 85,688,604.  HTC's L: 253,683,366 - 3 x 316 x 1,025 + 2 x 65,792; G on
+  Objects365: 3,057,557,394 - 3 x 2,643,280 - 3 x 316 x 1,025 + 3 x 285 x 1,025;
+- their tensors: 3 norms (6, 0); pyramid 8 and anchors 3 convolutions (22, 11 decay); Mask R-CNN's box head 4 matrices
+  (8, 4), a cascade's stage 4 convolutions with norms and 3 matrices (18, 7); a mask head 6 (12, 6); a way of HTC's 1;
 - poly: lr (1 - step / steps), at step 0 a millionth of lr, at the end of the warm-up lr (1 - warm-up / steps).
 """
 
@@ -28,13 +36,11 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from swinv2_train.config import ClassifyConfig, Config, SegmentConfig, SimMIMConfig
+from swinv2_train.config import ClassifyConfig, Config, DetectConfig, SegmentConfig, SimMIMConfig, TaskConfig
 from swinv2_train.config.command_line import compose_argv
 from swinv2_train.config.conf_dir import conf_dir
-from swinv2_train.models import SimMIM
 from swinv2_train.models.counts import count_parameters
 from swinv2_train.models.initial import on_meta
-from swinv2_train.models.upernet import UPerNet
 from swinv2_train.tasks import build_task
 from swinv2_train.training.lr_schedule import lr_at, total_steps, warmup_steps
 from swinv2_train.training.param_groups import build_param_groups
@@ -48,9 +54,11 @@ IN22K_EXT = 70_000_000  # arXiv:2111.09883 section 4.1: "70 million images"
 SATVISION = 1_920_000  # an epoch of arXiv:2411.17000
 CIFAR10 = 50_000
 ADE20K = 20_210  # its training images
+COCO = 117_266  # of train2017, those with objects
+OBJECTS365 = 1_742_289  # of version 2, training
 BATCHES = {
     IN1K: {576, 1024, 2048}, IN22K: {4096}, IN22K_EXT: {9216}, SATVISION: {2048}, CIFAR10: {128, 256},
-    ADE20K: {16, 32, 64},
+    ADE20K: {16, 32, 64}, COCO: {16, 64, 96}, OBJECTS365: {96},
 }  # fmt: skip
 
 
@@ -70,7 +78,7 @@ class Recipe(NamedTuple):
     run: Run
     size: str
     parameters: int
-    img_size: int
+    img_size: int | list[int]
     window: int
     pretrained: tuple[int, ...]
     """() where no stage is told another window than its own."""
@@ -85,6 +93,8 @@ class Recipe(NamedTuple):
     norm_target: int | None = None
     augment: str = "official"
     """RandAugment, erasing, mixup and cutmix (official), without the last two (erasing), or none of them."""
+    encoder_lr: float = 1.0
+    """The encoder's learning rate as a share of the heads'."""
     after: str | None = None
     """The experiment whose run it starts from."""
 
@@ -103,6 +113,11 @@ AFTER_22K_G = Run(IN1K, 22_243, 4_449, (0.0, 2.1e-5, 1.451946e-5, 0.0), 0.1, 100
 ADE20K_ABLATION = Run(ADE20K, 160_000, 1_500, (4e-11, 3.9625e-5, 2e-5, 2.5e-10), 0.05, 0.0)
 ADE20K_L = Run(ADE20K, 40_000, 375, (6e-11, 5.94375e-5, 3e-5, 1.5e-9), 0.05, 0.0)
 ADE20K_G = Run(ADE20K, 80_000, 750, (4e-11, 3.9625e-5, 2e-5, 5e-10), 0.05, 0.0)
+COCO_1X = Run(COCO, 87_950, 500, (1e-7, 1e-4, 1e-4, 1e-6), 0.05, 0.0)
+COCO_3X = Run(COCO, 263_849, 500, (1e-7, 1e-4, 1e-4, 1e-6), 0.05, 0.0)
+COCO_L = Run(COCO, 65_963, 500, (4e-7, 4e-4, 4e-4, 4e-6), 0.05, 0.0)
+OBJECTS365_G = Run(OBJECTS365, 67_500, 500, (1.2e-6, 1.2e-3, 1.2e-3, 1.2e-5), 0.05, 0.0)
+COCO_G = Run(COCO, 45_000, 500, (6e-7, 6e-4, 6e-4, 6e-6), 0.05, 0.0)
 DEMO_SIMMIM = Run(CIFAR10, 586, 98, (1e-6, 2e-3, 1.31369e-3, 1.002062e-5), 0.05, 5.0)
 PROOF_SIMMIM = Run(CIFAR10, 2_344, 98, (1e-6, 2e-3, 1.073143e-3, 1.000097e-5), 0.05, 5.0)
 PROOF_FINETUNE = Run(CIFAR10, 2_344, 50, (1e-6, 2e-3, 1.039059e-3, 1.000093e-5), 0.05, 5.0)
@@ -207,6 +222,30 @@ RECIPES = {
     "ade20k_upernet_giant_640": Recipe(
         ADE20K_G, "giant", 3_057_747_980, 640, 40, FROM_12, 0.4, (219, 709), 0.95, 52, 150, after="in22k_giant_192"
     ),
+    "coco_mask_rcnn_tiny_1x": Recipe(
+        COCO_1X, "tiny", 47_853_402, 1024, 16, (8, 8, 8, 8), 0.1, (73, 194), head=80, after="in1k_tiny_256_w8"
+    ),
+    "coco_cascade_tiny_3x": Recipe(
+        COCO_3X, "tiny", 85_688_604, 1024, 16, (8, 8, 8, 8), 0.2, (102, 235), head=80, after="in1k_tiny_256_w8"
+    ),
+    "coco_cascade_small_3x": Recipe(
+        COCO_3X, "small", 107_069_868, 1024, 16, (8, 8, 8, 8), 0.2, (150, 391), head=80, after="in1k_small_256_w8"
+    ),
+    "coco_cascade_base_3x": Recipe(
+        COCO_3X, "base", 145_127_594, 1024, 16, (8, 8, 8, 8), 0.3, (150, 391), head=80, after="in1k_base_256_w8"
+    ),
+    "coco_htc_large_1536": Recipe(
+        COCO_L, "large", 252_843_250, 1536, 32, FROM_12, 0.2, (152, 393), head=80, encoder_lr=0.1,
+        after="in22k_large_192",
+    ),
+    "objects365_htc_giant_1536": Recipe(
+        OBJECTS365_G, "giant", 3_049_532_229, [800, 1024], 32, FROM_12, 0.4, (236, 725), head=365, encoder_lr=0.1,
+        after="in22k_giant_192",
+    ),
+    "coco_htc_giant_1536": Recipe(
+        COCO_G, "giant", 3_056_717_278, 1536, 32, FROM_12, 0.4, (256, 745), head=80, encoder_lr=0.1,
+        after="objects365_htc_giant_1536",
+    ),
 }  # fmt: skip
 
 SATVISION_LOW = [
@@ -290,7 +329,7 @@ def test_recipe_is_what_its_sources_print(name):
     with on_meta():
         module = build_task(config, torch.device("cpu")).module
     assert count_parameters(module) == row.parameters
-    encoder = module.encoder if isinstance(module, SimMIM | UPerNet) else module
+    encoder = getattr(module, "encoder", module)
     blocks = [block for stage in encoder.layers for block in stage.blocks]
     assert blocks[-1].drop_path_rate == pytest.approx(row.drop_path)
     if row.pretrained:
@@ -304,8 +343,9 @@ def test_recipe_is_what_its_sources_print(name):
     assert {group["weight_decay"] for group in spared} == {0.0}
     assert tuple(sum(len(group["params"]) for group in kind) for kind in (decay, spared)) == row.tensors
     assert config.optim.layer_decay == row.layer_decay
-    assert len(groups) == (2 * row.layers if row.layers else 2)
-    assert min(group["lr_scale"] for group in groups) == pytest.approx(row.layer_decay ** max(0, row.layers - 1))
+    assert len(groups) == (2 * row.layers if row.layers else 2 if row.encoder_lr == 1 else 4)
+    least = row.encoder_lr * row.layer_decay ** max(0, row.layers - 1)
+    assert min(group["lr_scale"] for group in groups) == pytest.approx(least)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS, scope="module")  # by name, so that a worker composes it once
@@ -342,12 +382,15 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
         assert isinstance(task, SegmentConfig)
         assert (task.num_classes, task.reduce_zero_label, task.ignore_index) == (150, True, 255)
         assert (task.resize_long_px, task.resize_short_px, task.resize_scale) == (
-            4 * row.img_size, row.img_size, [0.5, 2.0]
+            4 * config.model.img_size, row.img_size, [0.5, 2.0]
         )  # fmt: skip
         assert (task.crop_max_category_share, task.photometric, task.resize) == (0.75, True, "opencv")
         heads = (task.head_norm, task.head_channels, task.aux_channels, task.aux_weight, task.dropout)
         assert heads == ("sync_batch", 512, 256, 0.4, 0.1)
         assert (task.loss_denominator, task.class_weights, task.eval_mode) == ("all", None, "whole")
+        return
+    if row.run.images in (COCO, OBJECTS365):
+        check_detector(name, task)
         return
     assert isinstance(task, ClassifyConfig)
     assert (task.num_classes, task.label_smoothing) == (row.head, 0.1)
@@ -355,6 +398,22 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
     augment = (task.rand_augment, task.erasing_prob, task.mixup_alpha, task.cutmix_alpha)
     assert augment == AUGMENT[row.augment]
     assert data.crop_scale == ([0.6, 1.0] if row.size == "demo" else [0.08, 1.0])
+
+
+def check_detector(name: str, task: TaskConfig) -> None:
+    assert isinstance(task, DetectConfig)
+    htc, mask_rcnn, boxes = "_htc_" in name, "mask_rcnn" in name, name.startswith("objects365")
+    assert (task.head, task.num_classes) == ("mask_rcnn" if mask_rcnn else "cascade_mask_rcnn", RECIPES[name].head)
+    assert (task.masks, task.interleaved, task.mask_flow) == (not boxes, htc and not boxes, htc and not boxes)
+    assert (task.class_agnostic, task.box_loss) == ((True, "smooth_l1") if htc else (False, None))
+    assert (task.level_proposals, task.proposals, task.eval_proposals) == (2000, 1000 if mask_rcnn else 2000, 1000)
+    assert (task.box_samples, task.mask_samples, task.detections, task.max_objects) == (512, 128, 100, 100)
+    assert (task.score_threshold, task.nms_iou, task.soft_nms) == (
+        (0.001, 0.5, "linear") if htc else (0.05, 0.5, "none")
+    )
+    assert task.resize_scale == ([0.8, 1.25] if name.endswith("1x") else [0.1, 2.0])
+    assert (task.eval_long_px, task.eval_short_px) == ((1833, 1100) if htc else (1333, 800))
+    assert (task.head_channels, task.head_width, task.head_norm) == (256, 1024, "layer")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS, scope="module")  # by name, so that a worker composes it once
@@ -366,7 +425,11 @@ def test_fine_tuning_starts_from_the_run_that_comes_before_it(name):
         return
     first = RECIPES[row.after]
     assert config.task.init_from == chain(row.after)[0]["run_dir"]
-    assert first.size == row.size and not first.pretrained
+    assert first.size == row.size
+    if first.pretrained:  # whoever starts from it goes on with the same position bias
+        assert row.pretrained == first.pretrained
+        return
+    assert isinstance(first.img_size, int)
     sides = tuple(min(first.window, first.img_size // 4 // 2**i) for i in range(4))
     assert row.pretrained == (() if row.window == first.window else sides)
 

@@ -15,10 +15,10 @@ from swinv2_train.data.mask_codes import encode_mask
 from swinv2_train.tasks.detection_scores import (
     all_scores,
     average_precision,
-    confusions,
     detection_records,
     read_records,
 )
+from swinv2_train.tasks.detection_tables import confusions, detection_tables
 from swinv2_train.tasks.detections import Found, Truth
 from swinv2_train.tasks.metrics import Records
 
@@ -166,3 +166,16 @@ def test_confusions_pair_each_object_with_what_was_found_there() -> None:
         "classes": [0, 2, 2, 1, 1],
     }
     assert confusions([{"truth": truth, "found": found}]) == {(0, 0): 1, (1, 2): 1, (-1, 1): 1, (1, -1): 1}
+
+
+def test_the_tables_are_of_the_same_objects_as_the_scores() -> None:
+    given = records(range(12))
+    tables, scores = detection_tables(given.values), given.finish(given.values)
+    for kind in ("box", "mask"):
+        known = [value for value in tables[f"class_{kind}_ap"] if value is not None]
+        assert np.mean(known) == pytest.approx(scores[f"val/{kind}_ap"], abs=1e-3)
+        assert np.mean(tables[f"{kind}_precision_at_recall"]) == pytest.approx(scores[f"val/{kind}_ap50"], abs=0.01)
+        assert len(tables[f"{kind}_precision_at_recall"]) == 101
+    truths = [image_of(number)[0] for number in range(12)]
+    assert sum(tables["class_objects"]) == sum(int((~truth["crowd"]).sum()) for truth in truths)
+    assert all(right != named for right, named, _ in tables["confusions"]) and len(tables["confusions"]) > 3
