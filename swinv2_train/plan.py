@@ -31,7 +31,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from swinv2_train.config import Config, ConfigError, HardwareConfig, ModelConfig, is_pipe
+from swinv2_train.config.arguments import unquoted
 from swinv2_train.config.command_line import compose_overrides, load_run_config, run_on_weights
+from swinv2_train.config.load import home_expanded
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.engine.compile import compile_choice
@@ -72,10 +74,10 @@ def parse(arguments: list[str]) -> tuple[Config, list[str]]:
     """
     repeated = [each for each in arguments if each != "--recommend" and not each.startswith("plan.")]
     overrides = ["plan.recommend=true" if each == "--recommend" else each for each in arguments]
-    run_dir = next((each.partition("=")[2] for each in arguments if each.startswith("run_dir=")), None)
     given = {each.partition("=")[0]: each for each in arguments}
-    if run_dir is None or set(WHOLE) & given.keys():
+    if "run_dir" not in given or set(WHOLE) & given.keys():
         return compose_overrides(overrides, UNUSED), repeated
+    run_dir = home_expanded("run_dir", unquoted(given["run_dir"].partition("=")[2]))
     if not (Path(run_dir) / "config.yaml").is_file():
         print(f"note: run_dir ({run_dir}) holds no run yet; this plans what the command line says")
         return compose_overrides(overrides, UNUSED), repeated

@@ -28,6 +28,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from swinv2_train.config import Config, ConfigError, MachineError, is_pipe
+from swinv2_train.config.arguments import unquoted
 from swinv2_train.config.command_line import compose_overrides, run_on_weights
 from swinv2_train.config.load import home_expanded
 from swinv2_train.config.saved import literal
@@ -304,7 +305,7 @@ def _as_json(source: Measured, names: list[str]) -> dict[str, Any]:
 def parse(arguments: list[str]) -> tuple[Config, StatsRequest]:
     """The configuration and the command's own keys of a command line."""
     given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    own = {key: home_expanded(key, given[key].strip("'\"")) for key in OWN_KEYS if key in given}
+    own = {key: home_expanded(key, unquoted(given[key])) for key in OWN_KEYS if key in given}
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in OWN_KEYS]
     counted = False
 

@@ -72,6 +72,12 @@ def check_once(arguments: Sequence[str]) -> None:
                 raise ConfigError(f"{above}={value} and {_said(one)} set the same section; give its keys in one way")
 
 
+def unquoted(value: str) -> str:
+    """A value without the quotes in which Hydra's grammar would take it: run_dir='my run'."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
+
+
 def without_launchers(arguments: Sequence[str]) -> list[str]:
     """What the user has typed, without the words that a launcher adds for each of its processes."""
     return [word for word in arguments if not _OF_LAUNCHER.fullmatch(word)]

@@ -27,7 +27,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train import __version__
-from swinv2_train.config.arguments import check_once, prepared, without_launchers
+from swinv2_train.config.arguments import check_once, prepared, unquoted, without_launchers
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError, MachineError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, exit_code_of
@@ -250,7 +250,7 @@ def compose_source(
     own_keys: keys that are the command's own and no part of a configuration; returned as they were given.
     needed: what the command cannot do without, its own or the configuration's, and how its value is called.
     """
-    given = {key: _unquoted(value) for key, _, value in (argument.partition("=") for argument in arguments)}
+    given = {key: unquoted(value) for key, _, value in (argument.partition("=") for argument in arguments)}
     given |= {key: home_expanded(key, value) for key, value in given.items() if key in (*own_keys, "run_dir")}
     own = {key: given[key] for key in own_keys if key in given}
     needed = {key: value for key, value in needed.items() if key not in own}
@@ -259,7 +259,7 @@ def compose_source(
         return compose_overrides(overrides, ("run_dir", "data.shards"), needed=needed), own
     if "run_dir" not in given:
         raise ConfigError(no_value({"run_dir": "DIR", **{key: needed[key] for key in needed if key in own_keys}}))
-    return load_run_config(Path(given["run_dir"]), prepared(overrides), needed), own
+    return load_run_config(Path(given["run_dir"]), overrides, needed), own
 
 
 def own_flag(own: dict[str, str], key: str) -> bool:
@@ -268,12 +268,6 @@ def own_flag(own: dict[str, str], key: str) -> bool:
     if value not in ("true", "false"):
         raise ConfigError(f"{key} ({own[key]}) must be true or false")
     return value == "true"
-
-
-def _unquoted(value: str) -> str:
-    """A value without the quotes in which Hydra's grammar would take it: run_dir='my run'."""
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return value[1:-1] if quoted else value
 
 
 def load_run_config(
@@ -291,7 +285,7 @@ def load_run_config(
     has.pop("plan", None)  # belongs to a command line alone: it names files to write
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         newer = [key for key in known_keys() if OmegaConf.select(has, key, default=MISSING) == MISSING]
-        plus = [f"+{each}" if each.partition("=")[0] in newer else each for each in overrides]
+        plus = [f"+{each}" if each.partition("=")[0] in newer else each for each in prepared(overrides)]
         saved = _with_overrides(has, plus)
         task = OmegaConf.select(saved, "task.name")
         if task in TASKS:

@@ -13,6 +13,7 @@ from hydra import compose
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from swinv2_train.config.arguments import unquoted
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.load import home_expanded
@@ -48,5 +49,5 @@ def with_group_files(words: Sequence[str]) -> list[str]:
 
 def _file_of(word: str, group: str) -> Path | None:
     """The file that a word chooses for its group; None where it chooses an option by its name, or sets a key."""
-    value = word.partition("=")[2].strip("'\"")
+    value = unquoted(word.partition("=")[2])
     return Path(home_expanded(group, value)) if group in _GROUPS and value.endswith(ENDINGS) else None
