@@ -177,13 +177,18 @@ class TaskConfig:
 
     @property
     def pixel_classes(self) -> int | None:
-        """The number of classes of which it names one for each pixel; None = it uses no label images."""
+        """The number of classes of pixels or objects, whose numbers nobody changes; None = it has none of these."""
         return None
 
     @property
     def pixel_class_names(self) -> tuple[str, ...] | None:
-        """What the configuration calls the classes of pixels; None = it gives no names, or there are none."""
+        """What the configuration calls the classes of pixels or objects; None = it gives no names, or there are none."""
         return None
+
+    @property
+    def takes_fitting_heads(self) -> bool:
+        """Whether of other heads what fits is taken, and the rest starts anew; else they are taken whole or not."""
+        return False
 
     def identity(self) -> dict[str, Any]:
         """Keys of this section that shape the weights: a run is resumed with the same values alone."""
@@ -511,7 +516,18 @@ class DetectConfig(TaskConfig):
     """Evaluation: join those of the mirrored image too."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.detect:DetectTask"
+    takes_fitting_heads: ClassVar[bool] = True
     scores: ClassVar[tuple[str, ...]] = tuple(f"val/{kind}_{name}" for kind in ("box", "mask") for name in COCO_SCORES)
+
+    @property
+    def pixel_classes(self) -> int:
+        """As configured: objects hold the numbers of their classes as label images do."""
+        return self.num_classes
+
+    @property
+    def pixel_class_names(self) -> tuple[str, ...] | None:
+        """As configured."""
+        return None if self.class_names is None else tuple(self.class_names)
 
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""

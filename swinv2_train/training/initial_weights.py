@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import load_run_config
-from swinv2_train.data.class_names import are_wordnet
+from swinv2_train.data.class_names import are_wordnet, listed
 from swinv2_train.data.sources.matched import difference
 from swinv2_train.distributed import World
 from swinv2_train.distributed.interruptible import on_main_unless_stopped
@@ -19,7 +19,16 @@ from swinv2_train.runtime import StopRequest
 from swinv2_train.storage.lazy_tensors import LazyTensors
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.task import Task
-from swinv2_train.weights import Bands, Head, LoadReport, match_weights, read_weights, trained_windows, weights_classes
+from swinv2_train.weights import (
+    Bands,
+    ConvertedWeights,
+    Head,
+    LoadReport,
+    match_weights,
+    read_weights,
+    trained_windows,
+    weights_classes,
+)
 
 
 class Initial(NamedTuple):
@@ -57,6 +66,8 @@ def initial_weights(
             if head == "auto" and "head.weight" in source.entries and "head.weight" in shapes:
                 rows = source.entries["head.weight"].shape[0], shapes["head.weight"][0]
                 head, said = head_by_name(weights_classes(init_from), classes, rows)
+            elif head == "auto" and config.task.takes_fitting_heads:
+                source, shapes, said = fitting_heads(source, shapes)
             elif head == "auto" and config.task.pixel_classes is not None:
                 head, said = pixel_head(weights_classes(init_from), classes)
             weights, report = match_weights(source, shapes, head=head, bands=bands)
@@ -98,6 +109,25 @@ def pixel_head(theirs: tuple[str, ...] | None, ours: tuple[str, ...] | None) -> 
     if theirs is None or ours is None or theirs == ours:
         return "auto", []
     return "fresh", [f"note: the heads start anew, for theirs are of other classes ({difference(theirs, ours)})"]
+
+
+def fitting_heads(
+    source: ConvertedWeights, shapes: dict[str, tuple[int, ...]]
+) -> tuple[ConvertedWeights, dict[str, tuple[int, ...]], list[str]]:
+    """Both without the parts of the heads that are not in the other in the same shape, and what is to be said of it.
+
+    So of a detector of other classes, or without masks, everything else is taken (arXiv:2111.09883 appendix A2.2).
+    """
+    theirs, ours = ({name for name in each if name.startswith("decoder.")} for each in (source.entries, shapes))
+    same = {name for name in theirs & ours if tuple(source.entries[name].shape) == tuple(shapes[name])}
+    if not theirs & ours or same == theirs == ours:
+        return source, shapes, []
+    kept = {name: entry for name, entry in source.entries.items() if name not in theirs - same}
+    fresh = sorted(ours - same)
+    said = f"note: {len(fresh)} tensors of the heads start anew, for theirs have another shape or are not there"
+    wanted = {name: shape for name, shape in shapes.items() if name not in ours - same}
+    found = ConvertedWeights(kept, source.origin, source.format, source.sources, source.left_out, source.prefix)
+    return found, wanted, [f"{said} ({listed(fresh)})"] if fresh else []
 
 
 def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:

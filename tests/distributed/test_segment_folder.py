@@ -68,7 +68,10 @@ def test_names_of_classes_go_with_the_run_and_later_masks_of_others_are_refused(
     (tmp_path / "annotations" / "classes.txt").write_text("\n".join([names[1], names[0], *names[2:]]))
     code, _, err = evaluate_command(capfd, f"run_dir={tmp_path / 'run'}")
     assert code == EXIT_USER_ERROR
-    assert "data.eval_shards calls class 0 of its pixels 'sky', which is 'wall' among the model's classes" in err
+    assert (
+        "data.eval_shards calls class 0 of its pixels or objects 'sky', which is 'wall' among the model's classes"
+        in err
+    )
     assert trained([*command, "train.max_steps=2"]) == [EXIT_USER_ERROR]
 
 

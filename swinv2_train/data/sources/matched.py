@@ -81,7 +81,7 @@ def _by_number(
 
 
 def check_pixel_classes(theirs: tuple[str, ...] | None, names: tuple[str, ...] | None, key: str, whose: str) -> None:
-    """Label images hold numbers that nobody puts into another order, so both lists must call a number alike.
+    """Label images and objects hold numbers that nobody puts into another order, so both lists must call one alike.
 
     theirs: the names of a source, or of weights, that key named; names: those of the classes, and whose they are.
     Either may be None, or end earlier.  Raises ShardError.
@@ -89,9 +89,10 @@ def check_pixel_classes(theirs: tuple[str, ...] | None, names: tuple[str, ...] |
     for number, (their, ours) in enumerate(zip(theirs or (), names or (), strict=False)):
         if their != ours:
             raise ShardError(
-                f"{key} calls class {number} of its pixels '{shown(their)}', which is '{shown(ours)}' among {whose}: "
-                "the same number would mean two things; renumber its label images, or mend the list of names that is "
-                "wrong (classes.txt, which may also lie above the folder; task.class_names)"
+                f"{key} calls class {number} of its pixels or objects '{shown(their)}', which is '{shown(ours)}' among "
+                f"{whose}: the same number would mean two things; renumber its label images, pack its objects beside "
+                "the shards that have the right classes.txt, or mend the list of names that is wrong (classes.txt, which may also lie "
+                "above the folder; task.class_names)"
             )
 
 
