@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swinv2_train.config import MachineError
+from swinv2_train.config import ConfigError, MachineError
 from swinv2_train.config.command_line import stoppable
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from swinv2_train.config.secret_texts import without_secrets
@@ -186,7 +186,7 @@ def run(arguments: Sequence[str]) -> int:
             return EXIT_DONE
         else:
             manifest = _pack(options)
-    except (ShardError, OSError, MemoryError, MachineError) as error:
+    except (ConfigError, OSError, MemoryError, MachineError) as error:
         said = shown(str(error) or "no memory is left", MESSAGE_CHARACTERS)
         print(without_secrets(f"make_shards: {said}"), file=sys.stderr)
         return EXIT_FAILED if _of_the_machine(error) else EXIT_USER_ERROR

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,28 @@ def test_what_is_no_set_of_annotations_is_told(
     write(tmp_path / "notes")
     assert run(images, tmp_path / "notes") == 2
     assert re.search(cause, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)], ids=["H x W x C", "C x H x W"])
+def test_images_of_many_bands_are_packed_with_their_objects(axes: tuple[int, ...], tmp_path: Path) -> None:
+    """Either order of an array's axes; the annotations' size tells which, and YOLO has none."""
+    values = np.zeros((*SIZE, 5), np.float32)
+    (tmp_path / "images").mkdir()
+    for number in (1, 2):
+        np.save(tmp_path / "images" / f"{name_of(number)}.npy", values.transpose(axes))
+    assert run(tmp_path / "images", write_voc(tmp_path / "voc", [1, 2])) == 0
+    found = packed(f"{tmp_path}/out/train-*.tar")
+    assert {key: each.size for key, each in found.items()} == {"k001": SIZE, "k002": SIZE}
+    if axes == (0, 1, 2):
+        assert run(tmp_path / "images", write_yolo(tmp_path / "yolo", [1, 2]), out="out/yolo") == 0
+        np.testing.assert_allclose(packed(f"{tmp_path}/out/yolo-*.tar")["k001"].boxes, scene(1)[1].boxes, atol=1e-3)
+
+
+def test_masks_without_their_library_are_refused_with_the_remedy(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    images = write_images(tmp_path / "images", [1])
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+    content = coco_json([1])
+    del content["annotations"][0]["area"]  # it is counted in the mask
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert run(images, tmp_path / "c.json") == 2
+    assert "pip install -e '.[detection]'" in capsys.readouterr().err

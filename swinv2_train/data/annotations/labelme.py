@@ -84,7 +84,7 @@ def _drawn(shape: dict[str, Any], kind: Any, size: tuple[int, int] | None, where
         return Drawn(label, [])
     if kind == "rectangle" and len(pairs) >= 2:
         (x0, y0), (x1, y1) = np.min(pairs, axis=0).tolist(), np.max(pairs, axis=0).tolist()
-        return Drawn(label, [x0, y0, x1, y1], polygons=[[x0, y0, x1, y0, x1, y1, x0, y1]])
+        return Drawn(label, [x0, y0, x1, y1])  # it is no outline
     if kind == "circle" and len(pairs) == 2:
         (x, y), radius = pairs[0], math.dist(*pairs)
         turns = [2 * math.pi * number / _CIRCLE_POINTS for number in range(_CIRCLE_POINTS)]

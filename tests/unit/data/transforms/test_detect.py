@@ -158,3 +158,13 @@ def test_values_of_many_bands_keep_what_was_not_measured() -> None:
 def test_evaluation_sees_the_whole_image_at_each_scale() -> None:
     image, _ = scene("polygons")
     assert [each.shape for each in eval_views(image, 80, 48, (1.0, 0.5), "opencv")] == [(3, 48, 80), (3, 24, 40)]
+
+
+def test_what_is_drawn_in_a_cut_is_the_cut_of_what_is_drawn() -> None:
+    """COCO's rule rounds towards 0, so that an outline beyond the upper and left edges would move by a pixel."""
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        mask = Mask(polygons=(rng.uniform(0, 60, (5, 2)),))
+        whole = Cut((60, 60), 0, (60, 60), 0, 0, (60, 60), mirrored=False).mask(mask)
+        part = Cut((60, 60), 0, (60, 60), 20, 25, (40, 35), mirrored=False).mask(mask)
+        assert (part == whole[20:, 25:]).all()
