@@ -45,6 +45,7 @@ from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import EXIT_USER_ERROR
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.data.loading.order import GlobalOrder
+from swinv2_train.data.sample import SEGMENTATION
 from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.monitoring.run_log import read_metrics
@@ -208,7 +209,8 @@ def pack(folder: Path) -> None:
         (f"image_{i:03d}", image, "png", i % NUM_CLASSES, pixels)
         for i, (image, pixels) in enumerate(zip(images, classes, strict=True))
     ]
-    write_shards(rows, str(folder / "shards" / "train"), NUM_IMAGES // NUM_SHARDS)
+    packed = [(*row[:4], {SEGMENTATION: row[4]}) for row in rows]
+    write_shards(packed, str(folder / "shards" / "train"), NUM_IMAGES // NUM_SHARDS)
     for name, image, ending, label, pixels in rows:
         for kind in ("images", "pairs"):
             path = folder / kind / f"class_{label}" / f"{name}.{ending}"
