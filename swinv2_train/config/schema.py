@@ -182,7 +182,7 @@ class TaskConfig:
 
     @property
     def pixel_class_names(self) -> tuple[str, ...] | None:
-        """What the configuration calls the classes of pixels or objects; None = it gives no names, or there are none."""
+        """What the configuration calls the classes of pixels or objects; None = it gives none, or there are none."""
         return None
 
     @property

@@ -91,8 +91,8 @@ def check_pixel_classes(theirs: tuple[str, ...] | None, names: tuple[str, ...] |
             raise ShardError(
                 f"{key} calls class {number} of its pixels or objects '{shown(their)}', which is '{shown(ours)}' among "
                 f"{whose}: the same number would mean two things; renumber its label images, pack its objects beside "
-                "the shards that have the right classes.txt, or mend the list of names that is wrong (classes.txt, which may also lie "
-                "above the folder; task.class_names)"
+                "the shards that have the right classes.txt, or mend the list of names that is wrong (classes.txt, "
+                "which may also lie above the folder; task.class_names)"
             )
 
 
