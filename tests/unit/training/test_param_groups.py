@@ -52,7 +52,7 @@ class SimMIMLike(nn.Module):
 
 def config(no_decay=("1d", "cpb_mlp", "logit_scale", "mask_token"), layer_decay=1.0):
     schedule = ScheduleConfig("constant", 0, None, 0.0, 0.0, [], 0.1, 1.0)
-    return OptimConfig(1e-3, 0.05, [0.9, 0.999], 1e-8, 5.0, list(no_decay), layer_decay, None, schedule)
+    return OptimConfig(1e-3, 0.05, [0.9, 0.999], 1e-8, 5.0, list(no_decay), layer_decay, 1.0, None, schedule)
 
 
 def names_of(groups, module):

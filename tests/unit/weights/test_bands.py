@@ -89,7 +89,7 @@ def test_the_same_number_of_channels_is_loaded_as_it_is(tmp_path):
 
 def test_a_decoder_for_other_channels_starts_anew_when_told(tmp_path):
     path = save_weights(simmim(in_chans=5), tmp_path / "a.pth", "microsoft")[0]
-    with pytest.raises(ConfigError, match=r"decoder.0.bias is \(5120,\), the model has \(3072,\); head=fresh starts"):
+    with pytest.raises(ConfigError, match=r"decoder.0.bias is \(5120,\), the model has \(3072,\); head=fresh leaves"):
         load_weights(simmim(), path, bands="mean")
     report = load_weights(simmim(), path, bands="mean", head="fresh")
     assert set(report.missing) == {"encoder.mask_token", "decoder.0.weight", "decoder.0.bias"}
