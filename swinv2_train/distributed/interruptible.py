@@ -88,8 +88,11 @@ def on_main_unless_stopped(world: World, stop: StopRequest | None, function: Cal
 def unless_stopped(stop: StopRequest | None, function: Callable[[], Result]) -> Result:
     """This rank's result of what every rank does on its own, and which a stop ends at once: StopNow on every rank.
 
-    Collective, but the function must not be.  What it raises is raised on this rank alone.
+    Collective where there is something that stops, but the function must not be.  What it raises is raised on this
+    rank alone.
     """
+    if stop is None:
+        return function()
     result, stopped_by = _attempt(stop, function)
     reasons = [reason for reason in gather_objects(stopped_by) if reason is not None]
     if reasons:

@@ -98,7 +98,8 @@ def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, t
     """--max-restarts: the same processes' command, the newest checkpoint, the same losses as without the kill."""
     overrides = ("train.max_steps=12", "train.checkpoint_every_steps=2")
     disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
-    process = start(*command(disturbed, *overrides), *shards, torchrun=("--max-restarts", "2"))
+    restarts = ("--max-restarts", "2")  # forks of the agent that end would end its store with them
+    process = start(*command(disturbed, *overrides), *shards, torchrun=restarts, interpreter=True)
     wait_for_step(disturbed, 5, process)
     os.kill(ranks_of(process)[0], signal.SIGKILL)
     code, output = finish(process)
