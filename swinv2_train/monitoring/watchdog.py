@@ -85,8 +85,11 @@ class Heartbeat:
         console: Console,
         incoming: Callable[[], object] = lambda: None,
     ) -> None:
-        """incoming: what it gives changes while data is on its way to this host; a wait for it is no hang."""
+        """incoming: what it gives changes while data is on its way to this host; a wait for it is no hang, and a long
+        one has it on the console as text, unless it is false: nothing is on its way.
+        """
         self._incoming, self._came = incoming, incoming()
+        self._told_at = 0.0
         self.activity, self.run_dir, self.rank, self.world_size = activity, run_dir, rank, world_size
         self.hang_timeout_sec, self.console = config.hang_timeout_sec, console
         self._patience_sec = max(config.hang_timeout_sec or 0, config.process_group_timeout_sec)
@@ -133,8 +136,18 @@ class Heartbeat:
             if self._closed.is_set():
                 return
             self._write("running", None)
+            self._tell_incoming()
             if news.wait(self.every_sec):
                 self._closed.wait(min(1.0, self.every_sec))  # not more often than that
+
+    def _tell_incoming(self) -> None:
+        """Say how far the data is that rank 0 waits for, each time that a beat has passed in waiting."""
+        now = time.time()
+        if self.rank == 0 and self.activity.current == DATA_WAIT:
+            waited_sec = now - max(self.activity.since, self._told_at)
+            if waited_sec >= self.every_sec and (coming := self._incoming()):
+                self._told_at = now
+                self.console.say(f"waiting for data: {coming}")
 
     def _write(self, state: str, reason: str | None, outage: bool = False) -> None:
         """This rank's sign of life and, on rank 0, the run's status.  A disk that fails is no reason to stop."""

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from swinv2_train import make_shards
+from swinv2_train.data import packing
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 from swinv2_train.data.sources.base import open_source
 from tests.support.images import image_bytes
@@ -78,6 +81,15 @@ def test_class_folders_become_labels_in_sorted_order_and_files_are_copied_byte_f
     assert (tmp_path / "out" / "classes.txt").read_text() == "ape.big\ncat\ndog\n"
     out = capsys.readouterr().out
     assert "2 files and hidden folders of" in out and "5 images in 3 shards" in out
+    assert f"{tmp_path}/out/train: 5 of 5 images packed\n" in out
+
+
+def test_a_long_packing_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    """A line when more than 5 s have passed since the last one: here each look at the clock is 2 s later."""
+    monkeypatch.setattr(packing, "time", SimpleNamespace(monotonic=map(float, count(0, 2)).__next__))
+    assert make_shards.run([str(folder(tmp_path / "src", FILES)), str(tmp_path / "out" / "t")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("images packed")]
+    assert said == [f"{tmp_path}/out/t: {number} of 5 images packed" for number in (3, 5)]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

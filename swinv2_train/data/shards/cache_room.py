@@ -12,10 +12,45 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.cache_files import ROOM_LOCK, open_lock_file, open_own, take_away
 from swinv2_train.data.shards.manifest import INDEX_SUFFIX
+
+_MOST_NAMED = 4
+
+
+class Arrival(NamedTuple):
+    """A shard on its way to this host; as text how far it is, in MB of 10^6 bytes."""
+
+    name: str
+    came: int
+    """Bytes that are here."""
+    size: int
+    """Bytes of the whole; 0 where no manifest says it."""
+
+    def __str__(self) -> str:
+        came, size = f"{self.came / 1e6:.1f}", f"{self.size / 1e6:.1f}"
+        return f"{self.name}: {came} of {size} MB" if self.size else f"{self.name}: {came} MB so far"
+
+
+class Arrivals(tuple[Arrival, ...]):
+    """Shards on their way; as text one line, however many they are."""
+
+    def __str__(self) -> str:
+        more = f" and {len(self) - _MOST_NAMED} more" if len(self) > _MOST_NAMED else ""
+        return "fetching " + ", ".join(map(str, self[:_MOST_NAMED])) + more
+
+
+def arrivals(folder: str) -> Arrivals:
+    """What any process of this host fetches into the cache at the moment, by name."""
+    found = []
+    for part in Path(folder).glob("*/*.part"):
+        name = part.name.rsplit(".", 2)[0]
+        with contextlib.suppress(OSError):  # it is here
+            found.append(Arrival(name, part.lstat().st_size, part.with_name(f"{name}.lock").lstat().st_size))
+    return Arrivals(sorted(found))
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -46,7 +47,7 @@ from swinv2_train.data.shards.cache_files import (
     open_own,
     take_away,
 )
-from swinv2_train.data.shards.cache_room import reserve, room_lock
+from swinv2_train.data.shards.cache_room import Arrivals, arrivals, reserve, room_lock
 from swinv2_train.data.shards.manifest import (
     INDEX_SUFFIX,
     MANIFEST_BYTES,
@@ -75,6 +76,8 @@ Content = TypeVar("Content")
 PAGE_BYTES = 512
 """By its beginning a web page is told from a file."""
 _PAGE_CAME = "a web page came in the place of the file"
+TOLD_EVERY_SEC = 10.0
+"""Fetches at the start that take longer say how far they are."""
 TRANSFERS = 4
 """Transfers of one process at a time."""
 
@@ -157,7 +160,7 @@ class ShardCache:
                 progress(
                     f"{redacted(folder)}: {len(unknown)} shards have no manifest; each is fetched once to be indexed"
                 )
-            for url, entry in zip(unknown, self._index_all(unknown), strict=True):
+            for url, entry in zip(unknown, self._index_all(unknown, progress), strict=True):
                 found[url] = entry
                 if progress is not None:
                     progress(f"indexed {redacted(url)}: {entry['samples']} samples")
@@ -179,13 +182,9 @@ class ShardCache:
             if self._fetch(shard.url, shard.size, shard.sha256, wait, started) is None:
                 return None
 
-    def incoming(self) -> int:
-        """A number that changes while any process of this host fetches something: the bytes of what has come so far."""
-        total = 0
-        for part in Path(self.folder).glob("*/*.part"):
-            with contextlib.suppress(OSError):
-                total += part.lstat().st_size
-        return total
+    def incoming(self) -> Arrivals:
+        """What any process of this host fetches, and how far it is: it changes with every byte that comes."""
+        return arrivals(self.folder)
 
     def _open_compared(self, path: Path, shard: RemoteShard) -> int | None:
         """A descriptor of a shard that is the one its manifest knows, and has its index; None when it is to be fetched.
@@ -266,7 +265,7 @@ class ShardCache:
             progress(f"{redacted(address)}: the server answers {why}; it is taken as not there")
         return content
 
-    def _index_all(self, urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _index_all(self, urls: Sequence[str], progress: Callable[[str], None] | None) -> Iterator[dict[str, Any]]:
         abandon = threading.Event()
 
         def bring(url: str) -> dict[str, Any]:
@@ -276,7 +275,11 @@ class ShardCache:
 
         with ThreadPoolExecutor(TRANSFERS) as pool:
             try:
-                yield from pool.map(bring, urls)
+                for fetching in [pool.submit(bring, url) for url in urls]:
+                    while wait_for([fetching], TOLD_EVERY_SEC).not_done:
+                        if progress is not None and (coming := self.incoming()):
+                            progress(str(coming))
+                    yield fetching.result()
             finally:
                 abandon.set()  # a thread that goes on trying would be waited for
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -31,7 +31,7 @@ run_dir, timeout = Path(sys.argv[1]), float(sys.argv[2])
 config = make_config(runtime={"hang_timeout_sec": timeout, "process_group_timeout_sec": 3 * timeout}).runtime
 console, activity = open_console(run_dir, 0), RankActivity()
 came = [0]
-heartbeat = Heartbeat(activity, run_dir, 0, 1, config, console, lambda: came[0]).start()
+heartbeat = Heartbeat(activity, run_dir, 0, 1, config, console, lambda: came[0] and f"fetching {came[0]}").start()
 """
 
 
@@ -257,6 +257,7 @@ def test_a_download_that_moves_is_no_hang_and_one_that_stands_still_is(moves, co
     process = start(tmp_path, WAITING.replace("MOVES", moves), timeout_sec=0.8)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == code, out
+    assert ("waiting for data: fetching " in out) == (moves == "1"), out
 
 
 @pytest.mark.parametrize(("doing", "code"), [("waiting for data", 0), ("training", 1)])

@@ -24,6 +24,9 @@ from swinv2_train.config.exit_codes import EXIT_FAILED, EXIT_STOPPED
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.loading.pipe_loader import StreamLoader
 from swinv2_train.data.loading.workers import WorkerError, with_workers, worker_death
+from swinv2_train.data.sources.base import open_source
+from swinv2_train.data.sources.folder import FolderReader
+from swinv2_train.data.sources.huggingface import SavedDatasetReader
 from swinv2_train.data.sources.pipe import open_stream
 from tests.support.commands import OWN_SESSION, command
 from tests.support.images import image_bytes
@@ -47,19 +50,38 @@ class Broken(Transform):
 
 MAIN = os.getpid()
 ONE = replace(CONFIG, num_workers=1)
+FILES = {"folder": FolderReader, "saved": SavedDatasetReader}
 
 
-@pytest.mark.parametrize("kind", ["train", "eval", "pipe"])
+def files_of(kind: str, folder: Path) -> Path:
+    """16 images as a class folder, or as a data set saved by `datasets`."""
+    if kind == "folder":
+        for number in range(16):
+            path = folder / "train" / "abc"[number % 3] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image_bytes(number, size=(32, 32)))
+    else:
+        from datasets import ClassLabel, Dataset, Features, Image
+
+        images = [{"bytes": image_bytes(number, size=(32, 32)), "path": None} for number in range(16)]
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})
+        columns = {"image": images, "label": [number % 3 for number in range(16)]}
+        Dataset.from_dict(columns, features=features).save_to_disk(str(folder / "train"))
+    return folder / "train"
+
+
+@pytest.mark.parametrize("kind", ["train", "eval", "pipe", "folder", "saved"])
 def test_an_error_that_cannot_be_pickled_is_heard_at_once(tmp_path, kind):
     """Of every loader; the worker's thread would drop it, and the training process wait for ever."""
-    shards = make_shards(tmp_path, 20)
     loader: Any
-    if kind == "train":
-        loader = train_loader(shards, ONE, transform=Broken())
+    if kind in FILES:
+        loader = train_loader(open_source(str(files_of(kind, tmp_path))), ONE, transform=Broken())
+    elif kind == "train":
+        loader = train_loader(make_shards(tmp_path, 20), ONE, transform=Broken())
     elif kind == "eval":
-        loader = EvalLoader(shards, ONE, Broken(), 2, 0, 1)
+        loader = EvalLoader(make_shards(tmp_path, 20), ONE, Broken(), 2, 0, 1)
     else:
-        stream = open_stream(f"pipe:cat {shards.paths[0]}")
+        stream = open_stream(f"pipe:cat {make_shards(tmp_path, 20).paths[0]}")
         loader = StreamLoader(stream, ONE, Broken(), 0, 2, 2, 0, 1, 0)
     started = time.monotonic()
     with pytest.raises(WorkerError, match="^a data worker failed: Odd: something odd") as caught:
@@ -197,6 +219,35 @@ def test_a_stop_is_heard_while_a_pipe_is_waited_for(tmp_path, workers):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == EXIT_STOPPED and "stopped by SIGTERM after step 0" in output, output
     wait_until(lambda: gone(f"98765{workers}"))
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_run_on_files_hears_its_workers_errors_and_a_stop(tmp_path, monkeypatch, kind, answers):
+    """A file system that does not answer any more, or a reader that fails: with one line and its exit code."""
+    flag = tmp_path / "flag"
+
+    def read(self: Any, *place: int) -> Any:
+        flag.touch()
+        if not answers:
+            time.sleep(600)
+        raise RuntimeError("something odd")
+
+    monkeypatch.setattr(FILES[kind], "read", read)
+    run = command(
+        tmp_path / "run", f"data.shards={files_of(kind, tmp_path)}", "data.num_workers=1", "engine=local",
+        "engine.precision=fp32", "data.eval_shards=null", "optim.schedule.warmup_steps=2",
+    )  # fmt: skip
+    process = forked_command("swinv2_train.train", *run, **OWN_SESSION)
+    wait_until(flag.exists)
+    if not answers:
+        process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    if answers:
+        assert process.returncode == EXIT_FAILED, output
+        assert "rank 0 failed: WorkerError: a data worker failed: RuntimeError: something odd" in output
+    else:
+        assert process.returncode == EXIT_STOPPED and "stopped by SIGTERM after step 0" in output, output
 
 
 def test_a_worker_that_waits_ends_with_a_training_process_that_is_killed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -21,6 +22,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
 from swinv2_train.data.loading.order import GlobalOrder, rank_batch, rank_shards
 from swinv2_train.data.sample import ShardError
+from swinv2_train.data.shards import shard_cache as shard_cache_module
 from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import ShardCache, shard_cache, shard_cache_for
 from swinv2_train.data.shards.tar_reader import Manifest, TarReader, open_manifest
@@ -162,20 +164,39 @@ def test_the_cache_is_the_data_sections(tmp_path, monkeypatch):
     assert shard_cache(replace(CONFIG, cache_dir="rel")).folder == f"{os.getcwd()}/rel"
 
 
-def test_what_comes_in_slowly_changes_a_number(tmp_path, server):
-    """The watchdog's sign that a shard which is still being fetched is no hang."""
+def test_what_comes_in_slowly_says_how_far_it_is(tmp_path, server, monkeypatch):
+    """To a start that indexes; and to the watchdog, for whom it is no hang."""
+    monkeypatch.setattr(shard_cache_module, "TOLD_EVERY_SEC", 0.02)
+    said: list[str] = []
     server.bytes_per_sec = 40_000
     cache = ShardCache(str(tmp_path / "cache"), 2**30, PATIENT)
-    assert cache.incoming() == 0
+    assert not cache.incoming()
     with ThreadPoolExecutor(1) as pool:
-        fetching = pool.submit(cache.entries, [f"{server.url}/t-000000.tar"])
+        fetching = pool.submit(cache.entries, [f"{server.url}/t-000000.tar"], (), said.append)
         (server.folder / "manifest.json").unlink()
         seen = set()
         while not fetching.done():
             seen.add(cache.incoming())
             time.sleep(0.05)
         fetching.result()
-    assert len(seen) > 2 and cache.incoming() == 0
+    assert len(seen) > 2 and not cache.incoming()
+    told = [line for line in said if line.startswith("fetching ")]
+    assert told and all(re.fullmatch(r"fetching t-000000.tar: 0\.0 MB so far", line) for line in told)
+
+
+def test_what_is_on_its_way_is_one_line(tmp_path):
+    """Of a shard with a manifest the lock file's length is the whole, and few of many are named."""
+    place = tmp_path / "0123"
+    place.mkdir()
+    for number, (came, size) in enumerate([(120_000_000, 400_000_000), (2_500_000, 0), *[(1, 10**6)] * 5]):
+        for name, length in ((f"t-{number}.tar.77-{number}.part", came), (f"t-{number}.tar.lock", size)):
+            (place / name).touch()
+            os.truncate(place / name, length)
+    cache = ShardCache(str(tmp_path), 2**30, PATIENT)
+    assert str(cache.incoming()) == (
+        "fetching t-0.tar: 120.0 of 400.0 MB, t-1.tar: 2.5 MB so far, t-2.tar: 0.0 of 1.0 MB, t-3.tar: 0.0 of 1.0 MB "
+        "and 3 more"
+    )
 
 
 def test_local_data_needs_no_cache_and_no_home(tmp_path, monkeypatch):
