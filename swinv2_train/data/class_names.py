@@ -103,3 +103,12 @@ def read_run_classes(run_dir: Path) -> list[str]:
     except (FileNotFoundError, ConfigError):
         return []
     return names
+
+
+def check_class_count(classes: Sequence[str] | None, key: str, num_classes: int) -> None:
+    """Raises ConfigError where the images that this key names have more classes than the model."""
+    if classes is not None and len(classes) > num_classes:
+        raise ConfigError(
+            f"task.num_classes ({num_classes}) is too small: {key} has {len(classes)} classes; set "
+            f"task.num_classes={len(classes)} or more"
+        )

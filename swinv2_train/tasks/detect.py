@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, DetectConfig, pair
+from swinv2_train.data.class_names import check_class_count
 from swinv2_train.data.mask_codes import encode_mask
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
@@ -93,11 +94,7 @@ class DetectTask:
     @staticmethod
     def check_source(task: DetectConfig, source: Source, key: str) -> None:
         """The model has a class for every name."""
-        if source.classes is not None and len(source.classes) > task.num_classes:
-            raise ConfigError(
-                f"task.num_classes ({task.num_classes}) is too small: {key} has {len(source.classes)} classes; set "
-                f"task.num_classes={len(source.classes)} or more"
-            )
+        check_class_count(source.classes, key, task.num_classes)
 
     def notes(self, source: Source | Stream) -> Iterable[str]:
         """None."""
@@ -237,9 +234,7 @@ def _factors(old: tuple[int, int], new: tuple[int, int], device: torch.device) -
 def _moved(boxes: Tensor, view: Tensor, flip: bool, size: tuple[int, int]) -> Tensor:
     """Boxes (..., 4) of a view, maybe mirrored, to those of the image."""
     height, width = view.shape[2], view.shape[3]
-    if flip:
-        x0, y0, x1, y1 = boxes.unbind(dim=-1)
-        boxes = torch.stack([width - x1, y0, width - x0, y1], dim=-1)
+    boxes = _mirrored(boxes, width) if flip else boxes
     return boxes * _factors((height, width), size, boxes.device)
 
 
@@ -247,7 +242,10 @@ def _moved_back(boxes: Tensor, view: Tensor, flip: bool, size: tuple[int, int]) 
     """The other way round."""
     height, width = view.shape[2], view.shape[3]
     boxes = boxes * _factors(size, (height, width), boxes.device)
-    if flip:
-        x0, y0, x1, y1 = boxes.unbind(dim=-1)
-        boxes = torch.stack([width - x1, y0, width - x0, y1], dim=-1)
-    return boxes
+    return _mirrored(boxes, width) if flip else boxes
+
+
+def _mirrored(boxes: Tensor, width: int) -> Tensor:
+    """Boxes (..., 4) of an image of this width in its mirror image."""
+    x0, y0, x1, y1 = boxes.unbind(dim=-1)
+    return torch.stack([width - x1, y0, width - x0, y1], dim=-1)

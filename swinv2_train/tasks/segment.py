@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, SegmentConfig, pair
+from swinv2_train.data.class_names import check_class_count
 from swinv2_train.data.label_values import check_source_values
 from swinv2_train.data.sample import SEGMENTATION, Targets
 from swinv2_train.data.sources.base import Source
@@ -120,11 +121,7 @@ class SegmentTask:
     @staticmethod
     def check_source(task: SegmentConfig, source: Source, key: str) -> None:
         """The model has a class for every name and for every value of the label images."""
-        if source.classes is not None and len(source.classes) > task.num_classes:
-            raise ConfigError(
-                f"task.num_classes ({task.num_classes}) is too small: {key} has {len(source.classes)} classes; set "
-                f"task.num_classes={len(source.classes)} or more"
-            )
+        check_class_count(source.classes, key, task.num_classes)
         check_source_values(source, key, task.num_classes, task.reduce_zero_label, task.ignore_index)
 
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
