@@ -95,15 +95,6 @@ def _check_model(config: Config) -> None:
         between(1, num_stages).check("model.sequential_stages", stage)
 
 
-def check_clips_are_read(config: Config) -> None:
-    """ConfigError where a model of clips is to be trained or evaluated: no data is read as clips yet."""
-    if config.model.frames is not None:
-        raise ConfigError(
-            f"model.frames ({config.model.frames}): no data is read as clips yet; set model.frames=null (the planner "
-            "counts clips, and from Python swinv2_train.models takes them)"
-        )
-
-
 def _check_labels(config: Config) -> None:
     """Splits have files of labels where the task reads labels."""
     for name, split in config.data.eval_splits.items():
