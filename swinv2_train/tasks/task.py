@@ -21,8 +21,10 @@ Batch = dict[str, Any]
 """What the loaders make of the transform's rows: tensors (B, ...), and "weight" (B,), 0 for an image that stands in."""
 Forward = Callable[..., Any]
 """An engine's forward or evaluate: keyword tensors in, the module's outputs out."""
-Picture = Callable[[Forward, Batch], np.ndarray]
-"""Something to look at, uint8 (H, W, 3), from a few images of a batch."""
+Picture = Callable[[Forward, Batch, Sequence[str] | None], np.ndarray]
+"""Something to look at, uint8 (H, W, 3), from a few images of a batch and the names of the model's classes (None where
+these have numbers alone).
+"""
 
 
 class Predictions(NamedTuple):
