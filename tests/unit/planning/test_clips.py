@@ -6,7 +6,6 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from swinv2_train.config import ConfigError
-from swinv2_train.config.checks import check_clips_are_read
 from swinv2_train.models.initial import on_meta
 from swinv2_train.planning.trace import meta_task, trace_step
 from tests.support.configs import composed
@@ -16,7 +15,7 @@ CLIP = (
     "model=demo", "model.img_size=32", "model.window_size=4", "model.frames=4", "model.window_frames=2",
     "task.mixup_alpha=0", "task.cutmix_alpha=0", "task.erasing_prob=0", "engine=local", "train.micro_batch_size=1",
 )  # fmt: skip
-CLASSIFY = ("task=classify", "task.num_classes=10", *CLIP)
+CLASSIFY = ("task=classify", "task.num_classes=10", "task.rand_augment=null", *CLIP)
 
 
 def test_a_clip_is_counted_with_all_its_frames():
@@ -54,15 +53,11 @@ def test_on_a_card_windows_of_clips_take_what_serves_there():
         (("model.patch_frames=3",), r"a clip's frames 4 is not a multiple of patch_frames 3; nearest: 3, 6"),
         (("task.cutmix_alpha=1", "train.micro_batch_size=2"), r"task.cutmix_alpha \(1.0\) takes boxes .*_alpha=0"),
         (("model.in_chans=1", "data.mean=[0]", "data.std=[1]"), r"model.frames \(4\): clips are of 3 x 8 bits"),
+        (("task.rand_augment=rand-m9-mstd0.5-inc1",), r"task.rand_augment \(rand-.*each image.*task.rand_augment=null"),
+        (("task.color_jitter=0.4",), r"task.color_jitter \(0.4\) is drawn for each image.*set task.color_jitter=0"),
         (("model.window_frames=0",), r"model.window_frames \(0\) must be at least 1"),
     ],
 )
 def test_what_does_not_fit_clips_is_one_message(overrides, message):
     with pytest.raises(ConfigError, match=message):
         meta_task(composed([*CLASSIFY, *overrides]))
-
-
-def test_training_on_clips_is_refused_while_no_data_is_read_as_clips():
-    with pytest.raises(ConfigError, match=r"model.frames \(4\): no data is read as clips yet; set model.frames=null"):
-        check_clips_are_read(composed(CLASSIFY))
-    check_clips_are_read(composed([*CLASSIFY, "model.frames=null"]))
