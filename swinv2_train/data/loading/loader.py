@@ -296,6 +296,11 @@ def _check_targets(manifest: Source, config: DataConfig, transform: Transform, k
             "this task needs one beside every image: pack images with them (docs/segmentation.md); of shards that were "
             "indexed by an older version, make the index again (swinv2-make-shards --reindex)"
         )
+        if OBJECTS in transform.needs:
+            remedy = (
+                "the semantic branch learns from one beside every image: pack the images with --annotations and "
+                "--labels (docs/detection.md), or set task.semantic_classes=0"
+            )
         _check_missing(manifest, manifest.unsegmented, config, what, key, remedy)
     if OBJECTS in transform.needs:
         what = f"no objects (.{MEMBERS[OBJECTS].suffix})"
