@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from scripts import compose_scenes, demo, demo_segment
-from scripts.compose_scenes import IGNORE, SIDE_PX, FetchError, find_fashion, find_photographs, scene
+from scripts.compose_scenes import IGNORE, SIDE_PX, find_fashion, find_photographs, scene
+from scripts.package_files import FetchError
 from swinv2_train import train
 from swinv2_train.config import SegmentConfig, SimMIMConfig
 from swinv2_train.config.command_line import compose_overrides, guarded
