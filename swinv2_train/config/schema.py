@@ -24,6 +24,7 @@ from swinv2_train.config.rules import (
     finite,
     first_last,
     folder_names,
+    folder_path,
     length,
     low_high,
     matching,
@@ -640,6 +641,8 @@ class DataConfig:
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
     label_folders: Annotated[list[str] | None, folder_names()]
     """[images, annotations]: images/a/b.jpg has annotations/a/b.png (or columns called so); null = a/b.seg.png."""
+    annotations: Annotated[str | None, folder_path()]
+    """Objects of a folder's images, from that folder on: COCO json, or a folder of others' files; {name} = its name."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig

@@ -10,9 +10,9 @@ from swinv2_train.config.shown import shown, tell
 from swinv2_train.data.annotations.form import DrawnImage
 from swinv2_train.data.annotations.rules import BadBoxes, objects_of
 from swinv2_train.data.label_checks import LabelImageChecks
-from swinv2_train.data.label_values import image_sizes
 from swinv2_train.data.objects import Objects, objects_to_json
 from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.transforms.image_sizes import image_sizes
 
 Overlay = Callable[[str, bytes, str, Objects], None]
 """Is given a key, the image's bytes, its extension and its objects."""

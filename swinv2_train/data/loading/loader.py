@@ -305,8 +305,9 @@ def _check_targets(manifest: Source, config: DataConfig, transform: Transform, k
     if OBJECTS in transform.needs:
         what = f"no objects (.{MEMBERS[OBJECTS].suffix})"
         remedy = (
-            "this task needs boxes for every image: pack the images with their annotations (docs/detection.md); of "
-            "shards that were indexed by an older version, make the index again (swinv2-make-shards --reindex)"
+            "this task needs boxes for every image: pack the images with their annotations (docs/detection.md), or "
+            "name those of a folder by data.annotations; of shards that were indexed by an older version, make the "
+            "index again (swinv2-make-shards --reindex)"
         )
         _check_missing(manifest, manifest.unannotated, config, what, key, remedy)
 
