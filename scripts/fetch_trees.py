@@ -4,9 +4,9 @@
 
 The photographs (NEON, Yellowstone) and their Pascal VOC files are data of the package deepforest (MIT), whose wheel
 comes through pip; its checksum is compared, and nothing of it is installed or run.  Or name a folder with the four
-files.  Training tiles overlap by half, test tiles do not.  A tree that a tile's edge cuts keeps the box of its part in
-the tile; of which less than half is there, it counts neither way (a crowd).  Run again, it returns at once when the
-shards are complete.
+files.  Each photograph's colours are levelled, for each has a light of its own.  Training tiles overlap by half, test
+tiles do not.  A tree that a tile's edge cuts keeps the box of its part in the tile; of which less than half is there,
+it counts neither way (a crowd).  Run again, it returns at once when the shards are complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
-from scripts.compose_scenes import FetchError, compare_sha256, fetch_wheel
+from scripts.package_files import FetchError, compare, fetch_wheel, sha256_of
 from swinv2_train.data.annotations.form import Drawn, DrawnImage
 from swinv2_train.data.annotations.reading import match, read_annotations
 from swinv2_train.data.annotations.rules import BadBoxes
@@ -47,6 +47,8 @@ TILE_PX = 400
 WHOLE = 0.5
 """Of a tree's box, in a tile, for it to be an object there."""
 SAMPLES_PER_SHARD = 64
+MEAN, SPREAD = 128, 50
+"""Of each colour of a photograph; as they come, haze makes the second one bluer than the first."""
 
 
 def find_photographs(raw: Path, given: Path | None) -> Path:
@@ -54,9 +56,8 @@ def find_photographs(raw: Path, given: Path | None) -> Path:
     names = [f"{stem}{ending}" for stem in PHOTOGRAPHS.values() for ending in (".png", ".xml")]
     folder = given or raw / "photographs"
     if given is None and not all((folder / name).is_file() for name in names):
-        print(f"fetching aerial photographs: {WHEEL} through pip (21 MB)", flush=True)
-        path = fetch_wheel(WHEEL, raw, "--photographs FOLDER")
-        compare_sha256(path.read_bytes(), WHEEL_SHA256, path)
+        path = fetch_wheel(raw, WHEEL, 21, "--photographs FOLDER")
+        compare(path, sha256_of(path), WHEEL_SHA256)
         folder.mkdir(exist_ok=True)
         with zipfile.ZipFile(path) as wheel:
             for name in names:
@@ -64,8 +65,8 @@ def find_photographs(raw: Path, given: Path | None) -> Path:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FetchError(f"{folder} has no {missing[0]}; put the files of deepforest's deepforest/data there")
-    sums = "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(names))
-    compare_sha256(sums.encode(), PHOTOGRAPHS_SHA256, folder)
+    sums = "".join(sha256_of(folder / name) for name in sorted(names))
+    compare(folder, hashlib.sha256(sums.encode()).hexdigest(), PHOTOGRAPHS_SHA256)
     return folder
 
 
@@ -102,9 +103,17 @@ def objects_in(tile: tuple[int, int, int, int], boxes: np.ndarray) -> DrawnImage
     return DrawnImage(found, (tile[3] - tile[1], tile[2] - tile[0]))
 
 
+def levelled(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) with each colour's mean and spread over the photograph moved to MEAN and SPREAD."""
+    mean, spread = pixels.mean(axis=(0, 1), dtype=np.float64), pixels.std(axis=(0, 1), dtype=np.float64)
+    moved = (pixels - mean) * (SPREAD / np.maximum(spread, 1)) + MEAN
+    found: np.ndarray = moved.round().clip(0, 255).astype(np.uint8)
+    return found
+
+
 def _entries(folder: Path, split: str) -> list[Entry]:
     name = f"{PHOTOGRAPHS[split]}.png"
-    pixels = np.asarray(Image.open(folder / name).convert("RGB"))
+    pixels = levelled(np.asarray(Image.open(folder / name).convert("RGB")))
     drawn = match(read_annotations(folder, "--photographs"), [f"{stem}.png" for stem in PHOTOGRAPHS.values()], name)
     image = drawn.images[name]
     assert image is not None, name

@@ -42,15 +42,13 @@ def arguments_parser(description: str | None, runs: str, data: str) -> argparse.
 
 
 def phase(run_dir: Path, title: str, own: Sequence[str], overrides: Sequence[str], way: str | None = None) -> Phase:
-    """own: of this training, task=NAME among them; overrides: the user's, of which those of other tasks are left out."""
+    """own: of this training, task=NAME among them; overrides: the user's, those of other tasks are left out."""
     task = next(each for each in own if each.startswith("task=")).partition("=")[2]
     return Phase(run_dir, title, last_of_each([*own, f"run_dir={run_dir}", *overrides_of(overrides, task)]), way)
 
 
-def both_ways(
-    runs: Path, pretrain: Path, seeds: int, own: Sequence[str], overrides: Sequence[str]
-) -> list[Phase]:
-    """As many trainings as seeds from nothing and from the run `pretrain`, which differ in the initial weights alone."""
+def both_ways(runs: Path, pretrain: Path, seeds: int, own: Sequence[str], overrides: Sequence[str]) -> list[Phase]:
+    """As many trainings as seeds from nothing and from the run `pretrain`: only the initial weights differ."""
     found = []
     for seed in range(seeds):
         for way, init in zip(WAYS, ("null", str(pretrain)), strict=True):

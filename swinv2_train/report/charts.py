@@ -17,6 +17,8 @@ from swinv2_train.config.shown import NAME_CHARACTERS, shown
 
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 8, 34
+STEPS = "step"
+"""What a chart is drawn over where nothing else is said."""
 COLOURS = 8
 """Lines of a chart that can be told apart."""
 _MAX_POINTS = 300  # a chart is about 340 px wide
@@ -39,11 +41,13 @@ def chart(
     unit: str = "",
     from_zero: bool = False,
     x_range: tuple[float, float] | None = None,
+    axis: str = STEPS,
 ) -> str:
     """An SVG figure over the steps with axes, ticks and a legend; "" when no series has a finite point.
 
     unit: shown after the title, e.g. "images/s".  from_zero: the y axis starts at 0.  x_range: lowest and highest step
-    of the axis (None = as far as the points go), so that all charts of a run line up.
+    of the axis (None = as far as the points go), so that all charts of a run line up.  axis: what is on the x axis; the
+    last values stand beside the title where it is steps.
     """
     frame = frame_of(series, from_zero, x_range)
     if frame is None:
@@ -59,7 +63,7 @@ def chart(
     for tick in frame.x_ticks:
         anchor = "end" if px(tick) > _WIDTH - 24 else "middle"
         parts.append(f'<text x="{px(tick):.1f}" y="{base + 15}" text-anchor="{anchor}">{tick_text(tick)}</text>')
-    parts.append(f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 3}">step</text>')
+    parts.append(f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 3}">{_esc(axis)}</text>')
 
     clip = f"clip-{zlib.crc32(repr((title, frame)).encode()):x}"  # one page holds many charts
     parts.append(
@@ -97,14 +101,14 @@ def chart(
         else ""
     )
     unit_html = f' <span class="unit">{_esc(unit)}</span>' if unit else ""
-    latest = ", ".join(f"{value_text(y)}" for y in last.values())
-    data = html.escape(
-        json.dumps({"lines": read_out, "x": [frame.x_low, frame.x_high], "box": [_LEFT, _WIDTH - _RIGHT, _WIDTH]})
-    )
+    latest = ", ".join(f"{value_text(y)}" for y in last.values()) if axis == STEPS else ""
+    box = [_LEFT, _WIDTH - _RIGHT, _WIDTH]
+    data = html.escape(json.dumps({"lines": read_out, "x": [frame.x_low, frame.x_high], "box": box, "axis": axis}))
+    over = "the steps" if axis == STEPS else _esc(axis)
     return (
         f'<figure class="chart" data-chart="{data}"><figcaption><b>{_esc(title)}</b>{unit_html}'
         f'<output data-latest="{latest}">{latest}</output></figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_esc(title)} over the steps">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_esc(title)} over {over}">'
         + "".join(parts)
         + f'</svg><div class="legend">{legend}{note}</div></figure>'
     )
@@ -290,7 +294,7 @@ i.c4{background:var(--c4)}i.c5{background:var(--c5)}i.c6{background:var(--c6)}i.
 
 CHART_JS = """
 for (const figure of document.querySelectorAll('figure.chart')) {
-  const {lines, x: [low, high], box: [left, right, width]} = JSON.parse(figure.dataset.chart);
+  const {lines, x: [low, high], box: [left, right, width], axis} = JSON.parse(figure.dataset.chart);
   const svg = figure.querySelector('svg'), out = figure.querySelector('output');
   const cursor = figure.querySelector('.cursor');
   const nearest = (xs, x) => xs.reduce((best, v, i) => Math.abs(v - x) < Math.abs(xs[best] - x) ? i : best, 0);
@@ -299,7 +303,7 @@ for (const figure of document.querySelectorAll('figure.chart')) {
     const at = Math.min(right, Math.max(left, (event.clientX - frame.left) / frame.width * width));
     const x = low + (at - left) / (right - left) * (high - low);
     const first = lines[0].x[nearest(lines[0].x, x)];
-    out.textContent = 'step ' + first.toLocaleString() + ': ' + lines.map(l => l.y[nearest(l.x, x)]).join(', ');
+    out.textContent = axis + ' ' + first.toLocaleString() + ': ' + lines.map(l => l.y[nearest(l.x, x)]).join(', ');
     const px = left + (first - low) / (high - low) * (right - left);
     cursor.setAttribute('x1', px); cursor.setAttribute('x2', px); cursor.style.visibility = 'visible';
   });

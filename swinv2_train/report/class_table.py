@@ -15,9 +15,9 @@ FOLDER = "evaluation"
 MOST_BYTES = 2**26
 MOST_CLASSES = 30_000
 
-_NUMBERS = listing(optional(number()), MOST_CLASSES)
+NUMBERS = listing(optional(number()), MOST_CLASSES)
 _SHAPE = record(
-    {"class_iou": _NUMBERS, "class_accuracy": _NUMBERS, "class_pixels": listing(whole(), MOST_CLASSES)},
+    {"class_iou": NUMBERS, "class_accuracy": NUMBERS, "class_pixels": listing(whole(), MOST_CLASSES)},
     {"classes": optional(listing(text(1000), MOST_CLASSES))},
 )
 

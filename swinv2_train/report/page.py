@@ -18,6 +18,7 @@ from swinv2_train.monitoring.console import duration_text
 from swinv2_train.report.charts import value_text
 from swinv2_train.report.class_table import classes_of
 from swinv2_train.report.html import esc, folded, page_html, section
+from swinv2_train.report.object_tables import objects_of
 from swinv2_train.report.run_charts import PROBES, charts_of, metric_names, metric_words, write_curves
 from swinv2_train.report.run_pictures import pictures_of
 from swinv2_train.report.run_record import RunRecord, find_parent, read_run_record, state_of
@@ -28,6 +29,8 @@ TILES = (
     ("val/top1", "top-1 accuracy", "%", 2),
     ("val/top5", "top-5 accuracy", "%", 2),
     ("val/miou", "mean IoU", "%", 2),
+    ("val/box_ap", "box AP", "%", 2),
+    ("val/mask_ap", "mask AP", "%", 2),
     ("val_ema/top1", "top-1 accuracy, averaged weights", "%", 2),
     ("probe/knn_top1", "k-NN top-1, frozen encoder", "%", 2),
     ("probe/linear_top1", "linear top-1, frozen encoder", "%", 2),
@@ -66,6 +69,7 @@ def page_of(run: RunRecord, total_steps: int | None = None) -> str:
         section("Ranks", _ranks(run)),
         section("Pictures", pictures_of(run)),
         section("Classes", classes_of(run.run_dir)),
+        section("Objects", objects_of(run.run_dir)),
         _parent_section(parent) if parent is not None else "",
         section("Metrics", _metrics_table(run)),
         section("Configuration", folded("config.yaml", run.config_text)),

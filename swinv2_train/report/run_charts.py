@@ -18,6 +18,11 @@ PROBES = (
     *(("probe/knn_top1", "k-NN top-1"), ("probe/knn_top5", "k-NN top-5")),
     *(("probe/linear_top1", "linear top-1"), ("probe/linear_top5", "linear top-5")),
 )
+_PRECISIONS = tuple(
+    (f"val/{kind}_{name}", f"{words}{at}")
+    for kind, words in (("box", "boxes"), ("mask", "masks"))
+    for name, at in (("ap", ""), ("ap50", " at an overlap of 0.50"), ("ap75", " at 0.75"))
+)
 _TIMES = (
     *(("perf/step_sec", "step"), ("data/wait_sec", "of it waiting for data")),
     ("perf/own_step_sec", "the slowest rank's own work"),
@@ -27,6 +32,7 @@ CHARTS: tuple[tuple[str, str, bool, bool, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "", False, True, _LOSSES),
     ("Accuracy", "%", False, False, _ACCURACIES),
     ("Accuracy of the frozen encoder", "%", False, False, PROBES),
+    ("Average precision", "%", True, False, _PRECISIONS),
     ("Learning rate", "", True, False, (("train/lr", "lr"),)),
     ("Gradient norm", "before clipping", True, True, (("train/grad_norm", "norm"),)),
     ("Throughput", "images/s", True, False, (("perf/images_per_sec", "images/s"),)),

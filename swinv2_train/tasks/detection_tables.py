@@ -18,8 +18,9 @@ def detection_tables(records: Sequence[bytes]) -> dict[str, Any]:
     """Of the records of all images, as JSON holds it: null where a class has no objects.
 
     class_objects: right objects of each class, without crowds.  class_box_ap, class_box_ap50 and, with masks, those of
-    masks: percent.  precision_at_recall: percent at an overlap of 0.50, the mean over classes, for recall of 0, 0.01,
-    ... 1.  confusions: [right class, named class, objects], the commonest first, -1 for none.
+    masks: percent.  box_precision_at_recall: percent at an overlap of 0.50, the mean over classes, for recall of 0,
+    0.01, ... 1; class_box_precision_at_recall: of each class.  confusions: [right class, named class, objects], the
+    commonest first, -1 for none.
     """
     images = read_records(records)
     labels = [label for image in images for part in ("truth", "found") for label in image[part]["classes"]]
@@ -36,6 +37,9 @@ def detection_tables(records: Sequence[bytes]) -> dict[str, Any]:
         each = average_precision(images, num_classes, kind)
         found[f"class_{kind}_ap"], found[f"class_{kind}_ap50"] = _plain(each.class_ap), _plain(each.class_ap50)
         there = each.precision[:, ~np.isnan(each.precision).all(axis=0)]
+        found[f"class_{kind}_precision_at_recall"] = [
+            None if np.isnan(column).all() else column.round(1).tolist() for column in each.precision.T
+        ]
         found[f"{kind}_precision_at_recall"] = there.mean(axis=1).round(2).tolist() if there.size else []
     pairs = sorted(confusions(images).items(), key=lambda pair: (-pair[1], pair[0]))
     wrong = [[*pair, count] for pair, count in pairs if pair[0] != pair[1]]
