@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from swinv2_train.data.mask_codes import encode_mask
 from swinv2_train.data.object_checks import ObjectChecks
 from swinv2_train.data.packing import Entry, pack
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_reader import Manifest, open_manifest
+from swinv2_train.data.shards.tar_reader import open_manifest
 
 CLASSES = (
     "background", "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -58,15 +58,14 @@ class Kind:
     """Scenes of each split."""
     samples_per_shard: int
     """So that the first shard is a tenth of the training scenes."""
-    packed: Callable[[Manifest], bool]
-    """Whether all scenes of a manifest are packed with what is wanted."""
+    objects: bool
+    """Boxes and masks of objects are packed with a scene; else a label image."""
 
 
 KINDS = {
-    "pixels": Kind(32, (1, 2), (0.7, 1.0), {"train": 6_000, "test": 500}, 600, lambda each: not any(each.unsegmented)),
-    "objects": Kind(64, (1, 4), (0.8, 1.4), {"train": 6_000, "test": 300}, 600, lambda each: not any(each.unannotated)),
+    "pixels": Kind(32, (1, 2), (0.7, 1.0), {"train": 6_000, "test": 500}, 600, objects=False),
+    "objects": Kind(64, (1, 4), (0.8, 1.4), {"train": 6_000, "test": 300}, 600, objects=True),
 }
-"""A label image for each scene, or boxes and masks of its objects."""
 VISIBLE = 0.25
 """Of a garment; one of which less is seen, behind others and beyond the edges, is no object."""
 TURN_DEG = 15
@@ -247,7 +246,7 @@ def complete(out: Path, kind: Kind) -> bool:
             manifest = open_manifest(str(out / f"{split}-*.tar"))
         except ShardError:
             return False
-        if manifest.num_samples != size or not kind.packed(manifest):
+        if manifest.num_samples != size or any(manifest.unannotated if kind.objects else manifest.unsegmented):
             return False
     return True
 
@@ -273,12 +272,12 @@ def _pack(out: Path, kind: Kind, split: str, fashion: Path, photographs: Sequenc
     for number in range(kind.sizes[split]):
         image, placed = composed(number, split, fashion, photographs, kind)
         entry = Entry(f"{split}_{number:05d}", "png", None, partial(bytes, _png(image)))
-        if kind is KINDS["objects"]:
+        if kind.objects:
             entries.append(replace(entry, drawn=drawn_objects(placed), image_id=number + 1))
         else:
             entries.append(replace(entry, read_labels=partial(bytes, _png(label_image(placed)))))
     checks: ObjectChecks | LabelImageChecks
-    if kind is KINDS["objects"]:
+    if kind.objects:
         classes, checks = CLASSES[1:], ObjectChecks(whole, CLASSES[1:], BadBoxes(whole, refuse=True))
     else:
         classes = CLASSES
