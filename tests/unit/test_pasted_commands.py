@@ -36,6 +36,8 @@ COMMAND = re.compile(
     r"|pgrep |kill |tail |swinv2-[a-z-]+ |launch/|\$TRAIN |[\"+]*(?:data|model|train|task|plan)\.[\w.]+=)"
 )
 """Begins a line that somebody pastes; other blocks show what is printed."""
+CELL = re.compile(r"^\| .* \| `((?:python |torchrun |swinv2-)[^`]+)` \|$")
+"""A row of a table that ends with a command alone."""
 PLACEHOLDERS = {
     "experiment=NAME": "experiment=simmim_base_192",
     "experiment=...": "experiment=simmim_base_192",
@@ -68,7 +70,8 @@ def pasted(document: Path) -> list[str]:
     found: list[str] = []
     continued = False
     for line in document.read_text().splitlines():
-        text = line[4:] if line.startswith("    ") else ""
+        in_table = CELL.search(line)
+        text = in_table[1] if in_table else line[4:] if line.startswith("    ") else ""
         if text and continued:
             found[-1] += f"\n{text}"
         elif COMMAND.match(text):
