@@ -21,7 +21,7 @@ from swinv2_train.inference.journal import Journal
 from swinv2_train.inference.neighbours import nearest
 from tests.support.configs import composed
 from tests.support.evaluation import CLASSIFY, MEAN, MODEL, STD, make_images, make_model, save_model
-from tests.support.harness import run_distributed
+from tests.support.harness import RankFailed, run_distributed
 
 COUNT = 13
 IMAGES = make_images(COUNT, seed=1)
@@ -69,7 +69,7 @@ def test_pooled_features_their_keys_and_a_picture_of_neighbours(files, tmp_path)
     assert picture.size[0] == 9 * 116 and picture.size[1] == 3 * 130
     assert json.loads((tmp_path / "a" / "embedding.json").read_text())["arrays"] == {"pooled.npy": [COUNT, 16]}
     assert not (tmp_path / "a" / "unfinished").exists()
-    with pytest.raises(ConfigError, match="holds features already"):
+    with pytest.raises(RankFailed, match="holds features already"):
         embedded(*files, f"out={tmp_path / 'a'}")
 
 
@@ -125,7 +125,7 @@ def test_arrays_that_are_gone_are_not_made_up(files, tmp_path, monkeypatch):
     assert embedded(*files, f"out={tmp_path / 'a'}", may_die=True) is None
     monkeypatch.setattr(Journal, "add", add)
     Path(tmp_path / "a" / "pooled.npy").unlink()
-    with pytest.raises(ConfigError, match="pooled.npy is gone"):
+    with pytest.raises(RankFailed, match="pooled.npy is gone"):
         embedded(*files, f"out={tmp_path / 'a'}")
 
 
