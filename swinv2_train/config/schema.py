@@ -159,6 +159,8 @@ class TaskConfig:
     """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
     init_bands: Annotated[Any, word_or_indices("mean", "repeat", "fresh")]
     """For weights of other channels: mean, repeat, fresh or a list (docs/weights.md); null = they are an error."""
+    init_required: bool
+    """Recipes of fine-tuning: a null init_from is an error; false = it means to train from scratch by this recipe."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""
@@ -250,6 +252,10 @@ class ClassifyConfig(TaskConfig):
     """Probability that a micro-batch is mixed at all."""
     mixup_switch_prob: Annotated[float, between(0, 1)]
     """Probability of cutmix where both are on."""
+    eval_scales: Annotated[list[float], each(at_least(1))]
+    """Evaluation: average the probabilities of centre crops of the image enlarged by each factor ([1.0] = one crop)."""
+    eval_flip: bool
+    """Evaluation: average those of the mirrored image too."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
     scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/top1", "val/top5")
@@ -275,6 +281,8 @@ class ClassifyConfig(TaskConfig):
                 f"task.num_classes ({self.num_classes}) leaves nothing to tell apart: every image is right and the "
                 "loss is 0; set it to the number of class folders, or choose task=simmim"
             )
+        if not self.eval_scales:
+            raise ConfigError("task.eval_scales is empty; name a scale: task.eval_scales=[1.0]")
         for key, value in (("rand_augment", self.rand_augment), ("color_jitter", self.color_jitter or None)):
             if value is not None and config.reads_values:
                 raise ConfigError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,23 @@ from swinv2_train.data.transforms.augment import (
     rand_augment,
 )
 from swinv2_train.data.transforms.bands import Bands
+from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.tasks.answers import Ask, Columns, Prediction
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
 from swinv2_train.tasks.task import Batch, Forward, Predictions
+
+TINY = 1e-38
+"""The least probability that a logarithm is taken of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyTransform(ImageTransform):
     """A crop of the image and, where they are needed, its label: {"images": (C, H, W), "labels": int64 ()}.
+
+    For evaluation at several of task.eval_scales, images are (scales, C, H, W).
 
     For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
     or None) with task.erasing_prob, "mixing_seed" (int) with mixup or cutmix.
@@ -49,7 +57,13 @@ class ClassifyTransform(ImageTransform):
         row = super().__call__(image, targets, rng)
         if self.train:
             row = self._augmented(row["images"], rng)
+        elif self.task.eval_scales != [1.0]:
+            row = {"images": torch.stack([self._zoomed(image, scale) for scale in self.task.eval_scales])}
         return {**row, "labels": torch.tensor(label)} if needed else row
+
+    def _zoomed(self, image: Tensor, scale: float) -> Tensor:
+        """The crop of the image when it is this much larger."""
+        return eval_crop(image, self.img_size, replace(self.data, eval_crop_pct=self.data.eval_crop_pct / scale))
 
     def _augmented(self, image: Tensor, rng: np.random.Generator) -> dict[str, Any]:
         data, task = self.data, self.task
@@ -77,6 +91,7 @@ class ClassifyTask:
         self.label_smoothing = task.label_smoothing
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.num_classes = task.num_classes
+        self.flip, self.zooms = task.eval_flip, task.eval_scales != [1.0]
         self.predictions = Predictions(task.num_classes, self.scores_and_predictions, self.probabilities)
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
@@ -146,7 +161,7 @@ class ClassifyTask:
         batch["labels"]: (B,), or (B, L) where an image has up to L right classes, filled up with -1.  A prediction is
         right when it is one of them; the loss is of their joint probability.
         """
-        logits = forward(images=self.normalise(batch["images"])).float()
+        logits = self._logits(forward, batch)
         labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
         labels = labels.view(len(logits), -1)  # (B, L)
         ranking = logits.topk(min(5, self.num_classes), dim=1).indices  # (B, 5)
@@ -161,8 +176,28 @@ class ClassifyTask:
 
     def probabilities(self, forward: Forward, batch: Batch) -> Tensor:
         """Of each class, (B, num_classes) float32."""
-        logits: Tensor = forward(images=self.normalise(batch["images"])).float()
-        return logits.softmax(dim=1)
+        return self._logits(forward, batch).softmax(dim=1)
+
+    def _logits(self, forward: Forward, batch: Batch) -> Tensor:
+        """Of an evaluation batch, (B, classes) float32; of several views the logarithm of the mean probabilities."""
+        images = self.normalise(batch["images"])
+        if not self.flip and not self.zooms:
+            logits: Tensor = forward(images=images).float()
+            return logits
+        views = list(images.unbind(1)) if self.zooms else [images]
+        views += [view.flip(-1) for view in views] if self.flip else []
+        mean = torch.stack([forward(images=view).float().softmax(dim=1) for view in views]).mean(dim=0)
+        return mean.clamp(min=TINY).log()
+
+    def answer_columns(self, ask: Ask) -> Columns:
+        """The best classes, each with its name and probability."""
+        return Prediction.columns(min(ask.top_k, self.num_classes))
+
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[Prediction]:
+        return Prediction.of(self.probabilities(forward, batch), ask)
+
+    def overlay(self, batch: Batch, number: int, answer: Any, names: Sequence[str] | None) -> None:
+        return
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         pooled: Tensor = forward(images=self.normalise(batch["images"]), features=True)
