@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +35,7 @@ class Length:
         return f"epochs of pre-training {self.pretrain:g}, of fine-tuning {self.finetune:g} ({gave})"
 
 
-LENGTHS = (Length(3, 6, 66.8), Length(2, 5), Length(2, 4), Length(1, 4), Length(1, 3), Length(1, 2), Length(0.5, 1))
+LENGTHS = (Length(3, 6, 66.8), Length(2, 5), Length(2, 4), Length(1, 4), Length(1, 3), Length(1, 2), Length(1, 1))
 """From the best on.  There is no longer one, however fast the machine."""
 
 
@@ -98,7 +98,8 @@ def kept(runs: Path) -> Length | None:
         found = json.loads((runs / LENGTH_FILE).read_text("utf-8"))
     except FileNotFoundError:
         return None
-    return next(each for each in LENGTHS if [each.pretrain, each.finetune] == [found["pretrain"], found["finetune"]])
+    length = Length(found["pretrain"], found["finetune"])
+    return next((each for each in LENGTHS if replace(each, top1=None) == length), length)
 
 
 def keep(runs: Path, length: Length) -> None:
