@@ -220,8 +220,8 @@ class _Launch:
         frames, height, width = (1, *grid.size)[-3:]
         grid_frames, grid_rows, grid_cols = (1, *counts)[-3:]
         shift_frame, shift_row, shift_col = (0, *grid.shift)[-3:]
-        self.sizes = (heads, height, width, grid_rows, grid_cols, shift_row, shift_col)
-        self.sizes += (frames, grid_frames, shift_frame)
+        of_image = (heads, height, width, grid_rows, grid_cols, shift_row, shift_col)
+        self.sizes = (*of_image, frames, grid_frames, shift_frame)
         self.window = dict(zip(("FRAMES", "ROWS", "COLS"), (1, *grid.window)[-3:], strict=True))
         """Windows of one frame are those of so many images, and have the kernels of images."""
         self.tiles = tiles_for(self.tokens, grid.window[-1], self.dim, qkv.dtype, _capability(qkv.device))
