@@ -85,6 +85,11 @@ def parse_model(
         config, _ = resolved(Path(own["weights"]), words, own.get("format"))
     else:
         config, own = compose_source(arguments, keys, needed)
+    if config.model.frames is not None:
+        raise ConfigError(
+            f"model.frames ({config.model.frames}) asks for clips, and images names images; ask in Python: "
+            "swinv2_train.load(...) (docs/python.md)"
+        )
     if is_pipe(own["images"]):
         raise ConfigError("images is a pipe, which cannot be gone through again after a stop; name shards or a folder")
     cache = config.data.cache_dir

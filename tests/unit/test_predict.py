@@ -267,6 +267,7 @@ def test_objects_in_cocos_form_have_the_average_precision_that_evaluate_says(tmp
         (("images=pipe:cat x.tar",), "images is a pipe"),
         (("checkpoint=c",), "weights and checkpoint are both given"),
         (("imagse=x",), "imagse"),
+        (("model.frames=4", "task.cutmix_alpha=0", "task.erasing_prob=0"), r"model.frames \(4\) asks for clips"),
     ],
 )
 def test_wrong_keys_are_refused_before_anything_is_read(words, message, classifier, tmp_path):
