@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from swinv2_train.data.clips.clip import open_clip
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.clips.video import read_times
 from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.loading.loader import EvalLoader, TrainLoader
