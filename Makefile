@@ -11,12 +11,13 @@ SLOW := -m "slow and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-re
 # by their files: to import all the others takes seconds of one process
 SERIAL := -m serial $$(grep -rlw mark.serial tests --include='test_*.py')
 DEMO_ARGS ?=
+DEMO_MINUTES ?= 15
 FUZZ_SECONDS ?= 3600
 FUZZ_SEED ?= 0
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-segment proof ablations test test-fast test-gpu test-slurm fuzz bench lint format types clean
+.PHONY: help setup demo demo-segment demo-detect proof ablations test test-fast test-gpu test-slurm fuzz bench lint format types clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,11 +33,14 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides
-	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+demo: setup  ## pre-train and fine-tune on CIFAR-10, 2 processes, within DEMO_MINUTES=15; DEMO_ARGS="KEY=VALUE ..." overrides
+	@$(BIN)/python scripts/demo.py --minutes $(DEMO_MINUTES) $(DEMO_ARGS)
 
 demo-segment: setup  ## segmentation of composed scenes, from SimMIM weights and from none; apt or data/scenes; DEMO_ARGS
 	@$(BIN)/python scripts/demo_segment.py $(DEMO_ARGS)
+
+demo-detect: setup  ## detection: composed garments, from SimMIM weights and from none, and trees from the air; DEMO_ARGS
+	@$(BIN)/python scripts/demo_detect.py $(DEMO_ARGS)
 
 test: setup  ## the whole test suite: the quick part, the slow tests, what must be alone, and tests/gpu on a card, if there is one
 	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) $(SERIAL) || code=$$?; \
