@@ -22,9 +22,9 @@ from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
 from swinv2_train.data.sample import (
     EXAMPLE_PX,
-    LABEL,
     MEMBERS,
     OBJECTS,
+    OF_LABELS,
     SEGMENTATION,
     Sample,
     SampleError,
@@ -35,6 +35,7 @@ from swinv2_train.data.sample import (
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.sources.band_names import with_band_names
 from swinv2_train.data.sources.base import Source
+from swinv2_train.data.sources.labelled import LabelledSource
 from swinv2_train.data.sources.mixture import Mixture
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.decode import DecodeError
@@ -158,9 +159,10 @@ class TrainLoader:
         mine = self._identity()
         if state["manifest"] != mine["manifest"]:
             theirs = state.get("num_samples")  # older checkpoints have none
+            labels = ", or other labels in data.labels" if isinstance(self.manifest, LabelledSource) else ""
             held = "" if theirs is None else f": {mine['num_samples']} images now, {theirs} then"
             raise ConfigError(
-                f"data.shards are not the shards of the checkpoint (another number, order or content){held}; "
+                f"data.shards are not the shards of the checkpoint (another number, order or content{labels}){held}; "
                 "name the same shards, or start a new run_dir"
             )
         if state.get("mix") != mine.get("mix"):
@@ -287,8 +289,10 @@ def _check_missing(
 
 def _check_targets(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
     """A supervised run on unlabelled shards fails before its first step."""
-    if LABEL in transform.needs:
+    if not set(OF_LABELS).isdisjoint(transform.needs):
         remedy = "this task needs labels: sort the images into class folders, or choose task=simmim"
+        if isinstance(manifest, LabelledSource):
+            remedy = "write theirs, remove the images, or set data.on_bad_sample=replace and data.max_bad_fraction"
         check_labels(manifest, config, key, remedy)
     if SEGMENTATION in transform.needs:
         what = f"no label image (.{MEMBERS[SEGMENTATION].suffix})"
@@ -434,7 +438,7 @@ class _Fetcher(Fetch):
         try:
             for name in self.transform.needs:
                 if name not in sample.targets:
-                    where = self.source.labels_from if name == LABEL else f".{MEMBERS[name].suffix}"
+                    where = self.source.labels_from if name in OF_LABELS else f".{MEMBERS[name].suffix}"
                     raise SampleError(f"no readable {name} ({where})")
             row = self.transform(self.decoded(sample), sample.targets, rng)
             self._notes |= getattr(self.transform, "notes", frozenset())
