@@ -130,7 +130,7 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
         if out is not None:
             on_main(world, lambda: write_out(out, config, line, results))
             if task.picture is not None:
-                on_main(world, partial(write_picture, out, task.picture, forward, loaders[""]))
+                on_main(world, partial(write_picture, out, task.picture, forward, loaders[""], names))
     on_main(world, lambda: print(json.dumps(line, allow_nan=False)))
     shutdown_distributed()
     return line
@@ -257,11 +257,13 @@ def write_out(out: Path, config: Config, line: dict[str, Any], results: dict[str
             Image.fromarray(confusion_map(scored.confusion, scored.classes)).save(out / f"{stem}.png")
 
 
-def write_picture(out: Path, picture: Picture, forward: Forward, loader: EvalLoader) -> None:
+def write_picture(
+    out: Path, picture: Picture, forward: Forward, loader: EvalLoader, names: tuple[str, ...] | None
+) -> None:
     """The task's picture of rank 0's first images."""
     from PIL import Image
 
-    Image.fromarray(picture(forward, next(iter(loader)))).save(out / "picture.png")
+    Image.fromarray(picture(forward, next(iter(loader)), names)).save(out / "picture.png")
     loader.close()
 
 

@@ -21,6 +21,7 @@ def check_config(config: Config) -> None:
     _check_checksums(config)
     _check_model(config)
     check_bands(config)
+    _check_init(config)
     config.task.check(config)
     _check_labels(config)
     _check_hang_timeout(config)
@@ -101,6 +102,17 @@ def check_clips_are_read(config: Config) -> None:
         raise ConfigError(
             f"model.frames ({config.model.frames}): no data is read as clips yet; set model.frames=null (the planner "
             "counts clips, and from Python swinv2_train.models takes them)"
+        )
+
+
+def _check_init(config: Config) -> None:
+    """A recipe of fine-tuning has weights to start from, for its learning rate and length are of no use without."""
+    task = config.task
+    if task.init_required and task.init_from is None:
+        raise ConfigError(
+            "task.init_from (null): this recipe fine-tunes, and its learning rate and length are made for trained "
+            "weights; name them (task.init_from=RUN_OR_FILE), or train from scratch by it on purpose "
+            "(task.init_required=false)"
         )
 
 

@@ -161,6 +161,8 @@ class TaskConfig:
     """auto (the file's head where it has one, by class names), fresh, or a file of class indices to take from it."""
     init_bands: Annotated[Any, word_or_indices("mean", "repeat", "fresh")]
     """For weights of other channels: mean, repeat, fresh or a list (docs/weights.md); null = they are an error."""
+    init_required: bool
+    """Recipes of fine-tuning: a null init_from is an error; false = it means to train from scratch by this recipe."""
 
     implementation: ClassVar[str]
     """MODULE:CLASS that is the task; imported when the task is built."""

@@ -42,6 +42,24 @@ def grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str] = ()) -> np
     return _write_labels(canvas, labels, width + _GAP_PX) if labels else canvas
 
 
+def captioned(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarray:
+    """One picture with a row of small images per entry, below a line of text that says what they are.
+
+    rows: text and images uint8 (H, W, 3), as of grid.  Returns uint8 (H', W', 3); raises ValueError as grid does.
+    """
+    if not rows:
+        raise ValueError("a picture needs at least one row")
+    columns = len(rows[0][1])
+    parts = []
+    for text, images in rows:
+        if len(images) != columns:
+            raise ValueError(f"{len(images)} images in a row of {columns}")
+        row = grid([images])
+        line = np.full((_LABEL_PX, row.shape[1], 3), 255, np.uint8)
+        parts += [_write_labels(line, [text], row.shape[1]), row]
+    return np.concatenate(parts)
+
+
 def stretch_limits(image: np.ndarray, bands: Sequence[int]) -> np.ndarray:
     """The 2nd and 98th percentile of bands of an image (C, H, W), NaN where nothing was measured: (bands, 2)."""
     limits = np.zeros((len(bands), 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ class DetectTask:
         """Whether an image is seen more than once."""
         return len(self.task.eval_scales) > 1 or self.task.eval_flip
 
-    def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
+    def picture(self, forward: Forward, batch: Batch, names: Sequence[str] | None = None) -> np.ndarray:
         """The first images of a batch of either kind: their right objects beside those that are found, with scores."""
         rows = []
         for number in range(min(PICTURE_IMAGES, len(batch["weight"]))):
@@ -193,7 +193,7 @@ class DetectTask:
             found = self.found(forward, [view.cpu().numpy()], size)
             image = enlarged(viewable(view, self.bands, self.picture_bands), size)
             rows.append((image, right_objects(batch, number), found_objects(found)))
-        return detect_picture(rows, self.task.class_names)
+        return detect_picture(rows, names or self.task.class_names)
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]), features=True)

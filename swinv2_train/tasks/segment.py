@@ -246,7 +246,7 @@ class SegmentTask:
     # ----------------------------------------------------------------------------------------------------------------
     # Pictures
 
-    def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
+    def picture(self, forward: Forward, batch: Batch, names: Sequence[str] | None = None) -> np.ndarray:
         """The first images of a batch of either kind: image, right classes, predicted classes, and what colours say."""
         rows = []
         for image, truth in self._shown(batch):
@@ -255,7 +255,9 @@ class SegmentTask:
             view = View(size, [Box(0, 0, *size)], [outputs["logits"][0].float()], mirrored=False)
             said = torch.cat([each.argmax(dim=0) for _, each in bands([view], size)])
             rows.append((viewable(image, self.bands, self.picture_bands), truth, said.cpu().numpy()))
-        return segment_picture(rows, self.task.num_classes, self.task.ignore_index, self.task.class_names)
+        count = self.task.num_classes
+        known = names if names is not None and len(names) >= count else self.task.class_names
+        return segment_picture(rows, count, self.task.ignore_index, known)
 
     def _shown(self, batch: Batch) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Images (C, H, W) as they are read, and their labels, of any size; equally many on every rank."""

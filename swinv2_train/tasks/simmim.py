@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,10 @@ from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.masks import simmim_mask
 from swinv2_train.models import SimMIM, multiply_adds
-from swinv2_train.models.simmim import local_statistics, target_weights
+from swinv2_train.models.simmim import frames_of, local_statistics, target_weights
 from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.report.pictures import grid, stretch_limits, stretched
+from swinv2_train.report.pictures import captioned, grid, stretch_limits, stretched
+from swinv2_train.tasks.clip_picture import PICTURE_CLIPS, frames_in_a_row
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
 from swinv2_train.tasks.metrics import Mean, Metric
@@ -110,18 +112,23 @@ class SimMIMTask:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]))
         return outputs["features"]
 
-    def picture(self, forward: Forward, batch: Batch) -> np.ndarray:
-        few = {name: batch[name][:PICTURE_IMAGES] for name in ("images", "mask", "weight")}
+    def picture(self, forward: Forward, batch: Batch, names: Sequence[str] | None = None) -> np.ndarray:
+        clips = batch["images"].ndim == 5
+        number = PICTURE_CLIPS if clips else PICTURE_IMAGES
+        few = {name: batch[name][:number] for name in ("images", "mask", "weight")}
         reconstruction, images = self._outputs(forward, few)["reconstruction"], self.normalise(few["images"])
         measured = self.normalise.measured(few["images"])
         if measured is not None:
             measured = measured.to(reconstruction.device)
         if self.module.norm_target is not None:  # the prediction is relative to each pixel's surroundings
-            mean, std = local_statistics(images, self.module.norm_target, measured)
+            mean, std = local_statistics(frames_of(images), self.module.norm_target, measured)
+            if clips:
+                mean, std = (each.view(len(images), -1, *each.shape[1:]).movedim(1, 2) for each in (mean, std))
             reconstruction = reconstruction * std + mean
         predicted = self.normalise.pixels(reconstruction)
         scale = self.module.encoder.patch_size
         hidden = few["mask"].repeat_interleave(scale, 1).repeat_interleave(scale, 2).unsqueeze(1).to(predicted.device)
+        hidden = hidden.unsqueeze(1) if clips else hidden
         if self.bands is not None:
             values = self.normalise.pixels(images)
             if measured is not None:
@@ -130,6 +137,15 @@ class SimMIMTask:
         original = few["images"].to(predicted.device)
         masked = torch.where(hidden, torch.full_like(original, 127), original)
         restored = torch.where(hidden, predicted, original)
+        if clips:
+            parts = zip(original, masked, restored, strict=True)
+            return captioned(
+                [
+                    (f"clip {place + 1}: {name}", frames_in_a_row(clip))
+                    for place, clips_of_one in enumerate(parts)
+                    for name, clip in zip(COLUMNS, clips_of_one, strict=True)
+                ]
+            )
         columns = [_hwc(images) for images in (original, masked, restored)]
         return grid(list(zip(*columns, strict=True)), COLUMNS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,8 +20,10 @@ Batch = dict[str, Any]
 """What the loaders make of the transform's rows: tensors (B, ...), and "weight" (B,), 0 for an image that stands in."""
 Forward = Callable[..., Any]
 """An engine's forward or evaluate: keyword tensors in, the module's outputs out."""
-Picture = Callable[[Forward, Batch], np.ndarray]
-"""Something to look at, uint8 (H, W, 3), from a few images of a batch."""
+Picture = Callable[[Forward, Batch, Sequence[str] | None], np.ndarray]
+"""Something to look at, uint8 (H, W, 3), from a few images of a batch and the names of the model's classes (None where
+these have numbers alone).
+"""
 
 
 class Predictions(NamedTuple):

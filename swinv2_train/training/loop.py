@@ -234,7 +234,8 @@ def save_picture(run: Run, batch: Batch) -> None:
     with run.monitor.activity.doing("drawing"):
         if run.eval_loader is not None:
             batch = next(in_lockstep(run.eval_loader))
-        run.monitor.log.picture(run.config.task.name, run.position.step, picture(run.engine.evaluate, batch))
+        shown = picture(run.engine.evaluate, batch, run.position.classes)
+        run.monitor.log.picture(run.config.task.name, run.position.step, shown)
 
 
 def make_up_for_scores(run: Run, stop: StopRequest) -> bool:

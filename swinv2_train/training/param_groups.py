@@ -20,6 +20,8 @@ ONE_D = "1d"
 
 ENCODER = "encoder."
 """What the names of an encoder's parameters begin with in a module that has more."""
+HEAD = "head."
+"""What those begin with that a classifier has beside its encoder's, which there have no name in front."""
 
 _LAYER = re.compile(r"layers\.(\d+)\.(?:blocks\.(\d+)\.)?")
 
@@ -38,10 +40,11 @@ def build_param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str,
     num_dims = {name: len(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
     without_decay = no_decay_names(num_dims, config.no_decay)
     scales = lr_scales((name for name, _ in parameters), config.layer_decay)
-    if config.encoder_lr_scale != 1.0 and not any(name.startswith(ENCODER) for name in num_dims):
+    of_encoder = encoder_names(num_dims)
+    if config.encoder_lr_scale != 1.0 and not of_encoder:
         raise ConfigError(
-            f"optim.encoder_lr_scale ({config.encoder_lr_scale}) is for an encoder with heads beside it, as of "
-            "task=segment and task=detect; set it to 1, or use optim.layer_decay"
+            f"optim.encoder_lr_scale ({config.encoder_lr_scale}) is for an encoder with heads beside it; set it to 1, "
+            "or use optim.layer_decay"
         )
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters:
@@ -49,7 +52,7 @@ def build_param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str,
         group_name = "no_decay" if name in without_decay else "decay"
         if config.layer_decay != 1.0:
             group_name = f"layer_{layer}_{group_name}"
-        if config.encoder_lr_scale != 1.0 and name.startswith(ENCODER):
+        if config.encoder_lr_scale != 1.0 and name in of_encoder:
             group_name, lr_scale = f"{ENCODER[:-1]}_{group_name}", lr_scale * config.encoder_lr_scale
         weight_decay = 0.0 if name in without_decay else config.weight_decay
         group = groups.setdefault(
@@ -57,6 +60,14 @@ def build_param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str,
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def encoder_names(names: Iterable[str]) -> set[str]:
+    """Those of an encoder with something beside it: a classifier's head, or what else the module has; else none."""
+    names = set(names)
+    found = {name for name in names if name.startswith(ENCODER)}
+    heads = {name for name in names if name.startswith(HEAD)}
+    return found or (names - heads if heads else set())
 
 
 def no_decay_names(num_dims: dict[str, int], patterns: Iterable[str]) -> set[str]:

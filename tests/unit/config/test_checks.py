@@ -26,3 +26,11 @@ def test_wrong_value_for_classification_is_one_message_that_names_the_key(overri
     with pytest.raises(ConfigError, match=message) as caught:
         composed(["experiment=cifar10_finetune", override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("experiment", ["finetune_base_192", "ade20k_upernet_tiny_512", "coco_htc_giant_1536"])
+def test_a_recipe_of_fine_tuning_starts_without_weights_only_on_purpose(experiment):
+    recipe = (f"experiment={experiment}", "run_dir=r", "data.shards=x.tar", "task.init_from=null")
+    composed([*recipe, "task.init_required=false"])
+    with pytest.raises(ConfigError, match=r"task.init_from \(null\): this recipe fine-tunes.*task.init_required=false"):
+        composed(recipe)

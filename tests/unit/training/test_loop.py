@@ -78,7 +78,7 @@ class Task:
     def scores(self, forward: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         return {"val/loss": batch["loss"]}
 
-    def picture(self, forward: Any, batch: dict[str, Any]) -> np.ndarray:
+    def picture(self, forward: Any, batch: dict[str, Any], names: Any) -> np.ndarray:
         self.pictures.append(batch["keys"][0])
         return np.zeros((2, 2, 3), np.uint8)
 

@@ -156,3 +156,17 @@ def test_the_official_pretraining_rule_of_decaying_position_bias_and_logit_scale
     spared = {name for name in names.values() if "cpb_mlp" in name and name.endswith("weight") or "logit_scale" in name}
     assert len(spared) == 2 * 3 and not spared & decayed()
     assert decayed(no_decay=["1d", ".bias", "mask_token"]) == decayed() | spared
+
+
+def test_a_classifiers_head_learns_faster_than_its_encoder_and_an_encoder_alone_has_no_share():
+    """optim.encoder_lr_scale, where no name says which parameters are the encoder's."""
+    settings, module = config(), Encoder()
+    settings.encoder_lr_scale = 0.1
+    groups = build_param_groups(module, settings)
+    scales = {name: group["lr_scale"] for group in groups for name in names_of([group], module)[group["name"]]}
+    assert {scales.pop("head.weight"), scales.pop("head.bias")} == {1.0}
+    assert set(scales.values()) == {0.1} and len(scales) == len(list(module.parameters())) - 2
+    assert {group["name"] for group in groups} == {"decay", "no_decay", "encoder_decay", "encoder_no_decay"}
+    del module.head
+    with pytest.raises(ConfigError, match=r"optim.encoder_lr_scale \(0.1\) is for an encoder with heads beside it"):
+        build_param_groups(module, settings)
