@@ -161,7 +161,7 @@ def test_parquet_holds_numbers_lists_and_nulls(images, tmp_path):
 
 
 REFUSED = {
-    "twice": ("file,class\na/one,1\nb/three,2\na/one.png,1\n", r"line 4, column 'file': 'a/one.png' is in line 2 already"),
+    "twice": ("file,class\na/one,1\nb/three,2\na/one.png,1\n", r"line 4, column 'file': 'a/one.png' is in line 2"),
     "no key": ("file,class\na/one,1\n,2\n", r"line 3, column 'file' is empty; it names the image"),
     "ragged": ("file,class\na/one,1\na/two,1,2\n", r"line 3 has 3 cells, and the first line names 2 columns"),
     "open quote": ('file,class\n"a/one,1\n', r"line 2: unexpected end of data; mend the quotes"),
