@@ -24,6 +24,7 @@ from swinv2_train.config.rules import (
     finite,
     first_last,
     folder_names,
+    folder_path,
     length,
     low_high,
     matching,
@@ -300,6 +301,10 @@ class ClassifyConfig(TaskConfig):
     """Probability that a micro-batch is mixed at all."""
     mixup_switch_prob: Annotated[float, between(0, 1)]
     """Probability of cutmix where both are on."""
+    eval_scales: Annotated[list[float], each(at_least(1))]
+    """Evaluation: average the probabilities of centre crops of the image enlarged by each factor ([1.0] = one crop)."""
+    eval_flip: bool
+    """Evaluation: average those of the mirrored image too."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
     scores: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys(each for own in _TARGET_SCORES.values() for each in own))
@@ -349,6 +354,8 @@ class ClassifyConfig(TaskConfig):
                 "loss is 0; set it to the number of class folders, or choose task=simmim"
             )
         self._check_target(config)
+        if not self.eval_scales:
+            raise ConfigError("task.eval_scales is empty; name a scale: task.eval_scales=[1.0]")
         for key, value in (("rand_augment", self.rand_augment), ("color_jitter", self.color_jitter or None)):
             if value is not None and config.reads_values:
                 raise ConfigError(
@@ -591,6 +598,10 @@ class DetectConfig(TaskConfig):
     """HTC: a mask stage sees the boxes that the box stage before it has refined (arXiv:1901.07518)."""
     mask_flow: bool
     """HTC: a mask head takes the features of the one before it."""
+    semantic_classes: Annotated[int, between(0, 255)]
+    """HTC: a semantic branch of so many classes of pixels, learnt from label images (COCO-stuff: 183); 0 = none."""
+    semantic_weight: Annotated[float, positive()]
+    """Weight of its loss (0.2)."""
     level_proposals: Annotated[int, at_least(1)]
     """Training: the best anchors of each map that are thinned out to proposals (2000)."""
     proposals: Annotated[int, at_least(1)]
@@ -640,7 +651,7 @@ class DetectConfig(TaskConfig):
 
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
-        heads = ("head", "masks", "num_classes", "class_agnostic", "mask_flow")
+        heads = ("head", "masks", "num_classes", "class_agnostic", "mask_flow", "semantic_classes")
         shaping = (*heads, "box_head", "head_norm", "head_channels", "head_width")
         return {f"task.{key}": getattr(self, key) for key in shaping}
 
@@ -755,6 +766,8 @@ class DataConfig:
     """What stands between the classes of a cell where an image has several."""
     label_folders: Annotated[list[str] | None, folder_names()]
     """[images, annotations]: images/a/b.jpg has annotations/a/b.png (or columns called so); null = a/b.seg.png."""
+    annotations: Annotated[str | None, folder_path()]
+    """Objects of a folder's images, from that folder on: COCO json, or a folder of others' files; {name} = its name."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig

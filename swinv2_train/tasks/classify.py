@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,19 @@ from swinv2_train.data.transforms.augment import (
     rand_augment,
 )
 from swinv2_train.data.transforms.bands import Bands
+from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.tasks.answers import Ask, Classes, Columns, Prediction, Values
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.target_losses import LOSSES, RegressionLoss, TargetLoss, mean_of_known
 from swinv2_train.tasks.target_scores import multilabel_scores, regression_scores
 from swinv2_train.tasks.task import Batch, Forward, Predictions
+
+TINY = 1e-38
+"""The least probability that a logarithm is taken of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,8 @@ class ClassifyTransform(ImageTransform):
 
     Labels are the class, int64 (); with task.target=multilabel float32 (C,) of 0 and 1, nan where it is not known; with
     regression float64 (K,) in the numbers' own units, nan where one is not known.
+    For evaluation at several of task.eval_scales, images are (scales, C, H, W).
+
     For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
     or None) with task.erasing_prob, "mixing_seed" (int) with mixup or cutmix.
     """
@@ -52,6 +59,8 @@ class ClassifyTransform(ImageTransform):
         row = super().__call__(image, targets, rng)
         if self.train:
             row = self._augmented(row["images"], rng)
+        elif self.task.eval_scales != [1.0]:
+            row = {"images": torch.stack([self._zoomed(image, scale) for scale in self.task.eval_scales])}
         return row if labels is None else {**row, "labels": labels}
 
     def _labels(self, targets: Targets) -> Tensor:
@@ -73,6 +82,10 @@ class ClassifyTransform(ImageTransform):
         if values.ndim and len(values) != count:
             raise SampleError(f"{len(values)} values, not {count} (task.num_classes)")
         return torch.from_numpy(np.broadcast_to(values, count).copy())
+
+    def _zoomed(self, image: Tensor, scale: float) -> Tensor:
+        """The crop of the image when it is this much larger."""
+        return eval_crop(image, self.img_size, replace(self.data, eval_crop_pct=self.data.eval_crop_pct / scale))
 
     def _augmented(self, image: Tensor, rng: np.random.Generator) -> dict[str, Any]:
         data, task = self.data, self.task
@@ -99,6 +112,7 @@ class ClassifyTask:
         self.multiply_adds = multiply_adds(self.module)
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.task, self.num_classes = task, task.num_classes
+        self.flip, self.zooms = task.eval_flip, task.eval_scales != [1.0]
         self.losses: TargetLoss = LOSSES[task.target](task)
         self.predictions = None
         if task.target == "single":
@@ -175,11 +189,6 @@ class ClassifyTask:
             return labels
         return ((labels - self.value_mean) / self.value_std).float()
 
-    def _logits(self, forward: Forward, batch: Batch) -> Tensor:
-        """Of whole images, (B, num_classes) float32."""
-        logits: Tensor = forward(images=self.normalise(batch["images"])).float()
-        return logits
-
     def count(self, batch: Batch) -> float:
         return float(batch["weight"].sum())
 
@@ -222,6 +231,42 @@ class ClassifyTask:
     def probabilities(self, forward: Forward, batch: Batch) -> Tensor:
         """Of each class, (B, num_classes) float32."""
         return self._logits(forward, batch).softmax(dim=1)
+
+    def _logits(self, forward: Forward, batch: Batch) -> Tensor:
+        """Of an evaluation batch, (B, classes) float32; of several views those of the mean probabilities, or the mean
+        number.
+        """
+        images = self.normalise(batch["images"])
+        if not self.flip and not self.zooms:
+            logits: Tensor = forward(images=images).float()
+            return logits
+        views = list(images.unbind(1)) if self.zooms else [images]
+        views += [view.flip(-1) for view in views] if self.flip else []
+        each = torch.stack([forward(images=view).float() for view in views])
+        if self.task.target == "regression":
+            return each.mean(dim=0)
+        if self.task.target == "multilabel":
+            applies, not_so = (x.sigmoid().mean(dim=0).clamp(min=TINY).log() for x in (each, -each))
+            return applies - not_so
+        return each.softmax(dim=2).mean(dim=0).clamp(min=TINY).log()
+
+    def answer_columns(self, ask: Ask) -> Columns:
+        """The best classes, each with its name and probability; the classes that apply; or the numbers."""
+        if self.task.target == "regression":
+            return Values.columns(self.num_classes)
+        if self.task.target == "multilabel":
+            return Classes.columns(self.num_classes)
+        return Prediction.columns(min(ask.top_k, self.num_classes))
+
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> Sequence[Prediction | Classes | Values]:
+        if self.task.target == "regression":
+            return Values.of(self.values(self._logits(forward, batch)))
+        if self.task.target == "multilabel":
+            return Classes.of(self._logits(forward, batch).sigmoid(), self.task.threshold, ask)
+        return Prediction.of(self.probabilities(forward, batch), ask)
+
+    def overlay(self, batch: Batch, number: int, answer: Any, names: Sequence[str] | None) -> None:
+        return
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         pooled: Tensor = forward(images=self.normalise(batch["images"]), features=True)

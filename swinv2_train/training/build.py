@@ -248,7 +248,14 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
         if pattern is not None:
             cache = shard_cache_for(pattern, data)
             evaluation = open_source(
-                pattern, "data.eval_shards", tell, cache, data.verify, data.image_member, data.label_folders
+                pattern,
+                "data.eval_shards",
+                tell,
+                cache,
+                data.verify,
+                data.image_member,
+                data.label_folders,
+                data.annotations,
             )
             evaluation = _labelled(config, evaluation, "data.eval_shards", tell)
             evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
@@ -279,7 +286,9 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
         return open_stream(pattern)
     data = config.data
     cache = shard_cache_for(pattern, data)
-    source = open_source(pattern, "data.shards", say, cache, data.verify, data.image_member, data.label_folders)
+    source = open_source(
+        pattern, "data.shards", say, cache, data.verify, data.image_member, data.label_folders, data.annotations
+    )
     source = _labelled(config, source, "data.shards", say)
     if labelled and names is not None and source.classes is not None and set(names) != set(source.classes):
         raise ConfigError(

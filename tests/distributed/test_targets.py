@@ -20,7 +20,8 @@ COUNT, STEPS = 48, 80
 PLAIN = (
     "task=classify", "data=labelled", "model=demo", "task.rand_augment=null", "task.mixup_alpha=0",
     "task.cutmix_alpha=0", "task.label_smoothing=0", "task.erasing_prob=0", *SMALL, "data.num_workers=0",
-    "data.crop_scale=[1,1]", "data.crop_ratio=[1,1]", "optim.lr=0.01", "optim.schedule.warmup_epochs=0", "optim.schedule.min_lr=0",
+    "data.crop_scale=[1,1]", "data.crop_ratio=[1,1]",
+    "optim.lr=0.01", "optim.schedule.warmup_epochs=0", "optim.schedule.min_lr=0",
     "train.epochs=null", f"train.max_steps={STEPS}", "optim.layer_decay=1", "model.drop_path_rate=0",
     "data.mean=[0.5,0.5,0.5]", "data.std=[0.25,0.25,0.25]",
 )  # fmt: skip

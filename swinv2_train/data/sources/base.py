@@ -13,8 +13,9 @@ from typing import Protocol, Self
 from swinv2_train.data.sample import Sample, ShardError
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import open_manifest
-from swinv2_train.data.sources.folder import open_folder
+from swinv2_train.data.sources.folder import list_images, open_folder
 from swinv2_train.data.sources.huggingface import is_saved_dataset, open_saved_dataset
+from swinv2_train.data.sources.listing import is_image
 
 
 class Reader(Protocol):
@@ -107,12 +108,13 @@ def open_source(
     verify: bool = False,
     image_member: str | None = None,
     label_folders: Sequence[str] | None = None,
+    annotations: str | None = None,
 ) -> Source:
     """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
 
     Arguments as tar_reader.open_manifest's (of a folder, image_member is what its images' names end in), and
-    label_folders as open_folder's (of a saved data set the names of two columns); what has no checksums cannot be
-    verified.  Raises ShardError.
+    label_folders and annotations as open_folder's (of a saved data set label_folders are the names of two columns);
+    what has no checksums cannot be verified.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
     if not os.path.isdir(directory):
@@ -128,5 +130,31 @@ def open_source(
                 f"data.image_member ({image_member}) names members of shards and files of folders, but {key} "
                 f"'{directory}' is a saved data set, whose images are a column; set data.image_member=null"
             )
+        if annotations is not None:
+            raise ShardError(
+                f"data.annotations ({annotations}) is of folders of image files, but {key} '{directory}' is a saved "
+                "data set; set data.annotations=null, or name the folder"
+            )
         return open_saved_dataset(directory, key, progress, label_folders)
-    return open_folder(directory, key, progress, image_member, label_folders)
+    return open_folder(directory, key, progress, image_member, label_folders, annotations)
+
+
+def open_unlabelled(
+    pattern: str,
+    key: str,
+    progress: Callable[[str], None] | None = None,
+    cache: ShardCache | None = None,
+    verify: bool = False,
+    image_member: str | None = None,
+) -> Source:
+    """What is asked of a model and has no targets: as open_source, or one image file, in an order of its own.
+
+    A folder's images come by their paths, which with their endings are their keys, and folders are no classes; a saved
+    data set's rows as they are counted.  Raises ShardError.
+    """
+    path = os.path.expanduser(pattern.removeprefix("file://"))
+    if os.path.isdir(path) and is_saved_dataset(path):
+        return open_saved_dataset(path, key, progress, in_order=True)
+    if os.path.isdir(path) or (os.path.isfile(path) and is_image(os.path.basename(path), image_member)):
+        return list_images(path, key, progress, image_member)
+    return open_source(pattern, key, progress, cache, verify, image_member)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,8 @@ from swinv2_train.data.sample import (
     labelled,
     unreadable,
 )
+from swinv2_train.data.shards.tar_index import LABEL_MISSING
+from swinv2_train.data.sources.annotated_folder import ObjectTexts, folder_objects, kept
 from swinv2_train.data.sources.label_folders import (
     BESIDE,
     MIRRORS,
@@ -63,6 +66,10 @@ class Folder(VirtualShards):
     image_member: str | None = None
     """What follows KEY. in the names of images; None = any ending."""
     label_images: LabelImages | None = None
+    objects: ObjectTexts | None = None
+    """Of all images, where their annotations are named (data.annotations)."""
+    keyed_by_name: bool = False
+    """Keys are paths with their endings."""
     labels_from = "its class folder"
 
     @cached_property
@@ -72,6 +79,11 @@ class Folder(VirtualShards):
             return self.counts
         ends = np.cumsum(self.counts)
         return tuple(int((shard < 0).sum()) for shard in np.split(self.label_images.sizes, ends[:-1]))
+
+    @property
+    def unannotated(self) -> tuple[int, ...]:
+        """Images per shard without objects: all, or none, for others than the annotated ones are left out."""
+        return self.counts if self.objects is None else (0,) * len(self.counts)
 
     def image_name(self, place: int) -> bytes:
         """The path, from the folder on, of the image at this place of the packing order."""
@@ -88,12 +100,14 @@ def open_folder(
     progress: Callable[[str], None] | None = None,
     image_member: str | None = None,
     label_folders: Sequence[str] | None = None,
+    annotations: str | None = None,
 ) -> Folder:
     """List the images below `path`, with the size of each file, and their label images.
 
     key: the config key that error messages name.  progress: receives a line now and then.  image_member: what follows
     KEY. in the names of images (input.npy); None = one of IMAGE_EXTENSIONS.  label_folders: where the label images are
-    (label_folders.py); None = beside the images, if anywhere.  Folders are no classes where there are label images.
+    (label_folders.py); None = beside the images, if anywhere.  Folders are no classes where there are label images or
+    objects.  annotations: where the images' objects are, as data.annotations says; images without are left out.
     Raises ShardError for a folder without images, that cannot be read through, or with two files of one name.
     """
     path = os.path.abspath(path)
@@ -102,7 +116,17 @@ def open_folder(
         progress(say_left_out(listing.left_out, path))
     check_separators(listing.names, f"{key} '{path}'")
     listing, label_images = _label_images(path, listing, key, progress, image_member, label_folders)
-    classes = None if label_images else class_names(listing.names, f"{key} '{path}'", listing.empty)
+    texts: list[bytes] | None = None
+    if annotations is not None:
+        found, names_of_classes = folder_objects(path, listing.names, annotations, key, progress)
+        listing = replace(
+            listing, names=[listing.names[place] for place in found], sizes=[listing.sizes[place] for place in found]
+        )
+        texts = [*found.values()]
+        if label_images is not None:
+            label_images = replace(label_images, sizes=label_images.sizes[[*found]])
+    plain = label_images is None and texts is None
+    classes = None if not plain else class_names(listing.names, f"{key} '{path}'", listing.empty)
     if classes and listing.empty and progress is not None:
         progress(empty_warning(path, listing.empty))
     _check_unique(listing.names, f"{key} '{path}'")
@@ -120,7 +144,39 @@ def open_folder(
         label_images = replace(label_images, sizes=label_images.sizes[order])
         digest.update(label_images.sizes.tobytes())
         classes = pixel_class_names(Path(label_images.root))
-    return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes, image_member, label_images)
+    objects = None
+    if texts is not None:
+        objects, classes = kept([texts[number] for number in order]), names_of_classes
+        digest.update(objects.content)
+        digest.update("\n".join(names_of_classes).encode("utf-8", "surrogateescape"))
+    return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes, image_member, label_images, objects)
+
+
+def list_images(
+    path: str, key: str, progress: Callable[[str], None] | None = None, image_member: str | None = None
+) -> Folder:
+    """The images below `path`, or one image file, by their paths: without labels, label images and order of packing.
+
+    Arguments and errors as open_folder's, but names may differ in the ending alone.
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        listing = list_folder(path, f"{key} '{path}'", progress, image_member)
+        if listing.left_out and progress is not None:
+            progress(say_left_out(listing.left_out, path))
+        check_separators(listing.names, f"{key} '{path}'")
+        listing, _ = _label_images(path, listing, key, progress, image_member, None)
+    else:
+        path, name = os.path.split(path)
+        listing = Listing([name], [os.path.getsize(os.path.join(path, name))], Counter(), [])
+    encoded = [name.encode("utf-8", "surrogateescape") for name in listing.names]
+    names, ends = b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype="<i8")
+    sizes = np.array(listing.sizes, "<i8")
+    digest = hashlib.sha256(b"images\0")
+    for part in (names, ends.tobytes(), sizes.tobytes()):
+        digest.update(part)
+    labels = np.full(len(encoded), LABEL_MISSING, "<i8")
+    return Folder(path, labels, None, digest.hexdigest(), names, ends, sizes, image_member, keyed_by_name=True)
 
 
 def _label_images(
@@ -204,7 +260,7 @@ class FolderReader(VirtualShardsReader):
         """
         place = packed_index(shard, index)
         name, size, label = self.folder.image_name(place), int(self.folder.sizes[place]), int(self.folder.labels[place])
-        key, _, extension = name.decode("utf-8", "surrogateescape").rpartition(".")
+        key, extension = self.key(shard, index), name.decode("utf-8", "surrogateescape").rpartition(".")[2]
         if size == 0:
             raise SampleError("an empty image", self.folder.path, key)
         image = self._content(self._root + name, size, key)
@@ -217,6 +273,8 @@ class FolderReader(VirtualShardsReader):
             )
             if (value := MEMBERS[SEGMENTATION].read(content)) is not None:
                 targets = {**targets, "segmentation": value}
+        if self.folder.objects is not None:
+            targets = {**targets, "objects": self.folder.objects.of(place)}
         return Sample(key, image, extension.lower(), targets, self.folder.path)
 
     def _content(self, path: bytes, size: int, key: str, what: str = "") -> bytes:
@@ -232,8 +290,9 @@ class FolderReader(VirtualShardsReader):
         return content
 
     def key(self, shard: int, index: int) -> str:
-        """The path from the folder on, without the extension."""
-        return _key_of(self.folder.image_name(packed_index(shard, index)).decode("utf-8", "surrogateescape"))
+        """The path from the folder on, without the extension unless it is a part of keys here."""
+        name = self.folder.image_name(packed_index(shard, index)).decode("utf-8", "surrogateescape")
+        return name if self.folder.keyed_by_name else _key_of(name)
 
 
 def _read(path: bytes, size: int) -> bytes:
