@@ -15,6 +15,7 @@ from swinv2_train.config import ClassifyConfig, ConfigError
 from swinv2_train.data.sample import SampleError
 from swinv2_train.evaluation.scoring import evaluate_loader
 from swinv2_train.tasks import build_task
+from swinv2_train.tasks.answers import Ask
 from swinv2_train.tasks.classify import ClassifyTask
 from swinv2_train.tasks.target_losses import LOSSES
 from swinv2_train.tasks.target_scores import area_under_roc, average_precision, error_scores, f1_scores, ranking_scores
@@ -368,3 +369,36 @@ def test_what_a_target_has_not_is_refused_with_the_remedy(overrides):
 def test_a_table_is_refused_for_a_task_without_labels_of_whole_images():
     with pytest.raises(ConfigError, match=r"data.labels \(x.csv\) needs task=classify; task=simmim takes no labels"):
         composed(["task=simmim", "data=cifar10", "model=demo", "task.mask_unit_px=4", "run_dir=u", "data.labels=x.csv"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_answers_are_the_classes_above_the_threshold_or_numbers_in_their_own_units():
+    """The columns are those that tables of predictions have."""
+    ask = Ask(top_k=2, name=["cat", "dog", "cow", "pig"].__getitem__)
+    logits = torch.tensor([[0.0, 2.0, -1.0, 3.0], [-1.0, -2.0, -3.0, -4.0]])
+    task, batch = task_of(MULTI), batch_of(torch.zeros(2, 4))
+    first, second = task.answers(answers(logits), batch, ask)
+    assert first.classes == (3, 1) and first.labels == ("pig", "dog") and second.classes == ()
+    assert first.probabilities == pytest.approx([sigmoid(x) for x in (0, 2, -1, 3)])
+    assert task.answer_columns(ask).keys() == first.row().keys()
+    task = task_of(NUMBERS, "task.value_mean=[1,2,3,4]", "task.value_std=[2,1,1,1]")
+    assert task.answers(answers(logits), batch, ask)[0].row() == {"values": [1, 4, 2, 7]}
+    assert task.answer_columns(ask).keys() == {"values"}
+
+
+def test_views_are_averaged_as_probabilities_of_each_class_or_as_numbers():
+    """task.eval_flip; two views with other outputs."""
+    outputs = torch.tensor([[[1.0, -30]], [[3.0, -60]]])
+
+    def model() -> Any:
+        views = iter(outputs)
+        return lambda images: next(views)
+
+    batch = batch_of(torch.zeros(1, 2))
+    several = task_of(MULTI, "task.num_classes=2", "task.eval_flip=true")._logits(model(), batch)
+    expected = (outputs[:, 0].double().sigmoid()).mean(dim=0)
+    assert several.double().sigmoid()[0].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert task_of(NUMBERS, "task.num_classes=2", "task.eval_flip=true")._logits(model(), batch).tolist() == [[2, -45]]
