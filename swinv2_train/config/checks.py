@@ -119,6 +119,16 @@ def _check_init(config: Config) -> None:
 def _check_labels(config: Config) -> None:
     """There are files of labels where the task reads labels, and of images whose keys are known beforehand."""
     data, kind = config.data, config.task.label_kind
+    if data.balanced and (kind is None or data.mix or is_pipe(data.shards)):
+        if kind is None:
+            why = f"task={config.task.name} has no classes of whole images"
+        else:
+            why = (
+                "data.mix shares batches among sources itself"
+                if data.mix
+                else "a pipe's images are not known beforehand"
+            )
+        raise ConfigError(f"data.balanced (true): {why}; set data.balanced=false")
     for name, split in data.eval_splits.items():
         if split.labels is not None and kind != "label":
             uses = "no labels" if kind is None else f"its {kind} from data.labels"

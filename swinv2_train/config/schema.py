@@ -279,6 +279,8 @@ class ClassifyConfig(TaskConfig):
     """loss=asymmetric: probability below which a class that does not apply costs nothing (0.05)."""
     huber_delta: Annotated[float, positive()]
     """loss=huber: error in standard deviations (value_std) from which on it counts linearly."""
+    class_weights: Annotated[str, PATH]
+    """none; balanced (rare classes of the training images count more); or a JSON file (docs/evaluation.md#targets)."""
     threshold: Annotated[float, between(ABOVE_0, BELOW_1)]
     """target=multilabel: the probability above which a class is said to apply (F1, predictions)."""
     value_mean: Annotated[list[float] | None, each(finite())]
@@ -382,6 +384,22 @@ class ClassifyConfig(TaskConfig):
             raise ConfigError(
                 f"task.loss ({self.loss}) is not of task.target={self.target}, which is trained by "
                 f"{', '.join(losses)}; set one of these, or auto"
+            )
+        if self.class_weights != "none" and self.target == "regression":
+            raise ConfigError(
+                f"task.class_weights ({self.class_weights}): numbers have no classes (task.target=regression); set "
+                "task.class_weights=none"
+            )
+        if self.class_weights == "balanced" and is_pipe(config.data.shards):
+            raise ConfigError(
+                f"task.class_weights=balanced counts classes before the first step, and data.shards is a pipe "
+                f"({config.data.shards}); name shards or a folder, or a file of weights"
+            )
+        if config.data.balanced and self.target != "single":
+            raise ConfigError(
+                f"data.balanced (true) gives each image's one class its share, and task.target is {self.target}; set "
+                "data.balanced=false"
+                + (", or task.class_weights=balanced in its place" if self.target == "multilabel" else "")
             )
         if self.target != "single" and config.probe.methods:
             raise ConfigError(
@@ -730,6 +748,8 @@ class DataConfig:
     """Streams into which an epoch is cut; ranks read whole lanes."""
     window_shards: Annotated[int, at_least(1)]
     """Shards that are shuffled together in one lane."""
+    balanced: bool
+    """Give every class the same share of each epoch: images of rare ones come again (docs/data.md#balanced-classes)"""
     shuffle_buffer_images: Annotated[int, at_least(1)]
     """Undecoded images that each loader process of a pipe mixes; other shards are mixed by lanes and window_shards."""
     crop_scale: Annotated[list[float], low_high(1)]
@@ -983,6 +1003,11 @@ PROBE_SCORES = {
 def averaged_score(name: str) -> str:
     """The name of a score for the EMA of the weights (optim.ema_decay): val_ema/top1 for val/top1."""
     return name.replace("val/", "val_ema/", 1)
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a score is a loss or an error."""
+    return name.endswith(("loss", "mae", "rmse"))
 
 
 ARTIFACTS = ("pictures", "weights")

@@ -29,6 +29,7 @@ from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.tasks.answers import Ask, Classes, Columns, Prediction, Values
+from swinv2_train.tasks.class_weights import class_weights
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
 from swinv2_train.tasks.metrics import Metric
@@ -148,6 +149,11 @@ class ClassifyTask:
                 f"task.num_classes ({task.num_classes}) is too small: {key} has {len(source.classes)} classes "
                 f"({listed(source.classes)}); set task.num_classes={len(source.classes)} or more"
             )
+
+    def begin(self, source: Source | Stream, names: tuple[str, ...] | None) -> None:
+        """Classes get the weights that the training images, or a file, give them."""
+        weights = class_weights(self.task, source, names)
+        self.losses.class_weights = None if weights is None else weights.to(self.normalise.mean.device)
 
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
         """Where the model has more classes than the images."""

@@ -18,6 +18,9 @@ from swinv2_train.config import ClassifyConfig
 class TargetLoss(Protocol):
     """The loss of each image, (B,) float32."""
 
+    class_weights: Tensor | None
+    """(C,) what each class counts; None = 1."""
+
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits: (B, C) float32.  targets: of the form that the target's transform gives."""
 
@@ -37,7 +40,7 @@ class SingleLoss:
             losses = focal_of_classes(logits, targets, self.gamma, self.smoothing)
         else:
             losses = F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
-        return losses if self.class_weights is None else losses * self.class_weights.to(losses.device)[targets]
+        return losses if self.class_weights is None else losses * self.class_weights[targets]
 
 
 class MultilabelLoss:
@@ -59,7 +62,7 @@ class MultilabelLoss:
         y = y * (1 - self.task.label_smoothing) + self.task.label_smoothing / 2
         applies, otherwise = self._parts(logits)
         if self.class_weights is not None:
-            applies = applies * self.class_weights.to(applies.device)
+            applies = applies * self.class_weights
         return mean_of_known(y * applies + (1 - y) * otherwise, known)
 
     def _parts(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +85,7 @@ class RegressionLoss:
     """Of numbers: Huber's, quadratic up to delta and linear beyond, or the squared error; the mean over those known."""
 
     def __init__(self, task: ClassifyConfig) -> None:
+        self.class_weights: Tensor | None = None
         self.delta = task.huber_delta if task.loss_name == "huber" else None
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.data.loading.balanced_order import BalancedOrder
 from swinv2_train.data.loading.batches import BatchRequest, EvalBatches, TrainBatches
 from swinv2_train.data.loading.mixed_order import MixedOrder
 from swinv2_train.data.loading.order import GlobalOrder, Location, Order, rank_shards
@@ -35,6 +36,7 @@ from swinv2_train.data.sample import (
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.sources.band_names import with_band_names
 from swinv2_train.data.sources.base import Source
+from swinv2_train.data.sources.label_counts import sample_classes
 from swinv2_train.data.sources.labelled import LabelledSource
 from swinv2_train.data.sources.mixture import Mixture
 from swinv2_train.data.transforms.bands import Bands
@@ -171,6 +173,11 @@ class TrainLoader:
                 f"({_mix_text(state.get('mix'))}), which would change the order of images; give the same weights, or "
                 "start a new run_dir from its weights (task.init_from)"
             )
+        if state.get("balanced", False) != mine.get("balanced", False):
+            raise ConfigError(
+                f"data.balanced ({str(self.config.balanced).lower()}) differs from the checkpoint's, which would "
+                "change the order of images; set it as it was, or start a new run_dir from its weights (task.init_from)"
+            )
         for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
             if state.get(name) != mine[name]:
                 raise ConfigError(
@@ -197,6 +204,7 @@ class TrainLoader:
             "window_shards": self.config.window_shards,
             "manifest": self.manifest.digest,
             "num_samples": self.manifest.num_samples,
+            **({"balanced": True} if self.config.balanced else {}),
             **({"mix": _mix_of(self.manifest)} if isinstance(self.manifest, Mixture) else {}),
         }
 
@@ -206,6 +214,9 @@ def order_of(manifest: Source, seed: int, config: DataConfig) -> Order:
     if isinstance(manifest, Mixture):
         counts = [source.counts for source in manifest.sources]
         return MixedOrder(counts, manifest.weights, seed, config.lanes, config.window_shards)
+    if config.balanced:
+        classes = sample_classes(manifest, "data.balanced")
+        return BalancedOrder(manifest.counts, classes, seed, config.lanes, config.window_shards)
     return GlobalOrder(manifest.counts, seed, config.lanes, config.window_shards)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, ConfigError
-from swinv2_train.data.sample import SampleError
+from swinv2_train.data.sample import LABEL, LABELS, SampleError
+from swinv2_train.data.sources.labelled import Labels, TableLabels
 from swinv2_train.evaluation.scoring import evaluate_loader
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.answers import Ask
@@ -402,3 +403,87 @@ def test_views_are_averaged_as_probabilities_of_each_class_or_as_numbers():
     expected = (outputs[:, 0].double().sigmoid()).mean(dim=0)
     assert several.double().sigmoid()[0].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     assert task_of(NUMBERS, "task.num_classes=2", "task.eval_flip=true")._logits(model(), batch).tolist() == [[2, -45]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Class weights
+
+
+class Labelled:
+    """Just what class weights ask of a source of images."""
+
+    @staticmethod
+    def single(labels: list[int]) -> TableLabels:
+        return TableLabels(Any, "", Labels(LABEL, np.array(labels)))  # type: ignore[arg-type]
+
+    @staticmethod
+    def several(rows: list[list[int]]) -> TableLabels:
+        ends, missing = np.cumsum([len(row) for row in rows]), np.zeros(len(rows), bool)
+        return TableLabels(Any, "", Labels(LABELS, np.array(sum(rows, []), np.int32), ends, missing))  # type: ignore
+
+
+def test_balanced_weights_are_what_is_expected_of_equal_classes():
+    """n / (C n_c), of the classes that are there; of several classes without / with, of what is known."""
+    task = task_of("task.class_weights=balanced")
+    task.begin(Labelled.single([0, 0, 0, 2, 2, -1, 3, 3]), None)
+    assert task.losses.class_weights.tolist() == pytest.approx([7 / 9, 1, 7 / 6, 7 / 6])
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 2, 3])
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    expected = (each * torch.tensor([7 / 9, 7 / 6, 7 / 6])).mean().item()
+    assert task.loss(answers(logits), batch_of(labels)).item() == pytest.approx(expected)
+    assert task.scores(answers(logits), batch_of(labels))["val/loss"].item() == pytest.approx(each.mean().item())
+    task = task_of(MULTI, "task.class_weights=balanced")
+    task.begin(Labelled.several([[0, 1], [0, -2], [0], [0, 1], [1, -3]]), None)
+    assert task.losses.class_weights.tolist() == pytest.approx([1 / 4, 1 / 3, 1, 1])
+    targets = torch.tensor([[1.0, 0, 1, 0]])
+    expected = bce(0.5, 1) / 4 + bce(0.5, 0) + bce(0.5, 1) + bce(0.5, 0)
+    assert task.loss(answers(torch.full((1, 4), 0.5)), batch_of(targets)).item() == pytest.approx(expected / 4)
+
+
+def test_mixed_images_count_by_the_weight_of_each_class():
+    task = task_of("task.class_weights=balanced", "task.mixup_alpha=0.8")
+    task.begin(Labelled.single([0, 0, 0, 1, 2, 3]), None)
+    logits, labels = torch.randn(2, 4), torch.tensor([0, 1])
+    batch = batch_of(labels, mixing_seed=[7] * 2)
+    kept, log_p, weights = mixed(task, batch), logits.log_softmax(dim=1), task.losses.class_weights
+    expected = -sum(
+        share * weights[label] * log_p[row, label]
+        for row in (0, 1)
+        for share, label in ((kept[row], labels[row]), (1 - kept[row], labels[1 - row]))
+    )
+    assert task.loss(answers(logits), batch).item() == pytest.approx(float(expected) / 2, rel=1e-5)
+
+
+def test_weights_of_a_file_are_by_number_or_by_name(tmp_path):
+    path = tmp_path / "weights.json"
+    task = task_of(f"task.class_weights={path}")
+    source, names = Labelled.single([0]), ("a", "b", "c", "d")
+    path.write_text("[1, 2, 3.5, 0]")
+    task.begin(source, None)
+    assert task.losses.class_weights.tolist() == [1, 2, 3.5, 0]
+    path.write_text('{"b": 2, "a": 1, "d": 4, "c": 3}')
+    task.begin(source, names)
+    assert task.losses.class_weights.tolist() == [1, 2, 3, 4]
+    for text, error in (
+        ('{"b": 2}', "'a' is in one of the two alone"), ('{"e": 2}', "'e' is in one of the two alone"),
+        ("[1]", "4 numbers"),
+        ("[1, 2, 3, -1]", "from 0 to a million"), ("[0, 0, 0, 0]", "are all 0"), ("[", "cannot be read"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=error):
+            task.begin(source, names)
+    with pytest.raises(ConfigError, match="is neither none nor balanced nor a file"):
+        task_of("task.class_weights=balance").begin(source, names)
+
+
+def test_a_run_cannot_balance_what_has_no_single_class():
+    for overrides, error in (
+        ((MULTI, "data.balanced=true"), "or task.class_weights=balanced in its place"),
+        ((NUMBERS, "task.class_weights=balanced"), "numbers have no classes"),
+        (
+            ("data.balanced=true", "data.shards=''", "+data.mix.a.shards=x"),
+            "data.mix shares batches among sources itself",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            settings(*overrides)
