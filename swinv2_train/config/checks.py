@@ -191,9 +191,19 @@ def _check_ema(config: Config) -> None:
 
 def _check_keep_best(config: Config) -> None:
     """The score by which a checkpoint is the best is one that the run measures."""
-    best, scores = config.train.keep_best, config.task.measured
+    best, scores, patience = config.train.keep_best, config.task.measured, config.train.patience
+    if patience is not None and best is None:
+        raise ConfigError(
+            f"train.patience ({patience}) waits for a better score, and train.keep_best is null; name one: "
+            f"train.keep_best={scores[0]}"
+        )
     if best is None:
         return
+    every, steps = "train.eval_every_steps", config.train.eval_every_steps
+    if best.startswith("probe/"):
+        every, steps = "probe.every_steps", config.probe.every_steps
+    if patience is not None and steps is None:
+        raise ConfigError(f"train.patience ({patience}) counts evaluations, and {every} is null; set {every}=NUMBER")
     probed = [name for names in PROBE_SCORES.values() for name in names]
     one_of(*scores, *map(averaged_score, scores), *probed).check("train.keep_best", best)
     if best not in (*scores, *probed) and config.optim.ema_decay is None:

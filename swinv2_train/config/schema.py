@@ -94,6 +94,8 @@ class TrainConfig:
     """How many of the newest complete checkpoints are kept."""
     keep_best: str | None
     """Also keep the best checkpoint by a score that the run measures: val/top1, val_ema/loss, probe/knn_top1, ..."""
+    patience: Annotated[int | None, at_least(1)]
+    """Evaluations in a row without a better train.keep_best after which the run ends; null = it never ends so."""
     eval_every_steps: Annotated[int | None, at_least(1)]
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: Annotated[int, at_least(1)]

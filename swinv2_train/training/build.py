@@ -43,6 +43,7 @@ from swinv2_train.training.length_warnings import length_warnings
 from swinv2_train.training.loop import Run
 from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
+from swinv2_train.training.patience import Patience
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
 
@@ -142,6 +143,7 @@ def build_run(
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     position = Position(
         reached.step, reached.images_seen, loader, world.device, reached.first_batch_size, batch, sources.classes,
+        Patience(config.train, state.get("patience")) if config.train.patience is not None else None,
         loader.bad_images_before,
     )  # fmt: skip
     saved_step = None if newest is None else position.step
