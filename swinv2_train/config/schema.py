@@ -858,6 +858,8 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down; 0 = no clipping."""
     no_decay: list[str]
     """Parameters without weight decay: parts of their names, or "1d" for all with at most one dimension."""
+    freeze: Annotated[list[str], each(non_empty())]
+    """Parameters that are not trained: parts of their names (head off: [patch_embed, layers, norm]); [] = none."""
     layer_decay: Annotated[float, between(ABOVE_0, 1)]
     """Factor of the learning rate per layer, counted from the head; 1 = none (arXiv:2111.09883 appendix A2)."""
     encoder_lr_scale: Annotated[float, positive()]
