@@ -182,10 +182,11 @@ def checked_newest(run_dir: Path, config: Config) -> Path | None:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """What makes a run's weights: the task and the model without its memory policies."""
+    """What makes a run's weights: the task, the model without its memory policies, and what is trained of it."""
     settings = dataclasses.asdict(config.model)
     model = {f"model.{key}": value for key, value in settings.items() if key not in MEMORY_KEYS}
-    return {"task.name": config.task.name, **config.task.identity(), **model}
+    own = {"task.name": config.task.name, "optim.freeze": config.optim.freeze}
+    return {**own, **config.task.identity(), **model}
 
 
 def make_run_dir(run_dir: Path) -> None:

@@ -33,8 +33,8 @@ def build_param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str,
     Returns a list of {"params": [Parameter, ...], "weight_decay": float, "lr_scale": float, "name": str}; every
     trainable parameter is in exactly one group, in the order of module.named_parameters().  Group names are decay and
     no_decay, or layer_3_decay and so on with layer decay; encoder_decay and so on with another rate for the encoder.
-    Raises ConfigError for a freeze or no_decay pattern that matches nothing, for layer decay on a module without layers, and for
-    an encoder's own rate without an encoder beside other parameters.
+    Raises ConfigError for a freeze or no_decay pattern that matches nothing, for layer decay on a module without
+    layers, and for an encoder's own rate without an encoder beside other parameters.
     """
     freeze(module, config.freeze)
     everything = dict(module.named_parameters())  # what is frozen counts as a layer, and patterns may match it

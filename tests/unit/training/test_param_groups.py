@@ -176,12 +176,12 @@ def test_a_classifiers_head_learns_faster_than_its_encoder_and_an_encoder_alone_
 
 def test_frozen_parameters_are_named_by_patterns_and_change_no_other_ones_rate():
     """Layers are counted as if all were trained; a no-decay pattern may match frozen ones alone."""
-    config = make_config(optim={"layer_decay": 0.5, "freeze": ["layers.1.blocks", "patch_embed"], "no_decay": ["patch"]})
+    config = make_config(optim={"layer_decay": 0.5, "no_decay": ["patch"]})
 
     def rates(freeze: list[str]) -> dict[str, float]:
         config.optim.freeze = freeze
-        module = swin_v2("tiny", num_classes=3, img_size=64, window_size=2, embed_dim=8, depths=(1, 2), num_heads=(1, 2),
-                         pretrained_window_sizes=(0, 0))  # fmt: skip
+        sizes = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "pretrained_window_sizes": (0, 0)}
+        module = swin_v2("tiny", num_classes=3, img_size=64, window_size=2, **sizes)
         groups = build_param_groups(module, config.optim)
         scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
         return {name: scale[id(p)] for name, p in module.named_parameters() if id(p) in scale}
