@@ -256,13 +256,14 @@ class ClassifyTask:
             return applies - not_so
         return each.softmax(dim=2).mean(dim=0).clamp(min=TINY).log()
 
-    def answer_columns(self, ask: Ask) -> Columns:
+    @staticmethod
+    def answer_columns(task: ClassifyConfig, top_k: int) -> Columns:
         """The best classes, each with its name and probability; the classes that apply; or the numbers."""
-        if self.task.target == "regression":
-            return Values.columns(self.num_classes)
-        if self.task.target == "multilabel":
-            return Classes.columns(self.num_classes)
-        return Prediction.columns(min(ask.top_k, self.num_classes))
+        if task.target == "regression":
+            return Values.columns(task.num_classes)
+        if task.target == "multilabel":
+            return Classes.columns(task.num_classes)
+        return Prediction.columns(min(top_k, task.num_classes))
 
     def answers(self, forward: Forward, batch: Batch, ask: Ask) -> Sequence[Prediction | Classes | Values]:
         if self.task.target == "regression":

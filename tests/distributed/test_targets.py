@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from swinv2_train import load
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.monitoring.run_log import read_metrics
@@ -79,6 +80,16 @@ def test_a_model_learns_from_a_table_and_is_scored_alike_on_any_number_of_ranks(
         assert evaluated(capfd, f"run_dir={run}", "task.threshold=0.01")["val/f1_micro"] != one["val/f1_micro"]
     else:
         assert one["val/r2"] > 0.7 and one["val/mae"] < 12, one
+    rows = [line.split(",") for line in (folder / "labels.csv").read_text().splitlines() if line.startswith("test")]
+    found = load(run, device="cpu").predict([folder / "test" / row[0] for row in rows])
+    if kind == "multilabel":
+        right = sum(len({*row[1].split("|")} & {*each.labels}) for row, each in zip(rows, found, strict=True))
+        said = sum(len(each.labels) for each in found) + sum(len(row[1].split("|")) for row in rows if row[1])
+        assert 100 * 2 * right / said == pytest.approx(one["val/f1_micro"])
+    else:
+        errors = [abs(x - float(y)) for row, each in zip(rows, found, strict=True)
+                  for x, y in zip(each.values, row[2:], strict=True)]  # fmt: skip
+        assert sum(errors) / len(errors) == pytest.approx(one["val/mae"], rel=1e-4)
     wrong = settings(folder, kind, run, "task.target=single", "task.num_classes=3", "task.value_mean=null",
                      "task.value_std=null", "data.labels_columns=[classes]")  # fmt: skip
     assert run_alone(wrong) == EXIT_USER_ERROR

@@ -384,10 +384,10 @@ def test_answers_are_the_classes_above_the_threshold_or_numbers_in_their_own_uni
     first, second = task.answers(answers(logits), batch, ask)
     assert first.classes == (3, 1) and first.labels == ("pig", "dog") and second.classes == ()
     assert first.probabilities == pytest.approx([sigmoid(x) for x in (0, 2, -1, 3)])
-    assert task.answer_columns(ask).keys() == first.row().keys()
+    assert task.answer_columns(task.task, 2).keys() == first.row().keys()
     task = task_of(NUMBERS, "task.value_mean=[1,2,3,4]", "task.value_std=[2,1,1,1]")
     assert task.answers(answers(logits), batch, ask)[0].row() == {"values": [1, 4, 2, 7]}
-    assert task.answer_columns(ask).keys() == {"values"}
+    assert task.answer_columns(task.task, 2).keys() == {"values"}
 
 
 def test_views_are_averaged_as_probabilities_of_each_class_or_as_numbers():
