@@ -1,4 +1,4 @@
-"""What optim.freeze names keeps every bit, with any engine, on any number of ranks and across a resume."""
+"""What optim.freeze names keeps every bit, on any number of ranks and across a resume."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from swinv2_train import train
 from swinv2_train.checkpoint import find_checkpoint, read_checkpoint_weights
+from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import guarded
 from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.monitoring.run_log import read_metrics
@@ -26,7 +27,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_frozen_parameters_keep_their_bits_and_the_run_resumes_exactly(tmp_path, capfd):
-    """Local, and ZeRO 1 and 3 on two ranks: the same losses to rounding; a resume takes the same steps bit for bit."""
+    """Local, and ZeRO 1 and 2 on two ranks: the same losses to rounding; a resume takes the same steps bit for bit."""
     shards = noise_shards(tmp_path / "shards")
 
     def run(name: str, ranks: int, steps: int, *overrides: str) -> Path:
@@ -41,7 +42,7 @@ def test_frozen_parameters_keep_their_bits_and_the_run_resumes_exactly(tmp_path,
         return tmp_path / name
 
     fp32 = ("engine.precision=fp32", "engine.persistence_threshold=0")
-    zero = {stage: (f"engine=zero{stage}", *fp32) for stage in (1, 3)}
+    zero = {stage: (f"engine=zero{stage}", *fp32) for stage in (1, 2)}
     local = run("local", 1, 4)
     losses = [line["train/loss"] for line in read_metrics(local) if "train/loss" in line]
     first = run("start", 1, 1, "optim.lr=0")
@@ -57,3 +58,8 @@ def test_frozen_parameters_keep_their_bits_and_the_run_resumes_exactly(tmp_path,
             assert torch.equal(value, weights(whole)[name]), name
             changed = not torch.equal(value, weights(first)[name])
             assert changed != any(pattern in name for pattern in FROZEN), f"{name} under ZeRO-{stage}"
+
+
+def test_zero_3_is_refused_with_the_others_named():
+    with pytest.raises(ConfigError, match="does not work with engine.zero_stage=3 yet; set engine=zero2"):
+        composed(["task=classify", "data=cifar10", "model=demo", "run_dir=u", "engine=zero3", "optim.freeze=[head]"])
