@@ -96,15 +96,6 @@ def _check_model(config: Config) -> None:
         between(1, num_stages).check("model.sequential_stages", stage)
 
 
-def check_clips_are_read(config: Config) -> None:
-    """ConfigError where a model of clips is to be trained or evaluated: no data is read as clips yet."""
-    if config.model.frames is not None:
-        raise ConfigError(
-            f"model.frames ({config.model.frames}): no data is read as clips yet; set model.frames=null (the planner "
-            "counts clips, and from Python swinv2_train.models takes them)"
-        )
-
-
 def _check_init(config: Config) -> None:
     """A recipe of fine-tuning has weights to start from, for its learning rate and length are of no use without."""
     task = config.task

@@ -284,11 +284,16 @@ class ClassifyConfig(TaskConfig):
                     f"{config.model.in_chans} bands here; set task.rand_augment=null task.color_jitter=0 (flips, "
                     "data.dihedral, crops, erasing, mixup and cutmix work for any)"
                 )
-        for key, value in (("cutmix_alpha", self.cutmix_alpha), ("erasing_prob", self.erasing_prob)):
-            if value and config.model.frames is not None:
+        for key, does, off in (
+            ("rand_augment", "is drawn for each image", "null"),
+            ("color_jitter", "is drawn for each image", "0"),
+            ("cutmix_alpha", "takes boxes out of images", "0"),
+            ("erasing_prob", "takes boxes out of images", "0"),
+        ):
+            if getattr(self, key) and config.model.frames is not None:
                 raise ConfigError(
-                    f"task.{key} ({value}) takes boxes out of images, and model.frames ({config.model.frames}) asks "
-                    f"for clips; set task.{key}=0"
+                    f"task.{key} ({getattr(self, key)}) {does}, and model.frames ({config.model.frames}) asks for "
+                    f"clips; set task.{key}={off}"
                 )
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
@@ -628,6 +633,8 @@ class DataConfig:
     """Probability of a horizontal flip."""
     dihedral: bool
     """Turn each training image by 0, 90, 180 or 270 degrees and mirror half of them (no side is up, as from space)."""
+    frame_stride: Annotated[int, at_least(1)]
+    """Of clips (model.frames): frames of the file from one frame of a clip to the next (arXiv:2106.13230: 2)."""
     mean: Annotated[list[float], each(finite())]
     """Mean of the normalisation per band, of scaled values (data.scale; photographs: pixels in 0..1)."""
     std: Annotated[list[float], each(positive())]

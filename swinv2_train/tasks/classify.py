@@ -12,6 +12,8 @@ from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, pair
 from swinv2_train.data.class_names import listed
+from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.sample import LABEL, SampleError, Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
@@ -42,7 +44,7 @@ class ClassifyTransform(ImageTransform):
     task: ClassifyConfig
     needs: tuple[str, ...] = (LABEL,)
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         label, needed = targets.get("label"), LABEL in self.needs
         if needed and (label is None or not 0 <= label < self.task.num_classes):
             raise SampleError(f"label {label} is not within 0..{self.task.num_classes - 1} (task.num_classes)")
@@ -82,7 +84,8 @@ class ClassifyTask:
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
-            ClassifyTransform(config.data, img_size, train, bands=self.bands, task=task) for train in (True, False)
+            ClassifyTransform(config.data, img_size, train, bands=self.bands, clips=ClipViews.of(config), task=task)
+            for train in (True, False)
         )
 
     @staticmethod

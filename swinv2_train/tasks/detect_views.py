@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import DetectConfig
+from swinv2_train.data.clips.clip import Clip
 from swinv2_train.data.objects import Objects, check_image_size, objects_from_json
 from swinv2_train.data.sample import OBJECTS, SampleError, Targets
 from swinv2_train.data.transforms.detect import DetectTrainView, eval_views
@@ -34,7 +35,8 @@ class DetectTransform(ImageTransform):
     notes: set[str] = field(default_factory=set, compare=False)
     """What is worth saying once of the images."""
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+        assert isinstance(image, Tensor), "objects are of images"
         objects = objects_from_json(targets["objects"])
         check_image_size(objects, (image.shape[1], image.shape[2]))
         self._check_classes(objects)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from swinv2_train.checkpoint import checkpoint_classes, device_note, ema_note, load_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError, is_pipe
-from swinv2_train.config.checks import check_clips_are_read
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.load import config_yaml
 from swinv2_train.config.shown import tell
@@ -233,8 +232,6 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
     may come while a server is waited for.
     Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's; StopNow.
     """
-
-    check_clips_are_read(config)
 
     def open_both() -> Sources:
         data, pattern = config.data, config.data.eval_shards

@@ -59,6 +59,10 @@ class Source(Protocol):
         """Samples per shard without a JSON of objects (the target "objects")."""
 
     @property
+    def clips(self) -> tuple[int, ...]:
+        """Samples per shard that are clips; the others are images."""
+
+    @property
     def label_values(self) -> Mapping[int, int] | None:
         """Pixels of all label images by their value; None where that was not counted when they were packed."""
 

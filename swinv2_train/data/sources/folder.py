@@ -43,6 +43,7 @@ from swinv2_train.data.sources.listing import (
     check_separators,
     class_names,
     empty_warning,
+    is_clip,
     label_numbers,
     list_folder,
     say_left_out,
@@ -72,6 +73,12 @@ class Folder(VirtualShards):
             return self.counts
         ends = np.cumsum(self.counts)
         return tuple(int((shard < 0).sum()) for shard in np.split(self.label_images.sizes, ends[:-1]))
+
+    @cached_property
+    def clips(self) -> tuple[int, ...]:
+        """Clips per shard: all are, or none."""
+        clips = len(self.ends) > 0 and is_clip(os.fsdecode(self.image_name(0)))
+        return self.counts if clips else (0,) * len(self.counts)
 
     def image_name(self, place: int) -> bytes:
         """The path, from the folder on, of the image at this place of the packing order."""
