@@ -252,6 +252,10 @@ class ClassifyConfig(TaskConfig):
     """Probability that a micro-batch is mixed at all."""
     mixup_switch_prob: Annotated[float, between(0, 1)]
     """Probability of cutmix where both are on."""
+    eval_views: Annotated[int, at_least(1)]
+    """Of clips: evaluation sees so many of a file, evenly from its start to its end; 1 = its middle (published: 4)."""
+    eval_crops: Annotated[int, at_least(1)]
+    """Of clips: and so many crops of each, evenly along the longer side; 1 = the centre (published: 3)."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
     scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/top1", "val/top5")
@@ -295,6 +299,9 @@ class ClassifyConfig(TaskConfig):
                     f"task.{key} ({getattr(self, key)}) {does}, and model.frames ({config.model.frames}) asks for "
                     f"clips; set task.{key}={off}"
                 )
+        for key, count in (("eval_views", self.eval_views), ("eval_crops", self.eval_crops)):
+            if count > 1 and config.model.frames is None:
+                raise ConfigError(f"task.{key} ({count}) is of clips, and model.frames is null; set task.{key}=1")
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "

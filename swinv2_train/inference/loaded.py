@@ -24,6 +24,7 @@ from swinv2_train.config.arguments import check_once, prepared
 from swinv2_train.config.command_line import compose_overrides, load_run_config
 from swinv2_train.config.load import home_expanded
 from swinv2_train.data.sample import Targets
+from swinv2_train.inference.clips import row_of_clip
 from swinv2_train.inference.implied import arguments, implied
 from swinv2_train.inference.pixels import pixels
 from swinv2_train.tasks import build_task
@@ -110,13 +111,16 @@ class LoadedModel:
         if size < 1:
             raise ConfigError(f"batch_size ({size}) must be at least 1")
         given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-        unused = np.random.default_rng(0)  # evaluation draws nothing
         for start in range(0, len(given), size):
-            cut = [
-                self._transform(pixels(image, self._transform.bands), Targets(), unused)["images"]
-                for image in given[start : start + size]
-            ]
+            cut = [self._row(image)["images"] for image in given[start : start + size]]
             yield {"images": torch.stack(cut), "weight": torch.ones(len(cut))}
+
+    def _row(self, image: Any) -> dict[str, Any]:
+        """What the transform makes of an image or a clip."""
+        transform, unused = self._transform, np.random.default_rng(0)  # evaluation draws nothing
+        if transform.clips is not None:
+            return row_of_clip(lambda clip: transform(clip, Targets(), unused), image)
+        return transform(pixels(image, transform.bands), Targets(), unused)
 
     def _name(self, number: int) -> str:
         return self.classes[number] if self.classes is not None and number < len(self.classes) else str(number)
@@ -148,7 +152,8 @@ def load(
     else:
         found = implied(read_weights(path, format), path)
         keys = {override.partition("=")[0] for override in overrides}
-        for key in ("model.window_size", "model.img_size"):
+        of_clips = ("model.frames", "model.window_frames") if "model.patch_frames" in found else ()
+        for key in ("model.window_size", "model.img_size", *of_clips):
             if key not in {*found, *keys}:
                 raise ConfigError(f"{path} does not say its {key}, which shapes do not show; give it: '{key}=NUMBER'")
         words = arguments({key: value for key, value in found.items() if key not in keys})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,13 @@ from swinv2_train.data.transforms.augment import (
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.tasks.clip_picture import PICTURE_CLIPS, clip_picture
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
-from swinv2_train.tasks.task import Batch, Forward, Predictions
+from swinv2_train.tasks.task import Batch, Forward, Picture, Predictions
+
+TINY = 1e-38
+"""The least probability that a logarithm is taken of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ class ClassifyTask:
     """Cross-entropy with label smoothing, of mixed images with the labels of both; top-1 and top-5 in percent."""
 
     block_types = (SwinBlock,)
-    picture = None
+    picture: Picture | None = None
 
     def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
         self.module = self.encoder = build_model(config.model, task.num_classes)
@@ -83,8 +88,12 @@ class ClassifyTask:
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
+        clips = ClipViews.of(config)
+        self.one_view_dims = 4 if clips is None else 5
+        if clips is not None:
+            clips, self.picture = replace(clips, views=task.eval_views, crops=task.eval_crops), self._picture
         self.train_transform, self.eval_transform = (
-            ClassifyTransform(config.data, img_size, train, bands=self.bands, clips=ClipViews.of(config), task=task)
+            ClassifyTransform(config.data, img_size, train, bands=self.bands, clips=clips, task=task)
             for train in (True, False)
         )
 
@@ -149,7 +158,7 @@ class ClassifyTask:
         batch["labels"]: (B,), or (B, L) where an image has up to L right classes, filled up with -1.  A prediction is
         right when it is one of them; the loss is of their joint probability.
         """
-        logits = forward(images=self.normalise(batch["images"])).float()
+        logits = self._logits(forward, batch)
         labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
         labels = labels.view(len(logits), -1)  # (B, L)
         ranking = logits.topk(min(5, self.num_classes), dim=1).indices  # (B, 5)
@@ -164,12 +173,40 @@ class ClassifyTask:
 
     def probabilities(self, forward: Forward, batch: Batch) -> Tensor:
         """Of each class, (B, num_classes) float32."""
-        logits: Tensor = forward(images=self.normalise(batch["images"])).float()
-        return logits.softmax(dim=1)
+        return self._logits(forward, batch).softmax(dim=1)
+
+    def _logits(self, forward: Forward, batch: Batch) -> Tensor:
+        """Of an evaluation batch, (B, num_classes) float32; of several views the logarithm of the mean probabilities.
+
+        A forward pass per view, so that every rank makes equally many and none is of more than a micro-batch.
+        """
+        views = self._views(batch)
+        if len(views) == 1:
+            logits: Tensor = forward(images=self.normalise(views[0])).float()
+            return logits
+        mean = sum(forward(images=self.normalise(view)).float().softmax(dim=1) for view in views) / len(views)
+        assert isinstance(mean, Tensor)
+        return mean.clamp(min=TINY).log()
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
-        pooled: Tensor = forward(images=self.normalise(batch["images"]), features=True)
+        views = self._views(batch)
+        pooled: Tensor = sum(forward(images=self.normalise(view), features=True) for view in views) / len(views)
         return pooled
+
+    def _views(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images (B, C, H, W) or clips (B, 3, T, H, W), one for each view in which they are seen."""
+        images: Tensor = batch["images"]
+        return images.unbind(1) if images.ndim > self.one_view_dims else (images,)
+
+    def _picture(self, forward: Forward, batch: Batch, names: Sequence[str] | None = None) -> np.ndarray:
+        """The first clips of a batch, their middle view, below what they are and what they were taken for."""
+        few = {**batch, "images": batch["images"][:PICTURE_CLIPS]}
+        views = self._views(few)
+        right: list[list[int]] = [[] for _ in few["images"]]
+        if "labels" in batch:
+            labels = batch["labels"][:PICTURE_CLIPS].view(len(right), -1).tolist()
+            right = [[label for label in row if label >= 0] for row in labels]
+        return clip_picture(views[len(views) // 2], right, self.probabilities(forward, few), names)
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
