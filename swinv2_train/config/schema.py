@@ -252,6 +252,10 @@ class ClassifyConfig(TaskConfig):
     """Probability that a micro-batch is mixed at all."""
     mixup_switch_prob: Annotated[float, between(0, 1)]
     """Probability of cutmix where both are on."""
+    eval_scales: Annotated[list[float], each(at_least(1))]
+    """Evaluation: average the probabilities of centre crops of the image enlarged by each factor ([1.0] = one crop)."""
+    eval_flip: bool
+    """Evaluation: average those of the mirrored image too."""
     eval_views: Annotated[int, at_least(1)]
     """Of clips: evaluation sees so many of a file, evenly from its start to its end; 1 = its middle (published: 4)."""
     eval_crops: Annotated[int, at_least(1)]
@@ -281,6 +285,8 @@ class ClassifyConfig(TaskConfig):
                 f"task.num_classes ({self.num_classes}) leaves nothing to tell apart: every image is right and the "
                 "loss is 0; set it to the number of class folders, or choose task=simmim"
             )
+        if not self.eval_scales:
+            raise ConfigError("task.eval_scales is empty; name a scale: task.eval_scales=[1.0]")
         for key, value in (("rand_augment", self.rand_augment), ("color_jitter", self.color_jitter or None)):
             if value is not None and config.reads_values:
                 raise ConfigError(
@@ -299,6 +305,11 @@ class ClassifyConfig(TaskConfig):
                     f"task.{key} ({getattr(self, key)}) {does}, and model.frames ({config.model.frames}) asks for "
                     f"clips; set task.{key}={off}"
                 )
+        if self.eval_scales != [1.0] and config.model.frames is not None:
+            raise ConfigError(
+                f"task.eval_scales ({self.eval_scales}) is of images, and model.frames ({config.model.frames}) asks for "
+                "clips; set task.eval_scales=[1.0], and task.eval_views or task.eval_crops for several views"
+            )
         for key, count in (("eval_views", self.eval_views), ("eval_crops", self.eval_crops)):
             if count > 1 and config.model.frames is None:
                 raise ConfigError(f"task.{key} ({count}) is of clips, and model.frames is null; set task.{key}=1")

@@ -1,10 +1,11 @@
-"""Answers from trained weights in a program of one's own: load a model, ask it for classes and features.
+"""Answers from trained weights, in a program of one's own or for folders of images: classes, maps, objects, features.
 
 It builds on tasks and weights, and knows nothing of training.
 """
 
 from __future__ import annotations
 
-from swinv2_train.inference.loaded import LoadedModel, Prediction, load
+from swinv2_train.inference.loaded import LoadedModel, load
+from swinv2_train.tasks.answers import ClassMap, DetectedObjects, Prediction
 
-__all__ = ["LoadedModel", "Prediction", "load"]
+__all__ = ["ClassMap", "DetectedObjects", "LoadedModel", "Prediction", "load"]

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +23,15 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.arguments import check_once, prepared
 from swinv2_train.config.command_line import compose_overrides, load_run_config
 from swinv2_train.config.load import home_expanded
+from swinv2_train.data.loading.workers import tensors_of
 from swinv2_train.data.sample import Targets
+from swinv2_train.data.sources.matched import check_pixel_classes
 from swinv2_train.inference.clips import row_of_clip
 from swinv2_train.inference.implied import arguments, implied
 from swinv2_train.inference.pixels import pixels
+from swinv2_train.inference.vectors import Vectors
 from swinv2_train.tasks import build_task
+from swinv2_train.tasks.answers import Answer, Ask, Columns
 from swinv2_train.weights import Head, load_weights, read_weights, weights_classes
 
 if TYPE_CHECKING:
@@ -38,57 +42,36 @@ _DEFAULTS = ("data=labelled", "task.rand_augment=null")
 """Of weights without a run; the second does nothing here and would be refused for images other than photographs."""
 
 
-class Prediction(NamedTuple):
-    """The most probable classes of an image, the best first."""
-
-    classes: tuple[int, ...]
-    """Their numbers."""
-    labels: tuple[str, ...]
-    """Their names; their numbers where the weights name no classes."""
-    probabilities: tuple[float, ...]
-
-    @property
-    def label(self) -> str:
-        """The name of the most probable one."""
-        return self.labels[0]
-
-
 class LoadedModel:
     """A model in evaluation mode, which answers for images as it was evaluated.
 
-    config: of its run, or what the weights imply.  classes: names of the head's rows; None where nothing says them.
+    config: of its run, or what the weights imply.  classes: names of the classes, by their numbers; None where nothing
+    says them.
     """
 
     def __init__(self, config: Config, weights: Path, device: torch.device, averaged: bool, format: str | None) -> None:
         self.config, self.device = config, device
         self.task = build_task(config, device)
-        self.has_classes = self.task.predictions is not None and "head.weight" in read_weights(weights, format)
-        headless = self.task.predictions is not None and not self.has_classes
+        headless = self.task.predictions is not None and "head.weight" not in read_weights(weights, format)
         head: Head = "fresh" if headless else "load"
         self.report = load_weights(self.task.module, weights, format=format, head=head, averaged=averaged)
         self.module = self.task.module.to(device).eval()
-        names = weights_classes(weights) if config.task.label_classes is not None else None
-        self.classes = names if names is None or len(names) <= (config.task.label_classes or 0) else None
-        self._transform: Any = dataclasses.replace(self.task.eval_transform, needs=())
+        self.classes = _names(config, weights)
+        self.headless = headless
+        self.transform: Any = dataclasses.replace(self.task.eval_transform, needs=())
+        """From an image to a row of a batch that answers() takes."""
 
     def predict(self, images: Picture | Sequence[Picture], top_k: int = 5, batch_size: int = 32) -> Any:
-        """The classes of one image, a Prediction, or of a list of images, a list of them in the same order.
+        """The answer for one image, or for a list of images a list of them in the same order.
 
-        top_k: how many classes at most.  Raises ConfigError for a model that names no class, and for an image that
-        cannot be read.
+        Of a classifier a Prediction, with top_k classes at most; of a segmentation a ClassMap; of a detector
+        DetectedObjects.  batch_size: images at a time.  Raises ConfigError for a model that names nothing, and for an
+        image that cannot be read.
         """
-        predictions = self.task.predictions
-        if predictions is None or not self.has_classes:
-            raise ConfigError("these weights have no head that names classes; ask for features(), or load a classifier")
-        if top_k < 1:
-            raise ConfigError(f"top_k ({top_k}) must be at least 1")
-        found: list[Prediction] = []
-        for batch in self._batches(images, batch_size):
-            with torch.no_grad():
-                probabilities = predictions.probabilities(self._forward, batch).cpu()
-            best = probabilities.topk(min(top_k, predictions.num_classes), dim=1)
-            for classes, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                found.append(Prediction(tuple(classes), tuple(map(self._name, classes)), tuple(shares)))
+        ask = self.ask(top_k)
+        found: list[Any] = []
+        for batch in self._batches(images, batch_size, self.transform):
+            found += self.answers(batch, ask)
         return found if isinstance(images, list | tuple) else found[0]
 
     def features(self, images: Picture | Sequence[Picture], batch_size: int = 32) -> Tensor:
@@ -96,34 +79,80 @@ class LoadedModel:
 
         Raises ConfigError for an image that cannot be read.
         """
-        found = []
-        for batch in self._batches(images, batch_size):
-            with torch.no_grad():
-                found.append(self.task.features(self._forward, batch).float().cpu())
+        vectors = Vectors.build("pooled", self.config)
+        found = [self.vectors(batch, vectors)["pooled"] for batch in self._batches(images, batch_size, vectors)]
         width = self.task.encoder.num_features
         rows = torch.cat(found) if found else torch.empty(0, width)
         return rows if isinstance(images, list | tuple) else rows[0]
 
+    def ask(self, top_k: int) -> Ask:
+        """What answers() is asked.  Raises ConfigError where it is not at least one class, or nothing is named."""
+        if top_k < 1:
+            raise ConfigError(f"top_k ({top_k}) must be at least 1")
+        ask = Ask(top_k, self._name)
+        self.columns(ask)
+        return ask
+
+    def columns(self, ask: Ask) -> Columns:
+        """Of the rows of answers.  Raises ConfigError for a model that names nothing."""
+        columns = None if self.headless else self.task.answer_columns(ask)
+        if columns is None:
+            raise ConfigError("these weights have no head that names classes; ask for features(), or load a classifier")
+        return columns
+
+    @torch.no_grad()
+    def answers(self, batch: dict[str, Any], ask: Ask) -> Sequence[Answer | None]:
+        """Of a batch of transform's rows; None, perhaps, where its "weight" is 0."""
+        return self.task.answers(self._forward, batch, ask)
+
+    @torch.no_grad()
+    def vectors(self, batch: dict[str, Any], vectors: Vectors) -> dict[str, Tensor]:
+        """Features of a batch of the rows of vectors, by their names: float32 (B, ...) on the CPU."""
+        return {name: each.float().cpu() for name, each in vectors.of(self.task, self._forward, batch).items()}
+
     def _forward(self, **inputs: Any) -> Any:
         return self.module(**{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
 
-    def _batches(self, images: Picture | Sequence[Picture], size: int) -> Iterator[dict[str, Any]]:
+    def _batches(
+        self, images: Picture | Sequence[Picture], size: int, transform: Any
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
         if size < 1:
             raise ConfigError(f"batch_size ({size}) must be at least 1")
         given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         for start in range(0, len(given), size):
-            cut = [self._row(image)["images"] for image in given[start : start + size]]
-            yield {"images": torch.stack(cut), "weight": torch.ones(len(cut))}
-
-    def _row(self, image: Any) -> dict[str, Any]:
-        """What the transform makes of an image or a clip."""
-        transform, unused = self._transform, np.random.default_rng(0)  # evaluation draws nothing
-        if transform.clips is not None:
-            return row_of_clip(lambda clip: transform(clip, Targets(), unused), image)
-        return transform(pixels(image, transform.bands), Targets(), unused)
+            rows = [row_of(image, transform) for image in given[start : start + size]]
+            stacked = tensors_of(rows[0])
+            yield {
+                **{name: [row[name] for row in rows] for name in rows[0]},
+                **{name: torch.stack([row[name] for row in rows]) for name in stacked},
+                "weight": torch.ones(len(rows)),
+            }
 
     def _name(self, number: int) -> str:
         return self.classes[number] if self.classes is not None and number < len(self.classes) else str(number)
+
+
+def _names(config: Config, weights: Path) -> tuple[str, ...] | None:
+    """What the classes are called: by the weights, or else, of pixels and objects, by the configuration."""
+    task = config.task
+    if task.label_classes is None and task.pixel_classes is None:
+        return None
+    theirs = weights_classes(weights)
+    if theirs is not None and len(theirs) > (task.label_classes or task.pixel_classes or 0):
+        theirs = None
+    if task.pixel_classes is None:
+        return theirs
+    check_pixel_classes(theirs, task.pixel_class_names, str(weights), "task.class_names")
+    return task.pixel_class_names or theirs
+
+
+def row_of(image: Any, transform: Any) -> dict[str, Any]:
+    """What a transform of an evaluation makes of an image or a clip.  Raises ConfigError for what cannot be read."""
+    unused = np.random.default_rng(0)  # evaluation draws nothing
+    if transform.clips is not None:
+        return row_of_clip(lambda clip: transform(clip, Targets(), unused), image)
+    row: dict[str, Any] = transform(pixels(image, transform.bands), Targets(), unused)
+    return row
 
 
 def load(
@@ -143,22 +172,25 @@ def load(
     Raises ConfigError, which names path or key and the remedy, for weights that cannot be read or do not fit.
     """
     check_once(overrides)
-    overrides = tuple(prepared(overrides))
-    path = Path(home_expanded("path", str(path)))
-    run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
-    if run is not None:
-        config = load_run_config(run, overrides)
-        path = find_checkpoint(path)
-    else:
-        found = implied(read_weights(path, format), path)
-        keys = {override.partition("=")[0] for override in overrides}
-        of_clips = ("model.frames", "model.window_frames") if "model.patch_frames" in found else ()
-        for key in ("model.window_size", "model.img_size", *of_clips):
-            if key not in {*found, *keys}:
-                raise ConfigError(f"{path} does not say its {key}, which shapes do not show; give it: '{key}=NUMBER'")
-        words = arguments({key: value for key, value in found.items() if key not in keys})
-        defaults = [word for word in _DEFAULTS if word.partition("=")[0] not in keys]
-        config = compose_overrides([*defaults, *words, *overrides], ("run_dir", "data.shards"))
+    config, weights = resolved(Path(home_expanded("path", str(path))), prepared(overrides), format)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LoadedModel(config, path, torch.device(device), ema, format)
+    return LoadedModel(config, weights, torch.device(device), ema, format)
+
+
+def resolved(path: Path, overrides: Sequence[str], format: str | None = None) -> tuple[Config, Path]:
+    """The configuration of a model, and its weights.  path: as load takes it; raises as it does."""
+    run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
+    if run is not None:
+        return load_run_config(run, overrides), find_checkpoint(path)
+    found = implied(read_weights(path, format), path)
+    keys = {override.partition("=")[0] for override in overrides}
+    of_clips = ("model.frames", "model.window_frames") if "model.patch_frames" in found else ()
+    for key in ("model.window_size", "model.img_size", *of_clips):
+        if key not in {*found, *keys}:
+            raise ConfigError(f"{path} does not say its {key}, which shapes do not show; give it: '{key}=NUMBER'")
+    words = arguments({key: value for key, value in found.items() if key not in keys})
+    defaults = [word for word in _DEFAULTS if word.partition("=")[0] not in keys]
+    if any(word.startswith("task=") and word != "task=classify" for word in overrides):
+        defaults, words = defaults[:1], [word for word in words if not word.startswith("task.num_classes=")]
+    return compose_overrides([*defaults, *words, *overrides], ("run_dir", "data.shards")), path

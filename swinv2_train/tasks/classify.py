@@ -27,8 +27,10 @@ from swinv2_train.data.transforms.augment import (
     rand_augment,
 )
 from swinv2_train.data.transforms.bands import Bands
+from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
+from swinv2_train.tasks.answers import Ask, Columns, Prediction
 from swinv2_train.tasks.clip_picture import PICTURE_CLIPS, clip_picture
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
@@ -41,6 +43,8 @@ TINY = 1e-38
 @dataclass(frozen=True, kw_only=True)
 class ClassifyTransform(ImageTransform):
     """A crop of the image and, where they are needed, its label: {"images": (C, H, W), "labels": int64 ()}.
+
+    For evaluation at several of task.eval_scales, images are (scales, C, H, W); clips of several views (V, 3, T, H, W).
 
     For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
     or None) with task.erasing_prob, "mixing_seed" (int) with mixup or cutmix.
@@ -56,7 +60,13 @@ class ClassifyTransform(ImageTransform):
         row = super().__call__(image, targets, rng)
         if self.train:
             row = self._augmented(row["images"], rng)
+        elif isinstance(image, Tensor) and self.task.eval_scales != [1.0]:
+            row = {"images": torch.stack([self._zoomed(image, scale) for scale in self.task.eval_scales])}
         return {**row, "labels": torch.tensor(label)} if needed else row
+
+    def _zoomed(self, image: Tensor, scale: float) -> Tensor:
+        """The crop of the image when it is this much larger."""
+        return eval_crop(image, self.img_size, replace(self.data, eval_crop_pct=self.data.eval_crop_pct / scale))
 
     def _augmented(self, image: Tensor, rng: np.random.Generator) -> dict[str, Any]:
         data, task = self.data, self.task
@@ -84,6 +94,7 @@ class ClassifyTask:
         self.label_smoothing = task.label_smoothing
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.num_classes = task.num_classes
+        self.flip = task.eval_flip
         self.predictions = Predictions(task.num_classes, self.scores_and_predictions, self.probabilities)
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
@@ -176,17 +187,27 @@ class ClassifyTask:
         return self._logits(forward, batch).softmax(dim=1)
 
     def _logits(self, forward: Forward, batch: Batch) -> Tensor:
-        """Of an evaluation batch, (B, num_classes) float32; of several views the logarithm of the mean probabilities.
+        """Of an evaluation batch, (B, classes) float32; of several views the logarithm of the mean probabilities.
 
         A forward pass per view, so that every rank makes equally many and none is of more than a micro-batch.
         """
         views = self._views(batch)
-        if len(views) == 1:
+        if not self.flip and len(views) == 1:
             logits: Tensor = forward(images=self.normalise(views[0])).float()
             return logits
-        mean = sum(forward(images=self.normalise(view)).float().softmax(dim=1) for view in views) / len(views)
-        assert isinstance(mean, Tensor)
-        return mean.clamp(min=TINY).log()
+        views += tuple(view.flip(-1) for view in views) if self.flip else ()
+        each = [forward(images=self.normalise(view)).float().softmax(dim=1) for view in views]
+        return torch.stack(each).mean(dim=0).clamp(min=TINY).log()
+
+    def answer_columns(self, ask: Ask) -> Columns:
+        """The best classes, each with its name and probability."""
+        return Prediction.columns(min(ask.top_k, self.num_classes))
+
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[Prediction]:
+        return Prediction.of(self.probabilities(forward, batch), ask)
+
+    def overlay(self, batch: Batch, number: int, answer: Any, names: Sequence[str] | None) -> None:
+        return
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         views = self._views(batch)

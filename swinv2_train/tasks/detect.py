@@ -19,7 +19,15 @@ from swinv2_train.models.detection.rcnn import RCNN, RPNSettings
 from swinv2_train.models.detection.roi import CASCADE, ONE_STAGE, RoISettings
 from swinv2_train.models.detection.suppress import Suppression
 from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.tasks.detect_picture import detect_picture, enlarged, found_objects, right_objects, seen_of
+from swinv2_train.tasks.answers import Ask, Columns, DetectedObjects
+from swinv2_train.tasks.detect_picture import (
+    detect_picture,
+    draw_objects,
+    enlarged,
+    found_objects,
+    right_objects,
+    seen_of,
+)
 from swinv2_train.tasks.detect_views import DetectTransform
 from swinv2_train.tasks.detection_scores import DETECTIONS, check_installed, detection_records
 from swinv2_train.tasks.detections import Found
@@ -194,6 +202,21 @@ class DetectTask:
             image = enlarged(viewable(view, self.bands, self.picture_bands), size)
             rows.append((image, right_objects(batch, number), found_objects(found)))
         return detect_picture(rows, names or self.task.class_names)
+
+    def answer_columns(self, ask: Ask) -> Columns:
+        """The size of the image and the objects in it."""
+        return DetectedObjects.columns()
+
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[DetectedObjects | None]:
+        found: list[DetectedObjects | None] = []
+        for views, size, weight in zip(batch["views"], batch["size"], batch["weight"].tolist(), strict=True):
+            found.append(DetectedObjects.of(self.found(forward, views, size), size, ask) if weight > 0 else None)
+        return found
+
+    def overlay(self, batch: Batch, number: int, answer: DetectedObjects, names: Sequence[str] | None) -> np.ndarray:
+        view, size = seen_of(batch, number)
+        image = enlarged(viewable(view, self.bands, self.picture_bands), size)
+        return draw_objects(image, found_objects(answer.found), names)
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]), features=True)

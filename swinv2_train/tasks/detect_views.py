@@ -24,8 +24,8 @@ class DetectTransform(ImageTransform):
     For training a view of both: {"images": (C, H, W), "extent": int64 (2,), "boxes": float32 (M, 4), "classes": int64
     (M,), "crowd": bool (M,)} and, with task.masks, "masks": uint8 (M, H, ceil(W / 8)), as transforms/detect.py's View
     describes them; M = task.max_objects; and "draw", int64 (), for what the model draws of this view.  For evaluation
-    both keep their own sizes, so they are plain: {"views": [(C, h, w) of each of task.eval_scales], "image_id": int,
-    "size": (H, W), "truth": Truth}.
+    both keep their own sizes, so they are plain: {"views": [(C, h, w) of each of task.eval_scales], "size": (H, W),
+    "image_id": int, "truth": Truth}, the last two where objects are needed.
     """
 
     task: DetectConfig
@@ -37,6 +37,8 @@ class DetectTransform(ImageTransform):
 
     def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         assert isinstance(image, Tensor), "objects are of images"
+        if not self.train and OBJECTS not in self.needs:
+            return self._seen(image)
         objects = objects_from_json(targets["objects"])
         check_image_size(objects, (image.shape[1], image.shape[2]))
         self._check_classes(objects)
@@ -63,12 +65,15 @@ class DetectTransform(ImageTransform):
         row: dict[str, Any] = {name: value for name, value in view._asdict().items() if isinstance(value, Tensor)}
         return {**row, "draw": torch.tensor(int(rng.integers(2**31)))}
 
-    def _eval_row(self, image: Tensor, objects: Objects) -> dict[str, Any]:
+    def _seen(self, image: Tensor) -> dict[str, Any]:
         task = self.task
+        views = eval_views(image, task.eval_long_px, task.eval_short_px, task.eval_scales, task.resize)
+        return {"views": views, "size": (image.shape[1], image.shape[2])}
+
+    def _eval_row(self, image: Tensor, objects: Objects) -> dict[str, Any]:
         return {
-            "views": eval_views(image, task.eval_long_px, task.eval_short_px, task.eval_scales, task.resize),
+            **self._seen(image),
             "image_id": objects.image_id,
-            "size": objects.size,
             "truth": {
                 "boxes": objects.boxes,
                 "classes": objects.classes,

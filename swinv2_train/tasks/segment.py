@@ -23,12 +23,13 @@ from swinv2_train.data.transforms.segment import SegmentTrainView, eval_image
 from swinv2_train.distributed import all_reduce_max, sum_with_gradient
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.models.upernet import UPerNet, upernet_multiply_adds
+from swinv2_train.tasks.answers import Ask, ClassMap, Columns, check_finite
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values, viewable
 from swinv2_train.tasks.metrics import CONFUSION, Mean, Metric, Sums
 from swinv2_train.tasks.pixel_loss import PixelLoss
-from swinv2_train.tasks.segment_picture import segment_picture
+from swinv2_train.tasks.segment_picture import overlay_picture, segment_picture
 from swinv2_train.tasks.task import Batch, Forward
 
 PICTURE_IMAGES = 4
@@ -42,7 +43,8 @@ class SegmentTransform(ImageTransform):
 
     For training a view of both: {"images": (C, H, W), "labels": uint8 or int32 (H, W), "extent": int64 (2,)}, the last
     being the rows and columns that are of the image and no padding.  For evaluation they keep their own size, so they
-    are plain arrays: {"views": [(C, h, w) of each of task.eval_scales], "labels": (H, W)}.
+    are plain: {"views": [(C, h, w) of each of task.eval_scales], "size": (H, W)}, and "labels": (H, W) where these are
+    needed.
     """
 
     task: SegmentConfig
@@ -53,12 +55,18 @@ class SegmentTransform(ImageTransform):
     def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         assert isinstance(image, Tensor), "label images are of images"
         task, data = self.task, self.data
+        row: dict[str, Any] = {}
+        if not self.train:
+            sides = ((int(task.resize_long_px * s), int(task.resize_short_px * s)) for s in task.eval_scales)
+            row["views"] = [eval_image(image, *each, task.resize).numpy() for each in sides]
+            row["size"] = (image.shape[1], image.shape[2])
+            if SEGMENTATION not in self.needs:
+                return row
         values = read_label_image(targets["segmentation"])
         check_sizes(values.shape[:2], (image.shape[1], image.shape[2]))
         labels = class_numbers(values, task.num_classes, task.reduce_zero_label, task.ignore_index)
         if not self.train:
-            sides = ((int(task.resize_long_px * s), int(task.resize_short_px * s)) for s in task.eval_scales)
-            return {"views": [eval_image(image, *each, task.resize).numpy() for each in sides], "labels": labels}
+            return {**row, "labels": labels}
         view = SegmentTrainView(
             size=self.img_size,
             long_px=task.resize_long_px,
@@ -196,6 +204,33 @@ class SegmentTask:
             "val/loss": Mean(value, torch.tensor(float(pixels), dtype=torch.float64)),
             CONFUSION: Sums(matrix, segmentation_scores),
         }
+
+    def answer_columns(self, ask: Ask) -> Columns:
+        """The size of the image and the classes that occur."""
+        return ClassMap.columns()
+
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[ClassMap | None]:
+        found: list[ClassMap | None] = []
+        for views, size, weight in zip(batch["views"], batch["size"], batch["weight"].tolist(), strict=True):
+            found.append(
+                ClassMap.of(self._named(self._seen(forward, views, self._pieces(views)), size), ask)
+                if weight > 0
+                else None
+            )
+        return found
+
+    def overlay(self, batch: Batch, number: int, answer: ClassMap, names: Sequence[str] | None) -> np.ndarray:
+        image = viewable(torch.from_numpy(batch["views"][number][0]), self.bands, self.picture_bands)
+        return overlay_picture(image, answer.classes, self.task.ignore_index, names)
+
+    def _named(self, views: list[View], size: tuple[int, int]) -> np.ndarray:
+        """The likeliest class of each pixel, (H, W) int64."""
+        parts = []
+        for _, probabilities in bands(views, size):
+            check_finite(probabilities)
+            parts.append(probabilities.argmax(dim=0).cpu())
+        found: np.ndarray = torch.cat(parts).numpy()
+        return found
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]), features=True)

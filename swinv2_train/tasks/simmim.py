@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from swinv2_train.models import SimMIM, multiply_adds
 from swinv2_train.models.simmim import frames_of, local_statistics, target_weights
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.report.pictures import captioned, grid, stretch_limits, stretched
+from swinv2_train.tasks.answers import Answer, Ask
 from swinv2_train.tasks.clip_picture import PICTURE_CLIPS, frames_in_a_row
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
@@ -115,6 +117,18 @@ class SimMIMTask:
     def scores(self, forward: Forward, batch: Batch) -> dict[str, Metric]:
         loss = self._outputs(forward, batch)["loss"]
         return {"val/loss": Mean(loss, self._measured_targets(batch)) if self.normalise.nodata else loss}
+
+    def answer_columns(self, ask: Ask) -> None:
+        """It answers nothing."""
+        return
+
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[Answer | None]:
+        raise ConfigError(
+            "task=simmim names nothing in images; fine-tune it first (task.init_from), or ask for features"
+        )
+
+    def overlay(self, batch: Batch, number: int, answer: Any, names: Sequence[str] | None) -> None:
+        return
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         outputs: dict[str, Tensor] = forward(images=self.normalise(batch["images"]))

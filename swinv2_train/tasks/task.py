@@ -13,7 +13,8 @@ from swinv2_train.config import Config
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.tasks.inputs import ImageTransform
+from swinv2_train.tasks.answers import Answer, Ask, Columns
+from swinv2_train.tasks.inputs import ImageTransform, Normalise
 from swinv2_train.tasks.metrics import Metric
 
 Batch = dict[str, Any]
@@ -69,6 +70,10 @@ class Task(Protocol):
         """
 
     @property
+    def normalise(self) -> Normalise:
+        """From the pixels of a batch to what the encoder takes."""
+
+    @property
     def block_types(self) -> tuple[type[nn.Module], ...]:
         """The blocks of which the module is mostly made: what is recomputed, compiled and gathered as one."""
 
@@ -109,6 +114,22 @@ class Task(Protocol):
 
     def scores(self, forward: Forward, batch: Batch) -> Mapping[str, Metric]:
         """Metrics of an evaluation batch, by name (val/loss, ...); the same names in every batch."""
+
+    def answer_columns(self, ask: Ask) -> Columns | None:
+        """What the rows of answers hold; None of a task that answers nothing."""
+
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> Sequence[Answer | None]:
+        """Of the images of a batch of eval_transform's rows, which need no targets (needs=()), each alone.
+
+        None, perhaps, where batch["weight"] is 0.  Ranks need not see equally many.  Raises ConfigError where scores
+        are no numbers.
+        """
+
+    def overlay(self, batch: Batch, number: int, answer: Any, names: Sequence[str] | None) -> np.ndarray | None:
+        """An answer over its image, uint8 (H, W, 3), by the number of it in a batch; None where there is no such thing.
+
+        names: of the classes; None = their numbers.
+        """
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         """The encoder's mean-pooled, normed last map of a batch's whole images, (B, 8C) with four stages, float32."""

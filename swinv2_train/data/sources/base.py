@@ -13,8 +13,9 @@ from typing import Protocol, Self
 from swinv2_train.data.sample import Sample, ShardError
 from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import open_manifest
-from swinv2_train.data.sources.folder import open_folder
+from swinv2_train.data.sources.folder import list_images, open_folder
 from swinv2_train.data.sources.huggingface import is_saved_dataset, open_saved_dataset
+from swinv2_train.data.sources.listing import is_image
 
 
 class Reader(Protocol):
@@ -134,3 +135,24 @@ def open_source(
             )
         return open_saved_dataset(directory, key, progress, label_folders)
     return open_folder(directory, key, progress, image_member, label_folders)
+
+
+def open_unlabelled(
+    pattern: str,
+    key: str,
+    progress: Callable[[str], None] | None = None,
+    cache: ShardCache | None = None,
+    verify: bool = False,
+    image_member: str | None = None,
+) -> Source:
+    """What is asked of a model and has no targets: as open_source, or one image file, in an order of its own.
+
+    A folder's images come by their paths, which with their endings are their keys, and folders are no classes; a saved
+    data set's rows as they are counted.  Raises ShardError.
+    """
+    path = os.path.expanduser(pattern.removeprefix("file://"))
+    if os.path.isdir(path) and is_saved_dataset(path):
+        return open_saved_dataset(path, key, progress, in_order=True)
+    if os.path.isdir(path) or (os.path.isfile(path) and is_image(os.path.basename(path), image_member)):
+        return list_images(path, key, progress, image_member)
+    return open_source(pattern, key, progress, cache, verify, image_member)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ from swinv2_train.data.sample import (
     labelled,
     unreadable,
 )
+from swinv2_train.data.shards.tar_index import LABEL_MISSING
 from swinv2_train.data.sources.label_folders import (
     BESIDE,
     MIRRORS,
@@ -64,6 +66,8 @@ class Folder(VirtualShards):
     image_member: str | None = None
     """What follows KEY. in the names of images; None = any ending."""
     label_images: LabelImages | None = None
+    keyed_by_name: bool = False
+    """Keys are paths with their endings."""
     labels_from = "its class folder"
 
     @cached_property
@@ -128,6 +132,33 @@ def open_folder(
         digest.update(label_images.sizes.tobytes())
         classes = pixel_class_names(Path(label_images.root))
     return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes, image_member, label_images)
+
+
+def list_images(
+    path: str, key: str, progress: Callable[[str], None] | None = None, image_member: str | None = None
+) -> Folder:
+    """The images below `path`, or one image file, by their paths: without labels, label images and order of packing.
+
+    Arguments and errors as open_folder's, but names may differ in the ending alone.
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        listing = list_folder(path, f"{key} '{path}'", progress, image_member)
+        if listing.left_out and progress is not None:
+            progress(say_left_out(listing.left_out, path))
+        check_separators(listing.names, f"{key} '{path}'")
+        listing, _ = _label_images(path, listing, key, progress, image_member, None)
+    else:
+        path, name = os.path.split(path)
+        listing = Listing([name], [os.path.getsize(os.path.join(path, name))], Counter(), [])
+    encoded = [name.encode("utf-8", "surrogateescape") for name in listing.names]
+    names, ends = b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype="<i8")
+    sizes = np.array(listing.sizes, "<i8")
+    digest = hashlib.sha256(b"images\0")
+    for part in (names, ends.tobytes(), sizes.tobytes()):
+        digest.update(part)
+    labels = np.full(len(encoded), LABEL_MISSING, "<i8")
+    return Folder(path, labels, None, digest.hexdigest(), names, ends, sizes, image_member, keyed_by_name=True)
 
 
 def _label_images(
@@ -211,7 +242,7 @@ class FolderReader(VirtualShardsReader):
         """
         place = packed_index(shard, index)
         name, size, label = self.folder.image_name(place), int(self.folder.sizes[place]), int(self.folder.labels[place])
-        key, _, extension = name.decode("utf-8", "surrogateescape").rpartition(".")
+        key, extension = self.key(shard, index), name.decode("utf-8", "surrogateescape").rpartition(".")[2]
         if size == 0:
             raise SampleError("an empty image", self.folder.path, key)
         image = self._content(self._root + name, size, key)
@@ -239,8 +270,9 @@ class FolderReader(VirtualShardsReader):
         return content
 
     def key(self, shard: int, index: int) -> str:
-        """The path from the folder on, without the extension."""
-        return _key_of(self.folder.image_name(packed_index(shard, index)).decode("utf-8", "surrogateescape"))
+        """The path from the folder on, without the extension unless it is a part of keys here."""
+        name = self.folder.image_name(packed_index(shard, index)).decode("utf-8", "surrogateescape")
+        return name if self.folder.keyed_by_name else _key_of(name)
 
 
 def _read(path: bytes, size: int) -> bytes:

@@ -84,15 +84,16 @@ def open_saved_dataset(
     key: str = "data.shards",
     progress: Callable[[str], None] | None = None,
     columns: Sequence[str] | None = None,
+    in_order: bool = False,
 ) -> SavedDataset:
     """Find the image and the label column of a saved data set by their types, and read the labels.
 
     Images are files in a column of type Image, or, where there is none, arrays in one of type Array2D or Array3D.
 
     key: the config key that error messages name.  progress: receives a line.  columns: those of the images and of their
-    label images, whose pixels are classes (data.label_folders); then a column of labels is none.  Raises ShardError for
-    several splits, a damaged directory, no or several columns of a kind, or no rows; ConfigError when pyarrow is not
-    installed.
+    label images, whose pixels are classes (data.label_folders); then a column of labels is none.  in_order: the rows as
+    they are counted.  Raises ShardError for several splits, a damaged directory, no or several columns of a kind, or no
+    rows; ConfigError when pyarrow is not installed.
     """
     path, source = os.path.abspath(path), f"{key} '{path}'"
     _check_single(path, source)
@@ -113,22 +114,23 @@ def open_saved_dataset(
             segmented.append(np.array(table.column(label).is_valid().to_pylist(), bool))
     if not sum(file_rows):
         raise ShardError(f"{source} holds no rows; name a data set that has some")
-    rows = np.array(packing_order(sum(file_rows)), "<i8")
-    in_order = np.concatenate(labels)[rows]
+    count = sum(file_rows)
+    rows = np.array(range(count) if in_order else packing_order(count), "<i8")
+    label_of_row = np.concatenate(labels)[rows]
     has_label_image = np.concatenate(segmented)[rows] if columns else None
     if columns is not None:
         classes = pixel_class_names(Path(path), levels=0)
     else:
-        classes = None if label is None else _class_names(features[label], in_order, source)
+        classes = None if label is None else _class_names(features[label], label_of_row, source)
     digest = hashlib.sha256(f"{state['_fingerprint']}\0{image}\0{label}\0".encode())
-    for part in (rows, in_order):
+    for part in (rows, label_of_row):
         digest.update(part.tobytes())
     if progress is not None:
         told = "none" if label is None else f"'{label}'"
         what = "labels" if columns is None else "label images"
         progress(f"{path}: {len(rows)} rows; images in the column '{image}', {what} in {told}")
     return SavedDataset(
-        path, in_order, classes, digest.hexdigest(), files, tuple(file_rows), image, rows,
+        path, label_of_row, classes, digest.hexdigest(), files, tuple(file_rows), image, rows,
         None if columns is None else label, has_label_image,
     )  # fmt: skip
 

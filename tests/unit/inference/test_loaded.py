@@ -12,6 +12,7 @@ from PIL import Image
 
 import swinv2_train
 from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import load_run_config
 from swinv2_train.evaluate import EvaluateRequest, evaluate
 from swinv2_train.inference.pixels import pixels
 from swinv2_train.models import swin_v2
@@ -65,6 +66,28 @@ def test_a_runs_answers_are_those_that_evaluate_scores(trained):
     assert np.mean(losses) == pytest.approx(line["val/loss"], abs=1e-5)
     assert model.classes == CLASSES and sum(answers[0].probabilities) == pytest.approx(1, abs=1e-6)
     assert [len(answer.classes) for answer in model.predict(paths[:2], top_k=2)] == [2, 2]
+
+
+def test_mirrored_and_enlarged_crops_are_averaged_by_answers_and_scores_alike(trained):
+    """The views by hand: the crop of a larger image is that of a smaller share of it."""
+    run_dir, paths, _ = trained
+    views = ("task.eval_flip=true", "task.eval_scales=[1.0,1.3]")
+    found = swinv2_train.load(run_dir, *views, device="cpu").predict(paths, top_k=3)
+    total = np.zeros((len(paths), 3))
+    for scale in (1.0, 1.3):
+        model = swinv2_train.load(run_dir, f"data.eval_crop_pct={1 / scale}", device="cpu")
+        for mirrored in (False, True):
+            cut = [model.transform(pixels(path, None), {}, None)["images"] for path in paths]
+            images = model.task.normalise(torch.stack([each.flip(-1) if mirrored else each for each in cut]))
+            with torch.no_grad():
+                total += model.module(images).double().softmax(dim=1).numpy() / 4
+    for answer, row in zip(found, total, strict=True):
+        assert answer.probabilities == pytest.approx(np.sort(row)[::-1].tolist(), abs=1e-6)
+    config = load_run_config(run_dir, views)
+    line = run_distributed(lambda world: evaluate(config, EvaluateRequest()), 1, init=False)[0]
+    right = [CLASSES.index(path.parent.name) for path in paths]
+    assert line["val/top1"] == pytest.approx(100 * np.mean(total.argmax(axis=1) == right))
+    assert line["val/loss"] == pytest.approx(-np.log(total[range(len(paths)), right]).mean(), abs=1e-5)
 
 
 def test_one_picture_has_one_answer_however_it_is_held(trained):
