@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +81,16 @@ def run(run_dir: Path, task: str, shards: tuple[str, str], *overrides: str, rank
     return read_metrics(run_dir)
 
 
-@pytest.fixture(scope="module", params=list(TASKS))
-def whole(request, shards, tmp_path_factory) -> tuple[str, Path, list[dict[str, float]]]:
-    """A run of four steps on two ranks under ZeRO-3."""
-    run_dir = tmp_path_factory.mktemp(request.param) / "whole"
-    return request.param, run_dir, run(run_dir, request.param, shards)
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory) -> Callable[[str], tuple[Path, list[dict[str, float]]]]:
+    """whole(task): a run of four steps on two ranks under ZeRO-3, and its lines."""
+
+    @functools.cache
+    def made(task: str) -> tuple[Path, list[dict[str, float]]]:
+        run_dir = tmp_path_factory.mktemp(task) / "whole"
+        return run_dir, run(run_dir, task, shards)
+
+    return made
 
 
 def losses(lines: list[dict[str, float]]) -> list[tuple[float, float]]:
@@ -96,8 +103,9 @@ def from_step_2(run_dir: Path, copy: Path) -> Path:
     return copy
 
 
-def test_a_run_on_clips_goes_on_bit_for_bit_and_on_another_number_of_ranks(whole, shards, tmp_path):
-    task, run_dir, lines = whole
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_on_clips_goes_on_bit_for_bit_and_on_another_number_of_ranks(task, whole, shards, tmp_path):
+    run_dir, lines = whole(task)
     assert len(losses(lines)) == 4 and all(norm > 0 for _, norm in losses(lines))
     assert len(list((run_dir / "pictures").glob(f"{task}_*.png"))) == 2
     again = run(from_step_2(run_dir, tmp_path / "again"), task, shards)
@@ -138,9 +146,7 @@ def expected_probabilities(run_dir: Path, views: int, crops: int, shards: tuple[
 
 
 def test_views_of_clips_are_averaged_as_plain_loops_average_them_on_any_number_of_ranks(whole, shards, tmp_path, capfd):
-    task, run_dir, _ = whole
-    if task != "classify":
-        pytest.skip("clips have classes where they are classified")
+    run_dir, _ = whole("classify")
     probabilities = expected_probabilities(run_dir, 3, 2, shards)
     labels = [number % 2 for number in range(100, 100 + EVALUATED)]
     top1 = 100 * float(np.mean(probabilities.argmax(1) == labels))
@@ -158,9 +164,7 @@ def test_views_of_clips_are_averaged_as_plain_loops_average_them_on_any_number_o
 
 def test_classes_are_learned_from_an_encoder_that_simmim_trained_on_clips(whole, shards, tmp_path):
     """At a rate of 0 the encoder is that of the run before, bit for bit, time and all; what was loaded is said."""
-    task, run_dir, _ = whole
-    if task != "simmim":
-        pytest.skip("the encoder of SimMIM")
+    run_dir, _ = whole("simmim")
     still = ("train.max_steps=1", "optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0")
     probed = ("probe.methods=[knn]", "probe.knn_neighbours=3")
     lines = run(tmp_path / "run", "classify", shards, f"task.init_from={run_dir}", *still, *probed, ranks=1)
