@@ -64,7 +64,7 @@ def test_what_does_not_fit_clips_is_one_message(overrides, message):
 
 @pytest.mark.slow
 def test_the_papers_giant_on_clips_fits_cards_of_40_gb_as_the_documents_say(capsys):
-    """320x320x8 with window 20x20x8, ZeRO-1, recomputation, sequential attention in two stages; a clip on each of 64."""
+    """320x320x8, window 20x20x8, ZeRO-1, recomputation, sequential attention in two stages; a clip on each of 64."""
     recipe = ("experiment=k400_giant_320", "hardware=a100_40gb", "plan.num_gpus=64", "run_dir=x", "data.shards=x")
     plan.plan(composed([*recipe, "engine=zero1"]), [])
     assert "fits on 64 x A100 SXM 40 GB: peak 34.3" in capsys.readouterr().out
