@@ -14,7 +14,8 @@ from tests.support.configs import composed
 CLIP = (
     "run_dir=x", "data.shards=x",
     "model=demo", "model.img_size=32", "model.window_size=4", "model.frames=4", "model.window_frames=2",
-    "task.mixup_alpha=0", "task.cutmix_alpha=0", "task.erasing_prob=0", "engine=local", "train.micro_batch_size=1",
+    "task.mixup_alpha=0", "task.cutmix_alpha=0", "task.erasing_prob=0", "task.rand_augment=null", "engine=local",
+    "train.micro_batch_size=1",
 )  # fmt: skip
 CLASSIFY = ("task=classify", "task.num_classes=10", *CLIP)
 
@@ -54,6 +55,9 @@ def test_on_a_card_windows_of_clips_take_what_serves_there():
         (("model.patch_frames=3",), r"a clip's frames 4 is not a multiple of patch_frames 3; nearest: 3, 6"),
         (("task.cutmix_alpha=1", "train.micro_batch_size=2"), r"task.cutmix_alpha \(1.0\) takes boxes .*_alpha=0"),
         (("model.in_chans=1", "data.mean=[0]", "data.std=[1]"), r"model.frames \(4\): clips are of 3 x 8 bits"),
+        (("task.rand_augment=rand-m9-mstd0.5-inc1",), r"task.rand_augment \(rand-.*each image.*task.rand_augment=null"),
+        (("task.color_jitter=0.4",), r"task.color_jitter \(0.4\) is drawn for each image.*set task.color_jitter=0"),
+        (("task.eval_scales=[1.0,1.5]",), r"task.eval_scales .* is of images, and model.frames \(4\) asks for clips"),
         (("model.window_frames=0",), r"model.window_frames \(0\) must be at least 1"),
     ],
 )
