@@ -138,7 +138,7 @@ def compete(connection: Connection, contestant: Contestant, setting: Setting) ->
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         return
     except Exception as error:  # noqa: BLE001 - whatever another's code raises is told in the table
-        connection.send(Refused(_reason(error)))
+        connection.send(Refused(reason(error)))
 
 
 def _seconds_of(runner: Runner, device: torch.device) -> float:
@@ -149,7 +149,7 @@ def _seconds_of(runner: Runner, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
     first = (str(error).strip().splitlines() or [""])[0]

@@ -45,7 +45,8 @@ from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import EXIT_USER_ERROR
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.data.loading.order import GlobalOrder
-from swinv2_train.data.sample import SEGMENTATION
+from swinv2_train.data.objects import Mask, Objects, objects_to_json
+from swinv2_train.data.sample import OBJECTS, SEGMENTATION
 from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.monitoring.run_log import read_metrics
@@ -58,7 +59,7 @@ NUM_IMAGES, NUM_SHARDS, NUM_CLASSES = 96, 8, 4
 MOST_STEPS, LATE_STEPS, MOST_RANKS, MOST_PASSES = 12, 10, 3, 3
 MICRO_BATCHES = (2, 4)
 LARGEST_BATCH = MOST_RANKS * MOST_PASSES * max(MICRO_BATCHES)
-SOURCES, TASKS = ("shards", "folder", "http", "pipe"), ("simmim", "finetune", "segment")
+SOURCES, TASKS = ("shards", "folder", "http", "pipe"), ("simmim", "finetune", "segment", "detect")
 KINDS = ("SIGKILL all", "SIGKILL one", "SIGTERM", "SIGINT twice")
 LOSS_RTOL = 1e-3  # measured worst 1.7e-5 over 3,000 steps on other ranks and stages
 ABSENT = "did not come within"
@@ -77,6 +78,11 @@ TASK_KEYS = {
         "task=segment", "model=demo", "data=cifar10", f"task.num_classes={NUM_CLASSES}", "task.reduce_zero_label=false",
         "task.head_channels=16", "task.aux_channels=8", "task.resize_long_px=32", "task.resize_short_px=32",
         "optim.schedule.warmup_steps=null",
+    ),
+    "detect": (
+        "task=detect", "model=demo", "data=cifar10", f"task.num_classes={NUM_CLASSES}", "task.head=cascade_mask_rcnn",
+        "task.max_objects=4", "task.head_channels=8", "task.head_width=16", "task.level_proposals=60",
+        "task.proposals=40", "task.box_samples=16", "task.mask_samples=4", "optim.schedule.warmup_steps=null",
     ),
 }  # fmt: skip
 
@@ -128,7 +134,8 @@ class Case:
         if self.source == "pipe":
             length = (f"train.max_steps={self.max_steps}", "optim.schedule.warmup_steps=8")
         cache = (f"data.cache_dir={self.folder / 'cache'}", "data.fetch_give_up_sec=60")
-        return (*TASK_KEYS[self.task], *MODEL, *length, *cache, f"data.shards='{pattern}'")
+        objects = ("data.annotations=../objects.json",) if (self.task, self.source) == ("detect", "folder") else ()
+        return (*TASK_KEYS[self.task], *MODEL, *length, *cache, *objects, f"data.shards='{pattern}'")
 
 
 def main() -> int:
@@ -201,7 +208,9 @@ def images_of_task(case: Case) -> str:
 
 
 def pack(folder: Path) -> None:
-    """The same images, each with the classes of its pixels, as shards and as pairs, and as files in class folders."""
+    """The same images, each with the classes of its pixels and two objects or none, as shards and as pairs, and as
+    files in class folders with the objects beside them.
+    """
     rng = np.random.default_rng(0)
     images = [encoded(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(NUM_IMAGES)]
     classes = [encoded(rng.integers(0, NUM_CLASSES, (32, 32), dtype=np.uint8)) for _ in range(NUM_IMAGES)]
@@ -209,7 +218,12 @@ def pack(folder: Path) -> None:
         (f"image_{i:03d}", image, "png", i % NUM_CLASSES, pixels)
         for i, (image, pixels) in enumerate(zip(images, classes, strict=True))
     ]
-    packed = [(*row[:4], {SEGMENTATION: row[4]}) for row in rows]
+    objects = [objects_of(number) for number in range(NUM_IMAGES)]
+    packed = [
+        (*row[:4], {SEGMENTATION: row[4], OBJECTS: objects_to_json(each)})
+        for row, each in zip(rows, objects, strict=True)
+    ]
+    write_annotations(folder / "objects.json", [f"class_{row[3]}/{row[0]}.{row[2]}" for row in rows], objects)
     write_shards(packed, str(folder / "shards" / "train"), NUM_IMAGES // NUM_SHARDS)
     for name, image, ending, label, pixels in rows:
         for kind in ("images", "pairs"):
@@ -217,6 +231,32 @@ def pack(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(image)
         path.with_suffix(".seg.png").write_bytes(pixels)
+
+
+def objects_of(number: int) -> Objects:
+    """Two boxes with masks in an image of 32 x 32; none in every fifth."""
+    rng = np.random.default_rng(number)
+    corners = rng.integers(0, 16, (2 if number % 5 else 0, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(8, 16, corners.shape)], axis=1).astype(np.float32)
+    outlines = [np.array([[x0, y0], [x1, y0], [x1, y1]], float) for x0, y0, x1, y1 in boxes.tolist()]
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).astype(np.float64) / 2
+    classes, masks = rng.integers(0, NUM_CLASSES, len(boxes)), tuple(Mask(polygons=(each,)) for each in outlines)
+    return Objects((32, 32), number, boxes, classes, np.zeros(len(boxes), bool), area, masks)
+
+
+def write_annotations(path: Path, names: list[str], objects: list[Objects]) -> None:
+    """As COCO does."""
+    images = [{"id": i, "file_name": name, "height": 32, "width": 32} for i, name in enumerate(names)]
+    rows: list[dict[str, Any]] = []
+    for number, each in enumerate(objects):
+        for box, label, mask in zip(each.boxes.tolist(), each.classes.tolist(), each.masks, strict=True):
+            assert mask is not None, "every object has one"
+            sides = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            polygons = [polygon.ravel().tolist() for polygon in mask.polygons]
+            rows.append({"id": len(rows), "image_id": number, "category_id": label, "bbox": sides, "iscrowd": 0,
+                         "area": sides[2] * sides[3] / 2, "segmentation": polygons})  # fmt: skip
+    categories = [{"id": number, "name": f"kind {number}"} for number in range(NUM_CLASSES)]
+    path.write_text(json.dumps({"images": images, "annotations": rows, "categories": categories}))
 
 
 def draw_start(draw: random.Random, kinds: list[str], batch: int | None) -> Start:

@@ -1,13 +1,13 @@
-"""Composed scenes with exact label images: photographed garments (Fashion-MNIST) on crops of real photographs.
+"""Composed scenes with exact labels: photographed garments (Fashion-MNIST) on crops of real photographs.
 
-    python scripts/compose_scenes.py --out data/scenes [--fashion FOLDER] [--photographs FOLDER]
+    python scripts/compose_scenes.py --out data/scenes [--kind objects] [--fashion FOLDER]
 
-Every pixel was photographed; only the composition is ours, and its label images are exact: a garment's silhouette is
-what is not black in its own picture.  Photographs are dimmed and garments given a colour, so that a small model learns
-the scenes within minutes.  Fashion-MNIST (MIT) comes through apt (package dataset-fashion-mnist) or from a
-folder with its four files, the photographs (public domain or CC0, mostly) through pip (a wheel of scikit-image) or from
-a folder with its skimage/data.  Scene number n of a split is a function of n alone.  Run again, it returns at once when
-the shards are complete.
+Every pixel was photographed; only the composition is ours, and its label images, or the boxes and masks of its objects,
+are exact: a garment's silhouette is what is not black in its own picture.  Photographs are dimmed and garments given a
+colour, so that a small model learns the scenes within minutes.  Fashion-MNIST (MIT) comes through apt (package
+dataset-fashion-mnist) or from a folder with its four files, the photographs (public domain or CC0, mostly) through pip
+(a wheel of scikit-image) or from a folder with its skimage/data.  Scene number n of a split is a function of n alone.
+Run again, it returns at once when the shards are complete.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -29,23 +30,44 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
 from scripts.package_files import FetchError, compare, fetch_debian, fetch_wheel, sha256_of
+from swinv2_train.data.annotations.form import Drawn, DrawnImage
+from swinv2_train.data.annotations.rules import BadBoxes
 from swinv2_train.data.label_checks import LabelImageChecks
+from swinv2_train.data.mask_codes import encode_mask
+from swinv2_train.data.object_checks import ObjectChecks
 from swinv2_train.data.packing import Entry, pack
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.tar_reader import open_manifest
 
-SIDE_PX = 32
 CLASSES = (
     "background", "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 IGNORE = 255
-SIZES = {"train": 6_000, "test": 500}
-SAMPLES_PER_SHARD = 600
-"""So that the first shard is a tenth of the training scenes."""
-GARMENTS = (1, 2)
-"""In a scene, at least and at most."""
-SCALE = (0.7, 1.0)
-"""Of a garment of 28 pixels."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What scenes look like, how many there are, and what is packed with them."""
+
+    side_px: int
+    garments: tuple[int, int]
+    """In a scene, at least and at most."""
+    scale: tuple[float, float]
+    """Of a garment of 28 pixels, at least and at most."""
+    sizes: dict[str, int]
+    """Scenes of each split."""
+    samples_per_shard: int
+    """So that the first shard is a tenth of the training scenes."""
+    objects: bool
+    """Boxes and masks of objects are packed with a scene; else a label image."""
+
+
+KINDS = {
+    "pixels": Kind(32, (1, 2), (0.7, 1.0), {"train": 6_000, "test": 500}, 600, objects=False),
+    "objects": Kind(64, (1, 4), (0.8, 1.4), {"train": 6_000, "test": 300}, 600, objects=True),
+}
+VISIBLE = 0.25
+"""Of a garment; one of which less is seen, behind others and beyond the edges, is no object."""
 TURN_DEG = 15
 DIMMED = 0.45
 """Brightness of the photograph behind the garments, which are as bright as their colour can be."""
@@ -107,7 +129,7 @@ def find_photographs(raw: Path, given: Path | None) -> dict[str, list[np.ndarray
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FetchError(f"{folder} has no {missing[0]}; put the pictures of scikit-image's skimage/data there")
-    sums = "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
+    sums = "".join(sha256_of(folder / name) for name in names)
     compare(folder, hashlib.sha256(sums.encode()).hexdigest(), SHA256["photographs"])
     return {
         split: [np.array(Image.open(folder / name).convert("RGB")) for name in chosen]
@@ -129,43 +151,68 @@ def garments(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, kinds + 1
 
 
-def scene(number: int, split: str, fashion: Path, photographs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Image uint8 (32, 32, 3) and label image uint8 (32, 32): garments in front of each other on a dim photograph.
-
-    A rim of one pixel around each garment is ignored.
+def composed(
+    number: int, split: str, fashion: Path, photographs: Sequence[np.ndarray], kind: Kind
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """Image uint8 (side, side, 3) of garments in front of each other on a dim photograph; and of each garment, the
+    backmost first, its class and where it would be seen if none were before it, bool (side, side).
     """
-    rng = np.random.default_rng([sorted(SIZES).index(split), number])
-    image = DIMMED * _background(photographs[rng.integers(len(photographs))], rng).astype(np.float32)
-    labels = np.zeros((SIDE_PX, SIDE_PX), np.uint8)
-    pictures, kinds = garments(fashion, split)
-    for _ in range(int(rng.integers(GARMENTS[0], GARMENTS[1] + 1))):
+    rng = np.random.default_rng([sorted(kind.sizes).index(split), number])
+    image = DIMMED * _background(photographs[rng.integers(len(photographs))], kind, rng).astype(np.float32)
+    placed = []
+    pictures, classes = garments(fashion, split)
+    for _ in range(int(rng.integers(kind.garments[0], kind.garments[1] + 1))):
         chosen = int(rng.integers(len(pictures)))
-        grey, mask = _placed(pictures[chosen], rng)
+        grey, mask = _placed(pictures[chosen], kind, rng)
         photograph = photographs[rng.integers(len(photographs))]
         colour = photograph[rng.integers(photograph.shape[0]), rng.integers(photograph.shape[1])].astype(np.float32)
         colour *= 255 / max(float(colour.max()), 1.0)  # a real colour, as bright as it can be
         image[mask] = (grey[..., None] / 255 * colour)[mask]
+        placed.append((int(classes[chosen]), mask))
+    return image.round().clip(0, 255).astype(np.uint8), placed
+
+
+def label_image(placed: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+    """The classes of the pixels of a scene, uint8 (side, side).  A rim of one pixel around each garment is ignored."""
+    labels = np.zeros_like(placed[0][1], np.uint8)
+    for number, mask in placed:
         labels[_grown(mask) & ~mask] = IGNORE
-        labels[mask] = kinds[chosen]
-    return image.round().clip(0, 255).astype(np.uint8), labels
+        labels[mask] = number
+    return labels
 
 
-def _background(photograph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    side = int(rng.integers(SIDE_PX, min(photograph.shape[:2]) + 1))
+def drawn_objects(placed: Sequence[tuple[int, np.ndarray]]) -> DrawnImage:
+    """The garments of a scene of which enough is seen: class, mask and box of what is seen."""
+    before = np.zeros_like(placed[0][1])
+    found = []
+    for number, mask in reversed(placed):
+        seen = mask & ~before
+        before |= mask
+        whole = max(int(mask.sum()), 1)
+        if seen.sum() < VISIBLE * whole:
+            continue
+        rows, columns = (np.flatnonzero(seen.any(axis=axis)) for axis in (1, 0))
+        box = [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
+        found.append(Drawn(CLASSES[number], box, area=int(seen.sum()), rle=encode_mask(seen)))
+    return DrawnImage(found, (before.shape[0], before.shape[1]))
+
+
+def _background(photograph: np.ndarray, kind: Kind, rng: np.random.Generator) -> np.ndarray:
+    side = int(rng.integers(kind.side_px, min(photograph.shape[:2]) + 1))
     top, left = (int(rng.integers(length - side + 1)) for length in photograph.shape[:2])
     crop = Image.fromarray(photograph[top : top + side, left : left + side])
-    pixels = np.asarray(crop.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR))
+    pixels = np.asarray(crop.resize((kind.side_px, kind.side_px), Image.Resampling.BILINEAR))
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
-def _placed(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A garment scaled, turned and somewhere in the scene: its grey values float32 and where it is, (32, 32)."""
-    scale = rng.uniform(*SCALE)
+def _placed(picture: np.ndarray, kind: Kind, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A garment scaled, turned and somewhere in the scene: its grey values float32 and where it is, (side, side)."""
+    scale = rng.uniform(*kind.scale)
     angle = np.deg2rad(rng.uniform(-TURN_DEG, TURN_DEG))
-    centre = rng.uniform(0.2 * SIDE_PX, 0.8 * SIDE_PX, 2)
+    centre = rng.uniform(0.2 * kind.side_px, 0.8 * kind.side_px, 2)
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     inverse = (cos, sin, 14 - cos * centre[0] - sin * centre[1], -sin, cos, 14 + sin * centre[0] - cos * centre[1])
-    size, affine = (SIDE_PX, SIDE_PX), Image.Transform.AFFINE
+    size, affine = (kind.side_px, kind.side_px), Image.Transform.AFFINE
     mask = Image.fromarray((255 * (picture > 0)).astype(np.uint8))
     placed = Image.fromarray(picture).transform(size, affine, inverse, Image.Resampling.BILINEAR)
     where = mask.transform(size, affine, inverse, Image.Resampling.NEAREST)
@@ -192,42 +239,58 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def complete(out: Path) -> bool:
+def complete(out: Path, kind: Kind) -> bool:
     """True when both splits lie there, whole, as the manifest says."""
-    for split, size in SIZES.items():
+    for split, size in kind.sizes.items():
         try:
             manifest = open_manifest(str(out / f"{split}-*.tar"))
         except ShardError:
             return False
-        if manifest.num_samples != size or any(manifest.unsegmented):
+        if manifest.num_samples != size or any(manifest.unannotated if kind.objects else manifest.unsegmented):
             return False
     return True
 
 
-def main(out: Path, fashion: Path | None = None, photographs: Path | None = None) -> None:
+def main(
+    out: Path, kind: Kind, raw: Path | None = None, fashion: Path | None = None, photographs: Path | None = None
+) -> None:
     """Fetch, compose and pack into `out`; does nothing when that is done.  Raises FetchError or ShardError."""
-    if complete(out):
-        print(f"{out} is complete: {SIZES['train']} training and {SIZES['test']} test scenes", flush=True)
+    raw = raw or out / "raw"
+    counts = " and ".join(f"{size} {split} scenes" for split, size in kind.sizes.items())
+    if complete(out, kind):
+        print(f"{out} is complete: {counts}", flush=True)
         return
-    garment_folder = find_fashion(out / "raw", fashion)
-    backgrounds = find_photographs(out / "raw", photographs)
-    for split, size in SIZES.items():
-        entries = []
-        for number in range(size):
-            made = cache(partial(scene, number, split, garment_folder, backgrounds[split]))
-            image, labels = (partial(lambda made, part: _png(made()[part]), made, part) for part in (0, 1))
-            entries.append(Entry(f"{split}_{number:05d}", "png", None, image, labels))
-        checks = LabelImageChecks(
-            f"the {split} scenes", SAMPLES_PER_SHARD, len(CLASSES), False, IGNORE, CLASSES, None, 0
-        )
-        pack(entries, str(out / split), SAMPLES_PER_SHARD, 0, CLASSES, overwrite=True, checks=checks)
-    print(f"{out}: {SIZES['train']} training and {SIZES['test']} test scenes are ready", flush=True)
+    garment_folder = find_fashion(raw, fashion)
+    backgrounds = find_photographs(raw, photographs)
+    for split in kind.sizes:
+        _pack(out, kind, split, garment_folder, backgrounds[split])
+    print(f"{out}: {counts} are ready", flush=True)
+
+
+def _pack(out: Path, kind: Kind, split: str, fashion: Path, photographs: Sequence[np.ndarray]) -> None:
+    whole, entries = f"the {split} scenes", []
+    for number in range(kind.sizes[split]):
+        image, placed = composed(number, split, fashion, photographs, kind)
+        entry = Entry(f"{split}_{number:05d}", "png", None, partial(bytes, _png(image)))
+        if kind.objects:
+            entries.append(replace(entry, drawn=drawn_objects(placed), image_id=number + 1))
+        else:
+            entries.append(replace(entry, read_labels=partial(bytes, _png(label_image(placed)))))
+    checks: ObjectChecks | LabelImageChecks
+    if kind.objects:
+        classes, checks = CLASSES[1:], ObjectChecks(whole, CLASSES[1:], BadBoxes(whole, refuse=True))
+    else:
+        classes = CLASSES
+        checks = LabelImageChecks(whole, kind.samples_per_shard, len(CLASSES), False, IGNORE, CLASSES, None, 0)
+    pack(entries, str(out / split), kind.samples_per_shard, 0, classes, overwrite=True, checks=checks)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (2: no source, or a wrong one, with one message)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder of the shards (%(default)s)")
+    parser.add_argument("--kind", choices=KINDS, default="pixels", help="what is packed with a scene (%(default)s)")
+    parser.add_argument("--raw", type=Path, default=None, help="folder of what is fetched; default: OUT/raw")
     parser.add_argument(
         "--fashion", type=Path, default=None, help="folder of Fashion-MNIST's files; default: through apt"
     )
@@ -236,7 +299,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        main(options.out, options.fashion, options.photographs)
+        main(options.out, KINDS[options.kind], options.raw, options.fashion, options.photographs)
     except (FetchError, ShardError, subprocess.SubprocessError) as error:
         print(f"compose_scenes: {error}", file=sys.stderr)
         return 2

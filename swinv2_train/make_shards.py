@@ -17,7 +17,8 @@ are drawn over their images (OUT-labels-0.png, ...).
 
 Objects with boxes and masks are read from a COCO json, or from a folder, zip or tar of Pascal VOC xml, YOLO txt or
 labelme json files; each image is packed with its own, KEY.json, and the classes are those of the annotations.  What
-cannot be is counted, named and handled by one rule for each kind (docs/detection.md).
+cannot be is counted, named and handled by one rule for each kind (docs/detection.md).  With --labels, or KEY.seg.png
+beside them, they are packed with the classes of their pixels, too (task.semantic_classes).
 """
 
 from __future__ import annotations
@@ -78,14 +79,23 @@ def _pack(options: argparse.Namespace) -> Manifest:
 
 
 def _pack_annotated(options: argparse.Namespace) -> Manifest:
-    for option in ("labels", "num_classes", "reduce_zero_label"):
-        if getattr(options, option):
-            name = option.replace("_", "-")
-            raise ShardError(f"--{name} is of label images, and --annotations of objects; leave one of them out")
-    entries, classes = read_annotated(Path(options.source), Path(options.annotations))
+    if options.reduce_zero_label:
+        raise ShardError(
+            "--reduce-zero-label is of task=segment, and --annotations of task=detect, which takes label images as "
+            "they are (task.semantic_classes); leave one of them out"
+        )
+    labels = None if options.labels is None else Path(options.labels)
+    entries, classes = read_annotated(Path(options.source), Path(options.annotations), labels)
+    of_pixels = None
+    if any(entry.read_labels is not None for entry in entries):
+        of_pixels = _label_image_checks(options, None)
+    elif options.num_classes is not None:
+        raise ShardError(
+            "--num-classes is of label images, and there are none; name their folder by --labels, or leave it out"
+        )
     checks = ObjectChecks(
         f"SOURCE {options.source}", classes, BadBoxes(options.annotations, refuse=options.on_bad_box == "error"),
-        options.drop_empty, _objects_overlay(options, classes), options.overlays,
+        options.drop_empty, _objects_overlay(options, classes), options.overlays, of_pixels,
     )  # fmt: skip
     manifest = pack(entries, options.out, options.samples_per_shard, options.seed, classes, options.overwrite, checks)
     print(f"{len(classes)} classes, see {CLASSES_NAME}; task.num_classes={len(classes)}")

@@ -218,7 +218,11 @@ def steps(config: Config) -> int | None:
     quick = bool(shards) and (Path(shards).is_dir() or (Path(shards).parent / MANIFEST_NAME).is_file())
     if images is None and not is_pipe(shards) and quick:
         images = open_source(
-            shards, "data.shards", image_member=config.data.image_member, label_folders=config.data.label_folders
+            shards,
+            "data.shards",
+            image_member=config.data.image_member,
+            label_folders=config.data.label_folders,
+            annotations=config.data.annotations,
         ).num_samples
     return None if images is None else total_steps(config.train, images)
 

@@ -136,6 +136,17 @@ def folder_names() -> Rule:
     return Rule(allows, check)
 
 
+def folder_path() -> Rule:
+    """A path in which {name} stands for the name of a folder, and no other braces do."""
+    allows = "a path, in which {name} may stand for the name of the images' folder"
+
+    def check(key: str, value: str) -> None:
+        if not value.strip() or {"{", "}"} & set(value.replace("{name}", "")):
+            raise ConfigError(f"{key} ({value}) must be {allows}: ../annotations/instances_{{name}}.json, say")
+
+    return Rule(allows, check)
+
+
 def length(count: int) -> Rule:
     """A list of count numbers."""
 

@@ -24,6 +24,7 @@ from swinv2_train.config.rules import (
     finite,
     first_last,
     folder_names,
+    folder_path,
     length,
     low_high,
     matching,
@@ -507,6 +508,10 @@ class DetectConfig(TaskConfig):
     """HTC: a mask stage sees the boxes that the box stage before it has refined (arXiv:1901.07518)."""
     mask_flow: bool
     """HTC: a mask head takes the features of the one before it."""
+    semantic_classes: Annotated[int, between(0, 255)]
+    """HTC: a semantic branch of so many classes of pixels, learnt from label images (COCO-stuff: 183); 0 = none."""
+    semantic_weight: Annotated[float, positive()]
+    """Weight of its loss (0.2)."""
     level_proposals: Annotated[int, at_least(1)]
     """Training: the best anchors of each map that are thinned out to proposals (2000)."""
     proposals: Annotated[int, at_least(1)]
@@ -556,7 +561,7 @@ class DetectConfig(TaskConfig):
 
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
-        heads = ("head", "masks", "num_classes", "class_agnostic", "mask_flow")
+        heads = ("head", "masks", "num_classes", "class_agnostic", "mask_flow", "semantic_classes")
         shaping = (*heads, "box_head", "head_norm", "head_channels", "head_width")
         return {f"task.{key}": getattr(self, key) for key in shaping}
 
@@ -663,6 +668,8 @@ class DataConfig:
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
     label_folders: Annotated[list[str] | None, folder_names()]
     """[images, annotations]: images/a/b.jpg has annotations/a/b.png (or columns called so); null = a/b.seg.png."""
+    annotations: Annotated[str | None, folder_path()]
+    """Objects of a folder's images, from that folder on: COCO json, or a folder of others' files; {name} = its name."""
     array_layout: Annotated[str, one_of("hwc", "chw")]
     """Axes of .npy and .npz arrays: hwc (height, width, bands) or chw."""
     scale: ScaleConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping
 
@@ -10,7 +9,8 @@ import numpy as np
 
 from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.sources.base import Source
-from swinv2_train.data.transforms.decode import FORMATS, DecodeError
+from swinv2_train.data.transforms.decode import DecodeError
+from swinv2_train.data.transforms.image_sizes import image_sizes
 from swinv2_train.data.transforms.label_image import check_sizes, read_label_image
 
 _BARS, _LISTED = 30, 12
@@ -29,23 +29,6 @@ def check_pair(image: bytes, label_image: bytes) -> np.ndarray:
     if sizes and values.shape not in sizes:
         check_sizes((values.shape[0], values.shape[1]), sizes[0])
     return values
-
-
-def image_sizes(image: bytes) -> list[tuple[int, int]]:
-    """The (height, width) of an image file: two where an array's axes may be in either order, none where unknown."""
-    from PIL import Image
-
-    try:
-        if image[:6] == b"\x93NUMPY":
-            file = io.BytesIO(image)
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape = read(file)[0]
-            return [(shape[0], shape[1]), (shape[-2], shape[-1])] if len(shape) in (2, 3) else []
-        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
-            return [(picture.height, picture.width)]
-    except Exception:  # noqa: BLE001  whether it is a whole image is not asked here
-        return []
 
 
 def check_source_values(source: Source, key: str, num_classes: int, reduce_zero_label: bool, ignore_index: int) -> None:

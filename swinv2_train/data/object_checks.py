@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from swinv2_train.config.shown import shown, tell
 from swinv2_train.data.annotations.form import DrawnImage
 from swinv2_train.data.annotations.rules import BadBoxes, objects_of
-from swinv2_train.data.label_values import image_sizes
+from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.objects import Objects, objects_to_json
 from swinv2_train.data.sample import SampleError, ShardError
+from swinv2_train.data.transforms.image_sizes import image_sizes
 
 Overlay = Callable[[str, bytes, str, Objects], None]
 """Is given a key, the image's bytes, its extension and its objects."""
@@ -30,6 +31,8 @@ class ObjectChecks:
     """Leave out images without objects, as COCO's published training does."""
     overlay: Overlay | None = None
     num_overlays: int = 0
+    label_images: LabelImageChecks | None = None
+    """Where images are packed with the classes of their pixels, too."""
     numbers: Sequence[int] | None = None
     """What each of `classes` counts as; None = as its place."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -43,7 +46,7 @@ class ObjectChecks:
     """Overlays."""
 
     def look(self, key: str, image: bytes, extension: str, drawn: DrawnImage, image_id: int) -> bytes | None:
-        """The JSON to pack; None for an image that is to be left out.
+        """The JSON of an image's objects to pack; None for an image that is to be left out.
 
         Raises ShardError, naming the image, for one whose size is not known or not that of its annotations.
         """
@@ -95,3 +98,5 @@ class ObjectChecks:
         if unused := [name for name in self.classes if name not in self.counts]:
             lines.append(f"  no object of {len(unused)} classes: {', '.join(shown(each, 40) for each in unused[:8])}")
         tell("\n".join(lines))
+        if self.label_images is not None:
+            self.label_images.finish()

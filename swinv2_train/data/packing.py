@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -80,8 +80,9 @@ def pack(
     def write() -> Manifest:
         samples = _read_with_progress(order, out_prefix, checks)
         manifest = write_shards(samples, out_prefix, samples_per_shard, overwrite)
-        if isinstance(checks, LabelImageChecks):
-            checks.keep(manifest)
+        labels = checks.label_images if isinstance(checks, ObjectChecks) else checks
+        if labels is not None:
+            labels.keep(manifest)
         return manifest
 
     if classes is None:
@@ -167,35 +168,46 @@ def _numbers_there(path: Path, classes: Sequence[str], used: set[int], shards_st
 
 def _targets(entry: Entry, image: bytes, checks: LabelImageChecks | ObjectChecks | None) -> Mapping[str, bytes] | None:
     """What is packed beside an image and its label; None for an image that is to be left out."""
+    targets: dict[str, bytes] = {}
     if isinstance(checks, ObjectChecks):
         assert entry.drawn is not None, entry.key
         content = checks.look(entry.key, image, entry.extension, entry.drawn, entry.image_id)
-        return None if content is None else {OBJECTS: content}
-    if entry.read_labels is None:
-        return {}
-    labels = entry.read_labels()
-    if checks is not None:
-        checks.look(entry.key, image, entry.extension, labels)
-    return {SEGMENTATION: as_png(labels)}
+        if content is None:
+            return None
+        targets[OBJECTS] = content
+        checks_of_labels = checks.label_images
+    else:
+        checks_of_labels = checks
+    if entry.read_labels is not None:
+        labels = entry.read_labels()
+        if checks_of_labels is not None:
+            checks_of_labels.look(entry.key, image, entry.extension, labels)
+        targets[SEGMENTATION] = as_png(labels)
+    return targets
 
 
-def read_annotated(source: Path, annotations: Path) -> tuple[list[Entry], tuple[str, ...]]:
-    """The annotated images of a folder, zip or plain tar, and the names of the classes.
+def read_annotated(source: Path, annotations: Path, labels: Path | None = None) -> tuple[list[Entry], tuple[str, ...]]:
+    """The annotated images of a folder, zip or plain tar, and the names of the classes of objects.
 
-    annotations: a COCO json, or a folder, zip or tar of Pascal VOC xml, YOLO txt or labelme json files.  Raises
-    ShardError as read_source does, and for annotations that cannot be read or are of none of the images.
+    annotations: a COCO json, or a folder, zip or tar of Pascal VOC xml, YOLO txt or labelme json files.  labels: where
+    the label images of these images are, as read_source's; None = beside them, if anywhere.  Raises ShardError as
+    read_source does, and for annotations that cannot be read or are of none of the images.
     """
-    images, found = _list_files(source, "SOURCE"), read_annotations(annotations, "--annotations")
+    files, found = _list_files(source, "SOURCE"), read_annotations(annotations, "--annotations")
+    beside = {*pairs_beside(files.reads).values()}
+    images = replace(files, reads={name: read for name, read in files.reads.items() if name not in beside})
     matched = match(found, images.reads, f"SOURCE {source}")
     for note in matched.notes:
         tell(note)
     if not found.classes:
         raise ShardError(f"{found.origin}: no object has a class, so there is nothing to learn")
+    wanted = [name for name, drawn in matched.images.items() if drawn is not None]
+    pixels = _label_reads(source, files, labels, wanted) or {}
     entries, _ = _entries(source, images, classes=False)
     kept = []
-    for number, (entry, drawn) in enumerate(zip(entries, matched.images.values(), strict=True), 1):
+    for number, (entry, (name, drawn)) in enumerate(zip(entries, matched.images.items(), strict=True), 1):
         if drawn is not None:
-            kept.append(replace(entry, drawn=drawn, image_id=number))
+            kept.append(replace(entry, drawn=drawn, image_id=number, read_labels=pixels.get(name)))
     return kept, found.classes
 
 
@@ -212,9 +224,23 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     images = _list_files(source, "SOURCE")
     if images.left_out:
         tell(say_left_out(images.left_out, str(source)))
+    reads = _label_reads(source, images, labels)
+    if reads is None:
+        return _entries(source, images)
+    entries, _ = _entries(source, replace(images, reads={name: images.reads[name] for name in reads}), classes=False)
+    return [replace(entry, read_labels=read) for entry, read in zip(entries, reads.values(), strict=True)], None
+
+
+def _label_reads(
+    source: Path, images: _Files, labels: Path | None, wanted: Iterable[str] | None = None
+) -> dict[str, Read] | None:
+    """The label image of each image of a source, by the image's path; None where there is none.
+
+    labels: as read_source's.  wanted: the images that must have one; None = all.
+    """
     beside = pairs_beside(images.reads)
     if labels is None and not beside:
-        return _entries(source, images)
+        return None
     if labels is not None and beside:
         raise ShardError(
             f"SOURCE {source} holds label images (*{BESIDE}) itself, such as {next(iter(beside.values()))}; leave out "
@@ -223,7 +249,8 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     found = images.reads if labels is None else _list_files(labels, "--labels").reads
     paired = beside if labels is None else pairs_of(images.reads, found)
     label_names = set(paired.values())
-    alone = [name for name in images.reads if name not in paired and (labels is not None or name not in label_names)]
+    wanted = [*(images.reads if wanted is None else wanted)]
+    alone = [name for name in wanted if name not in paired and (labels is not None or name not in label_names)]
     if alone:
         raise ShardError(
             f"SOURCE {source}: {len(alone)} of {len(paired) + len(alone)} images have no label image in "
@@ -233,9 +260,7 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     extra = [name for name in found if name not in label_names] if labels is not None else []
     if extra:
         tell(f"warning: {len(extra)} label images have no image and are left out ({listed(extra)})")
-    entries, _ = _entries(source, replace(images, reads={name: images.reads[name] for name in paired}), classes=False)
-    reads = [found[label] for label in paired.values()]
-    return [replace(entry, read_labels=read) for entry, read in zip(entries, reads, strict=True)], None
+    return {name: found[label] for name, label in paired.items()}
 
 
 @dataclass(frozen=True)

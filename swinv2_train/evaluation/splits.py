@@ -102,7 +102,10 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
     for name, (key, pattern, labels) in named.items():
         data = config.data
         cache = shard_cache_for(str(pattern), data)
-        source = open_source(str(pattern), key, None, cache, data.verify, data.image_member, data.label_folders)
+        source = open_source(
+            str(pattern), key, None if data.annotations is None else say, cache, data.verify, data.image_member,
+            data.label_folders, data.annotations,
+        )  # fmt: skip
         label_overrides = None
         if labels is not None:
             label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels", names, say)

@@ -11,12 +11,14 @@ from torch import Tensor
 from swinv2_train.config import Config, ConfigError, DetectConfig, pair
 from swinv2_train.data.class_names import check_class_count
 from swinv2_train.data.mask_codes import encode_mask
+from swinv2_train.data.sample import OBJECTS, SEGMENTATION
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.models.detection.multiply_adds import rcnn_multiply_adds
 from swinv2_train.models.detection.rcnn import RCNN, RPNSettings
 from swinv2_train.models.detection.roi import CASCADE, ONE_STAGE, RoISettings
+from swinv2_train.models.detection.semantic import LEVEL
 from swinv2_train.models.detection.suppress import Suppression
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.tasks.answers import Ask, Columns, DetectedObjects
@@ -38,7 +40,7 @@ from swinv2_train.tasks.paste import pasted
 from swinv2_train.tasks.task import Batch, Forward
 
 TARGETS = ("boxes", "classes", "crowd", "draw")
-"""What the module learns from, beside masks."""
+"""What the module learns from, beside masks and labels of pixels."""
 PICTURE_IMAGES = 4
 
 
@@ -65,10 +67,14 @@ def build_rcnn(config: Config, task: DetectConfig) -> RCNN:
         mask_samples=task.mask_samples,
         interleaved=task.interleaved,
         mask_flow=task.mask_flow,
+        semantic_classes=task.semantic_classes,
     )
     suppression = Suppression(task.detections, task.score_threshold, task.nms_iou, task.soft_nms)
     try:
-        return RCNN(build_model(config.model, num_classes=0), rpn, roi, suppression, task.head_channels)
+        return RCNN(
+            build_model(config.model, num_classes=0), rpn, roi, suppression, task.head_channels,
+            task.semantic_weight,
+        )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"task: {error}") from error
 
@@ -89,9 +95,19 @@ class DetectTask:
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
         fill = neutral_values(config)
+        semantic = (SEGMENTATION,) if task.semantic_classes else ()
         self.train_transform, self.eval_transform = (
-            DetectTransform(config.data, img_size, train, bands=self.bands, task=task, fill=fill)
-            for train in (True, False)
+            DetectTransform(
+                config.data,
+                img_size,
+                train,
+                needs=needs,
+                bands=self.bands,
+                task=task,
+                fill=fill,
+                cell=self.module.strides[LEVEL],
+            )  # fmt: skip
+            for train, needs in ((True, (OBJECTS, *semantic)), (False, (OBJECTS,)))
         )
 
     @staticmethod
@@ -123,6 +139,9 @@ class DetectTask:
             "extent": empty(2, dtype=torch.int64),
             "draw": empty(dtype=torch.int64),
         }
+        if self.task.semantic_classes:
+            cell = self.module.strides[LEVEL]
+            batch["semantic"] = empty(-(-height // cell), -(-width // cell), dtype=torch.uint8)
         if self.task.masks:
             batch["masks"] = empty(count, height, -(-width // 8), dtype=torch.uint8)
         return batch
@@ -131,7 +150,9 @@ class DetectTask:
     # Training
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        targets = {name: batch[name] for name in (*TARGETS, *(["masks"] if self.task.masks else []))}
+        task = self.task
+        names = (*TARGETS, *(("masks",) if task.masks else ()), *(("semantic",) if task.semantic_classes else ()))
+        targets = {name: batch[name] for name in names}
         outputs: dict[str, Tensor] = forward(images=self._views(batch), extent=batch["extent"], **targets)
         losses = outputs["losses"].sum(dim=1)
         weight = batch["weight"].to(losses.device)

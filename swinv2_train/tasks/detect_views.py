@@ -12,8 +12,9 @@ from torch import Tensor
 from swinv2_train.config import DetectConfig
 from swinv2_train.data.clips.clip import Clip
 from swinv2_train.data.objects import Objects, check_image_size, objects_from_json
-from swinv2_train.data.sample import OBJECTS, SampleError, Targets
-from swinv2_train.data.transforms.detect import DetectTrainView, eval_views
+from swinv2_train.data.sample import OBJECTS, SEGMENTATION, SampleError, Targets
+from swinv2_train.data.transforms.detect import IGNORED, DetectTrainView, eval_views
+from swinv2_train.data.transforms.label_image import check_sizes, class_numbers, read_label_image
 from swinv2_train.tasks.inputs import ImageTransform
 
 
@@ -22,10 +23,11 @@ class DetectTransform(ImageTransform):
     """An image and its objects.
 
     For training a view of both: {"images": (C, H, W), "extent": int64 (2,), "boxes": float32 (M, 4), "classes": int64
-    (M,), "crowd": bool (M,)} and, with task.masks, "masks": uint8 (M, H, ceil(W / 8)), as transforms/detect.py's View
-    describes them; M = task.max_objects; and "draw", int64 (), for what the model draws of this view.  For evaluation
-    both keep their own sizes, so they are plain: {"views": [(C, h, w) of each of task.eval_scales], "size": (H, W),
-    "image_id": int, "truth": Truth}, the last two where objects are needed.
+    (M,), "crowd": bool (M,)} and, with task.masks, "masks": uint8 (M, H, ceil(W / 8)), with task.semantic_classes
+    "semantic": uint8 (ceil(H / s), ceil(W / s)), as transforms/detect.py's View describes them; M = task.max_objects,
+    s = cell; and "draw", int64 (), for what the model draws of this view.  For evaluation both keep their own sizes, so
+    they are plain: {"views": [(C, h, w) of each of task.eval_scales], "size": (H, W), "image_id": int, "truth": Truth},
+    the last two where objects are needed.
     """
 
     task: DetectConfig
@@ -35,6 +37,9 @@ class DetectTransform(ImageTransform):
     notes: set[str] = field(default_factory=set, compare=False)
     """What is worth saying once of the images."""
 
+    cell: int
+    """Pixels between two labels of the semantic branch."""
+
     def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         assert isinstance(image, Tensor), "objects are of images"
         if not self.train and OBJECTS not in self.needs:
@@ -42,9 +47,20 @@ class DetectTransform(ImageTransform):
         objects = objects_from_json(targets["objects"])
         check_image_size(objects, (image.shape[1], image.shape[2]))
         self._check_classes(objects)
-        return self._train_row(image, objects, rng) if self.train else self._eval_row(image, objects)
+        if not self.train:
+            return self._eval_row(image, objects)
+        labels = self._labels(targets, objects.size) if SEGMENTATION in self.needs else None
+        return self._train_row(image, objects, labels, rng)
 
-    def _train_row(self, image: Tensor, objects: Objects, rng: np.random.Generator) -> dict[str, Any]:
+    def _labels(self, targets: Targets, size: tuple[int, int]) -> np.ndarray:
+        """uint8 (H, W)"""
+        values = read_label_image(targets["segmentation"])
+        check_sizes((values.shape[0], values.shape[1]), size)
+        return class_numbers(values, self.task.semantic_classes, False, IGNORED, "task.semantic_classes")
+
+    def _train_row(
+        self, image: Tensor, objects: Objects, labels: np.ndarray | None, rng: np.random.Generator
+    ) -> dict[str, Any]:
         task, data = self.task, self.data
         view = DetectTrainView(
             size=self.img_size,
@@ -56,7 +72,8 @@ class DetectTransform(ImageTransform):
             min_object_px=task.min_object_px,
             masks=task.masks,
             fill=self.fill,
-        )(image, objects, rng)
+            cell=self.cell,
+        )(image, objects, rng, labels)
         if view.left_out:
             self.notes.add(
                 f"some crops hold more objects than task.max_objects ({task.max_objects}); the largest are kept and "

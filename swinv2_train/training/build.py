@@ -244,7 +244,14 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
         if pattern is not None:
             cache = shard_cache_for(pattern, data)
             evaluation = open_source(
-                pattern, "data.eval_shards", tell, cache, data.verify, data.image_member, data.label_folders
+                pattern,
+                "data.eval_shards",
+                tell,
+                cache,
+                data.verify,
+                data.image_member,
+                data.label_folders,
+                data.annotations,
             )
             evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
         return Sources(training, evaluation, names)
@@ -274,7 +281,9 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
         return open_stream(pattern)
     data = config.data
     cache = shard_cache_for(pattern, data)
-    source = open_source(pattern, "data.shards", say, cache, data.verify, data.image_member, data.label_folders)
+    source = open_source(
+        pattern, "data.shards", say, cache, data.verify, data.image_member, data.label_folders, data.annotations
+    )
     if labelled and names is not None and source.classes is not None and set(names) != set(source.classes):
         raise ConfigError(
             f"run_dir ({config.run_dir}) holds a run of {len(names)} classes, but data.shards has {len(source.classes)}"

@@ -56,7 +56,7 @@ def steps(world, overrides: tuple[str, ...], micro: int, counts: list[int]) -> l
 
 CASES = {
     2: [("mask_rcnn", "objects everywhere"), ("cascade", "none on the last rank"), ("boxes alone", "no object at all")],
-    3: [("htc", "on the first image alone"), ("mask_rcnn", "no object at all")],
+    3: [("htc with its semantic branch", "on the first image alone"), ("mask_rcnn", "no object at all")],
 }
 
 

@@ -23,12 +23,14 @@ DETECT = (
 )  # fmt: skip
 CASCADE = ("task.head=cascade_mask_rcnn",)
 HTC = (*CASCADE, "task.interleaved=true", "task.mask_flow=true", "task.class_agnostic=true", "task.box_loss=smooth_l1")
+SEMANTIC = (*HTC, "task.semantic_classes=5")
 HEADS = {
     "mask_rcnn": (),
     "boxes alone": ("task.masks=false",),
     "cascade": CASCADE,
     "cascade without norm": (*CASCADE, "task.head_norm=none"),
     "htc": HTC,
+    "htc with its semantic branch": SEMANTIC,
 }
 """Detectors by what is on."""
 
@@ -52,7 +54,7 @@ def randomised(task):
 def crops(counts: list[int], seed: int = 0, masks: bool = True) -> dict[str, Any]:
     """A training batch, an image for each number of objects: rectangles and ellipses of their class's grey.
 
-    The last object of an image with three or more is a crowd.
+    The last object of an image with three or more is a crowd.  The labels of the semantic branch are random.
     """
     rng = np.random.default_rng(seed)
     batch, columns = len(counts), -(-SIDE // 8)
@@ -78,6 +80,7 @@ def crops(counts: list[int], seed: int = 0, masks: bool = True) -> dict[str, Any
         "extent": torch.tensor([[SIDE, SIDE - 8 * (b % 2)] for b in range(batch)]),
         "draw": torch.from_numpy(rng.integers(2**31, size=batch)),
         "weight": torch.ones(batch),
+        "semantic": torch.from_numpy(rng.choice([0, 1, 2, 3, 4, 255], (batch, SIDE // 8, SIDE // 8)).astype(np.uint8)),
     }
     return {**found, "masks": torch.from_numpy(packed)} if masks else found
 

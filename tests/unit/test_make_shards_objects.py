@@ -14,9 +14,12 @@ import pytest
 from PIL import Image
 
 from swinv2_train import make_shards
+from swinv2_train.data.loading.loader import TrainLoader
 from swinv2_train.data.mask_codes import encode_mask
 from swinv2_train.data.objects import Objects, objects_from_json
+from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
+from tests.support.configs import composed
 from tests.support.detection import (
     NAMES,
     SIZE,
@@ -29,6 +32,7 @@ from tests.support.detection import (
     write_voc,
     write_yolo,
 )
+from tests.support.detector import DETECT, detector
 
 NUMBERS = range(1, 7)
 WRITERS: dict[str, Callable[[Path, Any], Path]] = {
@@ -221,6 +225,49 @@ def test_images_of_many_bands_are_packed_with_their_objects(axes: tuple[int, ...
     if axes == (0, 1, 2):
         assert run(tmp_path / "images", write_yolo(tmp_path / "yolo", [1, 2]), out="out/yolo") == 0
         np.testing.assert_allclose(packed(f"{tmp_path}/out/yolo-*.tar")["k001"].boxes, scene(1)[1].boxes, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["beside", "apart"])
+def test_classes_of_pixels_are_packed_with_the_objects_and_train_the_semantic_branch(
+    where: str, tmp_path: Path, capsys: Any
+) -> None:
+    """Label images beside the images are none of these, though YOLO takes every image without a file as empty."""
+    images, labels = write_images(tmp_path / "images", NUMBERS), tmp_path / "labels"
+    labels.mkdir()
+    for number in NUMBERS:
+        path = images / f"{name_of(number)}.seg.png" if where == "beside" else labels / f"{name_of(number)}.png"
+        values = np.full(SIZE, 255, np.uint8)
+        values[:, :30] = number % 5
+        Image.fromarray(values).save(path)
+    options = ("--samples-per-shard", "4", "--num-classes", "5", *(("--labels", str(labels)) * (where == "apart")))
+    assert run(images, write_yolo(tmp_path / "yolo", NUMBERS), *options) == 0
+    assert "the values of 6 label images" in capsys.readouterr().out
+    pattern = f"{tmp_path}/out/train-*.tar"
+    assert len(packed(pattern)) == 6
+    manifest, task = open_manifest(pattern), detector("task.masks=false", "task.semantic_classes=5")
+    assert manifest.unsegmented == (0, 0)
+    data = composed([*DETECT, "run_dir=x", "data.shards=unused"]).data
+    batch = next(iter(TrainLoader(manifest, data, task.train_transform, 7, 4, 2, 0, 1, 0)))
+    meta = task.meta_batch(2)["semantic"]
+    assert (batch["semantic"].shape, batch["semantic"].dtype) == (meta.shape, meta.dtype)
+    assert {0, 1, 2, 3, 4} & set(batch["semantic"].flatten().tolist())
+    few = detector("task.masks=false", "task.semantic_classes=1")
+    with pytest.raises(SampleError, match=r"0 to 0 are classes, 255 is ignored \(task.semantic_classes\)"):
+        [*TrainLoader(manifest, data, few.train_transform, 7, 4, 2, 0, 1, 0)]
+
+
+def test_the_semantic_branch_without_classes_of_pixels_is_refused_with_the_remedy(tmp_path: Path, capsys: Any) -> None:
+    images = write_images(tmp_path / "images", NUMBERS)
+    yolo = write_yolo(tmp_path / "yolo", NUMBERS)
+    assert run(images, yolo) == 0
+    task = detector("task.masks=false", "task.semantic_classes=5")
+    data = composed([*DETECT, "run_dir=x", "data.shards=unused"]).data
+    with pytest.raises(ShardError, match="pack the images with --annotations and --labels .*task.semantic_classes=0"):
+        TrainLoader(open_manifest(f"{tmp_path}/out/train-*.tar"), data, task.train_transform, 7, 4, 2, 0, 1, 0)
+    capsys.readouterr()
+    for option, cause in (("--reduce-zero-label", "is of task=segment"), ("--num-classes=3", "there are none")):
+        assert run(images, yolo, option, out="out/again") == 2
+        assert cause in capsys.readouterr().err
 
 
 def test_masks_without_their_library_are_refused_with_the_remedy(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -312,12 +312,18 @@ def _check_targets(manifest: Source, config: DataConfig, transform: Transform, k
             "this task needs one beside every image: pack images with them (docs/segmentation.md); of shards that were "
             "indexed by an older version, make the index again (swinv2-make-shards --reindex)"
         )
+        if OBJECTS in transform.needs:
+            remedy = (
+                "the semantic branch learns from one beside every image: pack the images with --annotations and "
+                "--labels (docs/detection.md), or set task.semantic_classes=0"
+            )
         _check_missing(manifest, manifest.unsegmented, config, what, key, remedy)
     if OBJECTS in transform.needs:
         what = f"no objects (.{MEMBERS[OBJECTS].suffix})"
         remedy = (
-            "this task needs boxes for every image: pack the images with their annotations (docs/detection.md); of "
-            "shards that were indexed by an older version, make the index again (swinv2-make-shards --reindex)"
+            "this task needs boxes for every image: pack the images with their annotations (docs/detection.md), or "
+            "name those of a folder by data.annotations; of shards that were indexed by an older version, make the "
+            "index again (swinv2-make-shards --reindex)"
         )
         _check_missing(manifest, manifest.unannotated, config, what, key, remedy)
 

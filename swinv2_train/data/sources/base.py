@@ -112,12 +112,13 @@ def open_source(
     verify: bool = False,
     image_member: str | None = None,
     label_folders: Sequence[str] | None = None,
+    annotations: str | None = None,
 ) -> Source:
     """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
 
     Arguments as tar_reader.open_manifest's (of a folder, image_member is what its images' names end in), and
-    label_folders as open_folder's (of a saved data set the names of two columns); what has no checksums cannot be
-    verified.  Raises ShardError.
+    label_folders and annotations as open_folder's (of a saved data set label_folders are the names of two columns);
+    what has no checksums cannot be verified.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
     if not os.path.isdir(directory):
@@ -133,8 +134,13 @@ def open_source(
                 f"data.image_member ({image_member}) names members of shards and files of folders, but {key} "
                 f"'{directory}' is a saved data set, whose images are a column; set data.image_member=null"
             )
+        if annotations is not None:
+            raise ShardError(
+                f"data.annotations ({annotations}) is of folders of image files, but {key} '{directory}' is a saved "
+                "data set; set data.annotations=null, or name the folder"
+            )
         return open_saved_dataset(directory, key, progress, label_folders)
-    return open_folder(directory, key, progress, image_member, label_folders)
+    return open_folder(directory, key, progress, image_member, label_folders, annotations)
 
 
 def open_unlabelled(

@@ -31,6 +31,7 @@ from swinv2_train.data.sample import (
     unreadable,
 )
 from swinv2_train.data.shards.tar_index import LABEL_MISSING
+from swinv2_train.data.sources.annotated_folder import ObjectTexts, folder_objects, kept
 from swinv2_train.data.sources.label_folders import (
     BESIDE,
     MIRRORS,
@@ -66,6 +67,8 @@ class Folder(VirtualShards):
     image_member: str | None = None
     """What follows KEY. in the names of images; None = any ending."""
     label_images: LabelImages | None = None
+    objects: ObjectTexts | None = None
+    """Of all images, where their annotations are named (data.annotations)."""
     keyed_by_name: bool = False
     """Keys are paths with their endings."""
     labels_from = "its class folder"
@@ -84,6 +87,11 @@ class Folder(VirtualShards):
         clips = len(self.ends) > 0 and is_clip(os.fsdecode(self.image_name(0)))
         return self.counts if clips else (0,) * len(self.counts)
 
+    @property
+    def unannotated(self) -> tuple[int, ...]:
+        """Images per shard without objects: all, or none, for others than the annotated ones are left out."""
+        return self.counts if self.objects is None else (0,) * len(self.counts)
+
     def image_name(self, place: int) -> bytes:
         """The path, from the folder on, of the image at this place of the packing order."""
         return self.names[self.ends[place - 1] if place else 0 : self.ends[place]]
@@ -99,12 +107,14 @@ def open_folder(
     progress: Callable[[str], None] | None = None,
     image_member: str | None = None,
     label_folders: Sequence[str] | None = None,
+    annotations: str | None = None,
 ) -> Folder:
     """List the images below `path`, with the size of each file, and their label images.
 
     key: the config key that error messages name.  progress: receives a line now and then.  image_member: what follows
     KEY. in the names of images (input.npy); None = one of IMAGE_EXTENSIONS.  label_folders: where the label images are
-    (label_folders.py); None = beside the images, if anywhere.  Folders are no classes where there are label images.
+    (label_folders.py); None = beside the images, if anywhere.  Folders are no classes where there are label images or
+    objects.  annotations: where the images' objects are, as data.annotations says; images without are left out.
     Raises ShardError for a folder without images, that cannot be read through, or with two files of one name.
     """
     path = os.path.abspath(path)
@@ -113,7 +123,17 @@ def open_folder(
         progress(say_left_out(listing.left_out, path))
     check_separators(listing.names, f"{key} '{path}'")
     listing, label_images = _label_images(path, listing, key, progress, image_member, label_folders)
-    classes = None if label_images else class_names(listing.names, f"{key} '{path}'", listing.empty)
+    texts: list[bytes] | None = None
+    if annotations is not None:
+        found, names_of_classes = folder_objects(path, listing.names, annotations, key, progress)
+        listing = replace(
+            listing, names=[listing.names[place] for place in found], sizes=[listing.sizes[place] for place in found]
+        )
+        texts = [*found.values()]
+        if label_images is not None:
+            label_images = replace(label_images, sizes=label_images.sizes[[*found]])
+    plain = label_images is None and texts is None
+    classes = None if not plain else class_names(listing.names, f"{key} '{path}'", listing.empty)
     if classes and listing.empty and progress is not None:
         progress(empty_warning(path, listing.empty))
     _check_unique(listing.names, f"{key} '{path}'")
@@ -131,7 +151,12 @@ def open_folder(
         label_images = replace(label_images, sizes=label_images.sizes[order])
         digest.update(label_images.sizes.tobytes())
         classes = pixel_class_names(Path(label_images.root))
-    return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes, image_member, label_images)
+    objects = None
+    if texts is not None:
+        objects, classes = kept([texts[number] for number in order]), names_of_classes
+        digest.update(objects.content)
+        digest.update("\n".join(names_of_classes).encode("utf-8", "surrogateescape"))
+    return Folder(path, labels, classes, digest.hexdigest(), names, ends, sizes, image_member, label_images, objects)
 
 
 def list_images(
@@ -255,6 +280,8 @@ class FolderReader(VirtualShardsReader):
             )
             if (value := MEMBERS[SEGMENTATION].read(content)) is not None:
                 targets = {**targets, "segmentation": value}
+        if self.folder.objects is not None:
+            targets = {**targets, "objects": self.folder.objects.of(place)}
         return Sample(key, image, extension.lower(), targets, self.folder.path)
 
     def _content(self, path: bytes, size: int, key: str, what: str = "") -> bytes:

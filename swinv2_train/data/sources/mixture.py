@@ -178,7 +178,9 @@ def open_mixture(
     for name in names:
         shards, key = data.mix[name].shards, f"data.mix.{name}.shards"
         cache = shard_cache_for(shards, data)
-        source = open_source(shards, key, progress, cache, data.verify, data.image_member, data.label_folders)
+        source = open_source(
+            shards, key, progress, cache, data.verify, data.image_member, data.label_folders, data.annotations
+        )
         if source.num_samples == 0:
             raise ConfigError(
                 f"{key} ({shards}) holds no samples at all; name shards that hold some, or leave {name} out"

@@ -19,6 +19,9 @@ from swinv2_train.data.mask_codes import decode_rle, polygons_mask
 from swinv2_train.data.objects import Mask, Objects
 from swinv2_train.data.transforms.segment import fit_inside, pad_image, resize_image, turned
 
+IGNORED = 255
+"""The label of a pixel that is not learnt from."""
+
 
 class Cut(NamedTuple):
     """The way from an image to a view of it: turned, resized, cut out, mirrored.  Points and pixels take it alike."""
@@ -68,7 +71,11 @@ class Cut(NamedTuple):
             beyond = np.minimum(corner, 0).astype(int)  # drawn whole, for the rule rounds others than what is below 0
             drawn = polygons_mask([each - beyond for each in polygons], (height - beyond[1], width - beyond[0]))
             return drawn[-beyond[1] :, -beyond[0] :]
-        pixels = turned(torch.from_numpy(decode_rle(mask.rle, self.size).copy()), self.turn).numpy()
+        return self.nearest(decode_rle(mask.rle, self.size))
+
+    def nearest(self, values: np.ndarray) -> np.ndarray:
+        """(H, W) of the image -> `extent`: each pixel takes the value under its centre."""
+        pixels = turned(torch.from_numpy(values.copy()), self.turn).numpy()
         rows, columns = (
             (2 * (np.arange(count) + first) + 1) * old // (2 * new)
             for first, count, old, new in zip(
@@ -96,6 +103,10 @@ class View(NamedTuple):
     """uint8 (M, H, ceil(W / 8)), eight pixels in a byte, the first in its highest bit, all 0 where an object's mask is
     not known; None where masks are not asked for.
     """
+    semantic: Tensor | None
+    """uint8 (ceil(H / s), ceil(W / s)) for cells of s x s pixels: the label of the pixel in the middle of each, IGNORED
+    beyond the image; None where it is not asked for.
+    """
     left_out: int
     """Objects that are more than M."""
 
@@ -122,8 +133,14 @@ class DetectTrainView:
     fill: tuple[float, ...]
     """The value of each band where the view reaches beyond the image: its mean, which is 0 when normalised."""
 
-    def __call__(self, image: Tensor, objects: Objects, rng: np.random.Generator) -> View:
-        """image: (C, H, W), uint8 or float32 with NaN where nothing was measured; objects: of that very size.
+    cell: int = 8
+    """s, the pixels between two labels."""
+
+    def __call__(
+        self, image: Tensor, objects: Objects, rng: np.random.Generator, labels: np.ndarray | None = None
+    ) -> View:
+        """image: (C, H, W), uint8 or float32 with NaN where nothing was measured; objects: of that very size; labels:
+        uint8 (H, W), of its pixels, where they are asked for.
 
         Raises SampleError for masks that cannot be drawn.
         """
@@ -137,7 +154,8 @@ class DetectTrainView:
         left_out = max(len(kept) - self.max_objects, 0)
         if left_out:
             kept, bits = _largest(boxes, kept, bits, self.max_objects)
-        return self._view(cut.image(image, self.resize), cut.extent, objects, boxes, kept, bits, left_out)
+        semantic = None if labels is None else self._cells(cut.nearest(labels))
+        return self._view(cut.image(image, self.resize), cut.extent, objects, boxes, kept, bits, left_out, semantic)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Cut:
         """How an image of this size (height, width) is seen."""
@@ -169,9 +187,17 @@ class DetectTrainView:
         shape = (len(drawn), cut.extent[0], -(-cut.extent[1] // 8))
         return boxes, np.array(still, np.int64), np.array(drawn, np.uint8).reshape(shape)
 
+    def _cells(self, labels: np.ndarray) -> Tensor:
+        """Those in the middle of each cell."""
+        rows, columns = (-(-side // self.cell) * self.cell for side in self.size)
+        whole = np.full((rows, columns), IGNORED, np.uint8)
+        whole[: labels.shape[0], : labels.shape[1]] = labels
+        middle = self.cell // 2
+        return torch.from_numpy(whole[middle :: self.cell, middle :: self.cell].copy())
+
     def _view(
         self, image: Tensor, extent: tuple[int, int], objects: Objects, boxes: np.ndarray, kept: np.ndarray,
-        bits: np.ndarray, left_out: int,
+        bits: np.ndarray, left_out: int, semantic: Tensor | None,
     ) -> View:  # fmt: skip
         count, most = len(kept), self.max_objects
         padded = np.zeros((most, 4), np.float32)
@@ -185,7 +211,7 @@ class DetectTrainView:
             masks = torch.from_numpy(padded_bits)
         return View(
             pad_image(image, self.size, self.fill).contiguous(), torch.tensor(extent), torch.from_numpy(padded),
-            torch.from_numpy(classes), torch.from_numpy(crowd), masks, left_out,
+            torch.from_numpy(classes), torch.from_numpy(crowd), masks, semantic, left_out,
         )  # fmt: skip
 
 

@@ -83,19 +83,26 @@ def _values(png: Png) -> np.ndarray:
     return values
 
 
-def class_numbers(values: np.ndarray, num_classes: int, reduce_zero_label: bool, ignore_index: int) -> np.ndarray:
+def class_numbers(
+    values: np.ndarray,
+    num_classes: int,
+    reduce_zero_label: bool,
+    ignore_index: int,
+    keys: str = "task.num_classes, task.reduce_zero_label, task.ignore_index",
+) -> np.ndarray:
     """The class of each pixel, 0 to num_classes - 1, or ignore_index.
 
     values: of read_label_image.  reduce_zero_label: 0 is ignored and k is class k - 1, as ADE20K counts; what is
-    ignore_index in the file stays ignored.  It is done here and nowhere else.  Returns (H, W), of the type that
-    label_dtype names.  Raises SampleError for a value that is none of these.
+    ignore_index in the file stays ignored.  It is done here and nowhere else.  keys: what errors call the settings.
+    Returns (H, W), of the type that label_dtype names.  Raises SampleError for a value that is none of these.
     """
     labels = values.astype(np.int32)
     if reduce_zero_label:
         labels = np.where((labels == 0) | (labels == ignore_index), ignore_index, labels - 1)
     wrong = (labels >= num_classes) & (labels != ignore_index)
     if wrong.any():
-        raise SampleError(_out_of_range(values, wrong, num_classes, reduce_zero_label, ignore_index))
+        found = _out_of_range(values, wrong, num_classes, reduce_zero_label, ignore_index)
+        raise SampleError(f"{found} ({keys})")
     return labels.astype(label_dtype(ignore_index))
 
 
@@ -113,10 +120,7 @@ def _out_of_range(
         allowed = f"1 to {num_classes} are classes, 0 and {ignore_index} are"
     else:
         allowed = f"0 to {num_classes - 1} are classes, {ignore_index} is"
-    return (
-        f"its label image has {int(wrong.sum())} pixels of the values {listed}; {allowed} "
-        "ignored (task.num_classes, task.reduce_zero_label, task.ignore_index)"
-    )
+    return f"its label image has {int(wrong.sum())} pixels of the values {listed}; {allowed} ignored"
 
 
 def check_sizes(labels: tuple[int, int], image: tuple[int, int]) -> None:

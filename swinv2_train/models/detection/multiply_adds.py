@@ -7,6 +7,7 @@ from torch import nn
 from swinv2_train.models.counts import multiply_adds
 from swinv2_train.models.detection.heads import BOX_SIDE, MASK_SIDE
 from swinv2_train.models.detection.rcnn import RCNN
+from swinv2_train.models.detection.semantic import LEVEL
 
 PROPOSALS, DETECTIONS = 1000, 100
 """Boxes and masks that published tables count."""
@@ -25,6 +26,8 @@ def rcnn_multiply_adds(model: RCNN) -> int:
         total += sum(area * _weights(conv) for area, conv in zip(areas, convs, strict=True))
     total += sum(every) * _weights(decoder.rpn_head)
     head = decoder.roi_head
+    if head.semantic_head is not None:
+        total += areas[LEVEL] * _weights(head.semantic_head)
     for box in head.bbox_head:
         dense = _weights(box, nn.Linear)
         total += PROPOSALS * (dense + BOX_SIDE**2 * (_weights(box) - dense))

@@ -15,12 +15,15 @@ from swinv2_train.models.detection.fpn import FPN
 from swinv2_train.models.detection.objects import Objects
 from swinv2_train.models.detection.roi import Pyramid, RoIHead, RoISettings
 from swinv2_train.models.detection.rpn import RPNHead, proposals, rpn_losses, rpn_outputs
+from swinv2_train.models.detection.semantic import semantic_loss
 from swinv2_train.models.detection.suppress import Suppression
 from swinv2_train.models.swin_v2 import SwinTransformerV2
 from swinv2_train.models.upernet import MapLayerNorm
 
 CHANNELS = 256
 """Of the pyramid and of every head (published)."""
+SEMANTIC_WEIGHT = 0.2
+"""Of the semantic branch's loss (published)."""
 
 
 class RPNSettings(NamedTuple):
@@ -49,7 +52,7 @@ class DetectionDecoder(nn.Module):
         self.norms = nn.ModuleList(MapLayerNorm(width) for width in in_channels[:-1])
         self.neck = FPN(in_channels, channels)
         self.rpn_head = RPNHead(channels)
-        self.roi_head = RoIHead(channels, settings)
+        self.roi_head = RoIHead(channels, settings, len(in_channels) + 1)
 
 
 class RCNN(nn.Module):
@@ -66,12 +69,13 @@ class RCNN(nn.Module):
         roi: RoISettings,
         suppression: Suppression,
         channels: int = CHANNELS,
+        semantic_weight: float = SEMANTIC_WEIGHT,
     ) -> None:
         super().__init__()
         if len(encoder.depths) < 2:
             raise ValueError(f"the encoder has {len(encoder.depths)} stage; a pyramid has the maps of 2 or more")
         self.encoder = encoder
-        self.rpn, self.suppression = rpn, suppression
+        self.rpn, self.suppression, self.semantic_weight = rpn, suppression, semantic_weight
         in_channels = [encoder.embed_dim * 2**i for i in range(len(encoder.depths))]
         self.strides = [encoder.patch_size * 2**i for i in range(len(encoder.depths) + 1)]
         self.decoder = DetectionDecoder(in_channels, roi, channels)
@@ -85,13 +89,15 @@ class RCNN(nn.Module):
         crowd: Tensor | None = None,
         draw: Tensor | None = None,
         masks: Tensor | None = None,
+        semantic: Tensor | None = None,
         features: bool = False,
         suppress: bool = True,
     ) -> dict[str, Tensor]:
         """images: (B, in_chans, H, W), normalised pixels of any size; 0 is put at the bottom and the right to whole
         places of the coarsest map.  extent: (B, 2), the rows and columns that are of the image; None = all.
 
-        Training: boxes to masks as in Objects; {"losses": (B, n) float32}.
+        Training: boxes to masks as in Objects; semantic, with that branch, as semantic_loss's labels;
+        {"losses": (B, n) float32}.
         Evaluation: {"boxes": (B, D, 4), "scores": (B, D), "classes": (B, D)}, with masks "masks" (B, D, 28, 28), of
         probabilities within each box.  With suppress=False the last stage's boxes (B, P, K or 1, 4) and scores
         (B, P, K) as they are.  With boxes (B, D, 4) and classes (B, D): {"masks": ...} of these alone.
@@ -102,8 +108,10 @@ class RCNN(nn.Module):
         if extent is None:
             extent = torch.tensor([images.shape[2:]] * len(images), device=images.device)
         maps = self._maps(images)
-        pyramid = Pyramid(maps[:-1], self.strides[:-1], extent, images.shape[3])
-        head = self.decoder.roi_head
+        head, logits, embedding = self.decoder.roi_head, None, None
+        if head.semantic_head is not None:
+            logits, embedding = head.semantic_head(maps)
+        pyramid = Pyramid(maps[:-1], self.strides[:-1], extent, images.shape[3], embedding)
         if not self.training and boxes is not None and classes is not None:
             return {"masks": head.masks(pyramid, boxes, classes)}
         outputs = rpn_outputs(self.decoder.rpn_head, maps, self.strides)
@@ -112,7 +120,11 @@ class RCNN(nn.Module):
             objects = Objects(boxes, classes, crowd, draw, masks)
             found = proposals(outputs, extent, self.rpn.per_level, self.rpn.number)
             rpn = rpn_losses(outputs, objects, extent, self.rpn.inside_only, self.rpn.beta)
-            return {"losses": torch.cat([rpn, head.losses(pyramid, found, objects)], dim=1)}
+            losses = [rpn, head.losses(pyramid, found, objects)]
+            if logits is not None:
+                assert semantic is not None, "the semantic branch is learnt from labels of pixels"
+                losses.append(self.semantic_weight * semantic_loss(logits, semantic).unsqueeze(1))
+            return {"losses": torch.cat(losses, dim=1)}
         found = proposals(outputs, extent, self.rpn.eval_number, self.rpn.eval_number)
         candidates, scores = head.scored(pyramid, found)
         if not suppress:

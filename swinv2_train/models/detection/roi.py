@@ -17,8 +17,9 @@ from swinv2_train.models.detection.choose import Rule, Sample, assigned, rows_at
 from swinv2_train.models.detection.heads import BOX_SIDE, MASK_SIDE, BoxHead, MaskHead, of_class
 from swinv2_train.models.detection.mask_targets import mask_targets
 from swinv2_train.models.detection.objects import Objects
-from swinv2_train.models.detection.pool import pooled
+from swinv2_train.models.detection.pool import aligned, pooled
 from swinv2_train.models.detection.rpn import Proposals, smooth_l1
+from swinv2_train.models.detection.semantic import LEVEL, ROI_SIDE, SemanticHead
 
 POSITIVE_SHARE = 0.25
 """Of the samples that stand for objects, at most."""
@@ -64,6 +65,8 @@ class RoISettings(NamedTuple):
     """A mask stage sees the boxes that the box stage has refined (HTC); otherwise those that it started from."""
     mask_flow: bool
     """A mask head takes the features of the one before it (HTC)."""
+    semantic_classes: int = 0
+    """Classes of pixels of the semantic branch, whose features boxes and masks take (HTC); 0 = no branch."""
 
 
 class Pyramid(NamedTuple):
@@ -76,6 +79,17 @@ class Pyramid(NamedTuple):
     """(B, 2) int64: rows and columns that are of the image."""
     width: int
     """Of the crop in pixels."""
+    semantic: Tensor | None = None
+    """(B, C, h, w), the features of the semantic branch, of the size of maps[1]."""
+
+    def features(self, boxes: Tensor, side: int) -> Tensor:
+        """Of boxes (B, N, 4): (B * N, C, side, side) float32; those of the semantic branch are added to the maps'."""
+        found = pooled(self.maps, self.strides, boxes, side)
+        if self.semantic is None:
+            return found
+        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+        more = aligned(self.semantic, boxes.flatten(0, 1), image, 1 / self.strides[LEVEL], ROI_SIDE)
+        return found + (more if side == ROI_SIDE else F.adaptive_avg_pool2d(more, side))
 
 
 class Chosen(NamedTuple):
@@ -91,9 +105,12 @@ class Chosen(NamedTuple):
 
 
 class RoIHead(nn.Module):
-    """Box heads and mask heads, one of each for each stage."""
+    """Box heads and mask heads, one of each for each stage, and the semantic branch where there is one.
 
-    def __init__(self, channels: int, settings: RoISettings) -> None:
+    levels: maps of the pyramid.
+    """
+
+    def __init__(self, channels: int, settings: RoISettings, levels: int) -> None:
         super().__init__()
         self.settings = settings
         classes, count = settings.num_classes, len(settings.stages)
@@ -103,6 +120,8 @@ class RoIHead(nn.Module):
         )
         heads = range(count if settings.masks else 0)
         self.mask_head = nn.ModuleList(MaskHead(channels, classes, flow=settings.mask_flow and i > 0) for i in heads)
+        semantic = settings.semantic_classes
+        self.semantic_head = SemanticHead(channels, levels, semantic) if semantic else None
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training
@@ -142,7 +161,7 @@ class RoIHead(nn.Module):
         """Of class and box, (B,) each, and the boxes that the stage makes of its samples, for the next one."""
         stage, sample, settings = self.settings.stages[i], chosen.sample, self.settings
         count, number = chosen.classes.shape
-        logits, every = self.bbox_head[i](pooled(pyramid.maps, pyramid.strides, chosen.boxes, BOX_SIDE))
+        logits, every = self.bbox_head[i](pyramid.features(chosen.boxes, BOX_SIDE))
         entropy = F.cross_entropy(logits, chosen.classes.flatten(), reduction="none").view(count, number)
         deltas = of_class(every, chosen.classes.flatten()).view(count, number, 4)
         wanted = torch.where(sample.positive.unsqueeze(-1), rows_at(objects.boxes, sample.place), chosen.boxes)
@@ -172,7 +191,7 @@ class RoIHead(nn.Module):
         known = (objects.masks.flatten(2).amax(dim=2) > 0).gather(1, sample.place)
         positive = (sample.positive & known)[:, :number]
         boxes = torch.where(positive.unsqueeze(-1), boxes, 0.0)
-        features = pooled(pyramid.maps, pyramid.strides, boxes, MASK_SIDE)
+        features = pyramid.features(boxes, MASK_SIDE)
         logits = of_class(self._mask_logits(i, features), classes.flatten())  # (B * N, 28, 28)
         with torch.no_grad():
             wanted = mask_targets(objects.masks, pyramid.width, boxes, sample.place[:, :number], 2 * MASK_SIDE)
@@ -204,7 +223,7 @@ class RoIHead(nn.Module):
         """
         boxes, total = proposals.boxes, []
         for i, stage in enumerate(self.settings.stages):
-            logits, every = self.bbox_head[i](pooled(pyramid.maps, pyramid.strides, boxes, BOX_SIDE))
+            logits, every = self.bbox_head[i](pyramid.features(boxes, BOX_SIDE))
             total.append(logits)
             if i + 1 < len(self.settings.stages):
                 deltas = of_class(every, logits[:, :-1].argmax(dim=1)).view_as(boxes)
@@ -219,7 +238,7 @@ class RoIHead(nn.Module):
 
         boxes (B, D, 4), classes (B, D).  The mean of the stages' probabilities; of their logits with mask flow, as HTC.
         """
-        features = pooled(pyramid.maps, pyramid.strides, boxes, MASK_SIDE)
+        features = pyramid.features(boxes, MASK_SIDE)
         found = [self._mask_logits(i, features) for i in range(len(self.mask_head))]
         chosen = torch.stack([of_class(each, classes.flatten()) for each in found])
         mean = chosen.mean(dim=0).sigmoid() if self.settings.mask_flow else chosen.sigmoid().mean(dim=0)

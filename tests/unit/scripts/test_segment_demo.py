@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import signal
-import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scripts import compose_scenes, demo, demo_segment
-from scripts.compose_scenes import IGNORE, SIDE_PX, find_fashion, find_photographs, scene
+from scripts import compose_scenes, demo, demo_segment, two_starts
+from scripts.compose_scenes import IGNORE, KINDS, composed, find_fashion, find_photographs, label_image
 from scripts.package_files import FetchError
 from swinv2_train import train
 from swinv2_train.config import SegmentConfig, SimMIMConfig
@@ -22,34 +21,21 @@ from swinv2_train.training import loop
 from tests.support.harness import run_distributed
 
 
-@pytest.fixture
-def fashion(tmp_path: Path) -> Path:
-    """Four garments a split: white squares of 20 pixels on black."""
-    pictures = np.zeros((4, 28, 28), np.uint8)
-    pictures[:, 4:24, 4:24] = 255
-    for split in ("train", "test"):
-        for names, content in (
-            (compose_scenes.FASHION, struct.pack(">IIII", 0x803, 4, 28, 28) + pictures.tobytes()),
-            (compose_scenes.FASHION_CLASSES, struct.pack(">II", 0x801, 4) + bytes([0, 3, 7, 9])),
-        ):
-            (tmp_path / names[split]).write_bytes(gzip.compress(content))
-    return tmp_path
-
-
 def test_a_scene_is_a_function_of_its_number_and_its_labels_are_where_garments_are(fashion):
     """On a blue photograph, garments of another one's red: colour and class are the same pixels."""
     photographs = [np.full((100, 120, 3), colour, np.uint8) for colour in ((0, 0, 80), (0, 0, 90))]
-    found = set()
+    kind, found = KINDS["pixels"], set()
+    side = kind.side_px
     for number in range(12):
-        image, labels = scene(number, "train", fashion, photographs)
-        again = scene(number, "train", fashion, photographs)
-        assert np.array_equal(image, again[0]) and np.array_equal(labels, again[1])
-        assert image.shape == (SIDE_PX, SIDE_PX, 3) and set(np.unique(labels)) <= {0, 1, 4, 8, 10, IGNORE}
+        (image, placed), again = (composed(number, "train", fashion, photographs, kind) for _ in range(2))
+        labels = label_image(placed)
+        assert np.array_equal(image, again[0]) and np.array_equal(labels, label_image(again[1]))
+        assert image.shape == (side, side, 3) and set(np.unique(labels)) <= {0, 1, 4, 8, 10, IGNORE}
         garment = (labels != 0) & (labels != IGNORE)
         assert (image[labels == 0][:, 2] <= 90).all()  # the photograph
         assert np.median(image[garment][:, 2]) > 200  # as bright as the colour can be
         around = np.pad(labels, 1, constant_values=IGNORE)
-        last = SIDE_PX + 1
+        last = side + 1
         neighbours = [around[1 + dy : last + dy, 1 + dx : last + dx] for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0))]
         assert not any(((each == 0) & garment).any() for each in neighbours)  # the rim lies between
         found.add(image.tobytes())
@@ -66,7 +52,7 @@ def test_pictures_of_somebody_else_are_refused(fashion, tmp_path):
 
 def test_both_ways_of_training_differ_in_the_initial_weights_alone(tmp_path):
     phases = demo_segment.phases_of(tmp_path, Path("data/scenes"), 2, ["train.epochs=3", "task.mask_ratio=0.5"])
-    configs = {path.name: compose_overrides(command) for path, (_, command) in phases.items()}
+    configs = {each.run_dir.name: compose_overrides(each.command) for each in phases}
     assert list(configs) == [
         "pretrain", "from-scratch-0", "from-simmim-weights-0", "from-scratch-1", "from-simmim-weights-1"
     ]  # fmt: skip
@@ -85,7 +71,8 @@ def test_the_table_has_mean_and_spread_over_seeds():
         {"val/miou": 10.0, "val/macc": 20.0, "val/aacc": 30.0},
         {"val/miou": 12.0, "val/macc": 20.0, "val/aacc": 30.0},
     ]
-    rows = demo_segment.table({"from scratch": runs, "from SimMIM weights": runs[:1]}).splitlines()
+    found = {"from scratch": runs, "from SimMIM weights": runs[:1]}
+    rows = two_starts.table("trained on", found, demo_segment.SCORES).splitlines()
     assert rows[2].startswith("| from scratch | 2 | 11.00 (sd 1.41; 10.00, 12.00) | 20.00 (sd 0.00;")
     assert rows[3] == "| from SimMIM weights | 1 | 10.00 | 20.00 | 30.00 |"
 
@@ -103,8 +90,8 @@ def test_a_shortened_demo_that_is_stopped_in_each_kind_of_phase_ends_as_one_that
     fashion, tmp_path, monkeypatch, capsys
 ):
     """The script, the packer, the training and the tables are the real ones; garments are squares."""
-    monkeypatch.setattr(compose_scenes, "SIZES", {"train": 8, "test": 3})
-    monkeypatch.setattr(compose_scenes, "SAMPLES_PER_SHARD", 4)
+    few = replace(KINDS["pixels"], sizes={"train": 8, "test": 3}, samples_per_shard=4)
+    monkeypatch.setitem(compose_scenes.KINDS, "pixels", few)
     colours = np.random.default_rng(0).integers(0, 256, (2, 100, 120, 3), dtype=np.uint8)
     monkeypatch.setattr(compose_scenes, "find_fashion", lambda raw, given: fashion)
     monkeypatch.setattr(compose_scenes, "find_photographs", lambda raw, given: {"train": colours, "test": colours})

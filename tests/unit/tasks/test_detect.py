@@ -19,7 +19,7 @@ from swinv2_train.tasks.paste import pasted
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.weights import load_weights, save_weights
 from tests.support.configs import composed
-from tests.support.detector import CASCADE, DETECT, HEADS, HTC, SIDE, crops, detector, part
+from tests.support.detector import CASCADE, DETECT, HEADS, SEMANTIC, SIDE, crops, detector, part
 
 STILL = "model.drop_path_rate=0"
 
@@ -51,7 +51,7 @@ def test_published_sizes(head, size, parameters, billions):
 # Losses
 
 
-@pytest.mark.parametrize("head", ["mask_rcnn", "htc"])
+@pytest.mark.parametrize("head", ["mask_rcnn", "htc with its semantic branch"])
 def test_micro_batches_ranks_and_stand_ins_change_nothing(head):
     """The mean of the parts' losses, by what each counts, is that of the whole; and so is each source's."""
     task, batch = detector(*HEADS[head], STILL), crops([2, 0, 3, 4, 1])
@@ -195,6 +195,7 @@ def test_masks_are_pasted_as_loops_paste_them():
         ("task.eval_scales=[]", "task.eval_scales is empty"),
         ("task.mask_samples=17", r"task.mask_samples \(17\) is more than task.box_samples \(16\)"),
         ("task.mask_flow=true", r"task.mask_flow \(true\) is between the stages of masks"),
+        ("task.semantic_classes=256", r"task.semantic_classes \(256\)"),
         ("task.head=htc", r"task.head \(htc\) is none of mask_rcnn, cascade_mask_rcnn"),
         ("model.depths=[1] model.num_heads=[1] model.pretrained_window_sizes=[0]", "task: the encoder has 1 stage"),
     ],
@@ -227,7 +228,7 @@ def test_the_encoder_learns_at_its_own_share_of_the_rate():
         build_param_groups(task.encoder, composed([*DETECT, "run_dir=x", "data.shards=x", optim[0]]).optim)
 
 
-@pytest.mark.parametrize("head", [(), HTC])
+@pytest.mark.parametrize("head", [(), SEMANTIC])
 def test_a_plan_traces_training_and_evaluation_without_contents(head):
     """Every shape is known beforehand: no operation asks what a tensor holds."""
     config = composed([*DETECT, "run_dir=x", "data.shards=x", *head])

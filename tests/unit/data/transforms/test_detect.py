@@ -168,3 +168,26 @@ def test_what_is_drawn_in_a_cut_is_the_cut_of_what_is_drawn() -> None:
         whole = Cut((60, 60), 0, (60, 60), 0, 0, (60, 60), mirrored=False).mask(mask)
         part = Cut((60, 60), 0, (60, 60), 20, 25, (40, 35), mirrored=False).mask(mask)
         assert (part == whole[20:, 25:]).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_of_pixels_go_the_way_of_masks_and_the_middle_of_each_cell_is_taken(seed: int) -> None:
+    image, objects = scene("rle")
+    labels = np.full(SIZE, 9, np.uint8)
+    for number, mask in enumerate(objects.masks):
+        assert mask is not None
+        labels[mask.pixels(SIZE)] = number
+    small = replace(TRAIN, size=(60, 52), max_objects=3, min_object_px=1e-6, scale=(0.5, 1.2))  # no multiples of 8
+    view = small(image, objects, np.random.default_rng(seed), labels)
+    assert view.semantic is not None and view.semantic.shape == (8, 7)
+    assert small(image, objects, np.random.default_rng(seed)).semantic is None
+    rows, columns = view.extent.tolist()
+    for i in range(8):
+        for j in range(7):
+            y, x = 8 * i + 4, 8 * j + 4
+            if y >= rows or x >= columns:
+                assert view.semantic[i, j] == 255
+                continue
+            on = [int(view.classes[number]) - 5 for number in range(3) if mask_of(view, number)[y, x]]
+            assert view.semantic[i, j] == (on[0] if on else 9)
+    assert len(view.semantic.unique()) > 2

@@ -108,7 +108,7 @@ def test_losses_of_boxes_and_masks_of_all_stages_are_those_of_loops_with_their_g
     """What the heads say is random here: what is learnt from it, and what the next stage sees, is what is compared."""
     stages, box_loss, agnostic, interleaved = CASES[case]
     settings = RoISettings(stages, CLASSES, 0, "none", 4, agnostic, box_loss, True, 24, 4, interleaved, False)
-    rng, head = np.random.default_rng(3), RoIHead(2, settings)
+    rng, head = np.random.default_rng(3), RoIHead(2, settings, len(SIZES) + 1)
     heads, masks = [], []
     for i in range(len(stages)):
         logits = torch.from_numpy(rng.normal(size=(3 * 24, CLASSES + 1))).float().requires_grad_()
