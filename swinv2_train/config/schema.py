@@ -308,8 +308,8 @@ class ClassifyConfig(TaskConfig):
                 )
         if self.eval_scales != [1.0] and config.model.frames is not None:
             raise ConfigError(
-                f"task.eval_scales ({self.eval_scales}) is of images, and model.frames ({config.model.frames}) asks for "
-                "clips; set task.eval_scales=[1.0], and task.eval_views or task.eval_crops for several views"
+                f"task.eval_scales ({self.eval_scales}) is of images, and model.frames ({config.model.frames}) asks "
+                "for clips; set task.eval_scales=[1.0], and task.eval_views or task.eval_crops for several views"
             )
         for key, count in (("eval_views", self.eval_views), ("eval_crops", self.eval_crops)):
             if count > 1 and config.model.frames is None:
