@@ -42,17 +42,18 @@ class Vectors(ImageTransform):
             raise ConfigError(f"tiles ([{grid[0]},{grid[1]}]) must be at least one row and one column")
         if kind == "tiles" and config.model.frames is not None:
             raise ConfigError(
-                f"features ({kind}) are of images, and this is a model of clips (model.frames {config.model.frames}); "
-                "ask for pooled or stages"
+                "features (tiles) are of images, and model.frames asks for clips; choose pooled or stages"
             )
-        size, clips = pair("model.img_size", config.model.img_size), ClipViews.of(config)
-        bands = Bands.of(config)
-        return cls(data=config.data, img_size=size, train=False, bands=bands, clips=clips, kind=kind, grid=grid)
+        size = pair("model.img_size", config.model.img_size)
+        return cls(
+            data=config.data, img_size=size, train=False, bands=Bands.of(config), clips=ClipViews.of(config),
+            kind=kind, grid=grid,
+        )  # fmt: skip
 
     def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         if self.kind != "tiles":
             return super().__call__(image, targets, rng)
-        assert isinstance(image, Tensor), "tiles are of images"
+        assert isinstance(image, Tensor), "build() refuses tiles of clips"
         rows, columns = (
             [side * place // count for place in range(count + 1)]
             for side, count in zip(image.shape[-2:], self.grid, strict=True)

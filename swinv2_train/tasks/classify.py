@@ -60,7 +60,7 @@ class ClassifyTransform(ImageTransform):
         row = super().__call__(image, targets, rng)
         if self.train:
             row = self._augmented(row["images"], rng)
-        elif isinstance(image, Tensor) and self.task.eval_scales != [1.0]:
+        elif self.task.eval_scales != [1.0] and isinstance(image, Tensor):
             row = {"images": torch.stack([self._zoomed(image, scale) for scale in self.task.eval_scales])}
         return {**row, "labels": torch.tensor(label)} if needed else row
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,19 +49,21 @@ def video(
     times: list[int] | None = None,
     rotation: int | None = None,
     audio: bool = False,
-    muxer: dict[str, str] | None = None,
+    header_first: bool = False,
     **options: str,
 ) -> bytes:
     """A video file of these frames, uint8 (H, W, 3) each, at 10 a second, or at `times` in hundredths of a second.
 
-    rotation: a display matrix of so many degrees.  audio: with a track of silence.  muxer, options: of the container,
-    of the codec, as FFmpeg calls them (g: frames from one key frame to the next).
+    rotation: a display matrix of so many degrees.  audio: with a track of silence.  header_first: of an mp4.
+    options: of the codec, as FFmpeg calls them (g: frames from one key frame to the next).
     """
     import av
 
-    file = io.BytesIO()
     unit = Fraction(1, 10) if container == "avi" else Fraction(1, 100)  # an avi has a place for every unit
-    with av.open(file, "w", format=container, options=muxer or {}) as output:
+    with (
+        tempfile.NamedTemporaryFile() as file,  # which is read again to put the header first
+        av.open(file.name, "w", container, options={"movflags": "faststart"} if header_first else {}) as output,
+    ):
         stream: Any = output.add_stream(codec, rate=10, options={"g": "6", **options})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.time_base = pixels, unit
@@ -74,7 +78,8 @@ def video(
         output.mux(stream.encode(None))
         if sound is not None:
             _silence(output, sound)
-    return file.getvalue()
+        output.close()
+        return Path(file.name).read_bytes()
 
 
 def sound_alone() -> bytes:

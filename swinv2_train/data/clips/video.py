@@ -11,6 +11,7 @@ import io
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -63,16 +64,18 @@ def read_times(data: bytes, extension: str) -> FrameTimes:
     Raises DecodeError for what is no video, or not whole.
     """
     with _opened(data, extension) as (container, stream):
+        _check_whole(data, _format(data))
         shown: list[int] = []
         keys: list[int] = []
-        promised, told, packets = stream.frames, True, 0
+        promised, told, packets = _promised(stream, data), True, 0
         for packet in container.demux(stream):
             if packet.size == 0:  # asks the decoder for what it holds back
                 continue
             if packet.is_corrupt:
                 raise DecodeError(f"packet {packets} is not whole")
-            packets = packets + 1 if container.format.name != "avi" else (packet.dts or 0) + 1  # it may leave some out
-            if packet.pts is None or container.format.name == "avi":  # whose marks of key frames are not to be relied on
+            avi = _format(data) == "avi"  # counts frames that it leaves out, and marks too many as key frames
+            packets = (packet.dts or 0) + 1 if avi else packets + 1
+            if packet.pts is None or avi:
                 told = False
                 continue
             if packet.is_keyframe:
@@ -95,7 +98,7 @@ class VideoClip(Clip):
     """A video file that is in memory.  times: None = they are looked for.  Raises DecodeError."""
 
     def __init__(self, data: bytes, extension: str, times: FrameTimes | None) -> None:
-        self._data, self._extension = data, extension
+        self.data, self.extension = data, extension
         self.times = read_times(data, extension) if times is None else times
         self.num_frames = len(self.times.shown)
 
@@ -105,7 +108,7 @@ class VideoClip(Clip):
         waiting = iter(positions)
         position = next(waiting, None)
         begin = times.key_before(positions[0]) if times.known and positions else None
-        for number, frame in enumerate(_decoded(self._data, self._extension, begin)):
+        for number, frame in enumerate(_decoded(self.data, self.extension, begin)):
             if position is None:
                 return
             if times.known and frame.pts is not None and frame.pts > times.shown[position]:
@@ -124,7 +127,9 @@ class VideoClip(Clip):
 
 
 def _decoded(data: bytes, extension: str, begin: int | None) -> Iterator[VideoFrame]:
-    """All frames in the order in which they are shown, from the key frame of this time stamp on; None: from the first."""
+    """All frames in the order in which they are shown, from the key frame of this time stamp on; None = from the
+    first.
+    """
     with _opened(data, extension) as (container, stream):
         if begin is not None:
             container.seek(begin, stream=stream, backward=True)
@@ -159,6 +164,47 @@ def _opened(data: bytes, extension: str) -> Iterator[tuple[InputContainer, Video
             raise MachineError(f"a video of {len(data)} bytes cannot be decoded: {fault}") from error
         what = str(error).split("[Errno")[-1][:200]
         raise DecodeError(f"not a readable .{extension} video ({type(error).__name__}: {what})") from error
+
+
+def _promised(stream: VideoStream, data: bytes) -> int:
+    """How many packets the container says that there are; 0 where it does not.  Raises DecodeError where some lie
+    beyond the file's end.
+    """
+    if _format(data) != "mp4":
+        return stream.frames
+    entries = stream.index_entries  # an edit list leaves packets out, so they cannot be counted
+    beyond = sum(entry.pos + entry.size > len(data) for entry in entries)
+    if beyond:
+        raise DecodeError(f"it promises {len(entries)} frames, of which {beyond} lie behind its end; it is cut off")
+    return 0
+
+
+def _check_whole(data: bytes, form: str) -> None:
+    """Raises DecodeError where the container's outermost parts go on behind the file's end."""
+    end = 0
+    if form == "avi":
+        end = 8 + int.from_bytes(data[4:8], "little")
+    elif form == "matroska":
+        size = len(data)
+        for _ in range(2):  # the header, and the segment that holds everything
+            first = data[end + 4] if end + 5 <= size else 0
+            width = 9 - first.bit_length()
+            value = int.from_bytes(data[end + 4 : end + 4 + width], "big") & ((1 << (7 * width)) - 1)
+            if first == 0 or value == (1 << (7 * width)) - 1:  # not told, as of a recording that was sent
+                return
+            end += 4 + width + value
+    else:
+        while end + 8 <= len(data):
+            size, head = int.from_bytes(data[end : end + 4], "big"), 8
+            if size == 1:
+                size, head = int.from_bytes(data[end + 8 : end + 16], "big"), 16
+            if size == 0:  # up to the end
+                return
+            if size < head:
+                raise DecodeError(f"damaged: a part of {size} bytes at byte {end}")
+            end += size
+    if end > len(data):
+        raise DecodeError(f"cut off: {len(data)} bytes of {end}")
 
 
 def _format(data: bytes) -> str:
@@ -206,3 +252,14 @@ def _pixels(frame: VideoFrame) -> Tensor:
     turns, mirrored = _MATRICES[form]
     image = image.rot90(turns, (1, 2))
     return image.flip(2) if mirrored else image
+
+
+def times_in_seconds(clip: VideoClip) -> list[Fraction] | None:
+    """When each frame of a clip is shown; None where the file does not say it."""
+    if not clip.times.known:
+        return None
+    with _opened(clip.data, clip.extension) as (_, stream):
+        unit = stream.time_base
+    if unit is None:
+        return None
+    return [unit * shown for shown in clip.times.shown.tolist()]

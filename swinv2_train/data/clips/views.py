@@ -30,7 +30,7 @@ Look = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class ClipViews:
-    """Clips of `frames` frames, `stride` apart.  Evaluation sees `views` of them in a file, and `crops` crops of each."""
+    """Clips of `frames` frames, `stride` apart.  Evaluation sees `views` of them in a file, with `crops` crops each."""
 
     frames: int
     stride: int

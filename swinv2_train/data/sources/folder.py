@@ -136,7 +136,7 @@ def open_folder(
     classes = None if not plain else class_names(listing.names, f"{key} '{path}'", listing.empty)
     if classes and listing.empty and progress is not None:
         progress(empty_warning(path, listing.empty))
-    _check_unique(listing.names, f"{key} '{path}'")
+    check_unique(listing.names, f"{key} '{path}'")
     label_of = label_numbers(classes or ())
     order = packing_order(len(listing.names))
     ordered = [listing.names[number] for number in order]
@@ -235,7 +235,8 @@ def _listed_beside(path: str, key: str) -> list[tuple[str, int]]:
     return [*zip(found.names, found.sizes, strict=True)]
 
 
-def _check_unique(names: Sequence[str], source: str) -> None:
+def check_unique(names: Sequence[str], source: str) -> None:
+    """Raises ShardError where two samples would have one key.  source: what errors call the place."""
     seen: set[str] = set()
     for name in names:
         key = _key_of(name)

@@ -14,10 +14,9 @@ from tests.support.configs import composed
 CLIP = (
     "run_dir=x", "data.shards=x",
     "model=demo", "model.img_size=32", "model.window_size=4", "model.frames=4", "model.window_frames=2",
-    "task.mixup_alpha=0", "task.cutmix_alpha=0", "task.erasing_prob=0", "task.rand_augment=null", "engine=local",
-    "train.micro_batch_size=1",
+    "task.mixup_alpha=0", "task.cutmix_alpha=0", "task.erasing_prob=0", "engine=local", "train.micro_batch_size=1",
 )  # fmt: skip
-CLASSIFY = ("task=classify", "task.num_classes=10", *CLIP)
+CLASSIFY = ("task=classify", "task.num_classes=10", "task.rand_augment=null", *CLIP)
 
 
 def test_a_clip_is_counted_with_all_its_frames():
