@@ -1,6 +1,6 @@
 """A detector's training step beside torchvision's Mask R-CNN with our encoder in it and transformers' Mask2Former.
 
-    python -m benchmarks.detector_step [--size tiny] [--px 256] [--window 8] [--batch 2] [--objects 7 128] [--rounds 5]
+    python -m benchmarks.detector_step [--size tiny] [--px 256] [--window 8] [--batch 2] [--objects 7 128]
 
 The same images, boxes, classes and masks for all; random weights; forward pass and backward pass, float32 on a CPU.
 Each contestant lives in a process of its own and they take turns, in alternating order, a step that is not measured and
@@ -56,6 +56,8 @@ class Shape:
     window: int
     batch: int
     objects: int
+    samples: int
+    """Boxes of an image that the heads learn from; a quarter of them have masks."""
     threads: int
 
     def encoder(self) -> SwinTransformerV2:
@@ -88,7 +90,8 @@ def ours(shape: Shape, batch: Batch, convs: int) -> tuple[nn.Module, Step]:
     rpn = RPNSettings(per_level=2000, number=1000, eval_number=1000, inside_only=False, beta=0.0)
     roi = RoISettings(
         stages=ONE_STAGE, num_classes=CLASSES, convs=convs, norm="layer", width=1024, class_agnostic=False,
-        box_loss="l1", masks=True, box_samples=512, mask_samples=128, interleaved=False, mask_flow=False,
+        box_loss="l1", masks=True, box_samples=shape.samples,
+        mask_samples=shape.samples // 4, interleaved=False, mask_flow=False,
     )  # fmt: skip
     module = RCNN(shape.encoder(), rpn, roi, Suppression(100, 0.05, 0.5, "none"))
     packed = torch.nn.functional.pad(batch.masks, (0, -shape.px % 8)).unflatten(3, (-1, 8))
@@ -141,7 +144,7 @@ def torchvision(shape: Shape, batch: Batch, version: int) -> tuple[nn.Module, St
     module = MaskRCNN(
         Maps(shape.encoder(), norm), CLASSES + 1, min_size=shape.px, max_size=shape.px, image_mean=[0.0] * 3,
         image_std=[1.0] * 3, rpn_anchor_generator=anchors, rpn_pre_nms_top_n_train=2000, rpn_post_nms_top_n_train=1000,
-        **more,
+        box_batch_size_per_image=shape.samples, **more,
     )  # fmt: skip
     targets = [
         {"boxes": boxes, "labels": labels + 1, "masks": masks.to(torch.uint8)}
@@ -269,11 +272,14 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--objects", type=int, nargs="+", default=[7, 128])
+    parser.add_argument("--samples", type=int, default=512, help="boxes the heads learn from (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     for objects in options.objects:
-        shape = Shape(options.size, options.px, options.window, options.batch, objects, options.threads)
+        shape = Shape(
+            options.size, options.px, options.window, options.batch, objects, options.samples, options.threads
+        )
         print(f"\n{shape}\n\n{table(shape, options.rounds)}", flush=True)
 
 

@@ -1,6 +1,6 @@
 """Compile every kernel of the fused attention for cards that need not be there, and print what each one takes.
 
-    python scripts/compile_fused.py [--windows 8 12 16 24 32] [--head-dim 32] [--dtype bfloat16] [--capability 80 90]
+    python scripts/compile_fused.py [--windows 8 12 24 8x16x16] [--head-dim 32] [--dtype bfloat16] [--capability 80 90]
 
 Triton brings NVIDIA's assembler along, so this runs without a GPU and finds what Triton's interpreter lets pass.  The
 launches are those of models/kernels/dispatch.py itself, recorded instead of carried out.  "spilled" is the stack in
@@ -26,7 +26,7 @@ import torch
 from sass_counts import blocks_of, disassembly, fewest_instructions, marginal_instructions
 
 from swinv2_train.models.kernels import dispatch
-from swinv2_train.models.windows import window_grid
+from swinv2_train.models.windows import num_offsets, window_grid
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 SHARED_KIB = {80: 163, 90: 227}  # that one program may have
@@ -45,10 +45,11 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def launches_of(window: int, head_dim: int, dtype: torch.dtype, padded: bool, capability: int) -> list[Any]:
-    """The launches of one forward and backward pass over 2 x 2 shifted windows with two heads."""
-    side = 2 * window - int(padded)
-    grid = window_grid((side, side), (window, window), shifted=True)
+def launches_of(window: tuple[int, ...], head_dim: int, dtype: torch.dtype, padded: bool, capability: int) -> list[Any]:
+    """The launches of one forward and backward pass over two shifted windows per axis with two heads.
+
+    window: (rows, cols), of a clip (frames, rows, cols)."""
+    grid = window_grid(tuple(2 * length - int(padded) for length in window), window, shifted=True)
     launches: list[Any] = []
     originals = dispatch._kernels, dispatch._compiled, dispatch._capability
     recorders = tuple(
@@ -59,8 +60,9 @@ def launches_of(window: int, head_dim: int, dtype: torch.dtype, padded: bool, ca
     dispatch._compiled = lambda qkv: False  # not the kernel for CPUs
     dispatch._capability = lambda device: capability // 10
     try:
-        qkv = torch.zeros(1, side, side, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
-        out = dispatch.fused_window_attention(qkv, torch.ones(2, 1, 1), torch.zeros((2 * window - 1) ** 2, 2), grid, 2)
+        qkv = torch.zeros(1, *grid.size, 3 * 2 * head_dim, dtype=dtype, requires_grad=True)
+        table = torch.zeros(num_offsets(grid.window), 2)
+        out = dispatch.fused_window_attention(qkv, torch.ones(2, 1, 1), table, grid, 2)
         out.sum().backward()
     finally:
         dispatch._kernels, dispatch._compiled, dispatch._capability = originals
@@ -117,7 +119,7 @@ def counts(name: str, cubin: bytes, kwargs: dict[str, Any], head_dim: int) -> Co
     in_code = sum(block.macs for block in blocks)
     if not in_code:
         return None
-    warps, tokens = kwargs["num_warps"], kwargs["ROWS"] * kwargs["COLS"]
+    warps, tokens = kwargs["num_warps"], kwargs["FRAMES"] * kwargs["ROWS"] * kwargs["COLS"]
     products = (PRODUCTS[name] + 3 * bool(kwargs.get("WHOLE"))) * head_dim
     scores = tokens * tokens
 
@@ -135,7 +137,7 @@ def counts(name: str, cubin: bytes, kwargs: dict[str, Any], head_dim: int) -> Co
         products = min(products, in_code * warps // side**2)  # the compiler leaves out those with padding it knows of
         whole, rest = divmod(tokens, side)
         if "GROUP" in kwargs and not kwargs.get("WHOLE"):
-            whole, rest = -(-kwargs["ROWS"] // kwargs["GROUP"]), 0
+            whole, rest = kwargs["FRAMES"] * -(-kwargs["ROWS"] // kwargs["GROUP"]), 0
         elif rest and kwargs.get("TAIL", side) == side:
             whole, rest = whole + 1, 0
         everything = whole * whole * issued(side, side, True)
@@ -154,9 +156,21 @@ def counts(name: str, cubin: bytes, kwargs: dict[str, Any], head_dim: int) -> Co
     return Counts(interior, everything * 32 / scores)
 
 
+def axes_of(window: str) -> tuple[int, ...]:
+    """(rows, cols) or (frames, rows, cols) of what --windows was given."""
+    axes = tuple(map(int, window.split("x")))
+    return axes * 2 if len(axes) == 1 else axes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, nargs="+", default=[8, 12, 16, 24, 32])
+    parser.add_argument(
+        "--windows",
+        nargs="+",
+        default=["8", "12", "16", "24", "32"],
+        metavar="SIDE|ROWSxCOLS|FRAMESxROWSxCOLS",
+        help="8 is 8x8",
+    )
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument(
         "--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in POINTERS], default="bfloat16"
@@ -173,7 +187,7 @@ def main() -> int:
     for capability in options.capability:
         for window in options.windows:
             for kernel, args, kwargs in launches_of(
-                window, options.head_dim, getattr(torch, options.dtype), options.padded, capability
+                axes_of(window), options.head_dim, getattr(torch, options.dtype), options.padded, capability
             ):
                 threads = 32 * kwargs["num_warps"]
                 compiled = compile_launch(kernel, args, dict(kwargs), capability)

@@ -1,13 +1,14 @@
 """Detection on real pixels: garments on photographs, from SimMIM weights and from none; trees in aerial photographs.
 
     make demo-detect                                    # or: python scripts/demo_detect.py
-    make demo-detect DEMO_ARGS="--only trees --seeds 1 train.epochs=2"   # a key of one task goes to its runs alone
+    make demo-detect DEMO_ARGS="--seeds 1 train.epochs=2"   # a key of one task goes to its runs alone
 
 Scenes are composed of real photographs (scripts/compose_scenes.py) with exact boxes and masks.  One SimMIM pre-training
 sees all training scenes without labels; then Mask R-CNN trains on some of them, twice each way (another seed: other
 weights, order and views), and is scored on the test scenes, whose garments and photographs no training scene has.
-Trees: tiles of one aerial photograph with hand-drawn boxes are trained on, those of another are scored
-(scripts/fetch_trees.py).  Two processes under torchrun.  Ctrl-C leaves complete checkpoints; run again, it goes on.
+Trees: a detector of garments goes on with tiles of one aerial photograph with hand-drawn boxes, and those of another
+are scored (scripts/fetch_trees.py).  Two processes under torchrun.  Ctrl-C leaves complete checkpoints; run again, it
+goes on from there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_STOPPED
 from swinv2_train.monitoring.console import duration_text
 
 SIDE_PX, CLASSES = compose_scenes.KINDS["objects"].side_px, compose_scenes.CLASSES[1:]
-CROP_PX = 128
+CROP_PX = 160
 """Side of a training crop of trees, at about their own scale."""
 MODEL = (
     "model=tiny", "model.patch_size=4", "model.window_size=4", "model.embed_dim=32", "model.depths=[2,2,2,2]",
@@ -53,65 +54,53 @@ GARMENTS = (
 )  # fmt: skip
 TREES = (
     f"model.img_size={CROP_PX}", "task.masks=false", "task.num_classes=1", f"task.class_names=[{fetch_trees.CLASS}]",
-    "task.max_objects=64", "task.box_samples=32", "task.mask_samples=1", "data.dihedral=true",
+    "task.max_objects=64", "task.level_proposals=200", "task.proposals=200", "task.eval_proposals=200",
+    "task.box_samples=64", "task.mask_samples=1", "task.min_object_px=10", "data.dihedral=true",
     f"task.resize_scale=[{0.8 * fetch_trees.TILE_PX / CROP_PX},{1.25 * fetch_trees.TILE_PX / CROP_PX}]",
     f"task.eval_long_px={fetch_trees.TILE_PX}", f"task.eval_short_px={fetch_trees.TILE_PX}",
-    "train.epochs=24", "train.global_batch_size=8", "train.micro_batch_size=4", "optim.lr=2e-3", "seed=0",
+    "train.epochs=24", "train.global_batch_size=8", "train.micro_batch_size=4", "optim.lr=1e-3", "seed=0",
 )  # fmt: skip
 LABELLED = "train-000000.tar"
 """A tenth of the training scenes."""
 BOX_SCORES = ("val/box_ap", "val/box_ap50")
 SCORES = (*BOX_SCORES, "val/mask_ap", "val/mask_ap50")
-PARTS = ("garments", "trees")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code of the first phase that does not end well, or 0."""
-    parser = two_starts.arguments_parser(__doc__, "runs/demo-detect", "data")
-    parser.add_argument("--only", choices=PARTS, default=None, help="one part of the demo; default: both")
-    options = parser.parse_args(arguments)
+    options = two_starts.arguments_parser(__doc__, "runs/demo-detect", "data").parse_args(arguments)
     started = time.monotonic()
-    parts = PARTS if options.only is None else (options.only,)
     scenes, trees = options.data / "scenes", options.data / "trees"
-    phases: list[Phase] = []
-    if "garments" in parts:
-        phases += garment_phases(options.runs, scenes / "objects", options.seeds, options.overrides)
-    if "trees" in parts:
-        phases.append(tree_phase(options.runs, trees, options.overrides))
+    phases = phases_of(options.runs, options.data, options.seeds, options.overrides)
     two_starts.check(phases)
-    exit_code = EXIT_DONE
-    if "garments" in parts:
-        composing = ["--kind", "objects", "--out", str(scenes / "objects"), "--raw", str(scenes / "raw")]
-        exit_code = compose_scenes.run(composing)
-    if exit_code == EXIT_DONE and "trees" in parts:
+    objects = ["--kind", "objects", "--out", str(scenes / "objects"), "--raw", str(scenes / "raw")]
+    exit_code = compose_scenes.run(objects)
+    if exit_code == EXIT_DONE:
         exit_code = fetch_trees.run(["--out", str(trees)])
     if exit_code == EXIT_DONE:
         exit_code = two_starts.run_phases(phases, "demo-detect")
     if exit_code != EXIT_DONE:
         return exit_code
-    if "garments" in parts:
-        found = two_starts.scores_by_way(phases, SCORES[0])
-        print(f"\n{two_starts.table('garments, a tenth of the labels', found, SCORES)}")
-    if "trees" in parts:
-        alone = {"from scratch": [two_starts.last_scores(phases[-1].run_dir, SCORES[0])]}
-        print(f"\n{two_starts.table('trees of another photograph', alone, BOX_SCORES)}")
+    found = two_starts.scores_by_way(phases, SCORES[0])
+    print(f"\n{two_starts.table('garments, trained on a tenth of the labels', found, SCORES)}")
+    alone = {"from the garments' detector": [two_starts.last_scores(phases[-1].run_dir, SCORES[0])]}
+    print(f"\n{two_starts.table('trees of another photograph', alone, BOX_SCORES)}")
     print(f"\nthis call took {duration_text(time.monotonic() - started)}\nreports: {options.runs}/*/report.html")
     return EXIT_DONE
 
 
-def garment_phases(runs: Path, data: Path, seeds: int, overrides: Sequence[str]) -> list[Phase]:
-    """SimMIM on all scenes, and the trainings on a tenth of the labels."""
-    pretrain, shards = runs / "pretrain", f"data.shards={data}/train-*.tar"
-    labelled = (f"data.shards={data}/{LABELLED}", f"data.eval_shards={data}/test-*.tar")
+def phases_of(runs: Path, data: Path, seeds: int, overrides: Sequence[str]) -> list[Phase]:
+    """SimMIM on all scenes, the trainings on a tenth of their labels, and the one on trees, which takes the heads of
+    the first detector of garments that fit.
+    """
+    pretrain, scenes, trees = runs / "pretrain", data / "scenes/objects", data / "trees"
+    shards = f"data.shards={scenes}/train-*.tar"
+    labelled = (f"data.shards={scenes}/{LABELLED}", f"data.eval_shards={scenes}/test-*.tar")
+    tiles = (f"data.shards={trees}/train-*.tar", f"data.eval_shards={trees}/test-*.tar")
     first = two_starts.phase(pretrain, "SimMIM pre-training on all scenes", (*MODEL, *PRETRAIN, shards), overrides)
-    own = (*MODEL, *DETECT, *GARMENTS, *labelled)
-    return [first, *two_starts.both_ways(runs, pretrain, seeds, own, overrides)]
-
-
-def tree_phase(runs: Path, data: Path, overrides: Sequence[str]) -> Phase:
-    """The training on tiles of one aerial photograph, scored on those of another."""
-    shards = (f"data.shards={data}/train-*.tar", f"data.eval_shards={data}/test-*.tar")
-    return two_starts.phase(runs / "trees", "trees, from scratch", (*MODEL, *DETECT, *TREES, *shards), overrides)
+    ways = two_starts.both_ways(runs, pretrain, seeds, (*MODEL, *DETECT, *GARMENTS, *labelled), overrides)
+    own = (*MODEL, *DETECT, *TREES, *tiles, f"task.init_from={ways[0].run_dir}")
+    return [first, *ways, two_starts.phase(runs / "trees", "trees", own, overrides)]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from swinv2_train.models.cosine import (
     window_attention,
     window_bias,
 )
-from swinv2_train.models.kernels.dispatch import fused_available, fused_window_attention
+from swinv2_train.models.kernels.dispatch import fused_available, fused_window_attention, unknown
 from swinv2_train.models.precision import Float32Linear, at_least_float32
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
 from swinv2_train.models.windows import Axes, WindowGrid, log_spaced_coordinates
@@ -33,8 +33,8 @@ class WindowAttention(nn.Module):
     matrices in the dtype of the weights, or autocast's.  Keys have no bias.
     pretrained_window_size: (rows, cols) of the window at which the bias was trained, of clips (frames, rows, cols); it
     normalises the offsets, whatever window a forward pass uses, and as many axes as it has the maps have.
-    fused: attend by fused kernels (models/kernels/) where one is available; on the meta device one is, but for clips
-    as it is on the device that this stands for.
+    fused: attend by fused kernels (models/kernels/) where one is available; on the meta device where those of the
+    device that it stands for know the sizes.
     chunks: where they are not, None attends in all windows at once, otherwise it tells how many at a time, computed
     again in the backward pass.
     """
@@ -99,5 +99,6 @@ class WindowAttention(nn.Module):
 
     def _fused_serves(self, qkv: Tensor, grid: WindowGrid) -> bool:
         if qkv.is_meta:
-            return len(grid.size) == 2 or self.meta_stands_for == "cpu"
+            dim = qkv.shape[-1] // (3 * self.num_heads)
+            return unknown(torch.device(self.meta_stands_for), qkv.dtype, grid, self.num_heads, dim) is None
         return fused_available(qkv, grid, self.num_heads)

@@ -44,31 +44,37 @@ def triton_serves(monkeypatch):
 
 
 def reference(qkv, scale, table, grid, heads):
-    """Every token against every token of the map; what keeps windows apart is arithmetic on coordinates.
+    """Every token against every token of the map, of an image or a clip; what keeps windows apart is arithmetic on
+    coordinates.
 
     Nothing is padded, rolled or cut.  Unit vectors, scores and softmax in at least float32, products in qkv's dtype.
     """
-    batch, height, width, channels = qkv.shape
+    batch, *size, channels = qkv.shape
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    q, k, v = qkv.view(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, tokens, d)
+    q, k, v = qkv.view(batch, math.prod(size), 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, tokens, d)
     q, k = ((x.to(wide) / x.to(wide).norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(x.dtype) for x in (q, k))
-    cell = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).to(qkv.device)
+    cell = torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size)).to(qkv.device)
     window, shift = (torch.tensor(x, device=qkv.device) for x in (grid.window, grid.shift))
     whole = -(-torch.tensor(grid.size, device=qkv.device) // window) * window
     place = (cell - shift) % whole
     together = (place[:, None] // window == place[None] // window).all(-1)
-    apart = ((cell[:, None] < shift) != (cell[None] < shift)).any(-1)
+    other_end = (cell[:, None] < shift) != (cell[None] < shift)
+    apart = other_end[..., -2:].any(-1)
+    together = together & ~other_end[..., :-2].any(-1)  # the two ends of a clip do not attend to each other at all
     offset = (place[:, None] % window - place[None] % window + window - 1).clamp(min=0)
-    bias = table.to(wide)[offset[..., 0] * (2 * grid.window[1] - 1) + offset[..., 1]].permute(2, 0, 1)
+    row = offset[..., 0]
+    for axis in range(1, len(size)):
+        row = row * (2 * grid.window[axis] - 1) + offset[..., axis]
+    bias = table.to(wide)[row].permute(2, 0, 1)
     logits = (q @ k.transpose(-2, -1)).to(wide) * scale.to(wide) + bias - 100.0 * apart
     attention = logits.masked_fill(~together, -torch.inf).softmax(-1).to(v.dtype)
-    return (attention @ v).transpose(1, 2).reshape(batch, height, width, channels // 3)
+    return (attention @ v).transpose(1, 2).reshape(batch, *size, channels // 3)
 
 
 def inputs(grid, heads, dim, batch=1, dtype=torch.float32, largest_scale=30.0, seed=0):
     """qkv, scale, table and the gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
-    offsets = (2 * grid.window[0] - 1) * (2 * grid.window[1] - 1)
+    offsets = math.prod(2 * length - 1 for length in grid.window)
     qkv = torch.randn(batch, *grid.size, 3 * heads * dim, generator=generator)
     scale = 1 + (largest_scale - 1) * torch.rand(heads, 1, 1, generator=generator)
     table = 16 * torch.rand(offsets, heads, generator=generator)
@@ -87,8 +93,13 @@ def in_float64(tensors):
     return [x.double() for x in tensors]
 
 
+def number(error):
+    """An error as a float; infinite where it is not a number, which max() would pass over."""
+    return math.inf if error.isnan() else error.item()
+
+
 def relative_errors(found, expected):
-    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)]
+    return [number((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
 
 
 def expected_of(tensors, grid, heads):
@@ -107,7 +118,7 @@ def assert_equals_float64(grid, heads, dim, rtol=RTOL, **kwargs):
     expected, sizes = expected_of(tensors, grid, heads)
     found = run(dispatch.fused_window_attention, *tensors, grid, heads)
     errors = relative_errors(found, expected)
-    errors[2] = ((found[2] - expected[2]).abs() / sizes).max().item()
+    errors[2] = number(((found[2] - expected[2]).abs() / sizes).max())
     assert max(errors) < rtol, (grid, heads, dim, errors)
 
 
@@ -128,6 +139,54 @@ def test_output_and_gradients_equal_float64(seed):
     """Non-square windows, shifts and padding in either axis, head dims that are no powers of two, several images."""
     grid, heads, dim, batch = random_case(seed)
     assert_equals_float64(grid, heads, dim, batch=batch, seed=seed)
+
+
+CLIPS = [
+    ((3, 4, 6), (2, 3, 5), True, 1, 16),  # more frames than the window; every axis shifted and padded
+    pytest.param((5, 3, 4), (4, 3, 4), True, 1, 24, marks=pytest.mark.slow),  # time alone is shifted
+    pytest.param((4, 5, 3), (1, 3, 2), True, 2, 16, marks=pytest.mark.slow),  # windows of one frame: so many images
+    pytest.param((4, 6, 5), (4, 4, 4), True, 1, 16, marks=pytest.mark.slow),  # time stays in place, the sides do not
+    pytest.param((3, 4, 6), (2, 3, 3), False, 1, 40, marks=pytest.mark.slow),
+    pytest.param((7, 5, 9), (3, 5, 7), True, 1, 32, marks=pytest.mark.slow),  # several tiles
+    pytest.param((8, 8, 8), (8, 8, 8), False, 1, 16, marks=pytest.mark.slow),
+    pytest.param((12, 9, 8), (8, 8, 8), True, 1, 16, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("size", "window", "shifted", "heads", "dim"), CLIPS)
+def test_windows_of_clips_equal_float64(size, window, shifted, heads, dim):
+    assert_equals_float64(window_grid(size, window, shifted), heads, dim, batch=2 if math.prod(size) < 100 else 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "shifted", "heads", "dim"),
+    [
+        ((3, 3, 4), (2, 3, 3), True, 1, 16),
+        pytest.param((3, 7, 5), (2, 5, 4), True, 1, 16, marks=pytest.mark.slow),
+        pytest.param((4, 5, 6), (1, 3, 3), True, 1, 16, marks=pytest.mark.slow),
+        pytest.param((5, 10, 11), (3, 7, 10), True, 2, 16, marks=pytest.mark.slow),  # groups of 6 rows, and of 1
+        pytest.param((3, 9, 33), (2, 9, 33), True, 1, 16, marks=pytest.mark.slow),  # a tile a row
+        pytest.param((10, 8, 8), (10, 8, 8), False, 1, 16, marks=pytest.mark.slow),  # so by themselves: 640 tokens
+    ],
+)
+def test_windows_of_clips_too_large_for_a_dense_bias_equal_float64(size, window, shifted, heads, dim, monkeypatch):
+    """As 8x16x16, whose kernels take the bias from the table: here on small ones."""
+    monkeypatch.setattr(dispatch, "DENSE_TOKENS", 0 if math.prod(window) <= 576 else dispatch.DENSE_TOKENS)
+    grid = window_grid(size, window, shifted)
+    assert_equals_float64(grid, heads, dim)
+    tensors = inputs(grid, heads, dim)
+    first, second = (run(dispatch.fused_window_attention, *tensors, grid, heads) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_windows_of_one_frame_are_those_of_images():
+    """The same kernels, and the same bits; so of an image's window only one form is ever compiled."""
+    clip, image = window_grid((2, 3, 2), (1, 2, 2), True), window_grid((3, 2), (2, 2), True)
+    qkv, scale, table, grad = inputs(clip, 1, 16, batch=2)
+    found = run(dispatch.fused_window_attention, qkv, scale, table, grad, clip, 1)
+    qkv, grad = qkv.flatten(0, 1), grad.flatten(0, 1)
+    expected = run(dispatch.fused_window_attention, qkv, scale, table, grad, image, 1)
+    assert all(torch.equal(a.view_as(b), b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.slow
@@ -406,6 +465,20 @@ def test_the_reference_path_serves_where_the_kernels_do_not():
         assert not dispatch.fused_available(qkv.double(), grid, 1)
         assert not dispatch.fused_available(qkv, grid, 4)  # d = 8
         assert not dispatch.fused_available(qkv, grid._replace(window=(65, 8)), 1)
+        assert dispatch.fused_available(
+            torch.zeros(1, 2, 4, 4, 96, device="cuda"), window_grid((2, 4, 4), (2, 4, 4), 0), 2
+        )
+
+
+def test_windows_whose_bias_table_is_too_long_are_left_to_the_next_path():
+    """Those of the paper's clips are not."""
+    card = torch.device("cuda")
+    for window in ((8, 8, 8), (8, 16, 16), (8, 20, 20), (8, 24, 24), (8, 32, 32)):
+        assert dispatch.unknown(card, torch.bfloat16, window_grid(window, window, False), 8, 32) is None
+    said = dispatch.unknown(card, torch.bfloat16, window_grid((9, 32, 32), (9, 32, 32), False), 8, 32)
+    assert said == "windows of 9x32x32 have 67473 offsets, more than 65536"
+    said = dispatch.unknown(card, torch.bfloat16, window_grid((65, 8, 8), (65, 8, 8), False), 8, 32)
+    assert said == "windows of 65x8x8 are larger than 64"
 
 
 def test_a_table_of_another_window_is_an_error():
@@ -439,12 +512,20 @@ def test_every_kernel_compiles_for_cards_that_are_not_here(arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (3, 16, 24)])
 def test_a_model_attends_by_the_kernels_where_they_are_available(size, monkeypatch):
-    """Shifted and padded windows, heads of 16; output within 1e-5 and gradients within 1e-4 of their largest entries
-    (measured 1e-6 and 1e-5)."""
+    """Shifted and padded windows, of images and of clips, heads of 16; output within 1e-5 and gradients, those of the
+    bias MLP too, within 1e-4 of their largest entries (measured 1e-6 and 1e-5)."""
     torch.manual_seed(0)
-    settings = {"img_size": size, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "window_size": 5}
+    frames = {"frames": size[0], "window_frames": 2} if len(size) == 3 else {}
+    settings = {
+        **frames,
+        "img_size": size[-2:],
+        "embed_dim": 32,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "window_size": 5,
+    }
     settings |= {"num_classes": 3, "pretrained_window_sizes": (0, 0), "drop_path_rate": 0.0}
     reference_model, model = (SwinTransformerV2(**settings, fused_attention=use).to(DEVICE) for use in (False, True))
     for parameter in reference_model.parameters():  # blocks start as the identity

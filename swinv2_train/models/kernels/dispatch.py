@@ -28,13 +28,14 @@ from swinv2_train.models.windows import MASKED_LOGIT, WindowGrid, num_offsets
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WINDOW = 64
+MAX_OFFSETS = 2**16  # rows of the bias table, all of which a program holds: 33,135 where a clip's window is 8x24x24
 HEAD_DIMS = (16, 128)  # the smallest and the largest
 MIN_CAPABILITY = 8  # major: the first with bfloat16 matrix units
 DENSE_TOKENS = 576  # windows of up to 24 x 24 have the bias of every pair in memory
 BIAS_BLOCK = 1024
 MAX_REACH = 96.0
 """Scores whose head reaches no further go into 2^x as they are: a row's largest weight is at least 2^-96 and one of
-2^-24 of it still a normal number; the largest weight possible, times a thousand tokens and values of 1e5, is below
+2^-24 of it still a normal number; the largest weight possible, times ten thousand tokens and values of 1e5, is below
 2^127."""
 TABLE_PROGRAMS = 2048  # of the table's gradient; a constant, because its sums must not depend on the card
 
@@ -63,12 +64,13 @@ def unknown(device: torch.device, dtype: torch.dtype, grid: WindowGrid, num_head
         return f"head dim {head_dim} is not within {limits[1]} to {HEAD_DIMS[1]}"
     if device.type == "cpu":
         return f"windows of {tokens} tokens are more than {cpu.MAX_TOKENS}" if tokens > cpu.MAX_TOKENS else None
-    if len(grid.window) > 2:
-        return "windows of clips"
     if max(grid.window) > MAX_WINDOW:
-        return f"windows of {grid.window[0]}x{grid.window[1]} are larger than {MAX_WINDOW}"
+        return f"windows of {'x'.join(map(str, grid.window))} are larger than {MAX_WINDOW}"
+    if num_offsets(grid.window) > MAX_OFFSETS:
+        offsets = num_offsets(grid.window)
+        return f"windows of {'x'.join(map(str, grid.window))} have {offsets} offsets, more than {MAX_OFFSETS}"
     if math.prod(grid.size) * 3 * num_heads * head_dim >= 2**31:
-        return "offsets inside an image are 32-bit"
+        return "offsets inside an image or clip are 32-bit"
     return None
 
 
@@ -213,20 +215,25 @@ class _Launch:
         self.grid, self.heads = grid, heads
         self.dim = qkv.shape[-1] // (3 * heads)
         self.tokens = math.prod(grid.window)
-        grid_rows, grid_cols = (p // w for p, w in zip(grid.padded, grid.window, strict=True))
-        self.windows = qkv.shape[0] * grid_rows * grid_cols
-        self.sizes = (heads, *grid.size, grid_rows, grid_cols, *grid.shift)
-        self.tiles = tiles_for(self.tokens, grid.window[1], self.dim, qkv.dtype, _capability(qkv.device))
+        counts = [p // w for p, w in zip(grid.padded, grid.window, strict=True)]
+        self.windows = qkv.shape[0] * math.prod(counts)
+        frames, height, width = (1, *grid.size)[-3:]
+        grid_frames, grid_rows, grid_cols = (1, *counts)[-3:]
+        shift_frame, shift_row, shift_col = (0, *grid.shift)[-3:]
+        of_image = (heads, height, width, grid_rows, grid_cols, shift_row, shift_col)
+        self.sizes = (*of_image, frames, grid_frames, shift_frame)
+        self.window = dict(zip(("FRAMES", "ROWS", "COLS"), (1, *grid.window)[-3:], strict=True))
+        """Windows of one frame are those of so many images, and have the kernels of images."""
+        self.tiles = tiles_for(self.tokens, grid.window[-1], self.dim, qkv.dtype, _capability(qkv.device))
         self.dense = self.tokens <= DENSE_TOKENS
         blocks = {*self.tiles[:3], self.tiles.forward_owned, self.tiles.forward_streamed, self.tiles.side}
         self.stride = max(_covered(self.tokens, block) for block in blocks) if self.dense else 0
         self.constants: dict[str, Any] = {
-            "ROWS": grid.window[0],
-            "COLS": grid.window[1],
+            **self.window,
             "D": self.dim,
             "DP": max(16, _power_of_two(self.dim)),
             "num_stages": 1,  # the pipeliner would copy the bias through shared memory, two instructions more a score
-            "SHIFTED": grid.shift != (0, 0),
+            "SHIFTED": grid.shifted,
             "PADDED": grid.padded != grid.size,
             "MASKED": MASKED_LOGIT * math.log2(math.e),
         }
@@ -235,20 +242,25 @@ class _Launch:
         return (self.windows * math.ceil(self.tokens / owned) * self.heads,)
 
     def table_programs(self) -> tuple[int, int, int, int]:
-        """Rows per group, groups, splits of the windows and bins per program of the table's gradient.
+        """Rows per group, programs per head and split, splits of the windows and bins per program of the table's
+        gradient.
 
-        A group is a tile's side of tokens where the bias is dense, and no bins are needed: the partial sums take
-        splits * h * N^2 * 4 bytes, with several splits at most 34 MB.  In larger windows it is a number of rows, and
-        they take splits * (2 groups - 1) * h * bins * 4 bytes.  bins is at most 256, so that with several splits that
-        is at most 4 MiB; with a single one 64 KiB per head, whatever the batch.
+        A group is a tile's side of tokens where the bias is dense, a program's part a pair of groups, and no bins are
+        needed: the partial sums take splits * h * N^2 * 4 bytes, with several splits at most 34 MB.  In larger windows
+        it is a number of a frame's rows, a program's part a distance between groups and between frames, and they take
+        splits * programs * h * bins * 4 bytes.  bins is at most 256, so that with several splits that is at most 8 MiB
+        (4 of images); with a single one 64 KiB per head of images, 105 of windows of 8x16x16, whatever the batch.
         """
-        rows, cols = self.grid.window
+        frames, rows, cols = self.window.values()
         side = self.tiles.side
         group = min(rows, side // cols)
-        groups = math.ceil(self.tokens / side if self.dense else rows / group)
-        tiles = groups * groups if self.dense else groups
+        if self.dense:
+            programs = tiles = math.ceil(self.tokens / side) ** 2
+        else:
+            groups = math.ceil(rows / group)
+            programs, tiles = (2 * frames - 1) * (2 * groups - 1), frames * groups
         splits = min(self.windows, max(1, TABLE_PROGRAMS // (self.heads * tiles)))
-        return group, groups, splits, 0 if self.dense else _rounded((2 * group - 1) * (2 * cols - 1), side)
+        return group, programs, splits, 0 if self.dense else _rounded((2 * group - 1) * (2 * cols - 1), side)
 
     def bias(self, scale: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The bias as the kernels read it, and how far scores can be from 0, (h,) float32.
@@ -264,8 +276,8 @@ class _Launch:
         reach = table.new_empty(self.heads)
         blocks = math.ceil(bias[0].numel() / BIAS_BLOCK)
         _kernels()[0].bias_kernel[(self.heads * blocks,)](
-            table, scale, bias, reach, self.heads, ROWS=self.grid.window[0], COLS=self.grid.window[1],
-            STRIDE=self.stride, BLOCK=BIAS_BLOCK, OFFSETS=_power_of_two(entries), num_warps=4,
+            table, scale, bias, reach, self.heads, **self.window, STRIDE=self.stride, BLOCK=BIAS_BLOCK,
+            OFFSETS=_power_of_two(entries), num_warps=max(4, _power_of_two(entries) // 4096),
         )  # fmt: skip
         return bias, reach
 
@@ -357,8 +369,8 @@ def _attend_backward(
     _, kernels, table_kernels = _kernels()
     launch = _Launch(qkv, grid, heads)
     tiles, tokens, stride = launch.tiles, launch.tokens, launch.stride
-    group, groups, splits, bins = launch.table_programs()
-    whole = launch.dense and groups == 1
+    group, parts, splits, bins = launch.table_programs()
+    whole = launch.dense and parts == 1
     delta = lse.new_empty(0 if whole else lse.shape)
     unit = qkv.new_empty(0 if whole else (*qkv.shape[:-1], qkv.shape[-1] // 3 * 2))
     programs = launch.programs(tiles.owned)
@@ -366,7 +378,6 @@ def _attend_backward(
     common = {**launch.constants, "STRIDE": stride, "num_warps": tiles.warps}
     blocks = (tiles.owned, tiles.streamed, tiles.streamed_queries)
     owned, streamed, queries = ((block, tail(tokens, block)) for block in blocks)
-    rows_and_cols = {"ROWS": grid.window[0], "COLS": grid.window[1]}
     with torch.cuda.device(qkv.get_device()):  # -1 on the CPU: nothing to select
         bias, _ = launch.bias(scale, table.contiguous(), qkv.dtype)
         if not whole:
@@ -381,23 +392,23 @@ def _attend_backward(
             )  # fmt: skip
         if launch.dense:
             partial = lse.new_empty(splits, heads, stride, stride)
-            table_kernels.table_gradient_kernel[(heads * groups * groups, splits)](
+            table_kernels.table_gradient_kernel[(heads * parts, splits)](
                 grad, qkv, scale, bias, lse, delta, unit, grad_qkv, scale_summands, partial,
                 launch.windows, *launch.sizes, **launch.constants, STRIDE=stride,
                 BLOCK=tiles.side, TAIL=tail(tokens, tiles.side), WHOLE=whole, num_warps=tiles.side_warps,
             )  # fmt: skip
             table_kernels.table_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
-                partial[0] if splits == 1 else partial.sum(0), grad_table, heads, **rows_and_cols, STRIDE=stride,
+                partial[0] if splits == 1 else partial.sum(0), grad_table, heads, **launch.window, STRIDE=stride,
                 BLOCK=64, BLOCK_Q=32, num_warps=4,
             )  # fmt: skip
         else:
-            partial = lse.new_empty(splits, 2 * groups - 1, heads, bins)
-            table_kernels.offset_gradient_kernel[(heads * (2 * groups - 1), splits)](
+            partial = lse.new_empty(splits, parts, heads, bins)
+            table_kernels.offset_gradient_kernel[(heads * parts, splits)](
                 grad, qkv, bias, lse, delta, unit, partial, launch.windows, *launch.sizes, **launch.constants,
                 GROUP=group, BLOCK=tiles.side, BINS=bins, num_warps=tiles.side_warps,
             )  # fmt: skip
             table_kernels.offset_reduction_kernel[(heads * math.ceil(table.shape[0] / 64),)](
-                partial, grad_table, splits, heads, **rows_and_cols, GROUP=group, BINS=bins,
+                partial, grad_table, splits, heads, **launch.window, GROUP=group, BINS=bins,
                 BLOCK=64, BLOCK_SPLITS=32, num_warps=4,
             )  # fmt: skip
     torch.sum(scale_summands.view(-1, heads), 0, out=grad_scale.view(-1))

@@ -2,15 +2,16 @@
 
 :mod:`swinv2_train.models.kernels.dispatch` launches them; the bias table's gradient is in triton_bias_table.
 
-Legend: B batch, H W tokens per side, C channels, h heads, d head dim (D padded to a power of two: DP), N = ROWS x COLS
-tokens per window.  A program owns a block of one window's tokens and one head; it finds them in the unpartitioned map
-by arithmetic.  Scores are kept times log2(e), because the hardware's exponential is 2^x: `bias` holds the bias so, less
-the middle of its head's range (softmax does not see it), and `lse` the base-2 logarithm of the softmax's denominator.
+Legend: B batch, H W tokens per side, C channels, h heads, d head dim (D padded to a power of two: DP), N = FRAMES x
+ROWS x COLS tokens per window; FRAMES is 1 for images.  A program owns a block of one window's tokens and one head; it
+finds them in the unpartitioned map by arithmetic.  Scores are kept times log2(e), because the hardware's exponential is
+2^x: `bias` holds the bias so, less the middle of its head's range (softmax does not see it), and `lse` the base-2
+logarithm of the softmax's denominator.
 `bias` is (h, STRIDE, STRIDE), a score's own for every pair of tokens, where that stays in the L2 cache; with STRIDE = 0
-it is (h, (2 ROWS - 1)(2 COLS - 1)), one for every offset.
+it is (h, (2 FRAMES - 1)(2 ROWS - 1)(2 COLS - 1)), one for every offset.
 
-The place of token (r, c) is r (2 COLS - 1) + c: the difference of two places, plus that of the zero offset, is the
-row of the bias table.
+The place of token (f, r, c) is (f (2 ROWS - 1) + r)(2 COLS - 1) + c: the difference of two places, plus that of the
+zero offset, is the row of the bias table.
 
 Tokens are taken in blocks of BLOCK_Q or BLOCK_K, and what a window has beyond its last whole block in one of TAIL_Q or
 TAIL_K: a window of 144 tokens is 64 + 64 + 16, not 192.
@@ -35,48 +36,62 @@ except ImportError:  # builds of torch for the CPU come without Triton; nothing 
 
 
 @jit_inline
-def window_frame(
-    window, height, width, grid_rows, grid_cols, shift_row, shift_col, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Where a window lies: number of its image's first token; row and col of the map where it begins; the window's row
-    and col from which on its tokens come from the other end of the map (ROWS and COLS where none do)."""
+def window_corner(
+    window, height, width, grid_rows, grid_cols, shift_row, shift_col, frames, grid_frames, shift_frame,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Where a window lies: number of its map's first token; frame, row and col of the map where it begins; the window's
+    frame, row and col from which on its tokens come from the other end of the map (FRAMES, ROWS and COLS where none
+    do)."""
     cell = window % (grid_rows * grid_cols)
     cell_row = cell // grid_cols
     cell_col = cell - cell_row * grid_cols
     wrap_row = tl.where(cell_row == grid_rows - 1, ROWS - shift_row, ROWS)
     wrap_col = tl.where(cell_col == grid_cols - 1, COLS - shift_col, COLS)
-    first_token = (window // (grid_rows * grid_cols)).to(tl.int64) * height * width
-    return first_token, cell_row * ROWS + shift_row, cell_col * COLS + shift_col, wrap_row, wrap_col
+    first_frame, wrap_frame = 0, FRAMES
+    sheet = window // (grid_rows * grid_cols)  # an image, or the windows of a clip that begin at the same frame
+    if FRAMES > 1:
+        cell_frame = sheet % grid_frames
+        wrap_frame = tl.where(cell_frame == grid_frames - 1, FRAMES - shift_frame, FRAMES)
+        first_frame = cell_frame * FRAMES + shift_frame
+        first_token = (sheet // grid_frames).to(tl.int64) * frames * height * width
+    else:
+        first_token = sheet.to(tl.int64) * height * width
+    first_row, first_col = cell_row * ROWS + shift_row, cell_col * COLS + shift_col
+    return first_token, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col
 
 
 @jit_inline
 def locate(
-    n,
-    first_row,
-    first_col,
-    wrap_row,
-    wrap_col,
-    height,
-    width,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Tokens n of a window in the map (row * width + col), and whether they exist: padding and n >= N do not."""
+    n, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col, frames, height, width,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Tokens n of a window in the map ((frame * height + row) * width + col), and whether they exist: padding and
+    n >= N do not."""
     row, col = n // COLS, n % COLS
+    if FRAMES > 1:
+        frame, row = row // ROWS, row % ROWS
+        map_frame = tl.where(frame < wrap_frame, frame + first_frame, frame - wrap_frame)
     map_row = tl.where(row < wrap_row, row + first_row, row - wrap_row)
     map_col = tl.where(col < wrap_col, col + first_col, col - wrap_col)
-    real = n < ROWS * COLS
+    real = n < FRAMES * ROWS * COLS
     if PADDED:
         real = real & (map_row < height) & (map_col < width)
+    if FRAMES > 1:
+        if PADDED:
+            real = real & (map_frame < frames)
+        map_row += map_frame * height
     return map_row * width + map_col, real
 
 
 @jit_inline
-def place_of(n, ROWS: tl.constexpr, COLS: tl.constexpr):
+def place_of(n, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The place of tokens n; those past the window's end count as its last one, so that all places lie in the table."""
-    n = tl.minimum(n, ROWS * COLS - 1)
-    return (n // COLS) * (2 * COLS - 1) + n % COLS
+    n = tl.minimum(n, FRAMES * ROWS * COLS - 1)
+    place = (n // COLS) * (2 * COLS - 1) + n % COLS  # of ROWS rows a frame, where the table has 2 ROWS - 1
+    if FRAMES > 1:
+        place += (n // (ROWS * COLS)) * ((ROWS - 1) * (2 * COLS - 1))
+    return place
 
 
 @jit_inline
@@ -120,15 +135,17 @@ def through_unit(grad, unit, inverse):
 @jit
 def bias_kernel(
     table, scale, bias, reach, heads,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """bias, from table ((2 ROWS - 1)(2 COLS - 1), h), and reach (h,) float32: no score is further from 0 than that.
+    """bias, from table ((2 FRAMES - 1)(2 ROWS - 1)(2 COLS - 1), h), and reach (h,) float32, which no score is beyond.
 
     Scores with keys past the window's end are -inf where there is one for every pair.  OFFSETS: the table's rows,
     rounded up to a power of two.
     """
-    WIDTH: tl.constexpr = 2 * COLS - 1
-    ENTRIES: tl.constexpr = (2 * ROWS - 1) * WIDTH
+    AREA: tl.constexpr = (2 * ROWS - 1) * (2 * COLS - 1)
+    ENTRIES: tl.constexpr = (2 * FRAMES - 1) * AREA
+    ZERO: tl.constexpr = ENTRIES // 2  # the zero offset
     head = tl.program_id(0) % heads
     block = tl.program_id(0) // heads
     entry = tl.arange(0, OFFSETS)
@@ -140,9 +157,9 @@ def bias_kernel(
     at = block * BLOCK + tl.arange(0, BLOCK)
     if STRIDE > 0:
         n, k_n = at // STRIDE, at % STRIDE
-        offset = place_of(n, ROWS, COLS) - place_of(k_n, ROWS, COLS) + (ROWS - 1) * WIDTH + COLS - 1
+        offset = place_of(n, FRAMES, ROWS, COLS) - place_of(k_n, FRAMES, ROWS, COLS) + ZERO
         values = (tl.load(table + offset * heads + head) - 0.5 * (high + low)) * 1.4426950408889634
-        values = tl.where(k_n < ROWS * COLS, values, float("-inf"))
+        values = tl.where(k_n < FRAMES * ROWS * COLS, values, float("-inf"))
         bias += head * (STRIDE * STRIDE)
         tl.store(bias + at, values.to(bias.dtype.element_ty), mask=at < STRIDE * STRIDE)
     else:
@@ -152,50 +169,59 @@ def bias_kernel(
 
 
 @jit_inline
-def bias_of_head(bias, head, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
+def bias_of_head(bias, head, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
     """Where a head's bias begins: that of the first pair, or of the zero offset."""
     if STRIDE > 0:
         bias += head * (STRIDE * STRIDE)
     else:
-        bias += head * ((2 * ROWS - 1) * (2 * COLS - 1)) + (ROWS - 1) * (2 * COLS - 1) + COLS - 1
+        ENTRIES: tl.constexpr = (2 * FRAMES - 1) * (2 * ROWS - 1) * (2 * COLS - 1)
+        bias += head * ENTRIES + ENTRIES // 2
     return bias
 
 
 @jit_inline
-def load_bias(bias, n, k_n, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
+def load_bias(bias, n, k_n, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
     """The bias of queries n with keys k_n, in float32."""
     if STRIDE > 0:
         values = tl.load(bias + (n * STRIDE)[:, None] + k_n[None, :]).to(tl.float32)
     else:
-        values = tl.load((bias + place_of(n, ROWS, COLS))[:, None] + (-place_of(k_n, ROWS, COLS))[None, :])
+        place, k_place = place_of(n, FRAMES, ROWS, COLS), place_of(k_n, FRAMES, ROWS, COLS)
+        values = tl.load((bias + place)[:, None] + (-k_place)[None, :])
     return values
 
 
 @jit_inline
-def load_bias_of_keys(bias, k_n, n, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
+def load_bias_of_keys(bias, k_n, n, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STRIDE: tl.constexpr):
     """The same, transposed: a row per key."""
     if STRIDE > 0:
         values = tl.load(bias + k_n[:, None] + (n * STRIDE)[None, :]).to(tl.float32)
     else:
-        values = tl.load((bias - place_of(k_n, ROWS, COLS))[:, None] + place_of(n, ROWS, COLS)[None, :])
+        values = tl.load((bias - place_of(k_n, FRAMES, ROWS, COLS))[:, None] + place_of(n, FRAMES, ROWS, COLS)[None, :])
     return values
 
 
 @jit_inline
 def attention_scores(
-    a, b, bias, n, b_n, wrap_row, wrap_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr,
+    a, b, bias, n, b_n, wrap_frame, wrap_row, wrap_col,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """a b^T + bias: scores times log2(e) of the window's tokens n with its tokens b_n; a or b has the scale in it.
 
-    MASKED is added between the regions that the shift brought together, which only the last windows of an axis have:
-    the others skip that, and the arithmetic for it.
+    MASKED is added between the regions that the shift brought together, -inf between the two ends of a clip.  Only the
+    last windows of an axis have that: the others skip it, and the arithmetic for it.
     """
     scores = tl.dot(a, tl.trans(b), acc=bias, input_precision="ieee")
     if SHIFTED:  # noqa: SIM102 (a constant, which the compiler decides)
-        if (wrap_row < ROWS) | (wrap_col < COLS):
+        apart = (wrap_row < ROWS) | (wrap_col < COLS)
+        if FRAMES > 1:
+            apart = apart | (wrap_frame < FRAMES)
+        if apart:
             zero = tl.minimum(wrap_row, 0)  # the compiler does not know, and so keeps the divisions in here
             n, b_n = n + zero, b_n + zero
+            if FRAMES > 1:
+                end, b_end = n // (ROWS * COLS) >= wrap_frame, b_n // (ROWS * COLS) >= wrap_frame
+                scores = tl.where(end[:, None] == b_end[None, :], scores, float("-inf"))
+                n, b_n = n % (ROWS * COLS), b_n % (ROWS * COLS)
             region = (n // COLS >= wrap_row).to(tl.int32) * 2 + (n % COLS >= wrap_col).to(tl.int32)
             b_region = (b_n // COLS >= wrap_row).to(tl.int32) * 2 + (b_n % COLS >= wrap_col).to(tl.int32)
             scores = tl.where(region[:, None] == b_region[None, :], scores, scores + MASKED)
@@ -204,8 +230,9 @@ def attention_scores(
 
 @jit_inline
 def forward_step(
-    start, acc, total, top, q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    start, acc, total, top, q, n, qkv, bias, heads, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col,
+    frames, height, width,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
@@ -213,12 +240,17 @@ def forward_step(
     ONLINE), after BLOCK_K more keys, from `start` on."""
     stride = heads * (3 * D)
     k_n = start + tl.arange(0, BLOCK_K)
-    k_token, k_real = locate(k_n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
+    k_token, k_real = locate(
+        k_n, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col, frames, height, width,
+        FRAMES, ROWS, COLS, PADDED,
+    )  # fmt: skip
     k, k_inverse = unit_rows(load_rows(qkv + heads * D, k_token, k_real, stride, D, DP))
     v = load_rows(qkv + heads * (2 * D), k_token, k_real, stride, D, DP)
-    scores = load_bias(bias, n, k_n, ROWS, COLS, STRIDE)
-    scores = attention_scores(q, k.to(q.dtype), scores, n, k_n, wrap_row, wrap_col, ROWS, COLS, SHIFTED, MASKED)
-    if PADDED or (STRIDE == 0 and ROWS * COLS % BLOCK_K != 0):
+    scores = load_bias(bias, n, k_n, FRAMES, ROWS, COLS, STRIDE)
+    scores = attention_scores(
+        q, k.to(q.dtype), scores, n, k_n, wrap_frame, wrap_row, wrap_col, FRAMES, ROWS, COLS, SHIFTED, MASKED
+    )
+    if PADDED or (STRIDE == 0 and FRAMES * ROWS * COLS % BLOCK_K != 0):
         scores = tl.where(k_real[None, :], scores, float("-inf"))
     if ONLINE:
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -236,25 +268,27 @@ def forward_step(
 
 @jit_inline
 def forward_keys(
-    q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    q, n, qkv, bias, heads, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col, frames, height, width,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
     """acc, total and top of forward_step after all of a window's keys."""
-    WHOLE_BLOCKS: tl.constexpr = ROWS * COLS // BLOCK_K * BLOCK_K
+    WHOLE_BLOCKS: tl.constexpr = FRAMES * ROWS * COLS // BLOCK_K * BLOCK_K
     acc = tl.zeros((BLOCK, DP), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     top = tl.full((BLOCK,), -1e30 if ONLINE else 0.0, tl.float32)  # not -inf: the first keys may all be padding
     for start in range(0, WHOLE_BLOCKS, BLOCK_K):
         acc, total, top = forward_step(
-            start, acc, total, top, q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
-            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, ONLINE,
+            start, acc, total, top, q, n, qkv, bias, heads, first_frame, first_row, first_col,
+            wrap_frame, wrap_row, wrap_col, frames, height, width,
+            FRAMES, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, ONLINE,
         )  # fmt: skip
-    if WHOLE_BLOCKS < ROWS * COLS:
+    if WHOLE_BLOCKS < FRAMES * ROWS * COLS:
         acc, total, top = forward_step(
-            WHOLE_BLOCKS, acc, total, top, q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col,
-            height, width, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, TAIL_K, ONLINE,
+            WHOLE_BLOCKS, acc, total, top, q, n, qkv, bias, heads, first_frame, first_row, first_col,
+            wrap_frame, wrap_row, wrap_col, frames, height, width,
+            FRAMES, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, TAIL_K, ONLINE,
         )  # fmt: skip
     return acc, total, top
 
@@ -262,31 +296,37 @@ def forward_keys(
 @jit_inline
 def forward_block(
     block, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, window, head, qkv, scale, bias, reach, out, lse,
-    heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    heads, height, width, grid_rows, grid_cols, shift_row, shift_col, frames, grid_frames, shift_frame,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, MAX_REACH: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of BLOCK queries, from block * BLOCK_Q on."""
-    N: tl.constexpr = ROWS * COLS
-    first_token, first_row, first_col, wrap_row, wrap_col = window_frame(
-        window, height, width, grid_rows, grid_cols, shift_row, shift_col, ROWS, COLS
-    )
+    N: tl.constexpr = FRAMES * ROWS * COLS
+    first_token, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col = window_corner(
+        window, height, width, grid_rows, grid_cols, shift_row, shift_col, frames, grid_frames, shift_frame,
+        FRAMES, ROWS, COLS,
+    )  # fmt: skip
     qkv += first_token * (heads * 3 * D) + head * D
-    bias = bias_of_head(bias, head, ROWS, COLS, STRIDE)
+    bias = bias_of_head(bias, head, FRAMES, ROWS, COLS, STRIDE)
     n = block * BLOCK_Q + tl.arange(0, BLOCK)
-    token, real = locate(n, first_row, first_col, wrap_row, wrap_col, height, width, ROWS, COLS, PADDED)
+    token, real = locate(
+        n, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col, frames, height, width,
+        FRAMES, ROWS, COLS, PADDED,
+    )  # fmt: skip
     q, q_inverse = unit_rows(load_rows(qkv, token, real, heads * (3 * D), D, DP))
     q = (q * (tl.load(scale + head) * 1.4426950408889634)).to(qkv.dtype.element_ty)  # times log2(e)
     if tl.load(reach + head) <= MAX_REACH:
         acc, total, top = forward_keys(
-            q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
-            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK, BLOCK_K, TAIL_K, False,
+            q, n, qkv, bias, heads, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col,
+            frames, height, width,
+            FRAMES, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK, BLOCK_K, TAIL_K, False,
         )  # fmt: skip
     else:
         acc, total, top = forward_keys(
-            q, n, qkv, bias, heads, first_row, first_col, wrap_row, wrap_col, height, width,
-            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK, BLOCK_K, TAIL_K, True,
+            q, n, qkv, bias, heads, first_frame, first_row, first_col, wrap_frame, wrap_row, wrap_col,
+            frames, height, width,
+            FRAMES, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK, BLOCK_K, TAIL_K, True,
         )  # fmt: skip
     acc = acc * (1.0 / total)[:, None]
     store_rows(out + first_token * (heads * D) + head * D, token, real, heads * D, acc, D, DP)
@@ -298,8 +338,8 @@ def forward_block(
 @jit
 def forward_kernel(
     qkv, scale, bias, reach, out, lse,
-    heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    heads, height, width, grid_rows, grid_cols, shift_row, shift_col, frames, grid_frames, shift_frame,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SHIFTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr, TAIL_Q: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, MAX_REACH: tl.constexpr,
 ):  # fmt: skip
@@ -308,7 +348,7 @@ def forward_kernel(
     Scores of heads with a reach of at most MAX_REACH go into the exponential as they are, which neither overflows nor
     loses a row's largest weight; with others every row's largest score so far is subtracted.
     """
-    N: tl.constexpr = ROWS * COLS
+    N: tl.constexpr = FRAMES * ROWS * COLS
     pid = tl.program_id(0)
     head = pid % heads
     block = (pid // heads) % tl.cdiv(N, BLOCK_Q)
@@ -316,12 +356,12 @@ def forward_kernel(
     if N % BLOCK_Q == 0 or TAIL_Q == BLOCK_Q or block < N // BLOCK_Q:
         forward_block(
             block, BLOCK_Q, BLOCK_Q, window, head, qkv, scale, bias, reach, out, lse,
-            heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
-            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, TAIL_K, MAX_REACH,
+            heads, height, width, grid_rows, grid_cols, shift_row, shift_col, frames, grid_frames, shift_frame,
+            FRAMES, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, TAIL_K, MAX_REACH,
         )  # fmt: skip
     elif TAIL_Q != BLOCK_Q:
         forward_block(
             block, TAIL_Q, BLOCK_Q, window, head, qkv, scale, bias, reach, out, lse,
-            heads, height, width, grid_rows, grid_cols, shift_row, shift_col,
-            ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, TAIL_K, MAX_REACH,
+            heads, height, width, grid_rows, grid_cols, shift_row, shift_col, frames, grid_frames, shift_frame,
+            FRAMES, ROWS, COLS, D, DP, SHIFTED, PADDED, MASKED, STRIDE, BLOCK_K, TAIL_K, MAX_REACH,
         )  # fmt: skip

@@ -115,8 +115,9 @@ def test_tiles_are_packed_once_with_their_trees(tmp_path, monkeypatch, capsys):
 
 def test_both_ways_of_detecting_differ_in_the_initial_weights_alone(tmp_path):
     overrides = ["train.epochs=3", "task.mask_ratio=0.5", "task.detections=7"]
-    phases = demo_detect.garment_phases(tmp_path, Path("data/scenes/objects"), 1, overrides)
+    phases = demo_detect.phases_of(tmp_path, Path("data"), 1, overrides)
     configs = {each.run_dir.name: compose_overrides(each.command) for each in phases}
+    assert configs.pop("trees").task.init_from == str(tmp_path / "from-scratch-0")
     assert configs.pop("pretrain").train.epochs == 3
     scratch, simmim = configs["from-scratch-0"], configs["from-simmim-weights-0"]
     assert isinstance(scratch.task, DetectConfig) and scratch.task.init_from is None and scratch.seed == 0
@@ -160,7 +161,7 @@ def test_a_shortened_demo_ends_with_both_tables_and_when_called_again_trains_not
     where = ["--runs", str(tmp_path / "runs"), "--data", str(tmp_path / "data"), "--seeds", "1", *SHORT]
     tables = rows()
     assert [line.split(" | ")[0] for line in tables if line.startswith("| from")] == [
-        "| from scratch", "| from SimMIM weights", "| from scratch"
+        "| from scratch", "| from SimMIM weights", "| from the garments' detector"
     ]  # fmt: skip
     steps = {path.parent.name: len(path.read_text().splitlines()) for path in tmp_path.glob("runs/*/metrics.jsonl")}
     assert set(steps) == {"pretrain", "from-scratch-0", "from-simmim-weights-0", "trees"}
