@@ -11,6 +11,7 @@ SLOW := -m "slow and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-re
 # by their files: to import all the others takes seconds of one process
 SERIAL := -m serial $$(grep -rlw mark.serial tests --include='test_*.py')
 DEMO_ARGS ?=
+DEMO_MINUTES ?= 15
 FUZZ_SECONDS ?= 3600
 FUZZ_SEED ?= 0
 BENCH_ARGS ?=
@@ -32,8 +33,8 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-demo: setup  ## pre-train and fine-tune on CIFAR-10 under ZeRO-3, 2 processes; DEMO_ARGS="KEY=VALUE ..." overrides
-	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+demo: setup  ## pre-train and fine-tune on CIFAR-10, 2 processes, within DEMO_MINUTES=15; DEMO_ARGS="KEY=VALUE ..." overrides
+	@$(BIN)/python scripts/demo.py --minutes $(DEMO_MINUTES) $(DEMO_ARGS)
 
 demo-segment: setup  ## segmentation of composed scenes, from SimMIM weights and from none; apt or data/scenes; DEMO_ARGS
 	@$(BIN)/python scripts/demo_segment.py $(DEMO_ARGS)

@@ -43,6 +43,7 @@ def phases(monkeypatch) -> Phases:
     monkeypatch.setattr(demo, "precision_for", lambda run_dir: "fp32")
     monkeypatch.setattr(demo.fetch_cifar10, "run", recorded.fetch)
     monkeypatch.setattr(demo, "run_ranks", recorded.ranks)
+    monkeypatch.setattr(demo, "length_for", lambda *arguments: (0, None))
     monkeypatch.setattr(demo, "evaluate", recorded.evaluate)
     monkeypatch.setattr(demo, "print_table", lambda *arguments: None)
     return recorded
