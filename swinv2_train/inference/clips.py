@@ -14,8 +14,9 @@ from torch import Tensor
 from swinv2_train.config import ConfigError
 from swinv2_train.config.pixels import CLIP_EXTENSIONS, FRAMES_EXTENSION
 from swinv2_train.config.plain_files import read_bytes
-from swinv2_train.data.clips.clip import Clip, HeldClip, open_clip
+from swinv2_train.data.clips.clip import Clip, HeldClip
 from swinv2_train.data.clips.frames_file import SIGNATURE
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.transforms.decode import DecodeError
 
 if TYPE_CHECKING:

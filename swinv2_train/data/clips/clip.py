@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from swinv2_train.config.pixels import FRAMES_EXTENSION, VIDEO_EXTENSIONS
-from swinv2_train.data.clips.frame_times import FrameTimes
+from swinv2_train.config.pixels import FRAMES_EXTENSION
 from swinv2_train.data.clips.frames_file import FramesFile
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
 
@@ -63,18 +62,3 @@ def check_frame_size(shape: Sequence[int], others: Sequence[int] | None, positio
             f"frame {position} has {shape[1]} x {shape[2]} pixels (height x width), the ones before it {others[1]} x "
             f"{others[2]}; a clip has frames of one size"
         )
-
-
-def open_clip(data: bytes, extension: str, times: FrameTimes | None = None) -> Clip:
-    """The clip that a file of this ending holds.
-
-    times: where its frames are, as the shard's index has it; None = not known, so it is looked for.
-    Raises DecodeError for what is no clip or not whole.
-    """
-    if extension == FRAMES_EXTENSION:
-        return JpegClip(data)
-    if extension not in VIDEO_EXTENSIONS:
-        raise DecodeError(f"a .{extension} file is one image, and model.frames asks for clips")
-    from swinv2_train.data.clips.video import VideoClip
-
-    return VideoClip(data, extension, times)

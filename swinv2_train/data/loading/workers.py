@@ -30,7 +30,8 @@ from torch.utils.data._utils import signal_handling
 from swinv2_train.config import ConfigError, DataConfig, MachineError
 from swinv2_train.config.pixels import CLIP_EXTENSIONS
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, NOTES, shown
-from swinv2_train.data.clips.clip import Clip, open_clip
+from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch, fits
 from swinv2_train.data.sample import Sample, lacking
 from swinv2_train.data.transforms.bands import Bands, decode_bands

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from swinv2_train.data.clips.clip import open_clip
 from swinv2_train.data.clips.frames_file import SIGNATURE, FramesFile, pack_frames
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
 from tests.support.clips import frames_file, jpeg, number_of, numbered
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.data.clips.clip import open_clip
 from swinv2_train.data.clips.frame_times import FrameTimes
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.clips.video import read_times
 from swinv2_train.data.transforms.decode import DecodeError
 from tests.support.clips import number_of, numbered, sound_alone, video

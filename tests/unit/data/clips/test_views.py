@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from swinv2_train.data.clips.clip import HeldClip, open_clip
+from swinv2_train.data.clips.clip import HeldClip
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.transforms.crop import eval_crop, random_box, random_flip, random_resized_crop
 from swinv2_train.tasks.inputs import ImageTransform
