@@ -6,6 +6,7 @@ A cell is a number, a text, or a list of such; None where there is no answer.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,11 @@ def check_table(path: Path, key: str) -> None:
         raise ConfigError(f"{key} ({path}) ends in none of {', '.join(ENDINGS)}; name such a file")
     if path.suffix == ".parquet":
         _pyarrow(key)
+
+
+def can_write_parquet() -> bool:
+    """Whether pyarrow is installed."""
+    return importlib.util.find_spec("pyarrow") is not None
 
 
 def write_table(

@@ -31,7 +31,7 @@ from swinv2_train.inference.implied import arguments, implied
 from swinv2_train.inference.pixels import pixels
 from swinv2_train.inference.vectors import Vectors
 from swinv2_train.tasks import build_task
-from swinv2_train.tasks.answers import Answer, Ask, Columns
+from swinv2_train.tasks.answers import Answer, Ask
 from swinv2_train.weights import Head, load_weights, read_weights, weights_classes
 
 if TYPE_CHECKING:
@@ -89,16 +89,9 @@ class LoadedModel:
         """What answers() is asked.  Raises ConfigError where it is not at least one class, or nothing is named."""
         if top_k < 1:
             raise ConfigError(f"top_k ({top_k}) must be at least 1")
-        ask = Ask(top_k, self._name)
-        self.columns(ask)
-        return ask
-
-    def columns(self, ask: Ask) -> Columns:
-        """Of the rows of answers.  Raises ConfigError for a model that names nothing."""
-        columns = None if self.headless else self.task.answer_columns(ask)
-        if columns is None:
+        if self.headless or self.task.answer_columns(self.config.task, top_k) is None:
             raise ConfigError("these weights have no head that names classes; ask for features(), or load a classifier")
-        return columns
+        return Ask(top_k, self.name)
 
     @torch.no_grad()
     def answers(self, batch: dict[str, Any], ask: Ask) -> Sequence[Answer | None]:
@@ -128,7 +121,8 @@ class LoadedModel:
                 "weight": torch.ones(len(rows)),
             }
 
-    def _name(self, number: int) -> str:
+    def name(self, number: int) -> str:
+        """What a class is called."""
         return self.classes[number] if self.classes is not None and number < len(self.classes) else str(number)
 
 

@@ -110,6 +110,8 @@ class DetectedObjects(NamedTuple):
     """What their classes are called."""
     size: tuple[int, int]
     """(height, width) of the image."""
+    image_id: int | None
+    """Its number among the images of a data set; None where nothing says it."""
 
     @property
     def boxes(self) -> np.ndarray:
@@ -138,7 +140,8 @@ class DetectedObjects(NamedTuple):
         """The size, and a list of each of what objects have; masks as COCO's compressed run lengths."""
         height, width = self.size
         return {
-            "height": height, "width": width, "classes": self.classes.tolist(), "labels": list(self.labels),
+            "image_id": self.image_id, "height": height, "width": width, "classes": self.classes.tolist(),
+            "labels": list(self.labels),
             "scores": self.scores.tolist(), "boxes": self.boxes.tolist(),
             "masks": [] if self.found.masks is None else [each["counts"].decode() for each in self.found.masks],
         }  # fmt: skip
@@ -147,17 +150,17 @@ class DetectedObjects(NamedTuple):
     def columns() -> dict[str, Column]:
         """One size, and as many objects as are found."""
         return {
-            "height": Column("int"), "width": Column("int"), "classes": Column("int", None),
+            "image_id": Column("int"), "height": Column("int"), "width": Column("int"), "classes": Column("int", None),
             "labels": Column("str", None), "scores": Column("float", None), "boxes": Column("floats", None),
             "masks": Column("str", None),
         }  # fmt: skip
 
     @classmethod
-    def of(cls, found: Found, size: tuple[int, int], ask: Ask) -> DetectedObjects:
+    def of(cls, found: Found, size: tuple[int, int], image_id: int | None, ask: Ask) -> DetectedObjects:
         """ConfigError where scores or boxes are no numbers."""
         if not (np.isfinite(found.scores).all() and np.isfinite(found.boxes).all()):
             raise ConfigError(_NOT_FINITE)
-        return cls(found, tuple(map(ask.name, found.classes.tolist())), size)
+        return cls(found, tuple(map(ask.name, found.classes.tolist())), size, image_id)
 
 
 _NOT_FINITE = (

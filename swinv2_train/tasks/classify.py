@@ -199,9 +199,10 @@ class ClassifyTask:
         each = [forward(images=self.normalise(view)).float().softmax(dim=1) for view in views]
         return torch.stack(each).mean(dim=0).clamp(min=TINY).log()
 
-    def answer_columns(self, ask: Ask) -> Columns:
+    @staticmethod
+    def answer_columns(task: ClassifyConfig, top_k: int) -> Columns:
         """The best classes, each with its name and probability."""
-        return Prediction.columns(min(ask.top_k, self.num_classes))
+        return Prediction.columns(min(top_k, task.num_classes))
 
     def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[Prediction]:
         return Prediction.of(self.probabilities(forward, batch), ask)

@@ -224,14 +224,18 @@ class DetectTask:
             rows.append((image, right_objects(batch, number), found_objects(found)))
         return detect_picture(rows, names or self.task.class_names)
 
-    def answer_columns(self, ask: Ask) -> Columns:
+    @staticmethod
+    def answer_columns(task: DetectConfig, top_k: int) -> Columns:
         """The size of the image and the objects in it."""
         return DetectedObjects.columns()
 
     def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[DetectedObjects | None]:
         found: list[DetectedObjects | None] = []
-        for views, size, weight in zip(batch["views"], batch["size"], batch["weight"].tolist(), strict=True):
-            found.append(DetectedObjects.of(self.found(forward, views, size), size, ask) if weight > 0 else None)
+        rows = zip(batch["views"], batch["size"], batch["image_id"], batch["weight"].tolist(), strict=True)
+        for views, size, image_id, weight in rows:
+            found.append(
+                DetectedObjects.of(self.found(forward, views, size), size, image_id, ask) if weight > 0 else None
+            )
         return found
 
     def overlay(self, batch: Batch, number: int, answer: DetectedObjects, names: Sequence[str] | None) -> np.ndarray:

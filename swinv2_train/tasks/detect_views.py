@@ -26,8 +26,8 @@ class DetectTransform(ImageTransform):
     (M,), "crowd": bool (M,)} and, with task.masks, "masks": uint8 (M, H, ceil(W / 8)), with task.semantic_classes
     "semantic": uint8 (ceil(H / s), ceil(W / s)), as transforms/detect.py's View describes them; M = task.max_objects,
     s = cell; and "draw", int64 (), for what the model draws of this view.  For evaluation both keep their own sizes, so
-    they are plain: {"views": [(C, h, w) of each of task.eval_scales], "size": (H, W), "image_id": int, "truth": Truth},
-    the last two where objects are needed.
+    they are plain: {"views": [(C, h, w) of each of task.eval_scales], "size": (H, W), "image_id": int or None,
+    "truth": Truth}, the last where objects are needed.
     """
 
     task: DetectConfig
@@ -43,7 +43,7 @@ class DetectTransform(ImageTransform):
     def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         assert isinstance(image, Tensor), "objects are of images"
         if not self.train and OBJECTS not in self.needs:
-            return self._seen(image)
+            return {**self._seen(image), "image_id": _image_id(targets)}
         objects = objects_from_json(targets["objects"])
         check_image_size(objects, (image.shape[1], image.shape[2]))
         self._check_classes(objects)
@@ -107,3 +107,13 @@ class DetectTransform(ImageTransform):
                 f"it has an object of class {highest}, but task.num_classes ({self.task.num_classes}) knows 0 to "
                 f"{self.task.num_classes - 1}; set task.num_classes={highest + 1} or more"
             )
+
+
+def _image_id(targets: Targets) -> int | None:
+    """The number of the image, where objects beside it say one."""
+    if OBJECTS not in targets:
+        return None
+    try:
+        return objects_from_json(targets["objects"]).image_id
+    except SampleError:  # the image can be answered for all the same
+        return None

@@ -205,7 +205,8 @@ class SegmentTask:
             CONFUSION: Sums(matrix, segmentation_scores),
         }
 
-    def answer_columns(self, ask: Ask) -> Columns:
+    @staticmethod
+    def answer_columns(task: SegmentConfig, top_k: int) -> Columns:
         """The size of the image and the classes that occur."""
         return ClassMap.columns()
 

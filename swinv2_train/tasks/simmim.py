@@ -118,7 +118,8 @@ class SimMIMTask:
         loss = self._outputs(forward, batch)["loss"]
         return {"val/loss": Mean(loss, self._measured_targets(batch)) if self.normalise.nodata else loss}
 
-    def answer_columns(self, ask: Ask) -> None:
+    @staticmethod
+    def answer_columns(task: SimMIMConfig, top_k: int) -> None:
         """It answers nothing."""
         return
 

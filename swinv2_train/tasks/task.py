@@ -59,6 +59,13 @@ class Task(Protocol):
         Labels are those of the model's classes already (data/sources/matched.py).
         """
 
+    @staticmethod
+    def answer_columns(task: Any, top_k: int) -> Columns | None:
+        """What the rows of answers hold; None of a task that answers nothing.
+
+        top_k: of a classifier, classes at most.
+        """
+
     @property
     def module(self) -> nn.Module: ...
 
@@ -114,9 +121,6 @@ class Task(Protocol):
 
     def scores(self, forward: Forward, batch: Batch) -> Mapping[str, Metric]:
         """Metrics of an evaluation batch, by name (val/loss, ...); the same names in every batch."""
-
-    def answer_columns(self, ask: Ask) -> Columns | None:
-        """What the rows of answers hold; None of a task that answers nothing."""
 
     def answers(self, forward: Forward, batch: Batch, ask: Ask) -> Sequence[Answer | None]:
         """Of the images of a batch of eval_transform's rows, which need no targets (needs=()), each alone.

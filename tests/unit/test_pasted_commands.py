@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 
-from swinv2_train import evaluate, export, make_shards, plan, stats, weights
+from swinv2_train import embed, evaluate, export, make_shards, plan, predict, stats, weights
 from swinv2_train.config import ConfigError
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.pattern import expand_commands
@@ -36,6 +36,8 @@ COMMAND = re.compile(
     r"|pgrep |kill |tail |swinv2-[a-z-]+ |launch/|\$TRAIN |[\"+]*(?:data|model|train|task|plan)\.[\w.]+=)"
 )
 """Begins a line that somebody pastes; other blocks show what is printed."""
+CELL = re.compile(r"^\| .* \| `((?:python |torchrun |swinv2-)[^`]+)` \|$")
+"""A row of a table that ends with a command alone."""
 PLACEHOLDERS = {
     "experiment=NAME": "experiment=simmim_base_192",
     "experiment=...": "experiment=simmim_base_192",
@@ -59,7 +61,7 @@ kill() {{ '{folder}/bin/kill' "$@"; }}
 """What is no program is the arguments of one; kill is bash's own."""
 PROGRAMS = (
     "python", ".venv/bin/python", "torchrun", "sbatch", "srun", "make", "pip", "git", "wandb", "pgrep", "kill", "tail",
-    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "launch/torchrun.sh",
+    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "swinv2-predict", "swinv2-embed", "launch/torchrun.sh",
 )  # fmt: skip
 
 
@@ -68,7 +70,8 @@ def pasted(document: Path) -> list[str]:
     found: list[str] = []
     continued = False
     for line in document.read_text().splitlines():
-        text = line[4:] if line.startswith("    ") else ""
+        in_table = CELL.search(line)
+        text = in_table[1] if in_table else line[4:] if line.startswith("    ") else ""
         if text and continued:
             found[-1] += f"\n{text}"
         elif COMMAND.match(text):
@@ -125,6 +128,10 @@ def check(words: list[str], document: Path) -> None:
         plan.parse(arguments)
     elif program == "swinv2_train.evaluate":
         evaluate.parse(arguments)
+    elif program in ("swinv2_train.predict", "swinv2-predict"):
+        predict.check_request(*predict.parse(arguments))
+    elif program == "swinv2-embed":
+        embed.parse(arguments)
     elif program == "swinv2_train.export":
         export.parse(arguments)
     elif program == "swinv2_train.stats":
@@ -164,6 +171,7 @@ def test_every_pasted_command_is_what_its_program_takes(document, tmp_path, monk
         (tmp_path / "runs" / run).mkdir(parents=True)
         text = config_yaml(composed([*settings, f"run_dir=runs/{run}", "data.shards=images/*.tar"]))
         (tmp_path / "runs" / run / "config.yaml").write_text(text)
+    save_weights(swin_v2("tiny"), tmp_path / "swinv2_tiny_patch4_window8_256.pth", "microsoft")
     (tmp_path / "ft").mkdir()
     (tmp_path / "ft" / "config.yaml").write_text((tmp_path / "runs" / "finetune" / "config.yaml").read_text())
     (tmp_path / "bands.yaml").write_text(f"shards: images\nmean: {[0.5] * 12}\nstd: {[0.25] * 12}\n")  # of swinv2-stats
