@@ -72,7 +72,7 @@ def video(
             stream.set_display_rotation(rotation)
         sound: Any = output.add_stream("aac", rate=44100) if audio else None
         for number, pixels_of in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels_of, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(pixels_of, format="rgb24").reformat(format=pixels, threads=1)
             frame.pts, frame.time_base = (number * unit.denominator // 10 if times is None else times[number]), unit
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -105,6 +104,7 @@ class VideoClip(Clip):
     def frames(self, positions: Sequence[int]) -> Iterator[Tensor]:
         times, size = self.times, None
         wanted = dict(zip(times.shown[list(positions)].tolist(), positions, strict=True)) if times.known else {}
+        in_rgb = _in_rgb()
         waiting = iter(positions)
         position = next(waiting, None)
         begin = times.key_before(positions[0]) if times.known and positions else None
@@ -117,7 +117,7 @@ class VideoClip(Clip):
                 continue
             if frame.is_corrupt:
                 raise DecodeError(f"frame {position} is damaged")
-            pixels = _pixels(frame)
+            pixels = _pixels(in_rgb(frame))
             check_frame_size(pixels.shape, size, position)
             size = pixels.shape
             yield pixels
@@ -238,11 +238,27 @@ def _video(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _pixels(frame: VideoFrame) -> Tensor:
+def _in_rgb() -> Callable[[VideoFrame], tuple[VideoFrame, Any]]:
+    """What turns frames into RGB, with their display matrices.
+
+    In this thread: frames' own conversion has threads, for whose end a process would wait for ever that was forked
+    while such a frame was not yet collected.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    reformatter = VideoReformatter()
+
+    def convert(frame: VideoFrame) -> tuple[VideoFrame, Any]:
+        check_size(frame.height, frame.width, MAX_PIXELS)
+        return reformatter.reformat(frame, format="rgb24", threads=1), frame.side_data.get("DISPLAYMATRIX")
+
+    return convert
+
+
+def _pixels(converted: tuple[VideoFrame, Any]) -> Tensor:
     """uint8 (3, H, W), a channels-last view, turned as the video asks for."""
-    check_size(frame.height, frame.width, MAX_PIXELS)
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    frame, matrix = converted
+    image = torch.from_numpy(frame.to_ndarray()).permute(2, 0, 1)
     if matrix is None:
         return image
     a, b, _, c, d, *_ = struct.unpack("<9i", matrix)
@@ -252,14 +268,3 @@ def _pixels(frame: VideoFrame) -> Tensor:
     turns, mirrored = _MATRICES[form]
     image = image.rot90(turns, (1, 2))
     return image.flip(2) if mirrored else image
-
-
-def times_in_seconds(clip: VideoClip) -> list[Fraction] | None:
-    """When each frame of a clip is shown; None where the file does not say it."""
-    if not clip.times.known:
-        return None
-    with _opened(clip.data, clip.extension) as (_, stream):
-        unit = stream.time_base
-    if unit is None:
-        return None
-    return [unit * shown for shown in clip.times.shown.tolist()]

@@ -63,7 +63,7 @@ class Folder(VirtualShards):
     ends: np.ndarray
     """int64 (images,): where each path ends in `names`."""
     sizes: np.ndarray
-    """int64 (images,): bytes of each file."""
+    """int64 (images,): bytes of each file; -1 of one that was not there."""
     image_member: str | None = None
     """What follows KEY. in the names of images; None = any ending."""
     label_images: LabelImages | None = None
@@ -271,6 +271,8 @@ class FolderReader(VirtualShardsReader):
         key, extension = self.key(shard, index), name.decode("utf-8", "surrogateescape").rpartition(".")[2]
         if size == 0:
             raise SampleError("an empty image", self.folder.path, key)
+        if size < 0:
+            raise SampleError("no such file", self.folder.path, key)
         image = self._content(self._root + name, size, key)
         targets: Targets = labelled(label)
         labels = self.folder.label_images
