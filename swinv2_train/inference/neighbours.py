@@ -54,7 +54,7 @@ def search_picture(
 
     Returns an image of Pillow's.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
 
     columns = 1 + neighbours.shape[1]
     size = (columns * (_SIDE_PX + _GAP_PX), len(queries) * (_SIDE_PX + _TEXT_PX + _GAP_PX))
@@ -70,7 +70,9 @@ def search_picture(
             else:
                 image = decode_bands(sample.image, sample.extension, bands)
             shown = Image.fromarray(viewable(image, bands, chosen))
-            shown.thumbnail((_SIDE_PX, _SIDE_PX))
+            small = max(shown.size) < _SIDE_PX
+            how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC  # pixels of an icon are to be seen
+            shown = ImageOps.contain(shown, (_SIDE_PX, _SIDE_PX), how)
             x, y = column * (_SIDE_PX + _GAP_PX), row * (_SIDE_PX + _TEXT_PX + _GAP_PX)
             canvas.paste(shown, (x, y + _TEXT_PX))
             draw.text((x + 2, y), "query" if column == 0 else f"{alike[column - 1]:.3f}", fill=(60, 60, 60))

@@ -67,6 +67,7 @@ def test_pooled_features_their_keys_and_a_picture_of_neighbours(files, tmp_path)
     assert [row["error"] is None for row in keys] == readable.tolist() and line["unreadable"] == 1
     picture = Image.open(tmp_path / "a" / "search.png")
     assert picture.size[0] == 9 * 116 and picture.size[1] == 3 * 130
+    assert np.array_equal(np.asarray(picture)[14:126:7, 0:112:7], IMAGES[0])  # the first query, 7 times as large
     assert json.loads((tmp_path / "a" / "embedding.json").read_text())["arrays"] == {"pooled.npy": [COUNT, 16]}
     assert not (tmp_path / "a" / "unfinished").exists()
     with pytest.raises(RankFailed, match="holds features already"):
