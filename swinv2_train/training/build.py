@@ -57,7 +57,7 @@ MEMORY_KEYS = (
 
 RANK_FILES = ("logs", "health", "stacks", "sample_keys", "bad_samples", "profile")
 """Folders of a run directory in which each rank writes on in files of its own."""
-WRITTEN = ("checkpoints", "pictures", "wandb", "tensorboard", "metrics.jsonl", *RANK_FILES)
+WRITTEN = ("checkpoints", "bad_steps", "pictures", "wandb", "tensorboard", "metrics.jsonl", *RANK_FILES)
 """What a run goes on writing in its run directory; other files there are replaced whole, and links with them."""
 
 

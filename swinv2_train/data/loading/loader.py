@@ -6,6 +6,7 @@ nothing, and the one integer `images_seen` resumes the stream.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,6 +134,13 @@ class TrainLoader:
                 batch["sources"] = torch.tensor(batch["sources"])
             self.check_bad_images(bad_images, images_seen)  # of the other ranks' samples only the caller knows
             yield batch
+
+    def shards_of_step(self, images_seen: int) -> list[list[str]]:
+        """What the shards of this rank's images are called, by micro-batch of the step that begins at images_seen."""
+        sizes = (self.global_batch_size, self.micro_batch_size, self.rank, self.world_size)
+        passes = accumulation_steps(self.global_batch_size, self.micro_batch_size, self.world_size)
+        requests = itertools.islice(TrainBatches(self.order, images_seen, *sizes, None), passes)
+        return [[self.manifest.name(place[1]) for place in each.locations if place] for each in requests]
 
     def check_bad_images(self, bad_images: int, images_seen: int) -> None:
         """Raises SampleError when the run has had more damaged samples than data.max_bad_fraction of its images.
