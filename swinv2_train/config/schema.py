@@ -94,6 +94,8 @@ class TrainConfig:
     """How many of the newest complete checkpoints are kept."""
     keep_best: str | None
     """Also keep the best checkpoint by a score that the run measures: val/top1, val_ema/loss, probe/knn_top1, ..."""
+    patience: Annotated[int | None, at_least(1)]
+    """Evaluations in a row without a better train.keep_best after which the run ends; null = it never ends so."""
     eval_every_steps: Annotated[int | None, at_least(1)]
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: Annotated[int, at_least(1)]
@@ -875,6 +877,8 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down; 0 = no clipping."""
     no_decay: list[str]
     """Parameters without weight decay: parts of their names, or "1d" for all with at most one dimension."""
+    freeze: Annotated[list[str], each(non_empty())]
+    """Parameters that are not trained: parts of their names (head off: [patch_embed, layers, norm]); [] = none."""
     layer_decay: Annotated[float, between(ABOVE_0, 1)]
     """Factor of the learning rate per layer, counted from the head; 1 = none (arXiv:2111.09883 appendix A2)."""
     encoder_lr_scale: Annotated[float, positive()]

@@ -42,6 +42,7 @@ from swinv2_train.training.length_warnings import length_warnings
 from swinv2_train.training.loop import Run
 from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
+from swinv2_train.training.patience import Patience
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
 
@@ -141,6 +142,7 @@ def build_run(
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     position = Position(
         reached.step, reached.images_seen, loader, world.device, reached.first_batch_size, batch, sources.classes,
+        Patience(config.train, state.get("patience")) if config.train.patience is not None else None,
         loader.bad_images_before,
     )  # fmt: skip
     saved_step = None if newest is None else position.step
@@ -179,10 +181,11 @@ def checked_newest(run_dir: Path, config: Config) -> Path | None:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """What makes a run's weights: the task and the model without its memory policies."""
+    """What makes a run's weights: the task, the model without its memory policies, and what is trained of it."""
     settings = dataclasses.asdict(config.model)
     model = {f"model.{key}": value for key, value in settings.items() if key not in MEMORY_KEYS}
-    return {"task.name": config.task.name, **config.task.identity(), **model}
+    own = {"task.name": config.task.name, "optim.freeze": config.optim.freeze}
+    return {**own, **config.task.identity(), **model}
 
 
 def make_run_dir(run_dir: Path) -> None:
