@@ -143,7 +143,7 @@ def check_request(config: Config, request: EvaluateRequest) -> None:
         raise ConfigError(f"format ({request.format}) is of weights=PATH, which is not given; add it, or leave it out")
     if request.weights is not None and request.checkpoint is not None:
         raise ConfigError("weights and checkpoint are both given; leave one of them out")
-    if request.crop_pcts and not set(COMPARED) <= set(config.task.scores):
+    if request.crop_pcts and not set(COMPARED) <= set(config.task.measured):
         raise ConfigError(f"crop_pcts compares accuracies, which task={config.task.name} has not; leave it out")
     for value in request.crop_pcts:
         if not 0 < value <= 1:

@@ -244,6 +244,7 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
         return Start(newest, reached, length, sources, probe, None, [], None)
     with on_meta():  # each rank makes those of its own share, in the engine
         task = build_task(config, world.device)
+    task.begin(sources.training, sources.classes)
     groups = build_param_groups(task.module, config.optim)
     initial = initial_weights(config, task, world, sources.classes, stop) if newest is None else None
     return Start(newest, reached, length, sources, probe, task, groups, initial)

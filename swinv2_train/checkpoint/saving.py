@@ -22,7 +22,7 @@ from swinv2_train.checkpoint.finding import (
 )
 from swinv2_train.checkpoint.random_states import random_states
 from swinv2_train.checkpoint.saved_state import COMPLETE, read_state
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, lower_is_better
 from swinv2_train.distributed import World, raise_together
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.storage.durable import Checksum, sync_folder, write_durably
@@ -244,7 +244,7 @@ def _retain(run_dir: Path, keep: int, written: Path) -> list[str]:
         except ConfigError:  # damaged unseen; it must not end the save of a good one
             continue
         if best is not None and math.isfinite(best["value"]):
-            value = -best["value"] if best["metric"].endswith("loss") else best["value"]
+            value = -best["value"] if lower_is_better(best["metric"]) else best["value"]
             rated.append((best["metric"], value, path))
     if rated:
         metric = rated[-1][0]  # values of what train.keep_best was before a resume are not comparable

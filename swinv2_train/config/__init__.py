@@ -37,6 +37,7 @@ from swinv2_train.config.schema import (
     TrainConfig,
     averaged_score,
     is_pipe,
+    lower_is_better,
 )
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "averaged_score",
     "did_you_mean",
     "is_pipe",
+    "lower_is_better",
     "pair",
     "parse_recompute",
     "per_band",

@@ -117,12 +117,37 @@ def _check_init(config: Config) -> None:
 
 
 def _check_labels(config: Config) -> None:
-    """Splits have files of labels where the task reads labels."""
-    for name, split in config.data.eval_splits.items():
-        if split.labels is not None and config.task.label_classes is None:
-            raise ConfigError(
-                f"{SPLITS}{name}.labels ({split.labels}) needs task=classify; task={config.task.name} uses no labels"
+    """There are files of labels where the task reads labels, and of images whose keys are known beforehand."""
+    data, kind = config.data, config.task.label_kind
+    if data.balanced and (kind is None or data.mix or is_pipe(data.shards)):
+        if kind is None:
+            why = f"task={config.task.name} has no classes of whole images"
+        else:
+            why = (
+                "data.mix shares batches among sources itself"
+                if data.mix
+                else "a pipe's images are not known beforehand"
             )
+        raise ConfigError(f"data.balanced (true): {why}; set data.balanced=false")
+    for name, split in data.eval_splits.items():
+        if split.labels is not None and kind != "label":
+            uses = "no labels" if kind is None else f"its {kind} from data.labels"
+            raise ConfigError(
+                f"{SPLITS}{name}.labels ({split.labels}) needs task=classify with task.target=single; "
+                f"task={config.task.name} uses {uses}"
+            )
+    for key in ("labels", "eval_labels"):
+        if getattr(data, key) is not None and kind is None:
+            raise ConfigError(
+                f"data.{key} ({getattr(data, key)}) needs task=classify; task={config.task.name} takes no labels of "
+                f"whole images; set data.{key}=null"
+            )
+    if kind is not None and is_pipe(data.shards) and (data.labels is not None or kind != "label"):
+        what = f"data.labels ({data.labels})" if data.labels is not None else f"its {kind}"
+        raise ConfigError(
+            f"data.shards is a pipe ({data.shards}), whose keys are not known beforehand, and the task takes {what}; "
+            "name shards or a folder"
+        )
 
 
 def _check_hang_timeout(config: Config) -> None:
@@ -166,7 +191,7 @@ def _check_ema(config: Config) -> None:
 
 def _check_keep_best(config: Config) -> None:
     """The score by which a checkpoint is the best is one that the run measures."""
-    best, scores = config.train.keep_best, config.task.scores
+    best, scores = config.train.keep_best, config.task.measured
     if best is None:
         return
     probed = [name for names in PROBE_SCORES.values() for name in names]

@@ -69,6 +69,27 @@ def between(low: float, high: float) -> Rule:
     return Rule(allows, check)
 
 
+def zero_or_at_least(low: float) -> Rule:
+    """0, or a finite number from low on."""
+    allows = f"0, or at least {low:g}"
+
+    def check(key: str, value: float) -> None:
+        if value != 0 and not (low <= value < math.inf):
+            raise ConfigError(f"{key} ({value}) must be {allows}")
+
+    return Rule(allows, check)
+
+
+def non_empty() -> Rule:
+    """A text of one character or more."""
+
+    def check(key: str, value: str) -> None:
+        if not value:
+            raise ConfigError(f"{key} is empty; give a character")
+
+    return Rule("at least one character", check)
+
+
 def one_of(*choices: Any) -> Rule:
     """One of a few values."""
     names = ", ".join("null" if choice is None else str(choice) for choice in choices)

@@ -28,6 +28,7 @@ from swinv2_train.config.rules import (
     length,
     low_high,
     matching,
+    non_empty,
     number_or_nan,
     one_of,
     one_per_stage,
@@ -36,6 +37,7 @@ from swinv2_train.config.rules import (
     size,
     size_or_0,
     word_or_indices,
+    zero_or_at_least,
 )
 from swinv2_train.config.scale import ScaleConfig
 
@@ -169,13 +171,28 @@ class TaskConfig:
     """What it measures on the evaluation shards."""
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """Those of `scores` that it measures as it is configured."""
+        return self.scores
+
+    @property
+    def label_kind(self) -> str | None:
+        """What it takes from data.labels and its like: label, labels or values (data/sample.py); None = nothing."""
+        return None
+
+    @property
+    def label_rows(self) -> int:
+        """Of label_kind labels and values: how many classes there are, or numbers of an image."""
+        return self.label_classes or 0
+
+    @property
     def mixes(self) -> bool:
         """Whether the images of a micro-batch are ever mixed, in pairs."""
         return False
 
     @property
     def label_classes(self) -> int | None:
-        """The number of classes of which it names one for each image; None = it uses no labels."""
+        """The number of classes that it names one or several of for each image; None = it names none."""
         return None
 
     @property
@@ -233,12 +250,45 @@ class SimMIMConfig(TaskConfig):
             )
 
 
+TARGET_LOSSES = {
+    "single": ("cross_entropy", "focal"),
+    "multilabel": ("bce", "asymmetric", "focal"),
+    "regression": ("huber", "mse"),
+}
+"""What each task.target is trained by; the first is what task.loss=auto means."""
+_TARGET_SCORES = {
+    "single": ("val/loss", "val/top1", "val/top5"),
+    "multilabel": ("val/loss", "val/map", "val/auroc", "val/f1_micro", "val/f1_macro"),
+    "regression": ("val/loss", "val/mae", "val/rmse", "val/r2"),
+}
+
+
 @dataclass
 class ClassifyConfig(TaskConfig):
+    target: Annotated[str, one_of(*TARGET_LOSSES)]
+    """single (one class of an image), multilabel (any number of classes) or regression (numbers of an image)."""
     num_classes: Annotated[int, at_least(1)]
-    """Classes; labels run from 0 to num_classes - 1."""
+    """Classes, whose labels run from 0 to num_classes - 1; with target=regression how many numbers an image has."""
+    loss: Annotated[str, one_of("auto", *dict.fromkeys(name for names in TARGET_LOSSES.values() for name in names))]
+    """cross_entropy, focal, bce, asymmetric, huber or mse (docs/evaluation.md#targets); auto = its target's first."""
+    focal_gamma: Annotated[float, zero_or_at_least(1)]
+    """loss=focal: how much less what is right already counts (arXiv:1708.02002: 2)."""
+    asymmetric_gamma: Annotated[list[float], length(2), each(zero_or_at_least(1))]
+    """loss=asymmetric: the same of classes that apply, and of those that do not (arXiv:2009.14119)."""
+    asymmetric_clip: Annotated[float, between(0, BELOW_1)]
+    """loss=asymmetric: probability below which a class that does not apply costs nothing (0.05)."""
+    huber_delta: Annotated[float, positive()]
+    """loss=huber: error in standard deviations (value_std) from which on it counts linearly."""
+    class_weights: Annotated[str, PATH]
+    """none; balanced (rare classes of the training images count more); or a JSON file (docs/evaluation.md#targets)."""
+    threshold: Annotated[float, between(ABOVE_0, BELOW_1)]
+    """target=multilabel: the probability above which a class is said to apply (F1, predictions)."""
+    value_mean: Annotated[list[float] | None, each(finite())]
+    """target=regression: mean of each number; the model learns (value - mean) / std.  null = 0."""
+    value_std: Annotated[list[float] | None, each(positive())]
+    """target=regression: standard deviation of each number; null = 1."""
     label_smoothing: Annotated[float, between(0, 1)]
-    """Mass of the target that is spread over all classes."""
+    """Mass of the target that is spread over all classes; target=multilabel: over applying and not."""
     rand_augment: Annotated[str | None, RAND_AUGMENT]
     """timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1 (arXiv:1909.13719); null = none."""
     color_jitter: Annotated[float, at_least(0)]
@@ -259,7 +309,27 @@ class ClassifyConfig(TaskConfig):
     """Evaluation: average those of the mirrored image too."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
-    scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/top1", "val/top5")
+    scores: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys(each for own in _TARGET_SCORES.values() for each in own))
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Those of the target."""
+        return _TARGET_SCORES[self.target]
+
+    @property
+    def label_kind(self) -> str:
+        """By the target."""
+        return {"single": "label", "multilabel": "labels", "regression": "values"}[self.target]
+
+    @property
+    def label_rows(self) -> int:
+        """As configured."""
+        return self.num_classes
+
+    @property
+    def loss_name(self) -> str:
+        """What it is trained by."""
+        return TARGET_LOSSES[self.target][0] if self.loss == "auto" else self.loss
 
     @property
     def mixes(self) -> bool:
@@ -267,21 +337,25 @@ class ClassifyConfig(TaskConfig):
         return self.mixup_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     @property
-    def label_classes(self) -> int:
-        """As configured."""
-        return self.num_classes
+    def label_classes(self) -> int | None:
+        """As configured; numbers are no classes."""
+        return None if self.target == "regression" else self.num_classes
 
     def identity(self) -> dict[str, Any]:
-        """The head has a row per class."""
-        return {"task.num_classes": self.num_classes}
+        """The head has a row per class or number, which means what the target says."""
+        shaping = {"task.num_classes": self.num_classes, "task.target": self.target}
+        if self.target == "regression":
+            shaping |= {"task.value_mean": self.value_mean, "task.value_std": self.value_std}
+        return shaping
 
     def check(self, config: Config) -> None:
-        """There is something to tell apart; mixup pairs the images of a micro-batch."""
-        if self.num_classes < 2:
+        """There is something to tell apart, the target has what is asked for; mixup pairs the images of a batch."""
+        if self.target == "single" and self.num_classes < 2:
             raise ConfigError(
                 f"task.num_classes ({self.num_classes}) leaves nothing to tell apart: every image is right and the "
                 "loss is 0; set it to the number of class folders, or choose task=simmim"
             )
+        self._check_target(config)
         if not self.eval_scales:
             raise ConfigError("task.eval_scales is empty; name a scale: task.eval_scales=[1.0]")
         for key, value in (("rand_augment", self.rand_augment), ("color_jitter", self.color_jitter or None)):
@@ -302,6 +376,57 @@ class ClassifyConfig(TaskConfig):
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "
                 "a micro-batch; change it, or set task.mixup_alpha=0 and task.cutmix_alpha=0"
             )
+
+    def _check_target(self, config: Config) -> None:
+        """What is set is of this target."""
+        losses = TARGET_LOSSES[self.target]
+        if self.loss_name not in losses:
+            raise ConfigError(
+                f"task.loss ({self.loss}) is not of task.target={self.target}, which is trained by "
+                f"{', '.join(losses)}; set one of these, or auto"
+            )
+        if self.class_weights != "none" and self.target == "regression":
+            raise ConfigError(
+                f"task.class_weights ({self.class_weights}): numbers have no classes (task.target=regression); set "
+                "task.class_weights=none"
+            )
+        if self.class_weights == "balanced" and is_pipe(config.data.shards):
+            raise ConfigError(
+                f"task.class_weights=balanced counts classes before the first step, and data.shards is a pipe "
+                f"({config.data.shards}); name shards or a folder, or a file of weights"
+            )
+        if config.data.balanced and self.target != "single":
+            raise ConfigError(
+                f"data.balanced (true) gives each image's one class its share, and task.target is {self.target}; set "
+                "data.balanced=false"
+                + (", or task.class_weights=balanced in its place" if self.target == "multilabel" else "")
+            )
+        if self.target != "single" and config.probe.methods:
+            raise ConfigError(
+                f"probe.methods ({', '.join(config.probe.methods)}) compare single classes, and task.target is "
+                f"{self.target}; set probe.methods=[]"
+            )
+        if self.target == "regression":
+            wrong = {"task.label_smoothing": self.label_smoothing, "task.cutmix_alpha": self.cutmix_alpha}
+            if given := {key: value for key, value in wrong.items() if value}:
+                raise ConfigError(
+                    f"{' and '.join(f'{key} ({value:g})' for key, value in given.items())}: numbers have no classes to "
+                    "smooth over, and a part of an image has not a part of its numbers; with task.target=regression "
+                    f"set {' '.join(f'{key}=0' for key in given)}"
+                )
+            if config.data.labels_columns is not None and len(config.data.labels_columns) != self.num_classes:
+                raise ConfigError(
+                    f"task.num_classes ({self.num_classes}) is the number of values, and data.labels_columns names "
+                    f"{len(config.data.labels_columns)}; set task.num_classes={len(config.data.labels_columns)}"
+                )
+        for key in ("value_mean", "value_std"):
+            values = getattr(self, key)
+            if values is not None and self.target != "regression":
+                raise ConfigError(f"task.{key} ({values}) is of task.target=regression alone; set task.{key}=null")
+            if values is not None and len(values) != self.num_classes:
+                raise ConfigError(
+                    f"task.{key} has {len(values)} numbers for task.num_classes ({self.num_classes}); give one for each"
+                )
 
 
 @dataclass
@@ -623,6 +748,8 @@ class DataConfig:
     """Streams into which an epoch is cut; ranks read whole lanes."""
     window_shards: Annotated[int, at_least(1)]
     """Shards that are shuffled together in one lane."""
+    balanced: bool
+    """Give every class the same share of each epoch: images of rare ones come again (docs/data.md#balanced-classes)"""
     shuffle_buffer_images: Annotated[int, at_least(1)]
     """Undecoded images that each loader process of a pipe mixes; other shards are mixed by lanes and window_shards."""
     crop_scale: Annotated[list[float], low_high(1)]
@@ -647,6 +774,16 @@ class DataConfig:
     """Bands of the files that the model sees, in its order: indices, or names (docs/data.md); null = all there are."""
     image_member: str | None
     """What follows KEY. in the name of the image, where that has several dots: input.npy; null = by its ending."""
+    labels: Annotated[str | None, PATH]
+    """CSV or Parquet file with the labels of the images, in place of their own (docs/data.md#labels-in-a-table)"""
+    eval_labels: Annotated[str | None, PATH]
+    """The same for data.eval_shards; null = data.labels."""
+    labels_key: str | None
+    """Column of data.labels that names the images, with or without their endings; null = the first."""
+    labels_columns: list[str] | None
+    """Columns of data.labels with the labels, in the order of the model's outputs; null = all others."""
+    labels_separator: Annotated[str, non_empty()]
+    """What stands between the classes of a cell where an image has several."""
     label_folders: Annotated[list[str] | None, folder_names()]
     """[images, annotations]: images/a/b.jpg has annotations/a/b.png (or columns called so); null = a/b.seg.png."""
     annotations: Annotated[str | None, folder_path()]
@@ -866,6 +1003,11 @@ PROBE_SCORES = {
 def averaged_score(name: str) -> str:
     """The name of a score for the EMA of the weights (optim.ema_decay): val_ema/top1 for val/top1."""
     return name.replace("val/", "val_ema/", 1)
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a score is a loss or an error."""
+    return name.endswith(("loss", "mae", "rmse"))
 
 
 ARTIFACTS = ("pictures", "weights")

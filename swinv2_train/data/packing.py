@@ -121,7 +121,8 @@ def _used(entries: Sequence[Entry], classes: Sequence[str], checks: LabelImageCh
     if isinstance(checks, LabelImageChecks):
         return {*range(len(classes))}
     if isinstance(checks, ObjectChecks):
-        named = {each.category for entry in entries if entry.drawn is not None for each in entry.drawn.objects}
+        drawn = [each.category for entry in entries if entry.drawn is not None for each in entry.drawn.objects]
+        named = {each for each in drawn if isinstance(each, str)}
         return {number for number, name in enumerate(classes) if name in named}
     return {entry.label for entry in entries if entry.label is not None}
 

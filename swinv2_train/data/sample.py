@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, cast
 
+import numpy as np
+
 from swinv2_train.config import ConfigError, MachineError, OutageError
 
 
@@ -94,6 +96,10 @@ class Targets(TypedDict, total=False):
 
     label: int
     """The image's class, 0 or more."""
+    labels: np.ndarray
+    """int32 (n,): the classes that apply, and -1 - c for each class c that is not known to; all others do not."""
+    values: np.ndarray
+    """float64 (K,): numbers that belong to the image, nan where one is not known."""
     segmentation: bytes
     """The label image, a PNG file as it was packed: the class of each pixel (transforms/label_image.py reads it)."""
     objects: bytes
@@ -102,6 +108,10 @@ class Targets(TypedDict, total=False):
 
 LABEL = "label"
 """The name of the one integer that sorts an image into a class."""
+LABELS = "labels"
+"""The name of the classes of which several may apply to an image."""
+VALUES = "values"
+"""The name of the numbers that belong to an image."""
 SEGMENTATION = "segmentation"
 """The name of the image whose pixels are classes."""
 OBJECTS = "objects"
@@ -161,9 +171,16 @@ def labelled(label: int) -> Targets:
     return {"label": label} if label >= 0 else {}
 
 
+_EXAMPLES = {LABELS: np.empty(0, np.int32), VALUES: np.array(0.0)}
+"""Of targets that no member of their own gives (sources/labelled.py); a number without an axis is as many as asked."""
+OF_LABELS = (LABEL, *_EXAMPLES)
+"""What Source.unlabelled counts the lack of."""
+
+
 def example_targets(names: Collection[str]) -> Targets:
     """Targets of these names, for a transform that is to show the shape of its rows."""
-    return cast(Targets, {name: MEMBERS[name].example for name in names})
+    found = {name: _EXAMPLES[name] if name in _EXAMPLES else MEMBERS[name].example for name in names}
+    return cast(Targets, found)
 
 
 @dataclass(frozen=True)

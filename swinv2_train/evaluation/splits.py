@@ -18,6 +18,7 @@ from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
+from swinv2_train.data.sources.labelled import with_labels_of
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, matched
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
@@ -112,6 +113,8 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
         if labels is not None:
             label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels", names, say)
         else:
+            task = config.task
+            source = with_labels_of(source, key, data, task.label_kind, task.label_rows, say)
             if classes is not None:
                 beside = splits[""].source.classes if name and names is None else None
                 whose = MODELS_CLASSES if beside is None else "the classes of data.eval_shards"

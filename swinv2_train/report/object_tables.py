@@ -78,7 +78,7 @@ def _series(label: str, precision: Sequence[float] | None) -> Series | None:
 
 
 def _chart(title: str, series: Sequence[Series]) -> str:
-    unit = "%, at an overlap of 0.50 (AP50)"
+    unit = "%, overlap 0.50"
     return chart(title, series, unit=unit, from_zero=True, x_range=(0, 100), axis="recall, %")
 
 

@@ -66,6 +66,60 @@ class Prediction(NamedTuple):
         ]
 
 
+class Classes(NamedTuple):
+    """The classes that are said to apply to an image, and how probable each class is."""
+
+    classes: tuple[int, ...]
+    """The numbers of those that apply, more probable than task.threshold; the most probable first."""
+    labels: tuple[str, ...]
+    """Their names; their numbers where the weights name no classes."""
+    probabilities: tuple[float, ...]
+    """Of every class, by its number."""
+
+    def row(self) -> dict[str, Any]:
+        """The three lists."""
+        return {name: list(values) for name, values in self._asdict().items()}
+
+    @staticmethod
+    def columns(count: int) -> dict[str, Column]:
+        """Of a model with so many classes."""
+        return {
+            "classes": Column("int", None), "labels": Column("str", None), "probabilities": Column("float", count),
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, probabilities: Tensor, threshold: float, ask: Ask) -> list[Classes]:
+        """One for each row of probabilities, (B, classes); ConfigError where these are no numbers."""
+        check_finite(probabilities)
+        found = []
+        for row in probabilities.cpu():
+            order = row.argsort(descending=True, stable=True)
+            said = tuple(order[row[order] > threshold].tolist())
+            found.append(cls(said, tuple(map(ask.name, said)), tuple(row.tolist())))
+        return found
+
+
+class Values(NamedTuple):
+    """The numbers that are said of an image, in the units of their labels (data.labels_columns)."""
+
+    values: tuple[float, ...]
+
+    def row(self) -> dict[str, Any]:
+        """The list."""
+        return {"values": list(self.values)}
+
+    @staticmethod
+    def columns(count: int) -> dict[str, Column]:
+        """Of so many numbers."""
+        return {"values": Column("float", count)}
+
+    @classmethod
+    def of(cls, values: Tensor) -> list[Values]:
+        """One for each row, (B, K); ConfigError where these are no numbers."""
+        check_finite(values)
+        return [cls(tuple(row)) for row in values.tolist()]
+
+
 class ClassMap(NamedTuple):
     """The class of each pixel of an image."""
 

@@ -1,8 +1,8 @@
-"""Image classification, from scratch or from a pre-trained encoder."""
+"""What a whole image is: its class, its classes or numbers of it; from scratch or from a pre-trained encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, pair
 from swinv2_train.data.class_names import listed
-from swinv2_train.data.sample import LABEL, SampleError, Targets
+from swinv2_train.data.sample import SampleError, Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.data.transforms.augment import (
@@ -28,9 +28,13 @@ from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.tasks.answers import Ask, Columns, Prediction
+from swinv2_train.tasks.answers import Ask, Classes, Columns, Prediction, Values
+from swinv2_train.tasks.class_weights import class_weights
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
+from swinv2_train.tasks.metrics import Metric
+from swinv2_train.tasks.target_losses import LOSSES, RegressionLoss, TargetLoss, mean_of_known
+from swinv2_train.tasks.target_scores import multilabel_scores, regression_scores
 from swinv2_train.tasks.task import Batch, Forward, Predictions
 
 TINY = 1e-38
@@ -39,8 +43,10 @@ TINY = 1e-38
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyTransform(ImageTransform):
-    """A crop of the image and, where they are needed, its label: {"images": (C, H, W), "labels": int64 ()}.
+    """A crop of the image and, where they are needed, its labels: {"images": (C, H, W), "labels": ...}.
 
+    Labels are the class, int64 (); with task.target=multilabel float32 (C,) of 0 and 1, nan where it is not known; with
+    regression float64 (K,) in the numbers' own units, nan where one is not known.
     For evaluation at several of task.eval_scales, images are (scales, C, H, W).
 
     For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
@@ -48,18 +54,35 @@ class ClassifyTransform(ImageTransform):
     """
 
     task: ClassifyConfig
-    needs: tuple[str, ...] = (LABEL,)
 
     def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
-        label, needed = targets.get("label"), LABEL in self.needs
-        if needed and (label is None or not 0 <= label < self.task.num_classes):
-            raise SampleError(f"label {label} is not within 0..{self.task.num_classes - 1} (task.num_classes)")
+        labels = self._labels(targets) if self.needs else None
         row = super().__call__(image, targets, rng)
         if self.train:
             row = self._augmented(row["images"], rng)
         elif self.task.eval_scales != [1.0]:
             row = {"images": torch.stack([self._zoomed(image, scale) for scale in self.task.eval_scales])}
-        return {**row, "labels": torch.tensor(label)} if needed else row
+        return row if labels is None else {**row, "labels": labels}
+
+    def _labels(self, targets: Targets) -> Tensor:
+        count = self.task.num_classes
+        if self.task.target == "single":
+            label = targets.get("label")
+            if label is None or not 0 <= label < count:
+                raise SampleError(f"label {label} is not within 0..{count - 1} (task.num_classes)")
+            return torch.tensor(label)
+        if self.task.target == "multilabel":
+            classes = torch.from_numpy(targets["labels"]).long()
+            if len(classes) and not (-count <= int(classes.min()) and int(classes.max()) < count):
+                raise SampleError(f"labels {classes.tolist()} are not within 0..{count - 1} (task.num_classes)")
+            labels = torch.zeros(count)
+            labels[classes[classes >= 0]] = 1
+            labels[-1 - classes[classes < 0]] = torch.nan
+            return labels
+        values = targets["values"]
+        if values.ndim and len(values) != count:
+            raise SampleError(f"{len(values)} values, not {count} (task.num_classes)")
+        return torch.from_numpy(np.broadcast_to(values, count).copy())
 
     def _zoomed(self, image: Tensor, scale: float) -> Tensor:
         """The crop of the image when it is this much larger."""
@@ -80,7 +103,7 @@ class ClassifyTransform(ImageTransform):
 
 
 class ClassifyTask:
-    """Cross-entropy with label smoothing, of mixed images with the labels of both; top-1 and top-5 in percent."""
+    """A head of a row per class or number on the encoder; its loss and scores are those of task.target."""
 
     block_types = (SwinBlock,)
     picture = None
@@ -88,16 +111,21 @@ class ClassifyTask:
     def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
         self.module = self.encoder = build_model(config.model, task.num_classes)
         self.multiply_adds = multiply_adds(self.module)
-        self.label_smoothing = task.label_smoothing
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
-        self.num_classes = task.num_classes
+        self.task, self.num_classes = task, task.num_classes
         self.flip, self.zooms = task.eval_flip, task.eval_scales != [1.0]
-        self.predictions = Predictions(task.num_classes, self.scores_and_predictions, self.probabilities)
+        self.losses: TargetLoss = LOSSES[task.target](task)
+        self.predictions = None
+        if task.target == "single":
+            self.predictions = Predictions(task.num_classes, self.scores_and_predictions, self.probabilities)
+        scale = task.value_mean or [0.0], task.value_std or [1.0]
+        self.value_mean, self.value_std = (torch.tensor(each, dtype=torch.float64, device=device) for each in scale)
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
-            ClassifyTransform(config.data, img_size, train, bands=self.bands, task=task) for train in (True, False)
+            ClassifyTransform(config.data, img_size, train, (task.label_kind,), self.bands, task=task)
+            for train in (True, False)
         )
 
     @staticmethod
@@ -108,6 +136,8 @@ class ClassifyTask:
     @staticmethod
     def check_source(task: ClassifyConfig, source: Source, key: str) -> None:
         """The model has a class for every label and for every name."""
+        if task.target == "regression":
+            return
         labels = source.label_range
         if labels is not None and labels[1] >= task.num_classes:
             raise ConfigError(
@@ -120,6 +150,11 @@ class ClassifyTask:
                 f"({listed(source.classes)}); set task.num_classes={len(source.classes)} or more"
             )
 
+    def begin(self, source: Source | Stream, names: tuple[str, ...] | None) -> None:
+        """Classes get the weights that the training images, or a file, give them."""
+        weights = class_weights(self.task, source, names)
+        self.losses.class_weights = None if weights is None else weights.to(self.normalise.mean.device)
+
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
         """Where the model has more classes than the images."""
         labels = source.label_range
@@ -130,6 +165,8 @@ class ClassifyTask:
     def meta_batch(self, size: int) -> dict[str, Tensor]:
         """Images and labels without contents."""
         labels = torch.empty(size, dtype=torch.int64, device="meta")
+        if self.task.target != "single":
+            labels = torch.empty(size, self.num_classes, device="meta")
         return {**meta_images(size, self.encoder.input_size, self.bands), "labels": labels}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
@@ -138,22 +175,45 @@ class ClassifyTask:
             erase(images, batch["erasing"])
         kept = self.mixing(images, batch["mixing_seed"][0]) if "mixing_seed" in batch else None
         logits = forward(images=images).float()  # (B, classes)
-        labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
-        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        labels, weight = self._learned(batch["labels"].to(logits.device)), batch["weight"].to(logits.device)
+        if kept is not None and self.task.target == "regression":  # no loss of numbers is linear in them
+            labels = kept.unsqueeze(1) * labels + (1 - kept).unsqueeze(1) * labels.flip(0)
+            weight, kept = kept * weight + (1 - kept) * weight.flip(0), None
+        losses = self.losses(logits, labels)
         if "sources" in batch:  # with mixup and cutmix, by the label of the image itself
             batch["image_losses"] = losses.detach(), weight
         if kept is None:
             return _mean(losses, weight)
-        partners = F.cross_entropy(logits, labels.flip(0), label_smoothing=self.label_smoothing, reduction="none")
-        # cross-entropy is linear in the target; each label counts by its own image's weight, wherever that went
+        partners = self.losses(logits, labels.flip(0))
+        # these losses are linear in the target; each label counts by its own image's weight, wherever that went
         mixed = kept * weight * losses + (1 - kept) * weight.flip(0) * partners
         return mixed.sum() / weight.sum().clamp(min=1e-12)
+
+    def _learned(self, labels: Tensor) -> Tensor:
+        """Labels as the loss compares them with logits: numbers in standard deviations from their mean."""
+        if self.task.target != "regression":
+            return labels
+        return ((labels - self.value_mean) / self.value_std).float()
 
     def count(self, batch: Batch) -> float:
         return float(batch["weight"].sum())
 
-    def scores(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
-        return self.scores_and_predictions(forward, batch)[0]
+    def scores(self, forward: Forward, batch: Batch) -> Mapping[str, Metric]:
+        if self.task.target == "single":
+            return self.scores_and_predictions(forward, batch)[0]
+        logits = self._logits(forward, batch)
+        labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
+        if self.task.target == "multilabel":
+            known = ~labels.isnan()
+            each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(nan=0.0), reduction="none")
+            loss = _mean(mean_of_known(each, known), weight)
+            return {"val/loss": loss, **multilabel_scores(logits, labels, self.task.threshold)}
+        loss = _mean(RegressionLoss(self.task)(logits, self._learned(labels)), weight)
+        return {"val/loss": loss, **regression_scores(self.values(logits), labels)}
+
+    def values(self, logits: Tensor) -> Tensor:
+        """Numbers in the units of their labels, (B, K) float64."""
+        return logits.double() * self.value_std + self.value_mean
 
     def scores_and_predictions(self, forward: Forward, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The scores, and the most likely class of each image, (B,) int64.
@@ -179,22 +239,37 @@ class ClassifyTask:
         return self._logits(forward, batch).softmax(dim=1)
 
     def _logits(self, forward: Forward, batch: Batch) -> Tensor:
-        """Of an evaluation batch, (B, classes) float32; of several views the logarithm of the mean probabilities."""
+        """Of an evaluation batch, (B, classes) float32; of several views those of the mean probabilities, or the mean
+        number.
+        """
         images = self.normalise(batch["images"])
         if not self.flip and not self.zooms:
             logits: Tensor = forward(images=images).float()
             return logits
         views = list(images.unbind(1)) if self.zooms else [images]
         views += [view.flip(-1) for view in views] if self.flip else []
-        mean = torch.stack([forward(images=view).float().softmax(dim=1) for view in views]).mean(dim=0)
-        return mean.clamp(min=TINY).log()
+        each = torch.stack([forward(images=view).float() for view in views])
+        if self.task.target == "regression":
+            return each.mean(dim=0)
+        if self.task.target == "multilabel":
+            applies, not_so = (x.sigmoid().mean(dim=0).clamp(min=TINY).log() for x in (each, -each))
+            return applies - not_so
+        return each.softmax(dim=2).mean(dim=0).clamp(min=TINY).log()
 
     @staticmethod
     def answer_columns(task: ClassifyConfig, top_k: int) -> Columns:
-        """The best classes, each with its name and probability."""
+        """The best classes, each with its name and probability; the classes that apply; or the numbers."""
+        if task.target == "regression":
+            return Values.columns(task.num_classes)
+        if task.target == "multilabel":
+            return Classes.columns(task.num_classes)
         return Prediction.columns(min(top_k, task.num_classes))
 
-    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> list[Prediction]:
+    def answers(self, forward: Forward, batch: Batch, ask: Ask) -> Sequence[Prediction | Classes | Values]:
+        if self.task.target == "regression":
+            return Values.of(self.values(self._logits(forward, batch)))
+        if self.task.target == "multilabel":
+            return Classes.of(self._logits(forward, batch).sigmoid(), self.task.threshold, ask)
         return Prediction.of(self.probabilities(forward, batch), ask)
 
     def overlay(self, batch: Batch, number: int, answer: Any, names: Sequence[str] | None) -> None:

@@ -120,6 +120,9 @@ class DetectTask:
         """The model has a class for every name."""
         check_class_count(source.classes, key, task.num_classes)
 
+    def begin(self, source: Source | Stream, names: tuple[str, ...] | None) -> None:
+        """The loss depends on nothing of theirs."""
+
     def notes(self, source: Source | Stream) -> Iterable[str]:
         """None."""
         return ()

@@ -132,6 +132,9 @@ class SegmentTask:
         check_class_count(source.classes, key, task.num_classes)
         check_source_values(source, key, task.num_classes, task.reduce_zero_label, task.ignore_index)
 
+    def begin(self, source: Source | Stream, names: tuple[str, ...] | None) -> None:
+        """The loss depends on nothing of theirs."""
+
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
         """None."""
         return ()

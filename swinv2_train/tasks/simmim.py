@@ -83,6 +83,9 @@ class SimMIMTask:
     def check_source(task: SimMIMConfig, source: Source, key: str) -> None:
         """Images are all that is needed."""
 
+    def begin(self, source: Source | Stream, names: tuple[str, ...] | None) -> None:
+        """The loss depends on nothing of theirs."""
+
     def notes(self, source: Source | Stream) -> tuple[str, ...]:
         """Where the loss depends on how a step is cut."""
         return (UNEVEN,) if self.normalise.nodata and self.local_mean else ()

@@ -103,6 +103,12 @@ class Task(Protocol):
     def meta_batch(self, size: int) -> dict[str, Tensor]:
         """A training batch of `size` images without contents, on the meta device."""
 
+    def begin(self, source: Source | Stream, names: tuple[str, ...] | None) -> None:
+        """Take from the training images, and the names of their classes, what the loss depends on.
+
+        Called once on every rank before training.  Raises ConfigError.
+        """
+
     def notes(self, source: Source | Stream) -> Iterable[str]:
         """What a user should know of the training images at the start."""
 

@@ -20,6 +20,7 @@ from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.labelled import with_labels_of
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, difference, matched
 from swinv2_train.data.sources.mixture import Mixture, open_mixture
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
@@ -58,7 +59,7 @@ MEMORY_KEYS = (
 
 RANK_FILES = ("logs", "health", "stacks", "sample_keys", "bad_samples", "profile")
 """Folders of a run directory in which each rank writes on in files of its own."""
-WRITTEN = ("checkpoints", "pictures", "wandb", "tensorboard", "metrics.jsonl", *RANK_FILES)
+WRITTEN = ("checkpoints", "bad_steps", "pictures", "wandb", "tensorboard", "metrics.jsonl", *RANK_FILES)
 """What a run goes on writing in its run directory; other files there are replaced whole, and links with them."""
 
 
@@ -256,6 +257,7 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
                 data.label_folders,
                 data.annotations,
             )
+            evaluation = _labelled(config, evaluation, "data.eval_shards", tell)
             evaluation = _checked(config, evaluation, "data.eval_shards", names, tell)
         return Sources(training, evaluation, names)
 
@@ -287,6 +289,7 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
     source = open_source(
         pattern, "data.shards", say, cache, data.verify, data.image_member, data.label_folders, data.annotations
     )
+    source = _labelled(config, source, "data.shards", say)
     if labelled and names is not None and source.classes is not None and set(names) != set(source.classes):
         raise ConfigError(
             f"run_dir ({config.run_dir}) holds a run of {len(names)} classes, but data.shards has {len(source.classes)}"
@@ -302,7 +305,7 @@ def _open_mixture(config: Config, names: tuple[str, ...] | None, say: Say) -> Mi
     """The sources of data.mix, their labels by the names of classes: the run's, or all sources' together."""
     if config.task.label_classes is None:
         return _open_unlabelled_mixture(config, names, say)
-    plain = open_mixture(config.data, say, lambda source, key: source)
+    plain = open_mixture(config.data, say, lambda source, key: _labelled(config, source, key, say))
     without = [name for name, source in zip(plain.names, plain.sources, strict=True) if source.classes is None]
     if without and len(without) < len(plain.names):
         raise ConfigError(
@@ -322,12 +325,19 @@ def _open_unlabelled_mixture(config: Config, names: tuple[str, ...] | None, say:
 
     def checked(source: Source, key: str) -> Source:
         nonlocal names
+        source = _labelled(config, source, key, say)
         _checked(config, source, key, names, say)
         if config.task.pixel_classes is not None and len(source.classes or ()) > len(names or ()):
             names = source.classes
         return source
 
     return open_mixture(config.data, say, checked)
+
+
+def _labelled(config: Config, source: Source, key: str, say: Say) -> Source:
+    """The source with the labels that the task takes, where these are not its own."""
+    task = config.task
+    return with_labels_of(source, key, config.data, task.label_kind, task.label_rows, say)
 
 
 def _checked(config: Config, source: Source, key: str, names: tuple[str, ...] | None, say: Say) -> Source:

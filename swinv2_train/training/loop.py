@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from swinv2_train.monitoring.profiling import BACKWARD, EVALUATION, FORWARD, OPT
 from swinv2_train.runtime import StopRequest, keep_random_state
 from swinv2_train.tasks.task import Task
 from swinv2_train.training.attention_paths import AttentionPaths
+from swinv2_train.training.bad_step import keep_bad_step
 from swinv2_train.training.lr_schedule import RunLength, lr_at
 from swinv2_train.training.monitor import Monitor, Outcome, is_due
 from swinv2_train.training.position import Position
@@ -84,6 +86,11 @@ def fit(run: Run, stop: StopRequest) -> bool:
             stopped = True
             break
         except BadStepError as bad:
+            first = saver if bad_steps.skipped == 0 else None  # a state may be large, and the first tells most
+            kept = keep_bad_step(
+                Path(run.config.run_dir), str(bad), ready.micro_batches, position, run.world, first, before
+            )
+            monitor.log.say(kept)
             get_over(run, bad, bad_steps)
             if train.on_bad_step == "rollback":
                 prefetcher = open_prefetcher(run, stop)

@@ -53,6 +53,10 @@ class Position:
                 found |= {f"mix/{name}/images": images, f"mix/{name}/passes": images / own.num_samples}
         return found
 
+    def shards_of_next_step(self) -> list[list[str]] | None:
+        """The shard of each image of this rank's next step, by micro-batch; None of a pipe, which has none."""
+        return self.loader.shards_of_step(self.images_seen) if isinstance(self.loader, TrainLoader) else None
+
     def advance(self, micro_batches: Sequence[dict[str, Any]]) -> None:
         """A step was completed: batch_size images of all ranks, of which micro_batches were this rank's."""
         self.step += 1

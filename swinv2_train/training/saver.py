@@ -58,6 +58,13 @@ class Saver:
         if self.saved_step != self._position.step:
             self.save(None)
 
+    def save_apart(self, folder: Path) -> None:
+        """Write the state of this step to folder/checkpoints, as the only one there; the run's own stay as they are."""
+        self.finish()
+        state = self._position.state_dict()
+        with self._activity.doing("saving"), label(CHECKPOINT):
+            Save(folder, self._engine, state, self._world, 1, None, background=False).finish()
+
     def wait_for_copy(self) -> None:
         """Wait until the optimizer may move, and log how long the last save held training up."""
         if self._stall_sec is None:

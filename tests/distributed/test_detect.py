@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -12,11 +13,13 @@ from swinv2_train.config.command_line import guarded
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.engine import build_engine
 from swinv2_train.monitoring.run_log import read_metrics
+from swinv2_train.report.page import write_report
 from swinv2_train.tasks import build_task
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.configs import composed
 from tests.support.detection import object_shards
 from tests.support.detector import CASCADE, DETECT, HEADS, HTC, crops, part, randomised
+from tests.support.evaluation import evaluated
 from tests.support.harness import run_distributed
 from tests.support.one_rank import ONE
 
@@ -142,8 +145,10 @@ def test_coordinates_stay_in_float32_under_bf16():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_bit_for_bit_and_on_other_ranks_as_planned(tmp_path):
-    """From shards through the command, with stochastic depth and averages; the choice of what is learnt from, too."""
+def test_a_run_goes_on_bit_for_bit_and_on_other_ranks_as_planned(tmp_path, capfd):
+    """From shards through the command, with stochastic depth and averages; the choice of what is learnt from, too.  And
+    what the evaluate command finds of it is the same on any number of ranks: four images, each once.
+    """
     shards = object_shards(tmp_path / "objects")
     common = (*ZERO_3, *CASCADE, "engine.precision=fp32", "train.max_steps=4", "train.checkpoint_every_steps=2",
               "train.keep_checkpoints=3", "optim.ema_decay=0.5", "optim.lr=1e-4")  # fmt: skip
@@ -157,6 +162,18 @@ def test_a_run_goes_on_bit_for_bit_and_on_other_ranks_as_planned(tmp_path):
             found, expected = ({key: line[step][key] for key in keys if key in line[step]} for line in (again, whole))
             assert len(found) == (2 if step == 3 else 5)
             assert found == (expected if ranks == 2 else pytest.approx(expected, rel=1e-3, abs=1e-6)), step
+    run_dir = tmp_path / "same"
+    asked = (f"run_dir={run_dir}", "task.class_names=[bus,car,tram]", "task.eval_scales=[1.0,0.75]",
+             "task.eval_flip=true", "task.soft_nms=linear", "task.score_threshold=0.0")  # fmt: skip
+    outs = (tmp_path / "alone", run_dir / "evaluation")
+    lines = [evaluated(capfd, *asked, f"out={out}", ranks=ranks) for out, ranks in zip(outs, (1, 3), strict=True)]
+    tables = [json.loads((out / "evaluation.json").read_text()) for out in outs]
+    assert lines[0] == lines[1] and tables[0] == tables[1] and lines[0]["images"] == 4
+    assert tables[0]["classes"] == ["bus", "car", "tram"] and sum(tables[0]["class_objects"]) == 9
+    assert len(tables[0]["box_precision_at_recall"]) == 101 and (run_dir / "evaluation" / "picture.png").is_file()
+    page = write_report(run_dir, curves=False).read_text()
+    assert "Precision over recall, mask" in page and "right objects beside those that are found" in page
+    assert "<td>tram</td>" in page and "The commonest confusions" in page
 
 
 def trained(run_dir, shards, *overrides, ranks=2, micro=3):

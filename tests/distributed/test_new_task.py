@@ -123,6 +123,9 @@ class BrightnessTask:
     def notes(self, source: Source | Stream) -> Iterable[str]:
         return [f"levels {source.label_range}"]
 
+    def begin(self, source: Source | Stream, names: tuple[str, ...] | None) -> None:
+        return
+
     def meta_batch(self, size: int) -> dict[str, Tensor]:
         level = torch.empty(size, dtype=torch.int64, device="meta")
         return {**meta_images(size, self.encoder.img_size), "level": level}

@@ -142,7 +142,9 @@ def test_output_and_gradients_equal_float64(seed):
 
 
 CLIPS = [
-    ((3, 4, 6), (2, 3, 5), True, 1, 16),  # more frames than the window; every axis shifted and padded
+    ((4, 4, 5), (2, 3, 4), True, 1, 16),  # a window with both ends of the clip; every axis shifted, the sides padded
+    pytest.param((3, 4, 6), (2, 3, 5), True, 1, 16, marks=pytest.mark.slow),  # time is padded too
+    pytest.param((7, 3, 4), (4, 3, 4), True, 1, 16, marks=pytest.mark.slow),  # padding between the ends
     pytest.param((5, 3, 4), (4, 3, 4), True, 1, 24, marks=pytest.mark.slow),  # time alone is shifted
     pytest.param((4, 5, 3), (1, 3, 2), True, 2, 16, marks=pytest.mark.slow),  # windows of one frame: so many images
     pytest.param((4, 6, 5), (4, 4, 4), True, 1, 16, marks=pytest.mark.slow),  # time stays in place, the sides do not

@@ -31,10 +31,12 @@ LAYERS = {
     "training": 9,
     "planning": 10, "inference": 10,
     "train": 11, "evaluate": 11, "plan": 11, "export": 11, "status": 11, "make_shards": 11,
-    "doctor": 11, "stats": 11, "predict": 11, "embed": 11,
+    "doctor": 11, "stats": 11, "predict": 11, "embed": 11, "replay": 11,
 }  # fmt: skip
 """A package imports packages of lower layers alone; the commands are the top layer, and nobody imports them."""
-COMMANDS = {"train", "evaluate", "plan", "export", "status", "make_shards", "doctor", "stats", "predict", "embed"}
+COMMANDS = {
+    "train", "evaluate", "plan", "export", "status", "make_shards", "doctor", "stats", "predict", "embed", "replay",
+}  # fmt: skip
 CONFINED = {
     "deepspeed": {"engine"},
     "fairscale": {"engine"},

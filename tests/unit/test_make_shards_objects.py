@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def faults() -> dict[str, Any]:
     add(bbox=[8, 5, 10, 10], segmentation={"size": list(SIZE), "counts": [3, 4]})
     add(bbox=[9, 5, 10, 10], area=None, segmentation=[])
     add(bbox=[2, 2, 30, 30], iscrowd=1, segmentation={"size": list(SIZE), "counts": [0, SIZE[0] * SIZE[1]]}, area=900.0)
+    add(bbox=[10, 5, 10, 10], segmentation="no mask")
+    add(category_id=[1])
     add(image_id=999)
     return content
 
@@ -132,9 +135,9 @@ def test_bad_boxes_are_counted_named_and_handled_by_their_rules(tmp_path: Path, 
     assert run(images, tmp_path / "bad.json", "--drop-empty") == 0
     said = capsys.readouterr().out
     for count, kind in (
-        (3, "no four numbers"), (2, "the set does not list"), (1, "background as an object"), (2, "without an area"),
+        (3, "no four numbers"), (3, "the set does not list"), (1, "background as an object"), (2, "without an area"),
         (1, "outside the image"), (1, "by a pixel or less"), (1, "beyond the image (clipped)"), (1, "twice"),
-        (1, "fewer than 3 points"), (2, "run lengths of another size, or broken"),
+        (2, "fewer than 3 points"), (2, "run lengths of another size, or broken"),
     ):  # fmt: skip
         assert any(line.split()[:1] == [str(count)] and kind in line for line in said.splitlines()), (count, kind, said)
     assert "k002, object 0: [5, 5, nan" in said.replace("5.0", "5") and "image_id 999" in said
@@ -144,10 +147,10 @@ def test_bad_boxes_are_counted_named_and_handled_by_their_rules(tmp_path: Path, 
     mine = found["k002"]
     assert mine.boxes.tolist() == [
         [51, 20, 60, 30], [0, 20, 10, 30], [5, 5, 15, 15], [6, 5, 16, 15], [7, 5, 17, 15], [8, 5, 18, 15],
-        [9, 5, 19, 15], [2, 2, 32, 32],
+        [9, 5, 19, 15], [2, 2, 32, 32], [10, 5, 20, 15],
     ]  # fmt: skip
-    assert [mask is not None for mask in mine.masks] == [True, True, True, False, False, False, False, True]
-    assert mine.crowd.tolist() == [False] * 7 + [True] and mine.area[6] == 100
+    assert [mask is not None for mask in mine.masks] == [True, True, True, False, False, False, False, True, False]
+    assert mine.crowd.tolist() == [False] * 7 + [True, False] and mine.area[6] == 100
 
 
 def test_the_first_bad_box_ends_it_where_that_is_asked_for(tmp_path: Path, capsys: Any) -> None:
@@ -268,6 +271,50 @@ def test_the_semantic_branch_without_classes_of_pixels_is_refused_with_the_remed
     for option, cause in (("--reduce-zero-label", "is of task=segment"), ("--num-classes=3", "there are none")):
         assert run(images, yolo, option, out="out/again") == 2
         assert cause in capsys.readouterr().err
+
+
+def test_names_in_another_form_of_unicode_are_the_same_classes_and_images(tmp_path: Path, capsys: Any) -> None:
+    """macOS writes an accent as a letter of its own; a list of names gives one form back."""
+    images, apart = (
+        write_images(tmp_path / "images", [1, 2]),
+        unicodedata.normalize("NFD", "Stra\u00dfenb\u00e4hn\u00e9"),
+    )
+    (images / "k001.png").rename(images / f"{apart}.png")
+    content = coco_json([1, 2])
+    content["images"][0]["file_name"] = unicodedata.normalize("NFC", f"{apart}.png")
+    for form in ("NFC", "NFD"):
+        content["categories"][0]["name"] = unicodedata.normalize(form, apart)
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        assert run(images, tmp_path / "a.json", out=f"out/{form}") == 0
+        found = packed(f"{tmp_path}/out/{form}-*.tar")
+        assert len(found) == 2 and 2 in found[name_of(2)].classes
+    assert open_manifest(f"{tmp_path}/out/NFD-*.tar").classes == ("bus", "car", unicodedata.normalize("NFC", apart))
+    capsys.readouterr()
+    content["categories"][0]["name"] = "a\nb"
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert run(images, tmp_path / "a.json", out="other/x") == 2
+    assert "name of several lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"images": []}, "lists no images"),
+        (
+            {"images": [{"id": 2**64, "file_name": "k001.png"}]},
+            r"images\[0\] needs a file_name and an id, a whole number of",
+        ),
+        ({"categories": [{"id": 1, "name": 7}]}, "a category needs a name that is text and an id"),
+        ({"annotations": [None]}, "annotations must be a list of objects"),
+    ],
+)
+def test_a_coco_file_that_cannot_be_one_is_told_why(
+    change: dict[str, Any], cause: str, tmp_path: Path, capsys: Any
+) -> None:
+    images = write_images(tmp_path / "images", [1])
+    (tmp_path / "a.json").write_text(json.dumps({**coco_json([1]), **change}))
+    assert run(images, tmp_path / "a.json") == 2
+    assert re.search(cause, capsys.readouterr().err)
 
 
 def test_masks_without_their_library_are_refused_with_the_remedy(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

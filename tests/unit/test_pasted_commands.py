@@ -136,6 +136,8 @@ def check(words: list[str], document: Path) -> None:
         export.parse(arguments)
     elif program == "swinv2_train.stats":
         stats.parse(arguments)
+    elif program == "swinv2_train.replay":
+        assert all("=" in word for word in arguments)  # of a run, which is not there
     elif program == "swinv2_train.doctor":
         assert arguments == []
     elif program in ("swinv2_train.make_shards", "swinv2-make-shards"):

@@ -12,6 +12,7 @@ from swinv2_train.data.sample import ShardError
 
 COCO_BYTES = 2**32
 """The most that such a file may hold; COCO's own largest has 470 MB."""
+_AN_ID = "a whole number of less than 64 bits"
 _REMEDY = "write it again as COCO json (images, annotations, categories)"
 
 
@@ -41,7 +42,7 @@ def read_coco(value: Any, origin: str) -> Annotations:
         name, given = each.get("file_name"), each.get("id")
         key = _id(given)
         if not isinstance(name, str) or not name or key is None:
-            raise ShardError(f"{origin}: images[{number}] has no file_name and id; {_REMEDY}")
+            raise ShardError(f"{origin}: images[{number}] needs a file_name and an id, {_AN_ID}; {_REMEDY}")
         if key in name_of:
             raise ShardError(f"{origin}: two images have the id {key} (the second: {shown(name, 100)}); {_REMEDY}")
         name_of[key] = name = name.replace("\\", "/")
@@ -61,6 +62,8 @@ def read_coco(value: Any, origin: str) -> Annotations:
             f"warning: {origin}: {lost.total()} annotations are of images that it does not list (image_id "
             f"{', '.join(list(lost)[:3])}) and are left out",
         )
+    if not images:
+        raise ShardError(f"{origin} lists no images; {_REMEDY}")
     classes = tuple(name for name in categories.values() if name.lower() not in BACKGROUND)
     return Annotations("COCO", origin, images, classes, by_stem=False, absent_is_empty=False, notes=notes)
 
@@ -77,7 +80,7 @@ def _categories(value: Any, origin: str) -> dict[int, str]:
     for each in _rows(value, f"{origin}: categories"):
         number, name = _id(each.get("id")), each.get("name")
         if number is None or not isinstance(name, str) or not name.strip():
-            raise ShardError(f"{origin}: a category without id and name; {_REMEDY}")
+            raise ShardError(f"{origin}: a category needs a name that is text and an id, {_AN_ID}; {_REMEDY}")
         if number in found or name.strip() in found.values():
             raise ShardError(f"{origin}: two categories are {number} or called {shown(name, 60)}; {_REMEDY}")
         found[number] = name.strip()
@@ -104,6 +107,7 @@ def _drawn(each: dict[str, Any], categories: dict[int, str]) -> Drawn:
     number = _id(each.get("category_id"))
     category: Any = each.get("category_id") if number is None else categories.get(number, number)
     box, shape = each.get("bbox"), each.get("segmentation")
+    polygons = shape if isinstance(shape, list) else None if shape is None or isinstance(shape, dict) else [shape]
     if isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box):
         box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     elif box is None and isinstance(shape, list) and shape:
@@ -115,6 +119,6 @@ def _drawn(each: dict[str, Any], categories: dict[int, str]) -> Drawn:
         box=box,
         crowd=each.get("iscrowd") in (1, True, "1"),
         area=each.get("area"),
-        polygons=shape if isinstance(shape, list) and shape else None,
+        polygons=polygons or None,
         rle=shape if isinstance(shape, dict) else None,
     )

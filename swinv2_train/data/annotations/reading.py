@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +15,7 @@ from swinv2_train.data.annotations.form import Annotations, DrawnImage, Read
 from swinv2_train.data.annotations.labelme import is_labelme, read_labelme
 from swinv2_train.data.annotations.voc import read_voc
 from swinv2_train.data.annotations.yolo import NAMES, read_yolo, yolo_names
-from swinv2_train.data.class_names import is_left_out, listed
+from swinv2_train.data.class_names import canonical, is_left_out, listed
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.sources.archives import open_archive
 
@@ -27,6 +28,31 @@ def read_annotations(path: Path, what: str) -> Annotations:
 
     what: how the command line or configuration names it, for errors.  Raises ShardError.
     """
+    return _of_plain_names(_read(path, what))
+
+
+def _of_plain_names(found: Annotations) -> Annotations:
+    """The same with names of classes that a list of names (classes.txt) gives back: a line each, in one form."""
+    for name in found.classes:
+        if name.splitlines() != [name]:
+            raise ShardError(
+                f"{found.origin}: the class {json.dumps(name)[:100]} has a name of several lines, which a list of "
+                "names (classes.txt) cannot hold; write it in one"
+            )
+    names = {name: canonical(name) for name in found.classes}
+    if all(name == plain for name, plain in names.items()):
+        return found
+    if len({*names.values()}) < len(names):
+        raise ShardError(f"{found.origin}: two classes have names that differ in the form of their letters alone "
+                         "(Unicode's NFC and NFD); write one of them otherwise")  # fmt: skip
+    for image in found.images.values():
+        for each in image.objects:
+            if isinstance(each.category, str):
+                each.category = canonical(each.category)
+    return replace(found, classes=tuple(names.values()))
+
+
+def _read(path: Path, what: str) -> Annotations:
     origin = f"{what} {path}"
     if path.is_file() and path.suffix.lower() == ".json":
         value = parse_coco_json(path.read_bytes(), origin)
@@ -116,15 +142,15 @@ def match(annotations: Annotations, names: Iterable[str], source: str) -> Matche
     names: the images' paths from their folder on.  source: what errors call them.  Raises ShardError where none fits.
     """
     names = list(names)
-    whole = {_key(name, annotations.by_stem): name for name in annotations.images}
+    whole = {canonical(_key(name, annotations.by_stem)): name for name in annotations.images}
     short: dict[str, list[str]] = {}
     for name in annotations.images:
-        short.setdefault(PurePosixPath(_key(name, annotations.by_stem)).name, []).append(name)
-    own = Counter(PurePosixPath(_stem(name) if annotations.by_stem else name).name for name in names)
+        short.setdefault(PurePosixPath(canonical(_key(name, annotations.by_stem))).name, []).append(name)
+    own = Counter(PurePosixPath(canonical(_stem(name) if annotations.by_stem else name)).name for name in names)
     found: dict[str, DrawnImage | None] = {}
     used: set[str] = set()
     for name in names:
-        key = _stem(name) if annotations.by_stem else name
+        key = canonical(_stem(name) if annotations.by_stem else name)
         base = PurePosixPath(key).name
         known = whole.get(key)
         if known is None and len(short.get(base, ())) == 1 and own[base] == 1:

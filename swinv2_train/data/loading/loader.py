@@ -6,6 +6,7 @@ nothing, and the one integer `images_seen` resumes the stream.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.data.loading.balanced_order import BalancedOrder
 from swinv2_train.data.loading.batches import BatchRequest, EvalBatches, TrainBatches
 from swinv2_train.data.loading.mixed_order import MixedOrder
 from swinv2_train.data.loading.order import GlobalOrder, Location, Order, rank_shards
@@ -22,9 +24,9 @@ from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
 from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
 from swinv2_train.data.sample import (
     EXAMPLE_PX,
-    LABEL,
     MEMBERS,
     OBJECTS,
+    OF_LABELS,
     SEGMENTATION,
     Sample,
     SampleError,
@@ -35,6 +37,8 @@ from swinv2_train.data.sample import (
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.sources.band_names import with_band_names
 from swinv2_train.data.sources.base import Source
+from swinv2_train.data.sources.label_counts import sample_classes
+from swinv2_train.data.sources.labelled import LabelledSource
 from swinv2_train.data.sources.mixture import Mixture
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.decode import DecodeError
@@ -132,6 +136,13 @@ class TrainLoader:
             self.check_bad_images(bad_images, images_seen)  # of the other ranks' samples only the caller knows
             yield batch
 
+    def shards_of_step(self, images_seen: int) -> list[list[str]]:
+        """What the shards of this rank's images are called, by micro-batch of the step that begins at images_seen."""
+        sizes = (self.global_batch_size, self.micro_batch_size, self.rank, self.world_size)
+        passes = accumulation_steps(self.global_batch_size, self.micro_batch_size, self.world_size)
+        requests = itertools.islice(TrainBatches(self.order, images_seen, *sizes, None), passes)
+        return [[self.manifest.name(place[1]) for place in each.locations if place] for each in requests]
+
     def check_bad_images(self, bad_images: int, images_seen: int) -> None:
         """Raises SampleError when the run has had more damaged samples than data.max_bad_fraction of its images.
 
@@ -158,9 +169,10 @@ class TrainLoader:
         mine = self._identity()
         if state["manifest"] != mine["manifest"]:
             theirs = state.get("num_samples")  # older checkpoints have none
+            labels = ", or other labels in data.labels" if isinstance(self.manifest, LabelledSource) else ""
             held = "" if theirs is None else f": {mine['num_samples']} images now, {theirs} then"
             raise ConfigError(
-                f"data.shards are not the shards of the checkpoint (another number, order or content){held}; "
+                f"data.shards are not the shards of the checkpoint (another number, order or content{labels}){held}; "
                 "name the same shards, or start a new run_dir"
             )
         if state.get("mix") != mine.get("mix"):
@@ -168,6 +180,11 @@ class TrainLoader:
                 f"data.mix ({_mix_text(mine.get('mix'))}) differs from the checkpoint's "
                 f"({_mix_text(state.get('mix'))}), which would change the order of images; give the same weights, or "
                 "start a new run_dir from its weights (task.init_from)"
+            )
+        if state.get("balanced", False) != mine.get("balanced", False):
+            raise ConfigError(
+                f"data.balanced ({str(self.config.balanced).lower()}) differs from the checkpoint's, which would "
+                "change the order of images; set it as it was, or start a new run_dir from its weights (task.init_from)"
             )
         for name, key in (("seed", "seed"), ("lanes", "data.lanes"), ("window_shards", "data.window_shards")):
             if state.get(name) != mine[name]:
@@ -195,6 +212,7 @@ class TrainLoader:
             "window_shards": self.config.window_shards,
             "manifest": self.manifest.digest,
             "num_samples": self.manifest.num_samples,
+            **({"balanced": True} if self.config.balanced else {}),
             **({"mix": _mix_of(self.manifest)} if isinstance(self.manifest, Mixture) else {}),
         }
 
@@ -204,6 +222,9 @@ def order_of(manifest: Source, seed: int, config: DataConfig) -> Order:
     if isinstance(manifest, Mixture):
         counts = [source.counts for source in manifest.sources]
         return MixedOrder(counts, manifest.weights, seed, config.lanes, config.window_shards)
+    if config.balanced:
+        classes = sample_classes(manifest, "data.balanced")
+        return BalancedOrder(manifest.counts, classes, seed, config.lanes, config.window_shards)
     return GlobalOrder(manifest.counts, seed, config.lanes, config.window_shards)
 
 
@@ -287,8 +308,10 @@ def _check_missing(
 
 def _check_targets(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
     """A supervised run on unlabelled shards fails before its first step."""
-    if LABEL in transform.needs:
+    if not set(OF_LABELS).isdisjoint(transform.needs):
         remedy = "this task needs labels: sort the images into class folders, or choose task=simmim"
+        if isinstance(manifest, LabelledSource):
+            remedy = "write theirs, remove the images, or set data.on_bad_sample=replace and data.max_bad_fraction"
         check_labels(manifest, config, key, remedy)
     if SEGMENTATION in transform.needs:
         what = f"no label image (.{MEMBERS[SEGMENTATION].suffix})"
@@ -440,7 +463,7 @@ class _Fetcher(Fetch):
         try:
             for name in self.transform.needs:
                 if name not in sample.targets:
-                    where = self.source.labels_from if name == LABEL else f".{MEMBERS[name].suffix}"
+                    where = self.source.labels_from if name in OF_LABELS else f".{MEMBERS[name].suffix}"
                     raise SampleError(f"no readable {name} ({where})")
             row = self.transform(self.decoded(sample), sample.targets, rng)
             self._notes |= getattr(self.transform, "notes", frozenset())

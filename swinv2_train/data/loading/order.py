@@ -57,6 +57,10 @@ class GlobalOrder:
         element -= lane.block_starts[block]
         return epoch, int(shards[element]), int(indices[element])
 
+    def shard_counts(self, epoch: int) -> np.ndarray:
+        """Samples of each shard in an epoch."""
+        return self.counts
+
     @property
     def round(self) -> int:
         """Positions within which every lane has its turn."""
@@ -96,8 +100,9 @@ class GlobalOrder:
     def _layout(self, epoch: int) -> list[_Lane]:
         if epoch in self._layouts:
             return self._layouts[epoch]
-        shards = _generator(self.seed, _SHARD_STREAM, epoch).permutation(len(self.counts))
-        ends = np.cumsum(self.counts[shards])
+        shards = generator(self.seed, _SHARD_STREAM, epoch).permutation(len(self.counts))
+        counts = self.shard_counts(epoch)
+        ends = np.cumsum(counts[shards])
         base, extra = divmod(self.num_samples, self.lanes)  # the first `extra` lanes are one sample longer
         lanes = []
         for number in range(self.lanes):
@@ -105,7 +110,7 @@ class GlobalOrder:
             high = low + base + (number < extra)
             pieces = []
             for place in range(int(np.searchsorted(ends, low, side="right")), len(shards)):
-                first = int(ends[place] - self.counts[shards[place]])
+                first = int(ends[place] - counts[shards[place]])
                 if first >= high:
                     break
                 start, stop = max(low, first), min(high, int(ends[place]))
@@ -127,14 +132,15 @@ class GlobalOrder:
         pieces = self._layout(epoch)[lane].blocks[block]
         shards = np.concatenate([np.full(stop - start, shard, np.int32) for shard, start, stop in pieces])
         indices = np.concatenate([np.arange(start, stop, dtype=np.int32) for _, start, stop in pieces])
-        shuffle = _generator(self.seed, _BLOCK_STREAM, *name).permutation(len(shards))
+        shuffle = generator(self.seed, _BLOCK_STREAM, *name).permutation(len(shards))
         self._shuffled[name] = (shards[shuffle], indices[shuffle])
         if len(self._shuffled) > 2 * self.lanes:  # every lane stands in one block, or two at a border
             self._shuffled.popitem(last=False)
         return self._shuffled[name]
 
 
-def _generator(seed: int, *spawn_key: int) -> np.random.Generator:
+def generator(seed: int, *spawn_key: int) -> np.random.Generator:
+    """Random numbers of one use of the seed."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=spawn_key)))
 
 

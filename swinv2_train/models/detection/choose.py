@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swinv2_train.models.detection.boxes import areas, intersections, iou
+from swinv2_train.models.detection.boxes import areas, intersections, over_union
 from swinv2_train.models.detection.objects import Objects
 
 NEGATIVE, IGNORED = -1, -2
@@ -44,19 +44,20 @@ def assigned(candidates: Tensor, objects: Objects, rule: Rule, usable: Tensor | 
 
 
 def _assigned_of_one(candidates: Tensor, boxes: Tensor, real: Tensor, crowds: Tensor, rule: Rule) -> Tensor:
-    overlaps = iou(candidates.unsqueeze(1), boxes).masked_fill(~real, -1.0)  # (N, M)
+    each = candidates.unsqueeze(1)
+    shared = intersections(each, boxes)  # (N, M)
+    overlaps = over_union(shared, each, boxes).masked_fill(~real, -1.0)
     highest, place = overlaps.max(dim=1)
     found = torch.full_like(place, IGNORED)
     found = torch.where(highest < rule.negative, NEGATIVE, found)
     found = torch.where(highest >= rule.positive, place, found)
     if rule.best is not None:
-        tops = overlaps.max(dim=0).values  # (M,)
+        tops = overlaps.amax(dim=0)  # (M,)
         best = (overlaps == tops) & (tops >= rule.best) & real
-        numbers = torch.arange(1, len(boxes) + 1, device=boxes.device)
-        last = torch.where(best, numbers, 0).max(dim=1).values
+        numbers = torch.arange(1, len(boxes) + 1, device=boxes.device, dtype=torch.int32)  # half the bytes to read
+        last = torch.where(best, numbers, 0).amax(dim=1).long()
         found = torch.where(last > 0, last - 1, found)
-    shared = intersections(candidates.unsqueeze(1), boxes).masked_fill(~crowds, 0.0).max(dim=1).values
-    in_crowd = shared >= CROWD_SHARE * areas(candidates).clamp(min=1e-6)
+    in_crowd = shared.masked_fill(~crowds, 0.0).amax(dim=1) >= CROWD_SHARE * areas(candidates).clamp(min=1e-6)
     return torch.where((found == NEGATIVE) & in_crowd, IGNORED, found)
 
 

@@ -98,6 +98,12 @@ def test_the_best_by_loss_is_the_lowest_and_nan_is_never_best(tmp_path):
     assert steps(tmp_path) == [1, 3]
 
 
+def test_the_best_by_an_error_of_numbers_is_the_lowest(tmp_path):
+    for step, error in [(1, 3.0), (2, 1.0), (3, 2.0)]:
+        save(tmp_path, step, keep=1, best=("val_ema/rmse", error))
+    assert steps(tmp_path) == [2, 3]
+
+
 def test_the_best_is_the_best_of_what_is_watched_now(tmp_path):
     """Another train.keep_best after a resume: 50 % and a loss of 1.0 do not compare."""
     save(tmp_path, 1, keep=1, best=("val/top1", 50.0))

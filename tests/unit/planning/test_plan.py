@@ -502,3 +502,22 @@ def test_norms_move_less_on_cuda_than_on_a_cpu() -> None:
     config = composed(*SMALL[:-1], "engine=zero1", "model.compile=none")
     cuda, cpu = (sum(each.nbytes for each in trace_step(config, 2, on_cpu).operations) for on_cpu in (False, True))
     assert cuda < cpu
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row", ["(the experiment itself", "`model.attention=reference model.sequential_stages=[]`",
+            "`model.attention=reference model.sequential_stages=[1]`"]
+)  # fmt: skip
+def test_what_the_memory_page_says_of_htc_on_the_giant_is_what_the_planner_says_today(row: str) -> None:
+    """Which stages must be sequential, with the paper's largest detector on 16 cards of 40 GB."""
+    page = (conf_dir().parent / "docs" / "memory.md").read_text().partition("## HTC on SwinV2-G")[2]
+    overrides, peak, fits, _ = (
+        next(line for line in page.splitlines() if line.startswith(f"| {row}")).strip("| ").split(" | ")
+    )
+    config = configs.composed(
+        ["experiment=coco_htc_giant_1536", "hardware=a100_40gb", "plan.num_gpus=16", "data.shards=unused",
+         *(overrides.strip("`").split() if overrides.startswith("`") else ())]
+    )  # fmt: skip
+    plan, _ = plan_memory(config, fill_from_machine(config.hardware, 16), 16)
+    assert plan.peak / GIB == pytest.approx(float(peak), rel=0.01) and plan.fits == (fits == "yes")
