@@ -309,6 +309,10 @@ class ClassifyConfig(TaskConfig):
     """Evaluation: average the probabilities of centre crops of the image enlarged by each factor ([1.0] = one crop)."""
     eval_flip: bool
     """Evaluation: average those of the mirrored image too."""
+    eval_views: Annotated[int, at_least(1)]
+    """Of clips: evaluation sees so many of a file, evenly from its start to its end; 1 = its middle (published: 4)."""
+    eval_crops: Annotated[int, at_least(1)]
+    """Of clips: and so many crops of each, evenly along the longer side; 1 = the centre (published: 3)."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
     scores: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys(each for own in _TARGET_SCORES.values() for each in own))
@@ -378,6 +382,14 @@ class ClassifyConfig(TaskConfig):
                     f"task.{key} ({getattr(self, key)}) {does}, and model.frames ({config.model.frames}) asks for "
                     f"clips; set task.{key}={off}"
                 )
+        if self.eval_scales != [1.0] and config.model.frames is not None:
+            raise ConfigError(
+                f"task.eval_scales ({self.eval_scales}) is of images, and model.frames ({config.model.frames}) asks "
+                "for clips; set task.eval_scales=[1.0], and task.eval_views or task.eval_crops for several views"
+            )
+        for key, count in (("eval_views", self.eval_views), ("eval_crops", self.eval_crops)):
+            if count > 1 and config.model.frames is None:
+                raise ConfigError(f"task.{key} ({count}) is of clips, and model.frames is null; set task.{key}=1")
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "
