@@ -38,6 +38,7 @@ def findings() -> Iterator[Finding]:
         version = version_of(name)
         needed = name != "triton" or torch.version.cuda is not None
         yield Finding(name, version or ("not installed; make setup" if needed else "none"), needed and version is None)
+    yield Finding("videos (av)", version_of("av") or "none; for clips other than .frames: the extra 'video'")
     if torch.cuda.is_available():
         yield from _gpus()
         for name, check in REQUIREMENTS.items():

@@ -63,6 +63,7 @@ def replay(config: Config, _: None) -> list[str]:
             sources = open_sources(own, world, checkpoint, stop)._replace(evaluation=None)
             with on_meta():
                 task = build_task(own, world.device)
+            task.begin(sources.training, sources.classes)
             groups = build_param_groups(task.module, own.optim)
             run = build_run(own, world, task, groups, sources, log, checkpoint, None, stop=stop)
             try:

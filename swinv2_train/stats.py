@@ -125,14 +125,23 @@ def open_sources(config: Config) -> tuple[dict[str, Source | Stream], tuple[int,
     """What data names, by the names of data.mix ("" for data.shards), and the weight of each."""
     data = config.data
     if data.mix:
-        mixture = open_mixture(data, tell, lambda source, key: source)
+        mixture = open_mixture(data, tell, _of_images)
         return dict(zip(mixture.names, mixture.sources, strict=True)), mixture.weights
     if is_pipe(data.shards):
         return {"": open_stream(data.shards)}, (1,)
     cache = shard_cache_for(data.shards, data)
-    return {
-        "": open_source(data.shards, "data.shards", tell, cache, data.verify, data.image_member, data.label_folders)
-    }, (1,)
+    source = open_source(data.shards, "data.shards", tell, cache, data.verify, data.image_member, data.label_folders)
+    return {"": _of_images(source, "data.shards")}, (1,)
+
+
+def _of_images(source: Source, key: str) -> Source:
+    """Raises ConfigError for clips: of these nothing is measured."""
+    if any(source.clips):
+        raise ConfigError(
+            f"{key}: {sum(source.clips)} of {source.num_samples} samples are clips, of which no statistics are made; "
+            "name images, such as some of their frames (clips are read as photographs, by data.mean and data.std)"
+        )
+    return source
 
 
 def with_bands_of(config: Config, source: Source | Stream) -> Config:

@@ -59,6 +59,7 @@ from swinv2_train.training.build import (
 from swinv2_train.training.initial_weights import Initial, initial_weights
 from swinv2_train.training.lr_schedule import Reached, RunLength, run_length
 from swinv2_train.training.param_groups import build_param_groups
+from swinv2_train.training.patience import Patience
 from swinv2_train.training.preflight import preflight
 from swinv2_train.weights.export import ExportRequest, export
 
@@ -109,6 +110,8 @@ def train(config: Config) -> int:
                     on_main(world, lambda: announce(run, log, start.initial))
                     with run.monitor.manual_gc:
                         exit_code = EXIT_DONE if loop.fit(run, stop) else EXIT_STOPPED
+                    if run.position.is_out_of_patience:
+                        total = run.position.step
                 if exit_code == EXIT_STOPPED:
                     reason = stop.requested or "a signal"
                     log.say(f"stopped by {reason} after step {run.position.step}; the same command resumes")
@@ -213,6 +216,8 @@ class Start:
     groups: list[dict[str, Any]]
     initial: Initial | None
     """The weights that a new run starts from, where task.init_from names some."""
+    patience: Patience | None = None
+    """Of a run that is complete."""
 
 
 def settled_start(config: Config, world: World, stop: StopRequest, lock: RunDirLock) -> Start:
@@ -234,14 +239,17 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
     """
     run_dir = Path(config.run_dir)
     newest = verified_checkpoint(on_main(world, lambda: checked_newest(run_dir, config)), world, stop)
-    state = {"step": 0, "images_seen": 0} if newest is None else on_main(world, partial(read_state, newest))
+    state: dict[str, Any] = (
+        {"step": 0, "images_seen": 0} if newest is None else on_main(world, partial(read_state, newest))
+    )
     sources = open_sources(config, world, newest, stop)
     probe = build_probe(config, world, (sources.training, sources.evaluation), stop)
     reached = Reached.of(state, config.train.global_batch_size)
     length = run_length(config.train, config.optim.schedule, sources.training.num_samples, reached)
     unfinished = on_main(world, lambda: newest is not None and scores_unfinished(run_dir, reached.step))
-    if reached.step >= length.last_step and not unfinished:
-        return Start(newest, reached, length, sources, probe, None, [], None)
+    patience = Patience(config.train, state.get("patience"))
+    if (reached.step >= length.last_step or patience.is_exhausted) and not unfinished:
+        return Start(newest, reached, length, sources, probe, None, [], None, patience)
     with on_meta():  # each rank makes those of its own share, in the engine
         task = build_task(config, world.device)
     task.begin(sources.training, sources.classes)
@@ -287,6 +295,8 @@ def say_complete(config: Config, start: Start) -> None:
         assert epochs is not None, "load_config demands one of the two"
         beyond = images >= epochs * samples + start.reached.batch_size
         past = f"train.epochs ({epochs:g} of {samples} images)" if beyond else None
+    if past is None and step < start.length.last_step:
+        past = str(start.patience)
     done = f"all {step} steps are done" if past is None else f"its {step} steps ({images} images) are past {past}"
     print(f"{shown(run_dir)}: {done}; report: {shown(run_dir / 'report.html')}")
 

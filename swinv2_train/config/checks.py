@@ -26,6 +26,7 @@ def check_config(config: Config) -> None:
     _check_labels(config)
     _check_hang_timeout(config)
     _check_moments(config)
+    _check_freeze(config)
     _check_ema(config)
     _check_keep_best(config)
 
@@ -96,15 +97,6 @@ def _check_model(config: Config) -> None:
         between(1, num_stages).check("model.sequential_stages", stage)
 
 
-def check_clips_are_read(config: Config) -> None:
-    """ConfigError where a model of clips is to be trained or evaluated: no data is read as clips yet."""
-    if config.model.frames is not None:
-        raise ConfigError(
-            f"model.frames ({config.model.frames}): no data is read as clips yet; set model.frames=null (the planner "
-            "counts clips, and from Python swinv2_train.models takes them)"
-        )
-
-
 def _check_init(config: Config) -> None:
     """A recipe of fine-tuning has weights to start from, for its learning rate and length are of no use without."""
     task = config.task
@@ -171,6 +163,16 @@ def _check_moments(config: Config) -> None:
         )
 
 
+def _check_freeze(config: Config) -> None:
+    """Under ZeRO-3 a step of a model of which a part is frozen fails in DeepSpeed's backward pass."""
+    freeze, engine = config.optim.freeze, config.engine
+    if freeze and engine.name == "deepspeed" and engine.zero_stage == 3:
+        raise ConfigError(
+            f"optim.freeze ([{', '.join(freeze)}]) does not work with engine.zero_stage=3 yet; set engine=zero2 "
+            "(states of what is trained alone, shared by the ranks), zero1 or local, or optim.freeze=[]"
+        )
+
+
 def _check_ema(config: Config) -> None:
     """The EMA of the weights lies beside float32 masters, in memory."""
     decay, engine = config.optim.ema_decay, config.engine
@@ -191,9 +193,19 @@ def _check_ema(config: Config) -> None:
 
 def _check_keep_best(config: Config) -> None:
     """The score by which a checkpoint is the best is one that the run measures."""
-    best, scores = config.train.keep_best, config.task.measured
+    best, scores, patience = config.train.keep_best, config.task.measured, config.train.patience
+    if patience is not None and best is None:
+        raise ConfigError(
+            f"train.patience ({patience}) waits for a better score, and train.keep_best is null; name one: "
+            f"train.keep_best={scores[0]}"
+        )
     if best is None:
         return
+    every, steps = "train.eval_every_steps", config.train.eval_every_steps
+    if best.startswith("probe/"):
+        every, steps = "probe.every_steps", config.probe.every_steps
+    if patience is not None and steps is None:
+        raise ConfigError(f"train.patience ({patience}) counts evaluations, and {every} is null; set {every}=NUMBER")
     probed = [name for names in PROBE_SCORES.values() for name in names]
     one_of(*scores, *map(averaged_score, scores), *probed).check("train.keep_best", best)
     if best not in (*scores, *probed) and config.optim.ema_decay is None:

@@ -14,6 +14,12 @@ from swinv2_train.config.schema import Config, DataConfig
 
 VALUE_FILES = ("npy", "npz", "tif", "tiff", "png", "jpg", "jpeg", "webp", "jfif", "bmp", "gif")
 """What a member that data.image_member names may end in."""
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
+"""Files of a video decoder (data/clips/video.py), in order of preference."""
+FRAMES_EXTENSION = "frames"
+"""The JPEG files of a clip's frames (data/clips/frames_file.py)."""
+CLIP_EXTENSIONS = (*VIDEO_EXTENSIONS, FRAMES_EXTENSION)
+"""What samples of many frames end in."""
 _PHOTOGRAPHS = {((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
 """Statistics that conf/data/ has for pixels in 0..1."""
 
@@ -63,10 +69,11 @@ def _check_pictures(data: DataConfig, count: int) -> None:
 
 def _check_member(member: str) -> None:
     ending = member.rpartition(".")[2]
-    if member.startswith(".") or "/" in member or member != member.lower() or ending not in VALUE_FILES:
+    endings = (*VALUE_FILES, *CLIP_EXTENSIONS)
+    if member.startswith(".") or "/" in member or member != member.lower() or ending not in endings:
         raise ConfigError(
             f"data.image_member ({member}) must be what follows KEY. in the member's name, in small letters, and end "
-            f"in {', '.join(VALUE_FILES)}: input.npy for KEY.input.npy"
+            f"in {', '.join(endings)}: input.npy for KEY.input.npy"
         )
 
 

@@ -94,6 +94,8 @@ class TrainConfig:
     """How many of the newest complete checkpoints are kept."""
     keep_best: str | None
     """Also keep the best checkpoint by a score that the run measures: val/top1, val_ema/loss, probe/knn_top1, ..."""
+    patience: Annotated[int | None, at_least(1)]
+    """Evaluations in a row without a better train.keep_best after which the run ends; null = it never ends so."""
     eval_every_steps: Annotated[int | None, at_least(1)]
     """Steps between evaluations on data.eval_shards; null evaluates at the end only."""
     picture_every_steps: Annotated[int, at_least(1)]
@@ -307,6 +309,10 @@ class ClassifyConfig(TaskConfig):
     """Evaluation: average the probabilities of centre crops of the image enlarged by each factor ([1.0] = one crop)."""
     eval_flip: bool
     """Evaluation: average those of the mirrored image too."""
+    eval_views: Annotated[int, at_least(1)]
+    """Of clips: evaluation sees so many of a file, evenly from its start to its end; 1 = its middle (published: 4)."""
+    eval_crops: Annotated[int, at_least(1)]
+    """Of clips: and so many crops of each, evenly along the longer side; 1 = the centre (published: 3)."""
 
     implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
     scores: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys(each for own in _TARGET_SCORES.values() for each in own))
@@ -365,12 +371,25 @@ class ClassifyConfig(TaskConfig):
                     f"{config.model.in_chans} bands here; set task.rand_augment=null task.color_jitter=0 (flips, "
                     "data.dihedral, crops, erasing, mixup and cutmix work for any)"
                 )
-        for key, value in (("cutmix_alpha", self.cutmix_alpha), ("erasing_prob", self.erasing_prob)):
-            if value and config.model.frames is not None:
+        for key, does, off in (
+            ("rand_augment", "is drawn for each image", "null"),
+            ("color_jitter", "is drawn for each image", "0"),
+            ("cutmix_alpha", "takes boxes out of images", "0"),
+            ("erasing_prob", "takes boxes out of images", "0"),
+        ):
+            if getattr(self, key) and config.model.frames is not None:
                 raise ConfigError(
-                    f"task.{key} ({value}) takes boxes out of images, and model.frames ({config.model.frames}) asks "
-                    f"for clips; set task.{key}=0"
+                    f"task.{key} ({getattr(self, key)}) {does}, and model.frames ({config.model.frames}) asks for "
+                    f"clips; set task.{key}={off}"
                 )
+        if self.eval_scales != [1.0] and config.model.frames is not None:
+            raise ConfigError(
+                f"task.eval_scales ({self.eval_scales}) is of images, and model.frames ({config.model.frames}) asks "
+                "for clips; set task.eval_scales=[1.0], and task.eval_views or task.eval_crops for several views"
+            )
+        for key, count in (("eval_views", self.eval_views), ("eval_crops", self.eval_crops)):
+            if count > 1 and config.model.frames is None:
+                raise ConfigError(f"task.{key} ({count}) is of clips, and model.frames is null; set task.{key}=1")
         if self.mixes and config.train.micro_batch_size % 2:
             raise ConfigError(
                 f"train.micro_batch_size ({config.train.micro_batch_size}) must be even, for mixup pairs the images of "
@@ -766,6 +785,8 @@ class DataConfig:
     """Probability of a horizontal flip."""
     dihedral: bool
     """Turn each training image by 0, 90, 180 or 270 degrees and mirror half of them (no side is up, as from space)."""
+    frame_stride: Annotated[int, at_least(1)]
+    """Of clips (model.frames): frames of the file from one frame of a clip to the next (arXiv:2106.13230: 2)."""
     mean: Annotated[list[float], each(finite())]
     """Mean of the normalisation per band, of scaled values (data.scale; photographs: pixels in 0..1)."""
     std: Annotated[list[float], each(positive())]
@@ -856,6 +877,8 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down; 0 = no clipping."""
     no_decay: list[str]
     """Parameters without weight decay: parts of their names, or "1d" for all with at most one dimension."""
+    freeze: Annotated[list[str], each(non_empty())]
+    """Parameters that are not trained: parts of their names (head off: [patch_embed, layers, norm]); [] = none."""
     layer_decay: Annotated[float, between(ABOVE_0, 1)]
     """Factor of the learning rate per layer, counted from the head; 1 = none (arXiv:2111.09883 appendix A2)."""
     encoder_lr_scale: Annotated[float, positive()]

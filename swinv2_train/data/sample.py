@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import numpy as np
 
 from swinv2_train.config import ConfigError, MachineError, OutageError
+from swinv2_train.data.clips.frame_times import FrameTimes
 
 
 class ShardError(ConfigError):
@@ -185,11 +186,14 @@ def example_targets(names: Collection[str]) -> Targets:
 
 @dataclass(frozen=True)
 class Sample:
-    """One undecoded sample: the bytes of the image file as they were packed, and its targets."""
+    """One undecoded sample: the bytes of the image or clip as they were packed, and its targets."""
 
     key: str
     image: bytes
+    """Of a clip, the file with all of its frames."""
     extension: str
-    """One of IMAGE_EXTENSIONS (shards/tar_index.py), or what a saved data set names its images."""
+    """One of SAMPLE_EXTENSIONS (shards/tar_index.py), or what a saved data set names its images."""
     targets: Targets
     shard: str
+    times: FrameTimes | None = None
+    """When the frames of a video are shown, where the shard's index knows it."""

@@ -14,29 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swinv2_train.config import DataConfig
+from swinv2_train.data.clips.clip import Clip
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sample import LABEL, Targets
-from swinv2_train.data.transforms.bands import Bands
-from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.distributed import all_reduce_sum
 from swinv2_train.evaluation.scoring import in_lockstep
+from swinv2_train.tasks.inputs import ImageTransform
 
 Features = Callable[[dict[str, Any]], Tensor]
 """From a batch to (B, C)."""
 
 
 @dataclass(frozen=True)
-class WholeImage:
-    """The evaluation's crop of an image, and its label: {"images": (C, H, W), "labels": int64 ()}."""
+class WholeImage(ImageTransform):
+    """The evaluation's crop of an image or clip, and its label: {"images": (C, H, W) or (3, T, H, W), "labels": int64
+    ()}.
+    """
 
-    data: DataConfig
-    img_size: tuple[int, int]
+    train: bool = False
     needs: tuple[str, ...] = (LABEL,)
-    bands: Bands | None = None
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
-        return {"images": eval_crop(image, self.img_size, self.data), "labels": torch.tensor(targets["label"])}
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+        return {**super().__call__(image, targets, rng), "labels": torch.tensor(targets["label"])}
 
 
 @dataclass(frozen=True)

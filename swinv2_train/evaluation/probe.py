@@ -10,6 +10,7 @@ import torch
 
 from swinv2_train.config import PROBE_SCORES, Config, ConfigError, is_pipe, pair
 from swinv2_train.config.shown import tell
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.loading.loader import EvalLoader, check_labels
 from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
@@ -113,7 +114,12 @@ class Probe:
         self._config, self._world = config.probe, world
         ranges = [source.label_range for source in shards if source.label_range is not None]
         self._num_classes = max((last for _, last in ranges), default=0) + 1
-        transform = WholeImage(config.data, pair("model.img_size", config.model.img_size), bands=Bands.of(config))
+        transform = WholeImage(
+            config.data,
+            pair("model.img_size", config.model.img_size),
+            bands=Bands.of(config),
+            clips=ClipViews.of(config),
+        )
         data = with_workers(config.data, world.cores)
         self._loaders = [
             EvalLoader(

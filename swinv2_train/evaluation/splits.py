@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from swinv2_train.config import SPLITS, Config
-from swinv2_train.config.checks import check_clips_are_read
 from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
@@ -96,7 +95,6 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
     names: of these classes, as far as they are known.  say: receives notes, a line each.  Raises ConfigError for images
     of other classes.
     """
-    check_clips_are_read(config)
     classes = config.task.label_classes
     named: dict[str, tuple[str, str | None, str | None]] = {"": ("data.eval_shards", config.data.eval_shards, None)}
     for name, split in config.data.eval_splits.items():

@@ -60,6 +60,8 @@ def _of_shapes(weights: ConvertedWeights) -> Implied:
             f"({', '.join(SIZES)}); give model=NAME with model.embed_dim, model.depths and model.num_heads"
         )
     found: Implied = {"model": names[0], "task": "classify", "model.in_chans": embedding[1]}
+    if len(embedding) == 5:  # of clips, whose frames are neither erased nor pasted
+        found |= {"model.patch_frames": embedding[2], "task.cutmix_alpha": 0, "task.erasing_prob": 0}
     if "head.weight" in shapes:
         found["task.num_classes"] = shapes["head.weight"][0]
     return found

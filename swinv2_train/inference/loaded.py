@@ -26,6 +26,7 @@ from swinv2_train.config.load import home_expanded
 from swinv2_train.data.loading.workers import tensors_of
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.matched import check_pixel_classes
+from swinv2_train.inference.clips import row_of_clip
 from swinv2_train.inference.implied import arguments, implied
 from swinv2_train.inference.pixels import pixels
 from swinv2_train.inference.vectors import Vectors
@@ -111,11 +112,8 @@ class LoadedModel:
         if size < 1:
             raise ConfigError(f"batch_size ({size}) must be at least 1")
         given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-        unused = np.random.default_rng(0)  # evaluation draws nothing
         for start in range(0, len(given), size):
-            rows = [
-                transform(pixels(image, transform.bands), Targets(), unused) for image in given[start : start + size]
-            ]
+            rows = [row_of(image, transform) for image in given[start : start + size]]
             stacked = tensors_of(rows[0])
             yield {
                 **{name: [row[name] for row in rows] for name in rows[0]},
@@ -140,6 +138,15 @@ def _names(config: Config, weights: Path) -> tuple[str, ...] | None:
         return theirs
     check_pixel_classes(theirs, task.pixel_class_names, str(weights), "task.class_names")
     return task.pixel_class_names or theirs
+
+
+def row_of(image: Any, transform: Any) -> dict[str, Any]:
+    """What a transform of an evaluation makes of an image or a clip.  Raises ConfigError for what cannot be read."""
+    unused = np.random.default_rng(0)  # evaluation draws nothing
+    if transform.clips is not None:
+        return row_of_clip(lambda clip: transform(clip, Targets(), unused), image)
+    row: dict[str, Any] = transform(pixels(image, transform.bands), Targets(), unused)
+    return row
 
 
 def load(
@@ -172,7 +179,8 @@ def resolved(path: Path, overrides: Sequence[str], format: str | None = None) ->
         return load_run_config(run, overrides), find_checkpoint(path)
     found = implied(read_weights(path, format), path)
     keys = {override.partition("=")[0] for override in overrides}
-    for key in ("model.window_size", "model.img_size"):
+    of_clips = ("model.frames", "model.window_frames") if "model.patch_frames" in found else ()
+    for key in ("model.window_size", "model.img_size", *of_clips):
         if key not in {*found, *keys}:
             raise ConfigError(f"{path} does not say its {key}, which shapes do not show; give it: '{key}=NUMBER'")
     words = arguments({key: value for key, value in found.items() if key not in keys})

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, pair
+from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.sample import SampleError, Targets
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.crop import eval_crop
@@ -38,12 +40,20 @@ class Vectors(ImageTransform):
             raise ConfigError(f"features ({kind}) must be one of {', '.join(KINDS)}")
         if min(grid) < 1:
             raise ConfigError(f"tiles ([{grid[0]},{grid[1]}]) must be at least one row and one column")
+        if kind == "tiles" and config.model.frames is not None:
+            raise ConfigError(
+                "features (tiles) are of images, and model.frames asks for clips; choose pooled or stages"
+            )
         size = pair("model.img_size", config.model.img_size)
-        return cls(data=config.data, img_size=size, train=False, bands=Bands.of(config), kind=kind, grid=grid)
+        return cls(
+            data=config.data, img_size=size, train=False, bands=Bands.of(config), clips=ClipViews.of(config),
+            kind=kind, grid=grid,
+        )  # fmt: skip
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         if self.kind != "tiles":
             return super().__call__(image, targets, rng)
+        assert isinstance(image, Tensor), "build() refuses tiles of clips"
         rows, columns = (
             [side * place // count for place in range(count + 1)]
             for side, count in zip(image.shape[-2:], self.grid, strict=True)

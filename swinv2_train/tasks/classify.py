@@ -13,6 +13,8 @@ from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, Config, ConfigError, pair
 from swinv2_train.data.class_names import listed
+from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.sample import SampleError, Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
@@ -30,12 +32,13 @@ from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.tasks.answers import Ask, Classes, Columns, Prediction, Values
 from swinv2_train.tasks.class_weights import class_weights
+from swinv2_train.tasks.clip_picture import PICTURE_CLIPS, clip_picture
 from swinv2_train.tasks.encoder import build_model
 from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.target_losses import LOSSES, RegressionLoss, TargetLoss, mean_of_known
 from swinv2_train.tasks.target_scores import multilabel_scores, regression_scores
-from swinv2_train.tasks.task import Batch, Forward, Predictions
+from swinv2_train.tasks.task import Batch, Forward, Picture, Predictions
 
 TINY = 1e-38
 """The least probability that a logarithm is taken of."""
@@ -47,7 +50,7 @@ class ClassifyTransform(ImageTransform):
 
     Labels are the class, int64 (); with task.target=multilabel float32 (C,) of 0 and 1, nan where it is not known; with
     regression float64 (K,) in the numbers' own units, nan where one is not known.
-    For evaluation at several of task.eval_scales, images are (scales, C, H, W).
+    For evaluation at several of task.eval_scales, images are (scales, C, H, W); clips of several views (V, 3, T, H, W).
 
     For training the crop is augmented, and there are plain values for what is done on the device: "erasing" (an Erasing
     or None) with task.erasing_prob, "mixing_seed" (int) with mixup or cutmix.
@@ -55,12 +58,12 @@ class ClassifyTransform(ImageTransform):
 
     task: ClassifyConfig
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         labels = self._labels(targets) if self.needs else None
         row = super().__call__(image, targets, rng)
         if self.train:
             row = self._augmented(row["images"], rng)
-        elif self.task.eval_scales != [1.0]:
+        elif self.task.eval_scales != [1.0] and isinstance(image, Tensor):
             row = {"images": torch.stack([self._zoomed(image, scale) for scale in self.task.eval_scales])}
         return row if labels is None else {**row, "labels": labels}
 
@@ -106,14 +109,14 @@ class ClassifyTask:
     """A head of a row per class or number on the encoder; its loss and scores are those of task.target."""
 
     block_types = (SwinBlock,)
-    picture = None
+    picture: Picture | None = None
 
     def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
         self.module = self.encoder = build_model(config.model, task.num_classes)
         self.multiply_adds = multiply_adds(self.module)
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.task, self.num_classes = task, task.num_classes
-        self.flip, self.zooms = task.eval_flip, task.eval_scales != [1.0]
+        self.flip = task.eval_flip
         self.losses: TargetLoss = LOSSES[task.target](task)
         self.predictions = None
         if task.target == "single":
@@ -123,8 +126,13 @@ class ClassifyTask:
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
+        clips = ClipViews.of(config)
+        self.one_view_dims = 4 if clips is None else 5
+        if clips is not None:
+            clips = replace(clips, views=task.eval_views, crops=task.eval_crops)
+            self.picture = self._picture if task.target == "single" else None
         self.train_transform, self.eval_transform = (
-            ClassifyTransform(config.data, img_size, train, (task.label_kind,), self.bands, task=task)
+            ClassifyTransform(config.data, img_size, train, (task.label_kind,), self.bands, clips, task=task)
             for train in (True, False)
         )
 
@@ -240,15 +248,14 @@ class ClassifyTask:
 
     def _logits(self, forward: Forward, batch: Batch) -> Tensor:
         """Of an evaluation batch, (B, classes) float32; of several views those of the mean probabilities, or the mean
-        number.
+        number.  A forward pass per view: every rank makes equally many, and none is of more than a micro-batch.
         """
-        images = self.normalise(batch["images"])
-        if not self.flip and not self.zooms:
-            logits: Tensor = forward(images=images).float()
+        views = self._views(batch)
+        if not self.flip and len(views) == 1:
+            logits: Tensor = forward(images=self.normalise(views[0])).float()
             return logits
-        views = list(images.unbind(1)) if self.zooms else [images]
-        views += [view.flip(-1) for view in views] if self.flip else []
-        each = torch.stack([forward(images=view).float() for view in views])
+        views += tuple(view.flip(-1) for view in views) if self.flip else ()
+        each = torch.stack([forward(images=self.normalise(view)).float() for view in views])
         if self.task.target == "regression":
             return each.mean(dim=0)
         if self.task.target == "multilabel":
@@ -276,8 +283,24 @@ class ClassifyTask:
         return
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
-        pooled: Tensor = forward(images=self.normalise(batch["images"]), features=True)
+        views = self._views(batch)
+        pooled: Tensor = sum(forward(images=self.normalise(view), features=True) for view in views) / len(views)
         return pooled
+
+    def _views(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images (B, C, H, W) or clips (B, 3, T, H, W), one for each view in which they are seen."""
+        images: Tensor = batch["images"]
+        return images.unbind(1) if images.ndim > self.one_view_dims else (images,)
+
+    def _picture(self, forward: Forward, batch: Batch, names: Sequence[str] | None = None) -> np.ndarray:
+        """The first clips of a batch, their middle view, below what they are and what they were taken for."""
+        few = {**batch, "images": batch["images"][:PICTURE_CLIPS]}
+        views = self._views(few)
+        right: list[list[int]] = [[] for _ in few["images"]]
+        if "labels" in batch:
+            labels = batch["labels"][:PICTURE_CLIPS].view(len(right), -1).tolist()
+            right = [[label for label in row if label >= 0] for row in labels]
+        return clip_picture(views[len(views) // 2], right, self.probabilities(forward, few), names)
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import DetectConfig
+from swinv2_train.data.clips.clip import Clip
 from swinv2_train.data.objects import Objects, check_image_size, objects_from_json
 from swinv2_train.data.sample import OBJECTS, SEGMENTATION, SampleError, Targets
 from swinv2_train.data.transforms.detect import IGNORED, DetectTrainView, eval_views
@@ -39,7 +40,8 @@ class DetectTransform(ImageTransform):
     cell: int
     """Pixels between two labels of the semantic branch."""
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+        assert isinstance(image, Tensor), "objects are of images"
         if not self.train and OBJECTS not in self.needs:
             return {**self._seen(image), "image_id": _image_id(targets)}
         objects = objects_from_json(targets["objects"])

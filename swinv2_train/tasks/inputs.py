@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, DataConfig, per_band
+from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.crop import eval_crop, random_dihedral, random_flip, random_resized_crop
@@ -20,8 +22,9 @@ from swinv2_train.data.transforms.crop import eval_crop, random_dihedral, random
 class ImageTransform:
     """A crop of the image, random for training: {"images": (C, H, W)}.  A task's own adds its targets.
 
-    Photographs are uint8 (3, H, W), values float32, NaN where nothing was measured.  An evaluation may replace data
-    (another crop) and needs (() where a file has the targets).
+    Photographs are uint8 (3, H, W), values float32, NaN where nothing was measured.  Of clips it is uint8 (3, T, H, W),
+    or as `clips` says.  An evaluation may replace data (another crop), needs (() where a file has the targets) and
+    clips (more views).
     """
 
     data: DataConfig
@@ -31,9 +34,17 @@ class ImageTransform:
     """Names of the targets without which a sample is damaged (data/sample.py)."""
     bands: Bands | None = None
     """How files are read as values; None = as photographs."""
+    clips: ClipViews | None = None
+    """Which frames are seen of clips; None = images."""
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
         data = self.data
+        if self.clips is not None:
+            assert isinstance(image, Clip), "the loader opens clips where they are wanted"
+            if self.train:
+                return {"images": self.clips.train(image, self.img_size, data, rng)}
+            return {"images": self.clips.evaluate(image, self.img_size, data)}
+        assert isinstance(image, Tensor), "the loader decodes images"
         if not self.train:
             return {"images": eval_crop(image, self.img_size, data)}
         if data.dihedral:

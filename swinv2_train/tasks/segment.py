@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, SegmentConfig, pair
 from swinv2_train.data.class_names import check_class_count
+from swinv2_train.data.clips.clip import Clip
 from swinv2_train.data.label_values import check_source_values
 from swinv2_train.data.sample import SEGMENTATION, Targets
 from swinv2_train.data.sources.base import Source
@@ -51,7 +52,8 @@ class SegmentTransform(ImageTransform):
     fill: tuple[float, ...]
     """The value of each band that is 0 when normalised."""
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Any]:
+        assert isinstance(image, Tensor), "label images are of images"
         task, data = self.task, self.data
         row: dict[str, Any] = {}
         if not self.train:

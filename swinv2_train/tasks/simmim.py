@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from swinv2_train.config import Config, ConfigError, SimMIMConfig, pair
+from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
@@ -42,7 +44,7 @@ class SimMIMTransform(ImageTransform):
     patch_size: int
     task: SimMIMConfig
 
-    def __call__(self, image: Tensor, targets: Targets, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | Clip, targets: Targets, rng: np.random.Generator) -> dict[str, Tensor]:
         row = super().__call__(image, targets, rng)
         mask = simmim_mask(self.img_size, self.task.mask_unit_px, self.patch_size, self.task.mask_ratio, rng)
         return {**row, "mask": mask}
@@ -70,7 +72,13 @@ class SimMIMTask:
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (
             SimMIMTransform(
-                config.data, img_size, train, bands=self.bands, patch_size=config.model.patch_size, task=task
+                config.data,
+                img_size,
+                train,
+                bands=self.bands,
+                clips=ClipViews.of(config),
+                patch_size=config.model.patch_size,
+                task=task,
             )
             for train in (True, False)
         )

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from swinv2_train.checkpoint import checkpoint_classes, device_note, ema_note, load_checkpoint, newest_checkpoint
 from swinv2_train.config import Config, ConfigError, is_pipe
-from swinv2_train.config.checks import check_clips_are_read
 from swinv2_train.config.command_line import load_run_config
 from swinv2_train.config.load import config_yaml
 from swinv2_train.config.shown import tell
@@ -43,6 +42,7 @@ from swinv2_train.training.length_warnings import length_warnings
 from swinv2_train.training.loop import Run
 from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
+from swinv2_train.training.patience import Patience
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
 
@@ -142,6 +142,7 @@ def build_run(
     log.say(f"{config.run_dir}: step {state['step']} of {total}, {batch} images each, {world.world_size} processes")
     position = Position(
         reached.step, reached.images_seen, loader, world.device, reached.first_batch_size, batch, sources.classes,
+        Patience(config.train, state.get("patience")) if config.train.patience is not None else None,
         loader.bad_images_before,
     )  # fmt: skip
     saved_step = None if newest is None else position.step
@@ -180,10 +181,11 @@ def checked_newest(run_dir: Path, config: Config) -> Path | None:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """What makes a run's weights: the task and the model without its memory policies."""
+    """What makes a run's weights: the task, the model without its memory policies, and what is trained of it."""
     settings = dataclasses.asdict(config.model)
     model = {f"model.{key}": value for key, value in settings.items() if key not in MEMORY_KEYS}
-    return {"task.name": config.task.name, **config.task.identity(), **model}
+    own = {"task.name": config.task.name, "optim.freeze": config.optim.freeze}
+    return {**own, **config.task.identity(), **model}
 
 
 def make_run_dir(run_dir: Path) -> None:
@@ -234,8 +236,6 @@ def open_sources(config: Config, world: World, newest: Path | None = None, stop:
     may come while a server is waited for.
     Raises ConfigError for missing or damaged shards, and for those whose targets are not the task's; StopNow.
     """
-
-    check_clips_are_read(config)
 
     def open_both() -> Sources:
         data, pattern = config.data, config.data.eval_shards

@@ -51,7 +51,8 @@ class Run:
 
 
 def fit(run: Run, stop: StopRequest) -> bool:
-    """Train from the run's position to run.length.last_step, log, evaluate and save on the way.
+    """Train from the run's position to run.length.last_step, log, evaluate and save on the way; train.patience ends it
+    earlier.
 
     Returns True when the run is complete, False when it stopped on request; a complete checkpoint exists either way and
     the loaders are closed.  A stop within a step drops the step's work, and one within an evaluation drops the scores,
@@ -65,7 +66,7 @@ def fit(run: Run, stop: StopRequest) -> bool:
     stopped = not make_up_for_scores(run, stop)
     if position.step == 0 and run.probe is not None and run.config.probe.before_first_step and not stopped:
         probe_encoder(run, run.probe)
-    while not stopped and position.step < length.last_step:
+    while not stopped and position.step < length.last_step and not position.is_out_of_patience:
         monitor.step_begins()
         ready = prefetcher.take()
         if ready.state == STOP:
@@ -110,16 +111,20 @@ def fit(run: Run, stop: StopRequest) -> bool:
                 stopped = True
                 break
             score = scores.get(train.keep_best) if train.keep_best else None
+            if position.patience is not None:
+                position.patience.add(scores)
             if is_due(position.step, train.checkpoint_every_steps) or last or score is not None:
                 saver.save(score)
                 prefetcher.recheck_stop()  # evaluation and save take their time, and now nothing would be left to save
         monitor.manual_gc.after_step(position.step)
     if stopped:
         saver.save_if_new()
+    elif position.is_out_of_patience:
+        monitor.log.say(f"step {position.step}: the run ends by {position.patience}")
     saver.finish()
     monitor.close()
     close_loaders(run)
-    return not stopped and position.step == length.last_step
+    return not stopped and (position.step == length.last_step or position.is_out_of_patience)
 
 
 class BadStepError(RuntimeError):
@@ -250,9 +255,11 @@ def make_up_for_scores(run: Run, stop: StopRequest) -> bool:
     if run.saver.saved_step is None or not on_main(run.world, run.monitor.scores_were_cut_short):
         return True
     try:
-        measure(run, run.position.step == run.length.last_step, stop)
+        scores = measure(run, run.position.step == run.length.last_step, stop)
     except StoppedError:
         return False
+    if run.position.patience is not None:
+        run.position.patience.add(scores)
     run.monitor.scores_are_due(False)
     return True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,17 +29,20 @@ _LAYER = re.compile(r"layers\.(\d+)\.(?:blocks\.(\d+)\.)?")
 def build_param_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Split the trainable parameters into groups of equal weight decay and learning-rate scale.
 
+    Those that optim.freeze names are trainable no more.
     Returns a list of {"params": [Parameter, ...], "weight_decay": float, "lr_scale": float, "name": str}; every
     trainable parameter is in exactly one group, in the order of module.named_parameters().  Group names are decay and
     no_decay, or layer_3_decay and so on with layer decay; encoder_decay and so on with another rate for the encoder.
-    Raises ConfigError for a no_decay pattern that matches nothing, for layer decay on a module without layers, and for
-    an encoder's own rate without an encoder beside other parameters.
+    Raises ConfigError for a freeze or no_decay pattern that matches nothing, for layer decay on a module without
+    layers, and for an encoder's own rate without an encoder beside other parameters.
     """
-    parameters = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    freeze(module, config.freeze)
+    everything = dict(module.named_parameters())  # what is frozen counts as a layer, and patterns may match it
+    parameters = [(name, parameter) for name, parameter in everything.items() if parameter.requires_grad]
     assert parameters, "the module has no trainable parameter"
-    num_dims = {name: len(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
+    num_dims = {name: len(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in everything.items()}
     without_decay = no_decay_names(num_dims, config.no_decay)
-    scales = lr_scales((name for name, _ in parameters), config.layer_decay)
+    scales = lr_scales(everything, config.layer_decay)
     of_encoder = encoder_names(num_dims)
     if config.encoder_lr_scale != 1.0 and not of_encoder:
         raise ConfigError(
@@ -68,6 +71,25 @@ def encoder_names(names: Iterable[str]) -> set[str]:
     found = {name for name in names if name.startswith(ENCODER)}
     heads = {name for name in names if name.startswith(HEAD)}
     return found or (names - heads if heads else set())
+
+
+def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters of whose names any pattern is a part are trained no more: they get no gradient, decay or moments.
+
+    Raises ConfigError for a pattern that matches no parameter, and where all would be frozen.
+    """
+    names = dict(module.named_parameters())
+    for pattern in patterns:
+        matches = [name for name in names if pattern in name]
+        if not matches:
+            raise ConfigError(
+                f"optim.freeze pattern '{pattern}' matches no parameter; names end in: "
+                f"{', '.join(_near_names(pattern, names))}"
+            )
+        for name in matches:
+            names[name].requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in names.values()):
+        raise ConfigError(f"optim.freeze ({', '.join(patterns)}) leaves nothing to train; leave a pattern out")
 
 
 def no_decay_names(num_dims: dict[str, int], patterns: Iterable[str]) -> set[str]:

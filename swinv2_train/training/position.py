@@ -13,6 +13,7 @@ from swinv2_train.data.loading.mixed_order import MixedOrder
 from swinv2_train.data.loading.pipe_loader import StreamLoader
 from swinv2_train.data.sources.mixture import Mixture
 from swinv2_train.distributed import all_reduce_sum
+from swinv2_train.training.patience import Patience
 
 
 @dataclass
@@ -33,9 +34,16 @@ class Position:
     """Images of a step of this start."""
     classes: tuple[str, ...] | None = None
     """What the rows of the model's head are called; None where they have numbers alone, or there is no head."""
+    patience: Patience | None = None
+    """How long train.keep_best has not become better; None where nobody asks."""
     bad_images: int = 0
     """Damaged samples of the run over all ranks and starts, when they were last counted."""
     _uncounted: int = 0  # those of this rank since then
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether train.patience ends the run here."""
+        return self.patience is not None and self.patience.is_exhausted
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -84,11 +92,14 @@ class Position:
             "batch_size": self.batch_size,
             "data": data,
             "classes": self.classes,
+            **({} if self.patience is None else {"patience": self.patience.state_dict()}),
         }
 
     def go_back(self, state: dict[str, Any]) -> None:
         """Return to what state_dict() gave at an earlier step."""
         self.step, self.images_seen = state["step"], state["images_seen"]
+        if self.patience is not None:
+            self.patience.go_back(state.get("patience"))
         self.loader = self.loader.restarted(self.images_seen)
         self.loader.check_state(state["data"])
         self.bad_images, self._uncounted = self.loader.bad_images_before, 0

@@ -42,6 +42,7 @@ CONFINED = {
     "fairscale": {"engine"},
     "webdataset": {"data"},
     "pyarrow": {"data"},
+    "av": {"data"},
     "wandb": {"monitoring"},
     "tqdm": {"monitoring"},
     "hydra": {"config"},

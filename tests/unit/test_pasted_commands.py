@@ -168,6 +168,7 @@ def test_every_pasted_command_is_what_its_program_takes(document, tmp_path, monk
         "finetune": classify,
         "segment": ("task=segment", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
         "detect": ("task=detect", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
+        "video": ("experiment=k400_tiny_256", "data.eval_shards=val/*.tar"),
     }.items():
         (tmp_path / "runs" / run).mkdir(parents=True)
         text = config_yaml(composed([*settings, f"run_dir=runs/{run}", "data.shards=images/*.tar"]))

@@ -18,6 +18,7 @@ from swinv2_train.data.statistics.numbers import at_place, exact, places, quotie
 from swinv2_train.data.statistics.summary import PERCENTILES
 from swinv2_train.data.transforms.decode import decode_image
 from swinv2_train.distributed import World
+from tests.support.clips import frames_file
 from tests.support.configs import composed
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
@@ -256,3 +257,11 @@ def test_secrets_of_an_address_are_not_written(tmp_path):
 def test_wrong_input_is_told_before_an_image_is_read(arguments, message):
     with pytest.raises(ConfigError, match=message):
         stats.parse(arguments)
+
+
+def test_clips_are_refused_with_their_number(tmp_path):
+    """Their frames would be counted as nothing that anybody asked for."""
+    write_shards([(f"c{n}", frames_file(2), "frames", 0) for n in range(3)], str(tmp_path / "t"), 3)
+    config = composed([f"data.shards={tmp_path}/t-*.tar", "run_dir=x"])
+    with pytest.raises(ConfigError, match="data.shards: 3 of 3 samples are clips, of which no statistics are made"):
+        stats.open_sources(config)

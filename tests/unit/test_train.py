@@ -405,7 +405,8 @@ def test_ranks_draw_different_random_numbers_once_the_model_stands(build):
 
 
 IDENTITY = {
-    "task.num_classes": 5, "model.name": "tiny", "model.img_size": 64, "model.patch_size": 2, "model.window_size": 8,
+    "task.num_classes": 5, "task.target": "multilabel", "optim.freeze": ["head"], "model.name": "tiny",
+    "model.img_size": 64, "model.patch_size": 2, "model.window_size": 8,
     "model.pretrained_window_sizes": [4, 4], "model.embed_dim": 16, "model.depths": [2, 1], "model.num_heads": [2, 2],
     "model.mlp_ratio": 2.0, "model.drop_path_rate": 0.3, "model.extra_norm_period": 1, "model.in_chans": 4,
     "model.clamp_to_shorter_side": True, "model.frames": 4, "model.patch_frames": 2, "model.window_frames": 4,

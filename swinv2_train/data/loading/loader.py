@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from swinv2_train.config import ConfigError, DataConfig
+from swinv2_train.data.clips.clip import Clip, HeldClip
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.loading.balanced_order import BalancedOrder
 from swinv2_train.data.loading.batches import BatchRequest, EvalBatches, TrainBatches
 from swinv2_train.data.loading.mixed_order import MixedOrder
@@ -54,9 +56,9 @@ class Transform(Protocol):
     def needs(self) -> tuple[str, ...]:
         """Names of the targets without which a sample is damaged (data/sample.py)."""
 
-    def __call__(self, image: torch.Tensor, targets: Targets, rng: np.random.Generator) -> Row:
-        """image: uint8 (3, H, W); where it has an attribute `bands` (of Bands), the values of these, (C, H, W).  May
-        raise SampleError.
+    def __call__(self, image: torch.Tensor | Clip, targets: Targets, rng: np.random.Generator) -> Row:
+        """image: uint8 (3, H, W); where it has an attribute `bands` (of Bands), the values of these, (C, H, W); where
+        it has `clips` (of ClipViews), a Clip.  May raise SampleError, and DecodeError of a clip's frames.
         """
 
 
@@ -306,8 +308,22 @@ def _check_missing(
         )
 
 
+def check_kind(source: Source, key: str, clips: bool) -> None:
+    """Raises ConfigError where any sample is an image and the model takes clips, or the other way round."""
+    others = [of if not clips else count - of for count, of in zip(source.counts, source.clips, strict=True)]
+    if not any(others):
+        return
+    shard = source.name(next(number for number, count in enumerate(others) if count))
+    what, remedy = "clips, and the model takes images", "set model.frames to read clips"
+    if clips:
+        what = "images, and model.frames asks for clips"
+        remedy = "name clips, set model.frames=null, or choose clips that lie beside images by data.image_member=mp4"
+    raise ShardError(f"{key}: {sum(others)} of {source.num_samples} samples are {what}, the first in {shard}; {remedy}")
+
+
 def _check_targets(manifest: Source, config: DataConfig, transform: Transform, key: str) -> None:
-    """A supervised run on unlabelled shards fails before its first step."""
+    """A supervised run on unlabelled shards fails before its first step, as does one on samples of another kind."""
+    check_kind(manifest, key, clips_of(transform) is not None)
     if not set(OF_LABELS).isdisjoint(transform.needs):
         remedy = "this task needs labels: sort the images into class folders, or choose task=simmim"
         if isinstance(manifest, LabelledSource):
@@ -376,12 +392,20 @@ def bands_of(transform: Transform) -> Bands | None:
     return bands
 
 
+def clips_of(transform: Transform) -> ClipViews | None:
+    """Which frames of clips the transform sees; None = it takes images, as where it does not say."""
+    clips: ClipViews | None = getattr(transform, "clips", None)
+    return clips
+
+
 def memory_of(transform: Transform, rows: int, slots: int) -> BatchMemory | None:
     """Memory for so many batches of so many of the transform's rows; None where it makes none of a plain image."""
     bands = bands_of(transform)
     count, dtype = (3, torch.uint8) if bands is None else (bands.count, torch.float32)
-    nothing = torch.zeros(count, EXAMPLE_PX, EXAMPLE_PX, dtype=dtype)  # every row has one shape, whatever the image's
-    try:
+    nothing: torch.Tensor | Clip = torch.zeros(count, EXAMPLE_PX, EXAMPLE_PX, dtype=dtype)
+    if clips_of(transform) is not None:
+        nothing = HeldClip(torch.zeros(3, 1, EXAMPLE_PX, EXAMPLE_PX, dtype=torch.uint8))
+    try:  # every row has one shape, whatever the image's
         row = transform(nothing, example_targets(transform.needs), np.random.default_rng(0))
     except SampleError:
         return None
@@ -465,7 +489,8 @@ class _Fetcher(Fetch):
                 if name not in sample.targets:
                     where = self.source.labels_from if name in OF_LABELS else f".{MEMBERS[name].suffix}"
                     raise SampleError(f"no readable {name} ({where})")
-            row = self.transform(self.decoded(sample), sample.targets, rng)
+            image = self.decoded(sample) if clips_of(self.transform) is None else self.opened(sample)
+            row = self.transform(image, sample.targets, rng)
             self._notes |= getattr(self.transform, "notes", frozenset())
             return row
         except DecodeError as error:

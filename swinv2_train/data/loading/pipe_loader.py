@@ -24,6 +24,7 @@ from swinv2_train.data.loading.loader import (
     accumulation_steps,
     bands_of,
     check_bad_fraction,
+    clips_of,
     memory_of,
 )
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
@@ -197,7 +198,8 @@ class _Fetcher(Fetch):
             if name not in sample.targets:
                 raise SampleError(f"no readable {name} (.{MEMBERS[name].suffix})")
         try:
-            return self.transform(self.decoded(sample), sample.targets, self._rng)
+            image = self.decoded(sample) if clips_of(self.transform) is None else self.opened(sample)
+            return self.transform(image, sample.targets, self._rng)
         except DecodeError as error:
             raise SampleError(str(error)) from error
 

@@ -28,11 +28,14 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 from swinv2_train.config import ConfigError, DataConfig, MachineError
+from swinv2_train.config.pixels import CLIP_EXTENSIONS
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, NOTES, shown
+from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch, fits
 from swinv2_train.data.sample import Sample, lacking
 from swinv2_train.data.transforms.bands import Bands, decode_bands
-from swinv2_train.data.transforms.decode import decode_image
+from swinv2_train.data.transforms.decode import DecodeError, decode_image
 from swinv2_train.runtime import available_cores
 
 _WORDS = "{shard}: sample '{key}': {cause}"
@@ -91,12 +94,18 @@ class Fetch(ABC):
         """The image: uint8 (3, H, W), or the values of its bands.  Raises DecodeError; MachineError, which names the
         sample.
         """
+        if sample.extension in CLIP_EXTENSIONS:
+            raise DecodeError(f"a .{sample.extension} file is a clip; set model.frames to read clips")
         try:
             if self.bands is not None:
                 return decode_bands(sample.image, sample.extension, self.bands, notes=self._notes)
             return decode_image(sample.image, sample.extension, notes=self._notes)
         except MachineError as error:
             raise MachineError(f"{sample.shard}: sample '{sample.key}': {error}") from error
+
+    def opened(self, sample: Sample) -> Clip:
+        """The clip, of which nothing is decoded yet.  Raises DecodeError."""
+        return open_clip(sample.image, sample.extension, sample.times)
 
     def noted(self) -> Batch:
         """The entry "notes" of a batch: what this process has not said before; nothing where there is none."""

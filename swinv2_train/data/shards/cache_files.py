@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from swinv2_train.data.shards.tar_index import build_index, load_index
+from swinv2_train.data.shards.tar_index import build_index, index_times, load_index
 
 PRIVATE = 0o600
 PRIVATE_FOLDER = 0o700
@@ -128,6 +128,7 @@ def is_index_of(index: Path, shard: Path, size: int, image_member: str | None = 
         if not _is_own(index.lstat()):
             return False
         made = build_index(str(shard), checksums=False, image_member=image_member)
+        index_times(str(shard), made)
         return bool(np.array_equal(load_index(str(index), size), made))
     except (OSError, ValueError):
         return False

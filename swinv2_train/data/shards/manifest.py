@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.pixels import CLIP_EXTENSIONS
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.data.sample import ShardError
-from swinv2_train.data.shards.tar_index import CHECKSUM, build_index, targets_in
+from swinv2_train.data.shards.tar_index import CHECKSUM, build_index, index_times, save_index, targets_in
 from swinv2_train.storage.atomic import replace_text, replacing, sha256_of
 from swinv2_train.storage.json_files import file_name, mapping, optional, record, row, whole
 from swinv2_train.storage.json_files import text as text_of
@@ -64,9 +65,10 @@ def index_shard(
 ) -> dict[str, Any]:
     """Write the index of one shard; return its manifest entry.  Arguments as build_index's."""
     index = build_index(path, name, checksums, image_member)
+    times = index_times(path, index)
     index_path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(index_path) as file:
-        np.save(file, index)
+        save_index(file, index, times)
     labels = index["label"][index["label"] >= 0]
     targets = {name: int((index[f"{name}_size"] > 0).sum()) for name in targets_in(index)}
     return {
@@ -76,7 +78,13 @@ def index_shard(
         "label_range": [int(labels.min()), int(labels.max())] if len(labels) else None,
         "unlabelled": len(index) - len(labels),
         **({"targets": targets} if targets else {}),
+        **({"clips": clips} if (clips := count_clips(index)) else {}),
     }
+
+
+def count_clips(index: np.ndarray) -> int:
+    """The samples of an index that are clips."""
+    return int(np.isin(index["extension"], [each.encode() for each in CLIP_EXTENSIONS]).sum())
 
 
 def has_checksums(index_path: Path) -> bool:
@@ -155,6 +163,8 @@ def _entry(value: Any, where: str) -> None:
     _FIELDS(value, where)
     if value["unlabelled"] > value["samples"]:
         raise ConfigError(f"{where}.unlabelled ({value['unlabelled']}) is more than its {value['samples']} samples")
+    if value.get("clips", 0) > value["samples"]:
+        raise ConfigError(f"{where}.clips ({value['clips']}) is more than its {value['samples']} samples")
     for name, count in value.get("targets", {}).items():
         if count > value["samples"]:
             raise ConfigError(f"{where}.targets.{name} ({count}) is more than its {value['samples']} samples")
@@ -163,7 +173,7 @@ def _entry(value: Any, where: str) -> None:
 _FIELDS = record(
     {"samples": whole(), "bytes": whole(), "sha256": _digest, "unlabelled": whole(),
      "label_range": optional(_label_range)},
-    may={"targets": mapping(whole()), "label_values": mapping(whole(), names=_label_value)},
+    may={"clips": whole(), "targets": mapping(whole()), "label_values": mapping(whole(), names=_label_value)},
 )  # fmt: skip
 _MANIFEST = record({"shards": mapping(_entry, names=file_name(deep=False))})
 

@@ -12,17 +12,21 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from swinv2_train.config.pixels import CLIP_EXTENSIONS, VIDEO_EXTENSIONS
 from swinv2_train.config.plain_files import open_regular
 from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import LABEL, LABEL_BYTES, MEMBERS, ShardError, read_label
+from swinv2_train.data.transforms.decode import DecodeError
 
 BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "bmp", "tif", "tiff", "gif", "npy", "npz")
 """In order of preference when one sample holds several (first as webdataset's "jpg;jpeg;png;webp")."""
+SAMPLE_EXTENSIONS = (*IMAGE_EXTENSIONS, *CLIP_EXTENSIONS)
+"""Behind images, clips: an image beside a clip is taken, unless data.image_member names the clip."""
 LABEL_MISSING = -1
 """The sample has no .cls member."""
 LABEL_UNREADABLE = -2
@@ -30,6 +34,10 @@ LABEL_UNREADABLE = -2
 
 CHECKSUM = "crc32"
 """The index's field with a checksum of the image."""
+TIME_FIELDS = ("times_at", "num_frames", "num_keys")
+"""Of a video: the place of its first time stamp, and how many there are of frames, and behind them of key frames; all 0
+where the file tells none, which whoever reads it hears again.
+"""
 
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's base_plus_ext
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
@@ -63,23 +71,27 @@ def targets_in(rows: np.ndarray) -> tuple[str, ...]:
     return tuple(name for name in stored_targets().values() if f"{name}_offset" in names)
 
 
-def index_dtype(key_bytes: int, checksums: bool, targets: Sequence[str] = ()) -> np.dtype:
+def index_dtype(key_bytes: int, checksums: bool, targets: Sequence[str] = (), clips: bool = False) -> np.dtype:
     """One record per sample: byte offset and size of the image (-1 where there is none), label, extension, key.
 
     checksums: and the CRC-32 of the image's bytes (0 where there is none).  targets: and where these lie, which is in
-    the indices of shards alone that have any.
+    the indices of shards alone that have any.  clips: and, in those that have clips, how many frames and key frames a
+    video has, and where their time stamps begin in what follows the records (index_times).
     """
+    extension_bytes = max(map(len, SAMPLE_EXTENSIONS if clips else IMAGE_EXTENSIONS))
     fields = [
         ("offset", "<i8"),
         ("size", "<i8"),
         ("label", "<i8"),
-        ("extension", "S4"),
+        ("extension", f"S{extension_bytes}"),
         ("key", f"S{max(key_bytes, 1)}"),
     ]
     if checksums:
         fields.append((CHECKSUM, "<u4"))
     for name in targets:
         fields += zip(target_fields(name, checksums), ("<i8", "<i8", "<u4"), strict=False)
+    if clips:
+        fields += [(name, "<i8") for name in TIME_FIELDS]
     return np.dtype(fields)
 
 
@@ -97,7 +109,7 @@ def build_index(
     """Read every header of the tar at `path` and return its index, one `index_dtype` record per sample.
 
     name: what errors call the tar, else its path.  checksums: read every image too, and keep its checksum.
-    image_member: what follows KEY. in the names of images (data.image_member); None = one of IMAGE_EXTENSIONS.
+    image_member: what follows KEY. in the names of images (data.image_member); None = one of SAMPLE_EXTENSIONS.
     Raises ShardError, naming the byte, for a file that is compressed or not a tar, is cut off, has a damaged header, no
     end mark, non-zero bytes after the end mark, the same member twice, or members but no image.  A tar without any
     member is legal (an index of length 0) and warned about.
@@ -108,7 +120,7 @@ def build_index(
     keys: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
     passed_over = PassedOver()
-    shard, wanted = name or path, IMAGE_EXTENSIONS if image_member is None else (image_member,)
+    shard, wanted = name or path, SAMPLE_EXTENSIONS if image_member is None else (image_member,)
     fd = os.open(path, os.O_RDONLY)
     try:
         for entry in tar_entries(TarFile(fd), shard):
@@ -145,17 +157,85 @@ def build_index(
         raise ShardError(f"{shard}: no image in it (members end in: {found}); wanted {', '.join(wanted)}")
 
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1), checksums, sorted(targets)))
+    endings = {key: wanted[preference].rpartition(".")[2] for key, (preference, *_) in images.items()}
+    clips = not {*endings.values()}.isdisjoint(CLIP_EXTENSIONS)
+    index = np.zeros(len(keys), index_dtype(max(map(len, encoded), default=1), checksums, sorted(targets), clips))
     for row, (key, key_bytes) in enumerate(zip(keys, encoded, strict=True)):
-        preference, offset, size, checksum = images.get(key, (-1, -1, -1, 0))
-        extension = wanted[preference].rpartition(".")[2] if preference >= 0 else ""
-        record: tuple[Any, ...] = (offset, size, labels.get(key, LABEL_MISSING), extension.encode(), key_bytes)
+        _, offset, size, checksum = images.get(key, (-1, -1, -1, 0))
+        record: tuple[Any, ...] = (
+            offset, size, labels.get(key, LABEL_MISSING), endings.get(key, "").encode(), key_bytes
+        )  # fmt: skip
         if checksums:
             record = (*record, checksum)
         for name in sorted(targets):
             record = (*record, *targets[name].get(key, (-1, -1, 0))[: 3 if checksums else 2])
+        if clips:
+            record = (*record, *(0 for _ in TIME_FIELDS))
         index[row] = record
     return index
+
+
+def index_times(path: str, index: np.ndarray) -> np.ndarray | None:
+    """The time stamps of all videos of a shard, int64, one after the other; their places and numbers become known to
+    its index (TIME_FIELDS).  None for an index without clips.
+
+    Every video's packets are read.  What cannot be, is left without: who reads that sample says why.  Raises
+    ConfigError where videos cannot be read here at all.
+    """
+    if TIME_FIELDS[0] not in (index.dtype.names or ()):
+        return None
+    from swinv2_train.data.clips.video import read_times
+
+    found, at = [np.zeros(0, "<i8")], 0
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for row in range(len(index)):
+            extension, size = index[row]["extension"].decode(), int(index[row]["size"])
+            if extension not in VIDEO_EXTENSIONS or size <= 0:
+                continue
+            try:
+                times = read_times(os.pread(fd, size, int(index[row]["offset"])), extension)
+            except DecodeError:
+                continue
+            for name, value in zip(TIME_FIELDS, (at, len(times.shown), len(times.keys)), strict=True):
+                index[name][row] = value
+            found += [times.shown, times.keys]
+            at += len(times.shown) + len(times.keys)
+    finally:
+        os.close(fd)
+    return np.concatenate(found)
+
+
+def save_index(file: IO[bytes], index: np.ndarray, times: np.ndarray | None) -> None:
+    """Write an index, and behind it the time stamps of its videos, where it may have any."""
+    np.save(file, index)
+    if times is not None:
+        np.save(file, times)
+
+
+def load_times(path: str) -> np.ndarray | None:
+    """The time stamps behind an index that load_index has read; None where it has no clips.
+
+    Raises OSError, or ValueError for what are none, or fewer than the index speaks of.
+    """
+    with open(path, "rb") as file:
+        try:
+            index = np.load(file, allow_pickle=False)
+            if TIME_FIELDS[0] not in (index.dtype.names or ()):
+                return None
+            times: np.ndarray = np.load(file, allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001  as in load_index
+            raise ValueError(f"its time stamps are missing ({error or type(error).__name__})") from error
+    at, frames, keys = (index[name] for name in TIME_FIELDS)
+    if times.ndim != 1 or times.dtype != np.dtype("<i8"):
+        raise ValueError(f"no time stamps (they are {times.dtype} {times.shape})")
+    if len(index) and (min(at.min(), frames.min(), keys.min()) < 0 or (at + frames + keys).max() > len(times)):
+        raise ValueError("it names time stamps that are not there")
+    if ((frames > 0) != (keys > 0)).any():
+        raise ValueError("it names videos without frames or key frames")
+    return times
 
 
 def load_index(path: str, shard_bytes: int) -> np.ndarray:
@@ -173,13 +253,14 @@ def load_index(path: str, shard_bytes: int) -> np.ndarray:
     names = rows.dtype.names or ()
     key = rows.dtype.fields["key"][0].itemsize if "key" in names and rows.dtype.fields is not None else 0
     targets = sorted(targets_in(rows))
-    if rows.ndim != 1 or rows.dtype not in (index_dtype(key, checksums, targets) for checksums in (False, True)):
+    clips = TIME_FIELDS[0] in names
+    if rows.ndim != 1 or rows.dtype not in (index_dtype(key, sums, targets, clips) for sums in (False, True)):
         raise ValueError(f"not an index (it holds {rows.dtype} {rows.shape})")
     for fields in (("offset", "size"), *(target_fields(name, checksums=False) for name in targets)):
         offset, size = (rows[field][rows[fields[1]] >= 0] for field in fields)
         if len(offset) and (offset.min() < 0 or size.max() > shard_bytes or (offset > shard_bytes - size).any()):
             raise ValueError("it names bytes that the shard does not have")
-    if not np.isin(rows["extension"], [b"", *(each.encode() for each in IMAGE_EXTENSIONS)]).all():
+    if not np.isin(rows["extension"], [b"", *(each.encode() for each in SAMPLE_EXTENSIONS)]).all():
         raise ValueError("it names files that are no images")
     return rows
 

@@ -17,11 +17,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
 from swinv2_train.data.class_names import CLASSES_NAME, read_class_names
+from swinv2_train.data.clips.frame_times import FrameTimes
 from swinv2_train.data.sample import (
     MEMBERS,
     OBJECTS,
@@ -49,8 +50,11 @@ from swinv2_train.data.shards.prefetch import ShardPrefetcher
 from swinv2_train.data.shards.shard_cache import RemoteShard, ShardCache
 from swinv2_train.data.shards.tar_index import (
     CHECKSUM,
+    TIME_FIELDS,
     build_index,
+    index_times,
     load_index,
+    load_times,
     target_fields,
     targets_in,
 )
@@ -82,6 +86,8 @@ class Manifest:
     """Samples per shard without a label image."""
     unannotated: tuple[int, ...]
     """Samples per shard without a JSON of objects."""
+    clips: tuple[int, ...]
+    """Samples per shard that are clips; the others are images."""
     label_values: Mapping[int, int] | None
     """Pixels of all label images by their value; None where that was not counted when they were packed."""
     label_range: tuple[int, int] | None
@@ -198,6 +204,7 @@ def open_manifest(
         unlabelled=tuple(entry["unlabelled"] for entry in entries),
         unsegmented=_without(SEGMENTATION, entries),
         unannotated=_without(OBJECTS, entries),
+        clips=tuple(entry.get("clips", 0) for entry in entries),
         label_values=added([_label_values(entry) for entry in entries if entry["samples"]]),
         label_range=label_range,
         digest=digest.hexdigest(),
@@ -348,6 +355,14 @@ def _local_paths(pattern: str, complete: bool) -> list[str]:
 # Reading
 
 
+class _OpenShard(NamedTuple):
+    fd: int
+    rows: np.ndarray
+    """Its index."""
+    times: np.ndarray | None
+    """int64: the time stamps that the index speaks of."""
+
+
 class TarReader:
     """Any sample by (shard, index): one ``pread`` each, at most `max_open` shards open.  Picklable; has no position.
 
@@ -358,7 +373,7 @@ class TarReader:
         assert max_open >= 1, max_open
         self.manifest = manifest
         self.max_open = max_open
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._ahead: ShardPrefetcher | None = None
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
@@ -373,7 +388,7 @@ class TarReader:
             wanted = (self.manifest.remote(shard) for shard in shards)
             self._ahead.request([shard for shard in wanted if shard is not None])
             for shard in self._open.keys() - set(shards):
-                os.close(self._open.pop(shard)[0])
+                os.close(self._open.pop(shard).fd)
 
     def read(self, shard: int, index: int) -> Sample:
         """The sample's bytes.
@@ -381,7 +396,7 @@ class TarReader:
         Raises SampleError where the sample is damaged, ShardError where the shard is, MachineError where the machine
         cannot read it.
         """
-        fd, rows = self._shard(shard)
+        fd, rows, stamps = self._shard(shard)
         record, name = rows[index], self.manifest.name(shard)
         checksums = CHECKSUM in (rows.dtype.names or ())  # not in the index of a cached shard
         offset, size, label, extension, key_bytes, *rest = record.tolist()
@@ -400,7 +415,8 @@ class TarReader:
                     targets[target] = value
         except SampleError as error:
             raise SampleError(error.cause, name, key) from error
-        return Sample(key, image, extension.decode(), cast(Targets, targets), name)
+        times = None if stamps is None else _times_of(stamps, record)
+        return Sample(key, image, extension.decode(), cast(Targets, targets), name, times)
 
     def _bytes(self, fd: int, name: str, offset: int, size: int, checksum: list[int]) -> bytes:
         """The content of a member of the shard `name`, compared with its checksum where that is wanted."""
@@ -417,14 +433,14 @@ class TarReader:
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key, without reading it."""
-        key_bytes: bytes = self._shard(shard)[1]["key"][index]
+        key_bytes: bytes = self._shard(shard).rows["key"][index]
         return key_bytes.decode("utf-8", "surrogateescape")
 
     def place(self, shard: int, index: int) -> str:
         """The byte in the shard at which the sample's image begins, as it is added to an error text."""
-        return f", at byte {self._shard(shard)[1]['offset'][index]}"
+        return f", at byte {self._shard(shard).rows['offset'][index]}"
 
-    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
+    def _shard(self, shard: int) -> _OpenShard:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -435,13 +451,13 @@ class TarReader:
                 raise
             self.max_open = max(1, len(self._open) // 2)  # what this process may have open at a time is known now
             while len(self._open) >= self.max_open:
-                os.close(self._open.popitem(last=False)[1][0])
+                os.close(self._open.popitem(last=False)[1].fd)
             return self._shard(shard)
         if len(self._open) > self.max_open:
-            os.close(self._open.popitem(last=False)[1][0])
+            os.close(self._open.popitem(last=False)[1].fd)
         return self._open[shard]
 
-    def _opened(self, shard: int) -> tuple[int, np.ndarray]:
+    def _opened(self, shard: int) -> _OpenShard:
         """A descriptor of a shard and its index.  Raises OSError where this process may open no further file."""
         name = self.manifest.name(shard)
         fd, index_path = self._open_file(shard)
@@ -451,6 +467,7 @@ class TarReader:
                 raise ShardError(changed)
             try:
                 rows = load_index(index_path, self.manifest.sizes[shard])
+                times = load_times(index_path) if self.manifest.clips[shard] else None
             except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno == errno.EMFILE:
                     raise
@@ -459,19 +476,22 @@ class TarReader:
                 )
                 raise unreadable(error, index_path, problem) if isinstance(error, OSError) else problem from error
             if self.manifest.verify and CHECKSUM not in (rows.dtype.names or ()):  # a cached shard's
-                rows = self._indexed_anew(shard, index_path.removesuffix(index_suffix(self.manifest.image_member)))
+                rows, times = self._indexed_anew(
+                    shard, index_path.removesuffix(index_suffix(self.manifest.image_member))
+                )
             if len(rows) != self.manifest.counts[shard]:
                 raise ShardError(changed)
         except BaseException:
             os.close(fd)
             raise
-        return fd, rows
+        return _OpenShard(fd, rows, times)
 
-    def _indexed_anew(self, shard: int, path: str) -> np.ndarray:
+    def _indexed_anew(self, shard: int, path: str) -> tuple[np.ndarray, np.ndarray | None]:
         """The index, with checksums, of a shard that is the one in the manifest: all of it is read."""
         if sha256_of(path) != self.manifest.checksums[shard]:
             raise ShardError(f"{path}: its checksum differs from the manifest; delete it, it is fetched again")
-        return build_index(path, self.manifest.name(shard), image_member=self.manifest.image_member)
+        rows = build_index(path, self.manifest.name(shard), image_member=self.manifest.image_member)
+        return rows, index_times(path, rows)
 
     def _open_file(self, shard: int) -> tuple[int, str]:
         """A descriptor of the shard on this machine, and the path of its index."""
@@ -494,7 +514,7 @@ class TarReader:
     def close(self) -> None:
         """Close the open shards and stop fetching ahead; the next read opens them again."""
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            os.close(self._open.popitem()[1].fd)
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -505,3 +525,12 @@ class TarReader:
     def __del__(self) -> None:
         if hasattr(self, "_ahead"):
             self.close()
+
+
+def _times_of(stamps: np.ndarray, record: np.void) -> FrameTimes | None:
+    """Those of one sample; None where the index has none of it."""
+    at, num_frames, num_keys = (int(record[field]) for field in TIME_FIELDS)
+    if num_frames == 0:
+        return None
+    behind = at + num_frames
+    return FrameTimes(stamps[at:behind], stamps[behind : behind + num_keys])

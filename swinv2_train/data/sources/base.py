@@ -15,6 +15,7 @@ from swinv2_train.data.shards.shard_cache import ShardCache
 from swinv2_train.data.shards.tar_reader import open_manifest
 from swinv2_train.data.sources.folder import list_images, open_folder
 from swinv2_train.data.sources.huggingface import is_saved_dataset, open_saved_dataset
+from swinv2_train.data.sources.list_file import is_list, open_list
 from swinv2_train.data.sources.listing import is_image
 
 
@@ -58,6 +59,10 @@ class Source(Protocol):
     @property
     def unannotated(self) -> tuple[int, ...]:
         """Samples per shard without a JSON of objects (the target "objects")."""
+
+    @property
+    def clips(self) -> tuple[int, ...]:
+        """Samples per shard that are clips; the others are images."""
 
     @property
     def label_values(self) -> Mapping[int, int] | None:
@@ -110,13 +115,24 @@ def open_source(
     label_folders: Sequence[str] | None = None,
     annotations: str | None = None,
 ) -> Source:
-    """What a value of data.shards and its like names: a directory of one of two kinds, or a pattern of shards.
+    """What a value of data.shards and its like names: a directory of one of two kinds, a list of files with their
+    labels, or a pattern of shards.
 
     Arguments as tar_reader.open_manifest's (of a folder, image_member is what its images' names end in), and
     label_folders and annotations as open_folder's (of a saved data set label_folders are the names of two columns);
     what has no checksums cannot be verified.  Raises ShardError.
     """
     directory = os.path.expanduser(pattern.removeprefix("file://"))
+    if is_list(directory):
+        given = {"verify": verify, "image_member": image_member, "label_folders": label_folders,
+                 "annotations": annotations}  # fmt: skip
+        for name, value in given.items():
+            if value:
+                raise ShardError(
+                    f"data.{name} ({value}) is of shards or folders, but {key} '{directory}' is a list of files with "
+                    f"their labels; set data.{name}={'false' if name == 'verify' else 'null'}"
+                )
+        return open_list(directory, key, progress)
     if not os.path.isdir(directory):
         return open_manifest(pattern, key, progress, cache, verify, image_member)
     if verify:

@@ -46,6 +46,7 @@ from swinv2_train.data.sources.listing import (
     check_separators,
     class_names,
     empty_warning,
+    is_clip,
     label_numbers,
     list_folder,
     say_left_out,
@@ -62,7 +63,7 @@ class Folder(VirtualShards):
     ends: np.ndarray
     """int64 (images,): where each path ends in `names`."""
     sizes: np.ndarray
-    """int64 (images,): bytes of each file."""
+    """int64 (images,): bytes of each file; -1 of one that was not there."""
     image_member: str | None = None
     """What follows KEY. in the names of images; None = any ending."""
     label_images: LabelImages | None = None
@@ -79,6 +80,12 @@ class Folder(VirtualShards):
             return self.counts
         ends = np.cumsum(self.counts)
         return tuple(int((shard < 0).sum()) for shard in np.split(self.label_images.sizes, ends[:-1]))
+
+    @cached_property
+    def clips(self) -> tuple[int, ...]:
+        """Clips per shard: all are, or none."""
+        clips = len(self.ends) > 0 and is_clip(os.fsdecode(self.image_name(0)))
+        return self.counts if clips else (0,) * len(self.counts)
 
     @property
     def unannotated(self) -> tuple[int, ...]:
@@ -129,7 +136,7 @@ def open_folder(
     classes = None if not plain else class_names(listing.names, f"{key} '{path}'", listing.empty)
     if classes and listing.empty and progress is not None:
         progress(empty_warning(path, listing.empty))
-    _check_unique(listing.names, f"{key} '{path}'")
+    check_unique(listing.names, f"{key} '{path}'")
     label_of = label_numbers(classes or ())
     order = packing_order(len(listing.names))
     ordered = [listing.names[number] for number in order]
@@ -228,7 +235,8 @@ def _listed_beside(path: str, key: str) -> list[tuple[str, int]]:
     return [*zip(found.names, found.sizes, strict=True)]
 
 
-def _check_unique(names: Sequence[str], source: str) -> None:
+def check_unique(names: Sequence[str], source: str) -> None:
+    """Raises ShardError where two samples would have one key.  source: what errors call the place."""
     seen: set[str] = set()
     for name in names:
         key = _key_of(name)
@@ -263,6 +271,8 @@ class FolderReader(VirtualShardsReader):
         key, extension = self.key(shard, index), name.decode("utf-8", "surrogateescape").rpartition(".")[2]
         if size == 0:
             raise SampleError("an empty image", self.folder.path, key)
+        if size < 0:
+            raise SampleError("no such file", self.folder.path, key)
         image = self._content(self._root + name, size, key)
         targets: Targets = labelled(label)
         labels = self.folder.label_images

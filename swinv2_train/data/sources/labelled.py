@@ -144,6 +144,11 @@ class LabelledSource:
         return self.source.unannotated
 
     @property
+    def clips(self) -> tuple[int, ...]:
+        """Samples per shard that are clips."""
+        return self.source.clips
+
+    @property
     def label_values(self) -> Mapping[int, int] | None:
         """Pixels of all label images by their value."""
         return self.source.label_values

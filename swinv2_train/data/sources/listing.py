@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from swinv2_train.config import MachineError
+from swinv2_train.config.pixels import CLIP_EXTENSIONS
 from swinv2_train.data.class_names import canonical, in_order, is_left_out, listed
 from swinv2_train.data.sample import ShardError, lacking
 from swinv2_train.data.shards.manifest import INDEX_SUFFIX
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, LABEL_MISSING
+from swinv2_train.data.shards.tar_index import LABEL_MISSING, SAMPLE_EXTENSIONS
 
 _THREADS = 16
 """How many folders are listed at a time: on a network file system every file's size is a question to the server."""
@@ -47,14 +48,24 @@ def is_image(name: str, image_member: str | None = None) -> bool:
         return False
     if image_member is not None:
         return name.lower().endswith(f".{image_member}")
-    return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
+    return os.path.splitext(name)[1][1:].lower() in SAMPLE_EXTENSIONS
 
 
 def beside_images(names: Iterable[str]) -> set[str]:
-    """The arrays among the images, where there are others: they are something about these, such as masks."""
+    """The arrays among the images, where there are others: they are something about these, such as masks; and the clips
+    where there is any image.
+    """
     names = list(names)
+    clips = {name for name in names if is_clip(name)}
+    if len(clips) == len(names):
+        return set()
     arrays = {name for name in names if name.lower().endswith(_ARRAYS)}
-    return arrays if len(arrays) < len(names) else set()
+    return clips | arrays if len(arrays) + len(clips) < len(names) else clips
+
+
+def is_clip(name: str) -> bool:
+    """Whether a file holds many frames, by its ending."""
+    return os.path.splitext(name)[1][1:].lower() in CLIP_EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
@@ -76,7 +87,7 @@ def say_left_out(left_out: Counter[str], source: str) -> str:
 
 def no_image_named(left_out: Counter[str]) -> str:
     """What there is where there are no images."""
-    wanted = sorted(IMAGE_EXTENSIONS, key=lambda each: (each != "jpg", each))
+    wanted = sorted(SAMPLE_EXTENSIONS, key=lambda each: (each != "jpg", each))
     found = f": {_listed(left_out)};" if left_out else ","
     return f"{left_out.total()} files{found} none named *.{', *.'.join(wanted)}"
 

@@ -62,6 +62,11 @@ class Mixture:
         return tuple(count for source in self.sources for count in source.unannotated)
 
     @property
+    def clips(self) -> tuple[int, ...]:
+        """Samples per shard that are clips."""
+        return tuple(count for source in self.sources for count in source.clips)
+
+    @property
     def label_values(self) -> Mapping[int, int] | None:
         """Pixels of all sources' label images by their value; None where any does not know."""
         return added([source.label_values for source in self.sources])

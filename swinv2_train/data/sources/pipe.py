@@ -16,7 +16,7 @@ from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import shown
 from swinv2_train.data.sample import Sample, ShardError, read_targets
 from swinv2_train.data.shards.pattern import expand_commands
-from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS, PassedOver, TarEntry, sample_member, tar_entries
+from swinv2_train.data.shards.tar_index import SAMPLE_EXTENSIONS, PassedOver, TarEntry, sample_member, tar_entries
 
 NOT_ELASTIC = (
     "warning: data.shards is a pipe, so this run is not elastic: a resume, on whatever number of processes, starts the "
@@ -99,7 +99,7 @@ def _grouped(output: _CommandOutput, image_member: str | None) -> Iterator[Sampl
 
 
 def _sample(key: str, members: dict[str, bytes], name: str, image_member: str | None) -> Sample:
-    wanted = IMAGE_EXTENSIONS if image_member is None else (image_member,)
+    wanted = SAMPLE_EXTENSIONS if image_member is None else (image_member,)
     extension = next((each for each in wanted if each in members), "")
     return Sample(key, members.get(extension, b""), extension, read_targets(members), name)
 

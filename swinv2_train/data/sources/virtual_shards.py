@@ -71,6 +71,11 @@ class VirtualShards:
         return self.counts
 
     @property
+    def clips(self) -> tuple[int, ...]:
+        """Clips per shard: none, where the source knows of none."""
+        return (0,) * len(self.counts)
+
+    @property
     def label_values(self) -> None:
         """None: nothing has looked at the label images yet."""
         return

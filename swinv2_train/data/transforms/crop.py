@@ -88,14 +88,37 @@ def random_flip(image: torch.Tensor, probability: float, rng: np.random.Generato
 
 def random_dihedral(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """One of the eight ways to turn a square onto itself, each as likely: (C, H, W) -> (C, H, W) or (C, W, H)."""
-    number = int(rng.integers(8))
-    turned = image.rot90(number % 4, (1, 2))
-    return turned.flip(1) if number >= 4 else turned
+    return turned(image, int(rng.integers(8)))
+
+
+def turned(image: torch.Tensor, number: int) -> torch.Tensor:
+    """One of the eight ways to turn a square onto itself, 0 being none: (C, H, W) -> (C, H, W) or (C, W, H)."""
+    rotated = image.rot90(number % 4, (1, 2))
+    return rotated.flip(1) if number >= 4 else rotated
 
 
 def eval_crop(image: torch.Tensor, size: tuple[int, int], data: DataConfig) -> torch.Tensor:
     """What evaluations and probes see of an image: (C, H, W) -> (C, *size), by data.eval_crop and the like."""
     return centre_crop(image, size, data.eval_crop_pct, data.interpolation, data.eval_crop == "squash")
+
+
+def eval_crops(image: torch.Tensor, size: tuple[int, int], data: DataConfig, count: int) -> list[torch.Tensor]:
+    """count crops, (C, *size) each, evenly along what is longer than size in the image as eval_crop resizes it: the
+    left end, the middle and the right end of three, or the upper end first; one is eval_crop's.
+    """
+    if count == 1:
+        return [eval_crop(image, size, data)]
+    image = _covering(image, size, data.eval_crop_pct, data.interpolation, data.eval_crop == "squash")
+    spare = (image.shape[-2] - size[0], image.shape[-1] - size[1])
+    top, left = round(spare[0] / 2), round(spare[1] / 2)
+    crops = []
+    for number in range(count):
+        if spare[1] >= spare[0]:
+            left = round(spare[1] * number / (count - 1))
+        else:
+            top = round(spare[0] * number / (count - 1))
+        crops.append(image[:, top : top + size[0], left : left + size[1]])
+    return crops
 
 
 def centre_crop(
@@ -108,6 +131,13 @@ def centre_crop(
     384 px configurations: TEST.CROP False).  With crop_pct 1 an image of the right size is returned untouched.
     Fractions of pixels are dropped, as torchvision and timm do it: 256 / 0.875 is 292.
     """
+    return _centre(_covering(image, size, crop_pct, interpolation, squash), size)
+
+
+def _covering(
+    image: torch.Tensor, size: tuple[int, int], crop_pct: float, interpolation: str, squash: bool
+) -> torch.Tensor:
+    """The image, resized as centre_crop does it; of a strip, its middle."""
     height, width = image.shape[-2:]
     covered = (math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct))
     if squash:
@@ -120,8 +150,8 @@ def centre_crop(
         scale = max(covered[0] / height, covered[1] / width)
         kept = [min(n, math.ceil(s / scale) + 8) for n, s in zip((height, width), covered, strict=True)]
         image = _centre(image, (kept[0], kept[1]))
-        return centre_crop(image, size, crop_pct, interpolation)
-    return _centre(resize(image, resized, interpolation), size)
+        return _covering(image, size, crop_pct, interpolation, squash=False)
+    return resize(image, resized, interpolation)
 
 
 def _centre(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -20,6 +20,7 @@ each experiment file names its own), worked out with pencil and formula and not 
   Objects365: 3,057,557,394 - 3 x 2,643,280 - 3 x 316 x 1,025 + 3 x 285 x 1,025;
 - their tensors: 3 norms (6, 0); pyramid 8 and anchors 3 convolutions (22, 11 decay); Mask R-CNN's box head 4 matrices
   (8, 4), a cascade's stage 4 convolutions with norms and 3 matrices (18, 7); a mask head 6 (12, 6); a way of HTC's 1;
+- clips: 512 more a block, 48 C more in a patch embedding of two frames; Video Swin's lr starts at a tenth, ends at 0;
 - poly: lr (1 - step / steps), at step 0 a millionth of lr, at the end of the warm-up lr (1 - warm-up / steps).
 """
 
@@ -56,9 +57,10 @@ CIFAR10 = 50_000
 ADE20K = 20_210  # its training images
 COCO = 117_266  # of train2017, those with objects
 OBJECTS365 = 1_742_289  # of version 2, training
+K400 = 240_436  # mmaction2's copy of its training clips
 BATCHES = {
     IN1K: {576, 1024, 2048}, IN22K: {4096}, IN22K_EXT: {9216}, SATVISION: {2048}, CIFAR10: {128, 256},
-    ADE20K: {16, 32, 64}, COCO: {16, 64, 96}, OBJECTS365: {96},
+    ADE20K: {16, 32, 64}, COCO: {16, 64, 96}, OBJECTS365: {96}, K400: {64, 80},
 }  # fmt: skip
 
 
@@ -93,6 +95,8 @@ class Recipe(NamedTuple):
     norm_target: int | None = None
     augment: str = "official"
     """RandAugment, erasing, mixup and cutmix (official), without the last two (erasing), or none of them."""
+    clip: tuple[int, int, int, int] | None = None
+    """Frames, frames of a patch, window along time, frames from one to the next; None = images."""
     encoder_lr: float = 1.0
     """The encoder's learning rate as a share of the heads'."""
     after: str | None = None
@@ -118,6 +122,11 @@ COCO_3X = Run(COCO, 263_849, 500, (1e-7, 1e-4, 1e-4, 1e-6), 0.05, 0.0)
 COCO_L = Run(COCO, 65_963, 500, (4e-7, 4e-4, 4e-4, 4e-6), 0.05, 0.0)
 OBJECTS365_G = Run(OBJECTS365, 67_500, 500, (1.2e-6, 1.2e-3, 1.2e-3, 1.2e-5), 0.05, 0.0)
 COCO_G = Run(COCO, 45_000, 500, (6e-7, 6e-4, 6e-4, 6e-6), 0.05, 0.0)
+VIDEO_TS = Run(K400, 112_705, 9_393, (1e-4, 1e-3, 5.711725e-4, 0.0), 0.02, 0.0)
+VIDEO_B = Run(K400, 112_705, 9_393, (1e-4, 1e-3, 5.711725e-4, 0.0), 0.05, 0.0)
+VIDEO_L = Run(K400, 112_705, 9_393, (3e-5, 3e-4, 1.713517e-4, 0.0), 0.05, 0.0)
+VIDEO_G1 = Run(K400, 60_109, 7_514, (0.0, 3.6e-4, 2.200613e-4, 0.0), 0.1, 100.0)
+VIDEO_G2 = Run(K400, 18_785, 3_757, (0.0, 5e-5, 3.45695e-5, 0.0), 0.1, 100.0)
 DEMO_SIMMIM = Run(CIFAR10, 586, 98, (1e-6, 2e-3, 1.31369e-3, 1.002062e-5), 0.05, 5.0)
 PROOF_SIMMIM = Run(CIFAR10, 2_344, 98, (1e-6, 2e-3, 1.073143e-3, 1.000097e-5), 0.05, 5.0)
 PROOF_FINETUNE = Run(CIFAR10, 2_344, 50, (1e-6, 2e-3, 1.039059e-3, 1.000093e-5), 0.05, 5.0)
@@ -246,6 +255,30 @@ RECIPES = {
         COCO_G, "giant", 3_056_717_278, 1536, 32, FROM_12, 0.4, (256, 745), head=80, encoder_lr=0.1,
         after="objects365_htc_giant_1536",
     ),
+    "k400_tiny_256": Recipe(
+        VIDEO_TS, "tiny", 27_896_506, 256, 8, (), 0.1, (53, 168), head=400, augment="none", clip=(32, 2, 8, 2),
+        encoder_lr=0.1, after="in1k_tiny_256_w8",
+    ),
+    "k400_small_256": Recipe(
+        VIDEO_TS, "small", 49_283_914, 256, 8, (), 0.1, (101, 324), head=400, augment="none", clip=(32, 2, 8, 2),
+        encoder_lr=0.1, after="in1k_small_256_w8",
+    ),
+    "k400_base_256": Recipe(
+        VIDEO_B, "base", 87_322_248, 256, 8, (), 0.3, (101, 324), head=400, augment="none", clip=(32, 2, 8, 2),
+        encoder_lr=0.1, after="in1k_base_256_w8",
+    ),
+    "k400_large_256": Recipe(
+        VIDEO_L, "large", 195_839_236, 256, 16, FROM_12, 0.4, (101, 324), head=400, augment="none", clip=(32, 2, 8, 2),
+        encoder_lr=0.1, after="in22k_large_192",
+    ),
+    "k400_giant_256": Recipe(
+        VIDEO_G1, "giant", 2_999_508_080, 256, 16, FROM_12, 0.4, (205, 676), head=400, augment="none",
+        clip=(8, 1, 8, 8), encoder_lr=0.1, after="in22k_giant_192",
+    ),
+    "k400_giant_320": Recipe(
+        VIDEO_G2, "giant", 2_999_508_080, 320, 20, FROM_12, 0.4, (205, 676), head=400, augment="none",
+        clip=(8, 1, 8, 8), encoder_lr=0.1, after="k400_giant_256",
+    ),
 }  # fmt: skip
 
 SATVISION_LOW = [
@@ -333,7 +366,13 @@ def test_recipe_is_what_its_sources_print(name):
     blocks = [block for stage in encoder.layers for block in stage.blocks]
     assert blocks[-1].drop_path_rate == pytest.approx(row.drop_path)
     if row.pretrained:
-        assert encoder.pretrained_window_sizes == tuple((side, side) for side in row.pretrained)
+        time = () if row.clip is None else (row.clip[2],)
+        assert encoder.pretrained_window_sizes == tuple((*time, side, side) for side in row.pretrained)
+    if row.clip is None:
+        assert model.frames is None
+    else:
+        in_time = (model.frames, model.patch_frames, model.window_frames, config.data.frame_stride)
+        assert in_time == row.clip and model.pretrained_window_frames == 0
 
     groups = build_param_groups(module, config.optim)
     decay, spared = (
@@ -356,7 +395,7 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
     assert config.train.global_batch_size % (config.train.micro_batch_size * ranks) == 0
     assert (data.hflip, data.crop_ratio) == (0.5, pytest.approx([3 / 4, 4 / 3]))
     photographs = row.head is None and row.run.images not in (CIFAR10, SATVISION)
-    assert data.interpolation == ("bilinear" if photographs else "bicubic")
+    assert data.interpolation == ("bilinear" if photographs or row.clip else "bicubic")
     if row.run.images == CIFAR10:
         assert data.eval_crop_pct == 1.0
     elif row.run.images == SATVISION:
@@ -393,7 +432,7 @@ def test_recipe_sees_its_images_as_its_sources_do(name):
         check_detector(name, task)
         return
     assert isinstance(task, ClassifyConfig)
-    assert (task.num_classes, task.label_smoothing) == (row.head, 0.1)
+    assert (task.num_classes, task.label_smoothing) == (row.head, 0.0 if row.clip else 0.1)
     assert (task.color_jitter, task.mixup_prob, task.mixup_switch_prob) == (0.0, 1.0, 0.5)
     augment = (task.rand_augment, task.erasing_prob, task.mixup_alpha, task.cutmix_alpha)
     assert augment == AUGMENT[row.augment]
@@ -421,8 +460,9 @@ def test_fine_tuning_starts_from_the_run_that_comes_before_it(name):
     """Nothing fine-tunes from nothing, and the position bias is told the windows at which it was trained."""
     config, row = composed(name), RECIPES[name]
     if row.after is None:
-        assert config.task.init_from is None
+        assert config.task.init_from is None and not config.task.init_required
         return
+    assert config.task.init_required or row.size == "demo"  # the demo and the proof train from scratch by it, too
     first = RECIPES[row.after]
     assert config.task.init_from == chain(row.after)[0]["run_dir"]
     assert first.size == row.size

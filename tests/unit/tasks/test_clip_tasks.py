@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from swinv2_train.config import ConfigError
+from swinv2_train.engine import build_engine
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.clip_picture import clip_picture, frames_in_a_row
+from swinv2_train.training.param_groups import build_param_groups
 from tests.support.configs import composed
+from tests.support.one_rank import ONE
 
 CLIPS = (
     "run_dir=x", "data.shards=x", "model=demo", "model.img_size=32", "model.window_size=4", "model.depths=[1,1]",
@@ -93,3 +97,94 @@ def test_loss_of_simmim_is_the_mean_error_over_hidden_pixels_of_every_frame():
                     total += float(np.abs(predicted[b, :, :, y, x] - images[b, :, :, y, x]).sum())
                     count += 3 * 4
     assert math.isclose(float(outputs["loss"]), total / count, rel_tol=1e-5)
+
+
+CLASSIFY = (
+    "task=classify", "task.num_classes=5", "task.cutmix_alpha=0", "task.erasing_prob=0", "task.rand_augment=null",
+    *CLIPS,
+)  # fmt: skip
+
+
+def classifier(*overrides: str):
+    """A task whose weights are all random, for fresh blocks are the identity."""
+    task = build_task(composed([*CLASSIFY, *overrides]), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in task.module.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    task.module.eval()
+    return task
+
+
+def test_scores_and_features_of_several_views_are_those_of_their_means():
+    """Probabilities are averaged, not logits, in as many passes as there are views, each of a micro-batch of clips."""
+    task, passes = classifier("task.eval_views=3", "task.eval_crops=2"), []
+    images = torch.randint(0, 256, (3, 6, 3, 4, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    batch = {"images": images, "labels": torch.tensor([0, 4, 2]), "weight": torch.tensor([1.0, 1.0, 0.0])}
+
+    def forward(**inputs):
+        passes.append(tuple(inputs["images"].shape))
+        return task.module(**inputs)
+
+    with torch.no_grad():
+        scores, said = task.scores_and_predictions(forward, batch)
+        assert passes == [(3, 3, 4, 32, 32)] * 6
+        seen = [[task.normalise(images[b, v][None]) for v in range(6)] for b in range(3)]
+        each = [[task.module(view)[0] for view in views] for views in seen]
+        pooled = [[task.module.pooled_features(view)[0] for view in views] for views in seen]
+        found, features = task.probabilities(forward, batch), task.features(forward, batch)
+    for b in range(3):
+        mean = sum(row.double().softmax(0) for row in each[b]) / 6
+        assert torch.allclose(found[b].double(), mean, atol=1e-6)
+        assert torch.allclose(features[b], sum(pooled[b]) / 6, atol=1e-5)
+        assert int(said[b]) == int(mean.argmax())
+    assert abs(float(found[0].log()[0]) - float(sum(row[0] for row in each[0]) / 6)) > 1e-3
+    losses = [-math.log(float(found[b][label])) for b, label in ((0, 0), (1, 4))]
+    assert float(scores["val/loss"]) == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert task.eval_transform.clips.views == 3 and task.eval_transform.clips.crops == 2
+
+
+def test_a_picture_of_a_batch_shows_its_first_clips_seen_once():
+    """Of training (one view), of evaluation (the middle view), with several right classes and with none known."""
+    task = classifier("task.eval_views=3")
+    one = torch.randint(0, 256, (6, 3, 4, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    with torch.no_grad():
+        trained = task.picture(task.module, {"images": one, "labels": torch.arange(6) % 5}, ("a", "b", "c", "d", "e"))
+        seen = task.picture(task.module, {"images": one.unsqueeze(1).repeat(1, 3, 1, 1, 1, 1)})
+        several = task.picture(task.module, {"images": one, "labels": torch.tensor([[1, -1], [2, 3]] * 3)})
+    assert trained.shape == seen.shape == several.shape == (4 * (16 + 96), 4 * 100 - 4, 3)
+    assert np.array_equal(trained[16:112], seen[16:112]) and (trained[:16] != seen[:16]).any()
+    assert task.picture is not None and build_task(
+        composed([*CLASSIFY, "model.frames=null"]), torch.device("cpu")
+    ).picture is None  # fmt: skip
+
+
+def test_views_are_of_clips():
+    for key in ("eval_views", "eval_crops"):
+        with pytest.raises(ConfigError, match=rf"task.{key} \(3\) is of clips, and model.frames is null; set task"):
+            composed([*CLASSIFY, "model.frames=null", f"task.{key}=3"])
+
+
+@pytest.mark.parametrize("policy", ["blocks", "attention", "every:2"])
+def test_recomputation_changes_no_bit_of_a_step_on_clips(policy):
+    """Loss and gradients with drop path, behind windows that are shifted in time."""
+    found = []
+    for what in ("none", policy):
+        config = composed([*SIMMIM, "model.frames=8", "model.depths=[2,2]", "model.drop_path_rate=0.5",
+                           "engine.precision=fp32", f"model.recompute={what}"])  # fmt: skip
+        torch.manual_seed(0)
+        task = build_task(config, torch.device("cpu"))
+        engine = build_engine(
+            task.module, build_param_groups(task.module, config.optim), config, ONE, 1, task.block_types
+        )
+        with torch.no_grad():
+            for name, parameter in task.module.named_parameters():
+                if "norm" in name:
+                    parameter.add_(0.5)
+        torch.manual_seed(1)
+        loss = task.loss(engine.forward, simmim_batch(8))
+        engine.backward(loss)
+        found.append((loss.detach(), {name: p.grad.clone() for name, p in task.module.named_parameters()}))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())
+    assert any(grad.abs().sum() > 0 for name, grad in found[0][1].items() if "cpb_mlp" in name)

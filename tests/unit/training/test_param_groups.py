@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from swinv2_train.config import ConfigError, OptimConfig, ScheduleConfig
+from swinv2_train.models import swin_v2
 from swinv2_train.training.param_groups import build_param_groups, lr_scales, no_decay_names
+from tests.support.configs import make_config
 
 
 class Block(nn.Module):
@@ -52,7 +54,7 @@ class SimMIMLike(nn.Module):
 
 def config(no_decay=("1d", "cpb_mlp", "logit_scale", "mask_token"), layer_decay=1.0):
     schedule = ScheduleConfig("constant", 0, None, 0.0, 0.0, [], 0.1, 1.0)
-    return OptimConfig(1e-3, 0.05, [0.9, 0.999], 1e-8, 5.0, list(no_decay), layer_decay, 1.0, None, schedule)
+    return OptimConfig(1e-3, 0.05, [0.9, 0.999], 1e-8, 5.0, list(no_decay), [], layer_decay, 1.0, None, schedule)
 
 
 def names_of(groups, module):
@@ -170,3 +172,23 @@ def test_a_classifiers_head_learns_faster_than_its_encoder_and_an_encoder_alone_
     del module.head
     with pytest.raises(ConfigError, match=r"optim.encoder_lr_scale \(0.1\) is for an encoder with heads beside it"):
         build_param_groups(module, settings)
+
+
+def test_frozen_parameters_are_named_by_patterns_and_change_no_other_ones_rate():
+    """Layers are counted as if all were trained; a no-decay pattern may match frozen ones alone."""
+    config = make_config(optim={"layer_decay": 0.5, "no_decay": ["patch"]})
+
+    def rates(freeze: list[str]) -> dict[str, float]:
+        config.optim.freeze = freeze
+        sizes = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "pretrained_window_sizes": (0, 0)}
+        module = swin_v2("tiny", num_classes=3, img_size=64, window_size=2, **sizes)
+        groups = build_param_groups(module, config.optim)
+        scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+        return {name: scale[id(p)] for name, p in module.named_parameters() if id(p) in scale}
+
+    every, some = rates([]), rates(["layers.1.blocks.1", "patch_embed"])
+    assert some == {name: rate for name, rate in every.items() if "blocks.1" not in name and "patch_embed" not in name}
+    with pytest.raises(ConfigError, match=r"optim.freeze pattern 'layer.0' matches no parameter; names end in"):
+        rates(["layer.0"])
+    with pytest.raises(ConfigError, match=r"optim.freeze \(patch_embed, layers, norm, head\) leaves nothing to train"):
+        rates(["patch_embed", "layers", "norm", "head"])
