@@ -17,7 +17,7 @@ FUZZ_SEED ?= 0
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-segment demo-detect proof ablations test test-fast test-gpu test-slurm fuzz bench lint format types clean
+.PHONY: help setup demo demo-segment demo-detect demo-video proof ablations test test-fast test-gpu test-slurm fuzz bench lint format types clean
 
 help:  ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ demo-segment: setup  ## segmentation of composed scenes, from SimMIM weights and
 
 demo-detect: setup  ## detection: composed garments, from SimMIM weights and from none, and trees from the air; DEMO_ARGS
 	@$(BIN)/python scripts/demo_detect.py $(DEMO_ARGS)
+
+demo-video: setup  ## which way does the camera move?  clips of real footage; image weights, none, and one frame alone; DEMO_ARGS
+	@$(BIN)/python scripts/demo_video.py $(DEMO_ARGS)
 
 test: setup  ## the whole test suite: the quick part, the slow tests, what must be alone, and tests/gpu on a card, if there is one
 	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) $(SERIAL) || code=$$?; \
