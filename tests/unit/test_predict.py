@@ -30,7 +30,7 @@ from tests.support.configs import composed
 from tests.support.detection import scene
 from tests.support.detector import DETECT
 from tests.support.detector import randomised as random_detector
-from tests.support.evaluation import CLASSES, CLASSIFY, MODEL, make_images, save_model, write_images
+from tests.support.evaluation import CLASSES, CLASSIFY, MODEL, logits_of, make_images, save_model, write_images
 from tests.support.harness import RankFailed, run_distributed
 from tests.support.images import encoded
 from tests.support.segmenter import CLASSES as PIXEL_CLASSES
@@ -121,6 +121,20 @@ def test_the_three_kinds_of_tables_hold_the_same_on_any_number_of_ranks(classifi
             assert row["classes"] == entry["classes"] == [int(cells["classes_1"]), int(cells["classes_2"])]
             assert row["probabilities"] == entry["probabilities"]
             assert [float(cells["probabilities_1"]), float(cells["probabilities_2"])] == row["probabilities"]
+
+
+@pytest.mark.parametrize("target", ["multilabel", "regression"])
+def test_several_classes_and_numbers_are_those_of_the_logits(target, classifier, tmp_path):
+    plain = ("task.mixup_alpha=0", "task.cutmix_alpha=0", "task.label_smoothing=0")
+    words = of(classifier, tmp_path / "a.jsonl", f"images={classifier['shards']}", f"task.target={target}", *plain)
+    predicted(*words)
+    logits = logits_of(IMAGES)
+    for row, expected in zip(lines(tmp_path / "a.jsonl"), logits, strict=True):
+        if target == "multilabel":
+            assert row["probabilities"] == pytest.approx(expected.sigmoid().tolist(), abs=1e-5)
+            assert sorted(row["classes"]) == [number for number in range(CLASSES) if expected[number] > 0]
+        else:
+            assert row["values"] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_shards_and_one_file_keep_their_order_and_keys(classifier, tmp_path):

@@ -81,6 +81,6 @@ def test_what_does_not_fit_clips_is_one_message(overrides, message):
 def test_the_papers_giant_on_clips_fits_cards_of_40_gb_as_the_documents_say(capsys):
     """320x320x8, window 20x20x8, ZeRO-1, recomputation, sequential attention in two stages; a clip on each of 64."""
     recipe = ("experiment=k400_giant_320", "hardware=a100_40gb", "plan.num_gpus=64", "run_dir=x", "data.shards=x")
-    for attention, peak in (("fused", "25.7"), ("reference", "34.3")):
+    for attention, peak in (("fused", "25.6"), ("reference", "34.3")):
         plan.plan(composed([*recipe, "engine=zero1", f"model.attention={attention}"]), [])
         assert f"fits on 64 x A100 SXM 40 GB: peak {peak}" in capsys.readouterr().out
