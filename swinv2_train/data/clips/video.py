@@ -53,7 +53,7 @@ def check_decoder(what: str) -> None:
     except ImportError as error:
         raise ConfigError(
             f"{what}: videos are decoded by PyAV, which cannot be imported ({error}); pip install 'av>=15' (the extra "
-            "'video' of this package), or pack the clips where it is (swinv2-make-shards --clips frames)"
+            "'video' of this package), or make .frames files of them where it is (docs/data.md)"
         ) from error
 
 

@@ -180,5 +180,5 @@ def test_without_a_decoder_the_extra_is_named(mp4, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"PyAV.*pip install 'av>=15' .the extra 'video'.*--clips frames"):
+    with pytest.raises(ConfigError, match=r"PyAV.*pip install 'av>=15' .the extra 'video'.*.frames files"):
         open_clip(mp4, "mp4")
