@@ -164,6 +164,15 @@ def test_what_is_damaged_is_said(mp4, damage, said):
         list(clip.frames(range(clip.num_frames)))
 
 
+def test_a_size_that_a_file_claims_is_looked_at_before_anything_is_decoded(mp4, monkeypatch):
+    """One pixel fewer than the frames have, so nothing but the limit can refuse them; and as many."""
+    monkeypatch.setattr("swinv2_train.data.clips.video.MAX_PIXELS", 64 * 96 - 1)
+    with pytest.raises(DecodeError, match="64 x 96|96 x 64"):
+        read_times(mp4, "mp4")
+    monkeypatch.setattr("swinv2_train.data.clips.video.MAX_PIXELS", 64 * 96)
+    assert read_times(mp4, "mp4").keys.size
+
+
 def test_a_frame_that_the_index_speaks_of_and_is_not_there_is_named(mp4):
     times = read_times(mp4, "mp4")
     wrong = FrameTimes(np.append(times.shown, times.shown[-1] + 10), times.keys)
