@@ -107,10 +107,10 @@ class VideoClip(Clip):
         in_rgb = _in_rgb()
         waiting = iter(positions)
         position = next(waiting, None)
-        begin = times.key_before(positions[0]) if times.known and positions else None
+        if position is None:
+            return
+        begin = times.key_before(position) if times.known else None
         for number, frame in enumerate(_decoded(self.data, self.extension, begin)):
-            if position is None:
-                return
             if times.known and frame.pts is not None and frame.pts > times.shown[position]:
                 break
             if (wanted.get(frame.pts) if times.known else number) != position:
@@ -122,8 +122,9 @@ class VideoClip(Clip):
             size = pixels.shape
             yield pixels
             position = next(waiting, None)
-        if position is not None:
-            raise DecodeError(f"frame {position} of {self.num_frames} cannot be decoded")
+            if position is None:  # the next frame would be decoded in vain
+                return
+        raise DecodeError(f"frame {position} of {self.num_frames} cannot be decoded")
 
 
 def _decoded(data: bytes, extension: str, begin: int | None) -> Iterator[VideoFrame]:
