@@ -93,6 +93,12 @@ def read_times(data: bytes, extension: str) -> FrameTimes:
     return FrameTimes(np.full(count, NO_TIME, "<i8"), np.array([NO_TIME], "<i8"))
 
 
+def video_stream_of(data: bytes, extension: str) -> int:
+    """The number of the stream that is decoded, which is one that is decoded.  Raises DecodeError."""
+    with _opened(data, extension) as (_, stream):
+        return stream.index
+
+
 class VideoClip(Clip):
     """A video file that is in memory.  times: None = they are looked for.  Raises DecodeError."""
 

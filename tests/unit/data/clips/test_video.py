@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import builtins
 import struct
+import sys
 
 import numpy as np
 import pytest
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.clips.frame_times import FrameTimes
 from swinv2_train.data.clips.opening import open_clip
+from swinv2_train.data.clips.torchcodec_video import check_torchcodec
 from swinv2_train.data.clips.video import read_times
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.transforms.decode import DecodeError
 from tests.support.clips import number_of, numbered, sound_alone, video
 
@@ -56,6 +60,33 @@ def test_any_frames_are_those_of_decoding_everything(form):
     for positions in ([0], [5, 6, 7], [11, 14, 17], [13], [COUNT - 1]):
         for position, frame in zip(positions, clip.frames(positions), strict=True):
             assert frame.equal(everything[position]), position
+
+
+def torchcodec_problem() -> str | None:
+    try:
+        check_torchcodec()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.skipif(torchcodec_problem() is not None, reason="torchcodec, or FFmpeg for it, is not installed")
+@pytest.mark.parametrize("form", [*FORMS.values(), {"rotation": 90}, {"rotation": 180}], ids=[*FORMS, "turned", "over"])
+def test_torchcodec_gives_the_same_frames(form):
+    data = video(FRAMES, **form)
+    ours, theirs = open_clip(data, "mp4"), open_clip(data, "mp4", decoder="torchcodec")
+    for positions in ([0], [5, 6, 7], [11, 14, 17], list(range(COUNT))):
+        for position, frame, other in zip(positions, ours.frames(positions), theirs.frames(positions), strict=True):
+            assert frame.equal(other), position
+    with pytest.raises(DecodeError):
+        list(open_clip(data[: len(data) // 2], "mp4", ours.times, "torchcodec").frames([COUNT - 1]))
+
+
+def test_without_torchcodec_the_key_and_the_remedy_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    config = compose_overrides(["experiment=cifar10_finetune", "model.frames=4", "data.video_decoder=torchcodec"])
+    with pytest.raises(ConfigError, match=r"data\.video_decoder \(torchcodec\): it cannot be imported.*=pyav"):
+        ClipViews.of(config)
 
 
 def test_time_stamps_and_key_frames_are_those_of_the_packets(mp4):
