@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.keys import Key, all_keys
 from swinv2_train.config.near_names import did_you_mean_key
-from swinv2_train.config.schema import Config
+from swinv2_train.config.schema import TASKS, Config
 
 _JSON_NAMES = {True: "true", False: "false", None: "null"}
 
@@ -44,12 +44,19 @@ class Entry(NamedTuple):
 
 
 def reference(defaults: Mapping[str, DictConfig]) -> list[Entry]:
-    """Every key in the schema's order; one that several tasks have stands once.
+    """Every key in the schema's order; one that several tasks have stands once for each meaning that it has there.
 
     defaults: the configuration that each task composes to without any override.
     """
-    keys = {key.name: key for key in all_keys()}
-    return [_entry(key, defaults) for key in keys.values()]
+    found: dict[tuple[str, str, str, str], Entry] = {}
+    for key in all_keys():
+        own = [task for task, section in TASKS.items() if section is key.section] or list(defaults)
+        entry = _entry(key, {task: defaults[task] for task in own})
+        of_others = found.get((entry.name, entry.type, entry.allowed, entry.meaning))
+        if of_others is not None:
+            entry = entry._replace(defaults={**of_others.defaults, **entry.defaults})
+        found[entry.name, entry.type, entry.allowed, entry.meaning] = entry
+    return list(found.values())
 
 
 def help_text(names: Iterable[str], entries: Iterable[Entry]) -> str:
@@ -58,14 +65,14 @@ def help_text(names: Iterable[str], entries: Iterable[Entry]) -> str:
     Raises ConfigError for a name that is neither.
     """
     entries = list(entries)
-    found: dict[str, Entry] = {}
+    found: list[Entry] = []
     for name in names:
-        chosen = {each.name: each for each in entries if each.name == name or each.name.startswith(f"{name}.")}
+        chosen = [each for each in entries if each.name == name or each.name.startswith(f"{name}.")]
         if not chosen:
             hint = did_you_mean_key(name, [each.name for each in entries], otherwise="--help alone prints every key")
             raise ConfigError(f"--help {name}: there is no such key or section; {hint}")
-        found |= chosen
-    return "\n".join(_paragraph(entry) for entry in found.values())
+        found += [each for each in chosen if each not in found]
+    return "\n".join(map(_paragraph, found))
 
 
 _HEAD = """# Configuration keys
@@ -109,7 +116,9 @@ def _row(entry: Entry) -> str:
 
 
 def _paragraph(entry: Entry) -> str:
-    lines = [entry.name, f"    {entry.meaning}", f"    type: {entry.type}"]
+    of_a_task = entry.name.startswith("task.") and len(entry.defaults) < len(TASKS)
+    name = f"{entry.name} ({', '.join(f'task={task}' for task in entry.defaults)})" if of_a_task else entry.name
+    lines = [name, f"    {entry.meaning}", f"    type: {entry.type}"]
     if entry.allowed:
         lines.append(f"    allowed: {entry.allowed}")
     return "\n".join([*lines, f"    default: {entry.default}", ""])

@@ -291,6 +291,8 @@ class ClassifyConfig(TaskConfig):
     """target=regression: standard deviation of each number; null = 1."""
     label_smoothing: Annotated[float, between(0, 1)]
     """Mass of the target that is spread over all classes; target=multilabel: over applying and not."""
+    dropout: Annotated[float, between(0, BELOW_1)]
+    """Share of the pooled features that is dropped before the classes, in training."""
     rand_augment: Annotated[str | None, RAND_AUGMENT]
     """timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1 (arXiv:1909.13719); null = none."""
     color_jitter: Annotated[float, at_least(0)]

@@ -164,7 +164,8 @@ class SwinTransformerV2(nn.Module):
     clamped and shifted as along the sides; pretrained_window_frames is to it what pretrained_window_sizes are to
     window_size, for all stages, because time is never merged.
     num_classes 0 leaves the head out, and forward returns the pooled features (B, num_features).
-    drop_path_rate rises linearly over the blocks.
+    drop_path_rate rises linearly over the blocks; head_dropout is the share of the pooled features that is dropped
+    before the classes, in training.
     pretrained_window_sizes: per stage the window at which the position bias was trained, an int or a (height, width)
     pair; it normalises the bias's coordinates (section 3.3).  0 = the window really used at this img_size and
     window_size.  The attribute holds what that came to, one pair per stage, of clips (frames, rows, cols), and stays
@@ -207,6 +208,7 @@ class SwinTransformerV2(nn.Module):
         patch_frames: int = 1,
         window_frames: int = 8,
         pretrained_window_frames: int = 0,
+        head_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -219,6 +221,7 @@ class SwinTransformerV2(nn.Module):
         self.mlp_ratio = mlp_ratio
         self.qkv_bias = qkv_bias
         self.drop_path_rate = drop_path_rate
+        self.head_dropout = head_dropout
         self.extra_norm_period = extra_norm_period
         self.clamp_to_shorter_side = clamp_to_shorter_side
         self.fused_attention = fused_attention
@@ -283,6 +286,8 @@ class SwinTransformerV2(nn.Module):
             raise ValueError(f"pretrained_window_frames ({trained_frames}) must be 1 or more, or 0 for the window used")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate ({self.drop_path_rate}) must be at least 0 and less than 1")
+        if not 0 <= self.head_dropout < 1:
+            raise ValueError(f"head_dropout ({self.head_dropout}) must be at least 0 and less than 1")
         if len(self.num_heads) != stages or len(pretrained_window_sizes) != stages:
             raise ValueError(
                 f"depths {self.depths}, num_heads {self.num_heads} and pretrained_window_sizes "
@@ -395,7 +400,8 @@ class SwinTransformerV2(nn.Module):
         """images: as forward_features takes them.  Returns (B, num_classes); with features, pooled_features."""
         if features:
             return self.pooled_features(images)
-        return self.head(_token_means(self.forward_features(images)[-1]))
+        means = _token_means(self.forward_features(images)[-1])
+        return self.head(F.dropout(means, self.head_dropout, self.training) if self.head_dropout else means)
 
     def pooled_features(self, images: Tensor) -> Tensor:
         """The normed last map's mean over its tokens, (B, num_features), in at least float32."""

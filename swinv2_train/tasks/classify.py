@@ -112,7 +112,7 @@ class ClassifyTask:
     picture: Picture | None = None
 
     def __init__(self, config: Config, task: ClassifyConfig, device: torch.device) -> None:
-        self.module = self.encoder = build_model(config.model, task.num_classes)
+        self.module = self.encoder = build_model(config.model, task.num_classes, task.dropout)
         self.multiply_adds = multiply_adds(self.module)
         self.mixing = Mixing(task.mixup_alpha, task.cutmix_alpha, task.mixup_prob, task.mixup_switch_prob)
         self.task, self.num_classes = task, task.num_classes

@@ -6,7 +6,7 @@ from swinv2_train.config import ConfigError, ModelConfig, pair
 from swinv2_train.models import SwinTransformerV2, swin_v2
 
 
-def build_model(config: ModelConfig, num_classes: int) -> SwinTransformerV2:
+def build_model(config: ModelConfig, num_classes: int, head_dropout: float = 0.0) -> SwinTransformerV2:
     """The SwinV2 of the model section; a size that does not fit together is a ConfigError."""
     own = {key: getattr(config, key) for key in ("embed_dim", "depths", "num_heads", "extra_norm_period")}
     try:
@@ -19,6 +19,7 @@ def build_model(config: ModelConfig, num_classes: int) -> SwinTransformerV2:
             window_size=pair("model.window_size", config.window_size),
             mlp_ratio=config.mlp_ratio,
             drop_path_rate=config.drop_path_rate,
+            head_dropout=head_dropout,
             pretrained_window_sizes=config.pretrained_window_sizes,
             frames=config.frames,
             patch_frames=config.patch_frames,

@@ -142,7 +142,8 @@ def test_a_tilde_is_the_home_in_every_key_that_names_a_path(monkeypatch, tmp_pat
     """A shell expands it at the begin of a word alone, so run_dir=~/x made a directory called ~."""
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = [key.name for key in all_keys() if key.is_path and not key.name.startswith("data.eval_splits")]
-    config = compose_overrides([f"{name}=~/x" for name in paths] + ["+data.eval_splits.v2.shards=~/x"])
+    given = [f"{name}=~/x" for name in paths]
+    config = compose_overrides(["experiment=cifar10_finetune", *given, "+data.eval_splits.v2.shards=~/x"])
     for name in paths:
         section, _, key = name.rpartition(".")
         assert getattr(getattr(config, section) if section else config, key) == f"{tmp_path}/x", name

@@ -373,6 +373,8 @@ def test_recipe_is_what_its_sources_print(name):
     else:
         in_time = (model.frames, model.patch_frames, model.window_frames, config.data.frame_stride)
         assert in_time == row.clip and model.pretrained_window_frames == 0
+    if row.head is not None and config.task.name == "classify":
+        assert module.head_dropout == (0.0 if row.clip is None else 0.5)  # Video Swin's heads
 
     groups = build_param_groups(module, config.optim)
     decay, spared = (

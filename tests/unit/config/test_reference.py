@@ -11,6 +11,7 @@ import pytest
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import key_help, key_reference, run_command, run_on_weights
 from swinv2_train.config.keys import known_keys
+from swinv2_train.config.schema import TASKS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -48,8 +49,23 @@ def test_an_entry_holds_what_stands_at_the_key_and_in_conf(entries):
     assert entries["hardware.device"].allowed == "one of null, cuda, cpu"
     assert (entries["train.epochs"].type, entries["model.depths"].type) == ("float or null", "list of int or null")
     assert (entries["run_dir"].default, entries["data.eval_splits"].default) == ("???", "{}")
-    assert entries["task.num_classes"].defaults == {"classify": "1000", "segment": "150", "detect": "80"}
     assert (entries["log.wandb_artifacts"].default, entries["train.keep_best"].default) == ("[]", "null")
+
+
+def test_a_key_that_tasks_understand_otherwise_is_told_for_each():
+    """The last task's words stood for all: weights of a classifier's classes were called those of pixels."""
+    told = {tuple(each.defaults): each for each in key_reference() if each.name == "task.num_classes"}
+    assert {tasks: each.defaults[tasks[0]] for tasks, each in told.items()} == {
+        ("classify",): "1000", ("segment",): "150", ("detect",): "80",
+    }  # fmt: skip
+    assert [told[task,].allowed for task in ("classify", "segment", "detect")] == [
+        "at least 1", "at least 2", "at least 1",
+    ]  # fmt: skip
+    assert len({each.meaning for each in told.values()}) == 3
+    same = [each for each in key_reference() if each.name == "task.init_from"]
+    assert len(same) == 1 and len(same[0].defaults) == len(TASKS)
+    heads = [line for line in key_help(["--help", "task.class_weights"]).splitlines() if line[:1].strip()]
+    assert heads == ["task.class_weights (task=classify)", "task.class_weights (task=segment)"]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -51,3 +51,17 @@ def test_mask_token_starts_as_noise():
     """A token of zeros would be the same as an empty patch behind the patch norm (official: normal of 0.02)."""
     token = SimMIM(small(num_classes=0), 8).encoder.mask_token
     assert token is not None and token.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_dropout_before_the_classes_drops_pooled_features_and_scales_the_rest_in_training_alone():
+    model, images = small(drop_path_rate=0.0, head_dropout=0.75), torch.randn(64, 3, 16, 16)
+    pooled = model.eval()(images, features=True)
+    plain = model(images)
+    assert torch.equal(plain, model.head(pooled))
+    model.head = nn.Identity()
+    dropped = model.train()(images)
+    kept = dropped != 0
+    assert 0.2 < kept.float().mean() < 0.3
+    torch.testing.assert_close(dropped[kept], 4 * pooled[kept])
+    with pytest.raises(ValueError, match=r"head_dropout \(1\) must be at least 0 and less than 1"):
+        small(head_dropout=1)
