@@ -246,22 +246,27 @@ def measure(manifest: Manifest, crop: Crop, rounds: int, images: int, others: St
     compare(dict(sorted(streams.items(), key=lambda item: item[1][0] == TWO)), rounds, images)
 
 
-def compare(streams: Streams, rounds: int, images: int) -> None:
-    """Let the streams take turns of so many images; print each one's rates and ratios, and end them."""
+def compare(streams: Streams, rounds: int, images: int, unit: str = "image") -> None:
+    """Let the streams take turns of so many images; print each one's rates and ratios, and end them.
+
+    unit: what a stream's numbers count.
+    """
     readers = {name: Reader(batches) for name, (_, batches) in streams.items()}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
     for _ in range(rounds):
         for name, reader in readers.items():
             turns[name].append(reader.turn(images))
-    print("| reader | images/s (median) | quartiles | ratio to bare | CPU ms/image (median) | ratio to bare |")
+    print(f"| reader | {unit}s/s (median) | quartiles | ratio to bare | CPU ms/{unit} (median) | ratio to bare |")
     print("|---|---|---|---|---|---|")
     for name, (base, _) in streams.items():
         rates = [1 / seconds for seconds, _ in turns[name]]
         low, middle, high = statistics.quantiles(rates, n=4)
+        digits = 0 if middle >= 100 else 1
         pairs = list(zip(turns[name], turns[base], strict=True))
         by_clock, by_cpu = (statistics.median(of[i] / own[i] for own, of in pairs) for i in (0, 1))
         cpu = 1000 * statistics.median(cpu for _, cpu in turns[name])
-        print(f"| {name} | {middle:.0f} | {low:.0f} - {high:.0f} | {by_clock:.3f} | {cpu:.3f} | {by_cpu:.3f} |")
+        spread = f"{low:.{digits}f} - {high:.{digits}f}"
+        print(f"| {name} | {middle:.{digits}f} | {spread} | {by_clock:.3f} | {cpu:.3f} | {by_cpu:.3f} |")
     for _, batches in streams.values():
         batches.close()
 

@@ -789,6 +789,8 @@ class DataConfig:
     """Turn each training image by 0, 90, 180 or 270 degrees and mirror half of them (no side is up, as from space)."""
     frame_stride: Annotated[int, at_least(1)]
     """Of clips (model.frames): frames of the file from one frame of a clip to the next (arXiv:2106.13230: 2)."""
+    video_decoder: Annotated[str, one_of("pyav", "torchcodec")]
+    """pyav, or torchcodec, which needs FFmpeg on the machine and does not tell damaged frames; both give the same."""
     mean: Annotated[list[float], each(finite())]
     """Mean of the normalisation per band, of scaled values (data.scale; photographs: pixels in 0..1)."""
     std: Annotated[list[float], each(positive())]

@@ -19,6 +19,7 @@ from swinv2_train.data.sources.base import Source, open_source
 from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
 from swinv2_train.data.sources.labelled import with_labels_of
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, matched
+from swinv2_train.data.sources.videos import check_videos
 from swinv2_train.distributed import World, all_reduce_sum
 from swinv2_train.evaluation.confusion import Confusion, ConfusionCounter
 from swinv2_train.evaluation.scoring import SumsOverRanks, evaluate_loader
@@ -107,6 +108,8 @@ def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict
             str(pattern), key, None if data.annotations is None else say, cache, data.verify, data.image_member,
             data.label_folders, data.annotations,
         )  # fmt: skip
+        if config.model.frames is not None:
+            check_videos(source, key)
         label_overrides = None
         if labels is not None:
             label_overrides = _label_overrides(config, labels, source, key, f"{SPLITS}{name}.labels", names, say)

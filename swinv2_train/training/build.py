@@ -23,6 +23,7 @@ from swinv2_train.data.sources.labelled import with_labels_of
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, difference, matched
 from swinv2_train.data.sources.mixture import Mixture, open_mixture
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream
+from swinv2_train.data.sources.videos import check_videos
 from swinv2_train.distributed import World
 from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.engine import build_engine
@@ -283,7 +284,10 @@ def _open_training(config: Config, names: tuple[str, ...] | None, say: Say) -> S
     if is_pipe(pattern):
         if labelled:
             say(f"note: a pipe names no classes: its labels are taken as the numbers of {MODELS_CLASSES}")
-        return open_stream(pattern)
+        stream = open_stream(pattern)
+        if config.model.frames is not None:
+            check_videos(stream, "data.shards", config.data.image_member)
+        return stream
     data = config.data
     cache = shard_cache_for(pattern, data)
     source = open_source(
@@ -347,4 +351,6 @@ def _checked(config: Config, source: Source, key: str, names: tuple[str, ...] | 
     elif config.task.pixel_classes is not None:
         check_pixel_classes(source.classes, names, key, MODELS_CLASSES)
     task_class(config.task).check_source(config.task, source, key)
+    if config.model.frames is not None:
+        check_videos(source, key)
     return source

@@ -94,6 +94,12 @@ def read_times(data: bytes, extension: str) -> FrameTimes:
     return FrameTimes(np.full(count, NO_TIME, "<i8"), np.array([NO_TIME], "<i8"))
 
 
+def video_stream_of(data: bytes, extension: str) -> int:
+    """The number of the stream that is decoded, which is one that is decoded.  Raises DecodeError."""
+    with _opened(data, extension) as (_, stream):
+        return stream.index
+
+
 class VideoClip(Clip):
     """A video file that is in memory.  times: None = they are looked for.  Raises DecodeError."""
 
@@ -119,10 +125,10 @@ class VideoClip(Clip):
         in_rgb = _in_rgb()
         waiting = iter(positions)
         position = next(waiting, None)
-        begin = times.key_before(positions[0]) if times.known and positions else None
+        if position is None:
+            return
+        begin = times.key_before(position) if times.known else None
         for number, frame in enumerate(_decoded(self.data, self.extension, begin)):
-            if position is None:
-                return
             if times.known and frame.pts is not None and frame.pts > times.shown[position]:
                 break
             if (wanted.get(frame.pts) if times.known else number) != position:
@@ -134,8 +140,9 @@ class VideoClip(Clip):
             size = pixels.shape
             yield pixels
             position = next(waiting, None)
-        if position is not None:
-            raise DecodeError(f"frame {position} of {self.num_frames} cannot be decoded")
+            if position is None:  # the next frame would be decoded in vain
+                return
+        raise DecodeError(f"frame {position} of {self.num_frames} cannot be decoded")
 
 
 def _decoded(data: bytes, extension: str, begin: int | None) -> Iterator[VideoFrame]:

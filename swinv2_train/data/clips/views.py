@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swinv2_train.config import Config, DataConfig
 from swinv2_train.data.clips.clip import Clip
+from swinv2_train.data.clips.torchcodec_video import check_torchcodec
 from swinv2_train.data.transforms.crop import (
     eval_crops,
     random_box,
@@ -38,11 +39,17 @@ class ClipViews:
     """Evaluation: clips, whose first frames lie evenly from the file's first on; 1 = the one in the middle."""
     crops: int = 1
     """Evaluation: crops, evenly along the frames' longer side; 1 = the centre."""
+    decoder: str = "pyav"
+    """Of videos: pyav or torchcodec."""
 
     @classmethod
     def of(cls, config: Config) -> Self | None:
-        """What the configuration says of clips; None = images."""
-        return None if config.model.frames is None else cls(config.model.frames, config.data.frame_stride)
+        """What the configuration says of clips; None = images.  ConfigError where the decoder is not there."""
+        if config.model.frames is None:
+            return None
+        if config.data.video_decoder == "torchcodec":
+            check_torchcodec()
+        return cls(config.model.frames, config.data.frame_stride, decoder=config.data.video_decoder)
 
     @property
     def span(self) -> int:

@@ -489,7 +489,8 @@ class _Fetcher(Fetch):
                 if name not in sample.targets:
                     where = self.source.labels_from if name in OF_LABELS else f".{MEMBERS[name].suffix}"
                     raise SampleError(f"no readable {name} ({where})")
-            image = self.decoded(sample) if clips_of(self.transform) is None else self.opened(sample)
+            clips = clips_of(self.transform)
+            image = self.decoded(sample) if clips is None else self.opened(sample, clips.decoder)
             row = self.transform(image, sample.targets, rng)
             self._notes |= getattr(self.transform, "notes", frozenset())
             return row

@@ -198,7 +198,8 @@ class _Fetcher(Fetch):
             if name not in sample.targets:
                 raise SampleError(f"no readable {name} (.{MEMBERS[name].suffix})")
         try:
-            image = self.decoded(sample) if clips_of(self.transform) is None else self.opened(sample)
+            clips = clips_of(self.transform)
+            image = self.decoded(sample) if clips is None else self.opened(sample, clips.decoder)
             return self.transform(image, sample.targets, self._rng)
         except DecodeError as error:
             raise SampleError(str(error)) from error

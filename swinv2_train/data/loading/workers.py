@@ -103,9 +103,9 @@ class Fetch(ABC):
         except MachineError as error:
             raise MachineError(f"{sample.shard}: sample '{sample.key}': {error}") from error
 
-    def opened(self, sample: Sample) -> Clip:
+    def opened(self, sample: Sample, decoder: str) -> Clip:
         """The clip, of which nothing is decoded yet.  Raises DecodeError."""
-        return open_clip(sample.image, sample.extension, sample.times)
+        return open_clip(sample.image, sample.extension, sample.times, decoder)
 
     def noted(self) -> Batch:
         """The entry "notes" of a batch: what this process has not said before; nothing where there is none."""

@@ -93,7 +93,7 @@ def random_dihedral(image: torch.Tensor, rng: np.random.Generator) -> torch.Tens
 
 def turned(image: torch.Tensor, number: int) -> torch.Tensor:
     """One of the eight ways to turn a square onto itself, 0 being none: (C, H, W) -> (C, H, W) or (C, W, H)."""
-    rotated = image.rot90(number % 4, (1, 2))
+    rotated = image.rot90(number % 4, (1, 2)) if number % 4 else image  # rot90 copies even what it does not turn
     return rotated.flip(1) if number >= 4 else rotated
 
 

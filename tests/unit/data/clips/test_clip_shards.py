@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import islice
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.schema import MixSourceConfig
 from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.clips.video import read_times
 from swinv2_train.data.clips.views import ClipViews
@@ -18,7 +22,11 @@ from swinv2_train.data.shards.tar_index import TIME_FIELDS, load_index, load_tim
 from swinv2_train.data.shards.tar_reader import TarReader, open_manifest
 from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
+from swinv2_train.data.sources.mixture import open_mixture
+from swinv2_train.data.sources.pipe import open_stream
+from swinv2_train.data.sources.videos import check_videos
 from swinv2_train.tasks.inputs import ImageTransform
+from swinv2_train.training.build import _open_training
 from tests.support.clips import frames_file, number_of, numbered, sound_alone, video
 from tests.support.images import image_bytes
 from tests.support.loaders import CONFIG
@@ -151,6 +159,40 @@ def test_an_image_beside_a_clip_is_taken_unless_the_clip_is_named(tmp_path):
         (tmp_path / "in" / name).write_bytes(content)
     assert open_source(str(tmp_path / "in")).clips == (0,)
     assert open_source(str(tmp_path / "in"), image_member="frames").clips == (1,)
+
+
+def test_without_a_decoder_videos_are_refused_where_a_source_is_opened(tmp_path, shards, clips, monkeypatch):
+    """Before anything is read: folders, lists, mixtures, indexed shards, and pipes whose member is named."""
+    for extension, content in {each[2]: each[1] for each in clips}.items():
+        (tmp_path / extension).mkdir()
+        (tmp_path / extension / f"a.{extension}").write_bytes(content)
+    (tmp_path / "list.txt").write_text("mp4/a.mp4 0\n")
+    frames = open_source(str(tmp_path / "frames"))
+    packed = write_shards([each for each in clips if each[2] == "frames"], str(tmp_path / "f" / "t"), 4)
+    pipe = open_stream("pipe:cat x.tar")
+    videos = [shards, open_source(str(tmp_path / "mp4")), open_source(str(tmp_path / "list.txt"))]
+    mix = {name: MixSourceConfig(str(tmp_path / name), 0.5) for name in ("frames", "mp4")}
+    videos.append(open_mixture(replace(CONFIG, mix=mix), None, lambda source, key: source))
+    for source in (*videos, frames, packed, pipe):
+        check_videos(source, "data.shards", "mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    for source in (frames, packed):
+        check_videos(source, "data.shards")
+    check_videos(pipe, "data.shards", "frames")
+    for source in (*videos, pipe):
+        with pytest.raises(ConfigError, match=r"data.eval_shards holds videos: .*PyAV.*pip install 'av>=15'"):
+            check_videos(source, "data.eval_shards", "mp4")
+
+
+def test_a_run_on_videos_without_a_decoder_ends_before_its_model_is_made(tmp_path, monkeypatch):
+    config = compose_overrides(["run_dir=x", f"data.shards={tmp_path}", "model.frames=4", "model.window_frames=4"])
+    piped = replace(config.data, shards="pipe:cat x.tar", image_member="mp4")
+    (tmp_path / "a.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match="data.shards holds videos"):
+        _open_training(config, None, print)
+    with pytest.raises(ConfigError, match="data.shards holds videos"):
+        _open_training(replace(config, data=piped), None, print)
 
 
 DAMAGED = {"sound": sound_alone, "empty": lambda: b"", "zeros": lambda: bytes(5000)}

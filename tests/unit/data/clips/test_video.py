@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import builtins
 import struct
+import sys
 
 import numpy as np
 import pytest
 
 from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.data.clips.frame_times import FrameTimes
 from swinv2_train.data.clips.opening import open_clip
+from swinv2_train.data.clips.torchcodec_video import check_torchcodec
 from swinv2_train.data.clips.video import read_times
+from swinv2_train.data.clips.views import ClipViews
 from swinv2_train.data.transforms.decode import DecodeError
 from tests.support.clips import number_of, numbered, sound_alone, video
 
@@ -56,6 +60,33 @@ def test_any_frames_are_those_of_decoding_everything(form):
     for positions in ([0], [5, 6, 7], [11, 14, 17], [13], [COUNT - 1]):
         for position, frame in zip(positions, clip.frames(positions), strict=True):
             assert frame.equal(everything[position]), position
+
+
+def torchcodec_problem() -> str | None:
+    try:
+        check_torchcodec()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.skipif(torchcodec_problem() is not None, reason="torchcodec, or FFmpeg for it, is not installed")
+@pytest.mark.parametrize("form", [*FORMS.values(), {"rotation": 90}, {"rotation": 180}], ids=[*FORMS, "turned", "over"])
+def test_torchcodec_gives_the_same_frames(form):
+    data = video(FRAMES, **form)
+    ours, theirs = open_clip(data, "mp4"), open_clip(data, "mp4", decoder="torchcodec")
+    for positions in ([0], [5, 6, 7], [11, 14, 17], list(range(COUNT))):
+        for position, frame, other in zip(positions, ours.frames(positions), theirs.frames(positions), strict=True):
+            assert frame.equal(other), position
+    with pytest.raises(DecodeError):
+        list(open_clip(data[: len(data) // 2], "mp4", ours.times, "torchcodec").frames([COUNT - 1]))
+
+
+def test_without_torchcodec_the_key_and_the_remedy_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    config = compose_overrides(["experiment=cifar10_finetune", "model.frames=4", "data.video_decoder=torchcodec"])
+    with pytest.raises(ConfigError, match=r"data\.video_decoder \(torchcodec\): it cannot be imported.*=pyav"):
+        ClipViews.of(config)
 
 
 def test_time_stamps_and_key_frames_are_those_of_the_packets(mp4):
@@ -162,6 +193,15 @@ def test_what_is_damaged_is_said(mp4, damage, said):
     with pytest.raises(DecodeError, match=said):
         clip = open_clip(damage(mp4), "mp4")
         list(clip.frames(range(clip.num_frames)))
+
+
+def test_a_size_that_a_file_claims_is_looked_at_before_anything_is_decoded(mp4, monkeypatch):
+    """One pixel fewer than the frames have, so nothing but the limit can refuse them; and as many."""
+    monkeypatch.setattr("swinv2_train.data.clips.video.MAX_PIXELS", 64 * 96 - 1)
+    with pytest.raises(DecodeError, match="64 x 96|96 x 64"):
+        read_times(mp4, "mp4")
+    monkeypatch.setattr("swinv2_train.data.clips.video.MAX_PIXELS", 64 * 96)
+    assert read_times(mp4, "mp4").keys.size
 
 
 def test_a_frame_that_the_index_speaks_of_and_is_not_there_is_named(mp4):
