@@ -1,15 +1,21 @@
-"""``python -m swinv2_train.make_shards SOURCE OUT``: pack images into webdataset shards with an index and checksums.
+"""``python -m swinv2_train.make_shards SOURCE OUT``: pack images or clips into webdataset shards with an index and
+checksums.
 
     swinv2-make-shards SOURCE OUT               # images/ or images.zip -> OUT-000000.tar, OUT-000001.tar, ...
     swinv2-make-shards SOURCE OUT --labels MASKS  # and the label image of each, for task=segment
     swinv2-make-shards SOURCE OUT --annotations PATH  # and the objects of each, for task=detect
+    swinv2-make-shards SOURCE OUT --clips mp4   # clips encoded anew, to be read fast
     swinv2-make-shards --reindex 'DIR/*.tar'    # make index and manifest of existing shards again
     swinv2-make-shards --verify 'DIR/*.tar'     # read everything, compare with the manifest's checksums
 
-SOURCE is a folder, zip or plain tar of images.  With class folders (SOURCE/<class>/...) the labels are the classes'
-places in sorted order (numbers by their value), kept in classes.txt beside the shards; where one is there already, its
-numbers are taken.  Images directly in SOURCE get no labels.  Image files are copied byte for byte, in an order shuffled
-once.
+SOURCE is a folder, zip or plain tar of images or of clips, or a list of either (.txt or .csv, 'path label' a line, as
+Kinetics').  With class folders (SOURCE/<class>/...) the labels are the classes' places in sorted order (numbers by
+their value), kept in classes.txt beside the shards; where one is there already, its numbers are taken.  Files directly
+in SOURCE get no labels.  Files are copied byte for byte, in an order shuffled once.
+
+Clips may be encoded anew, so that any frame is decoded fast: --clips mp4 makes H.264 of them with a key frame every few
+frames, --clips frames the JPEG files of their frames, for machines without a decoder of videos; both smaller than most
+videos come, without sound.  A damaged clip is left out, counted and named (--on-bad-clip error: refused).
 
 Label images are PNG files whose pixels are numbers of classes: MASKS/<path>.png for SOURCE/<path>.jpg, or KEY.seg.png
 beside KEY.jpg in SOURCE itself.  Each is compared with its image, their values are counted and shown, and the first few
@@ -38,6 +44,7 @@ from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown, tell
 from swinv2_train.data.annotations.rules import BadBoxes
 from swinv2_train.data.class_names import CLASSES_NAME
+from swinv2_train.data.clips.encoding import CLIP_FORMS, ClipEncoder
 from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.object_checks import ObjectChecks, Overlay
 from swinv2_train.data.objects import Objects
@@ -48,6 +55,9 @@ from swinv2_train.data.sources.label_folders import pixel_class_names
 from swinv2_train.data.sources.virtual_shards import PACKING_SEED, SAMPLES_PER_SHARD
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
 
+_SHORT_PX, _KEY_FRAMES = 256, 16
+_MIN_SHORT_PX = 16
+
 
 def _of_the_machine(error: Exception) -> bool:
     """Whether the same command may work at another time; a permission is the user's to give."""
@@ -55,7 +65,31 @@ def _of_the_machine(error: Exception) -> bool:
     return isinstance(error, MachineError) or (lacking(error) is not None and not forbidden)
 
 
-def _pack(options: argparse.Namespace) -> Manifest:
+def _clip_encoder(options: argparse.Namespace) -> ClipEncoder | None:
+    """Raises ShardError for options that do not go with each other."""
+    chosen = {"--clips-short-side": options.clips_short_side, "--clips-gop": options.clips_gop,
+              "--on-bad-clip": options.on_bad_clip}  # fmt: skip
+    if options.clips is None:
+        if alone := [name for name, value in chosen.items() if value is not None]:
+            raise ShardError(f"{' and '.join(alone)} are of clips that are encoded anew; add --clips mp4, or frames")
+        return None
+    if options.labels is not None or options.annotations is not None or options.reindex or options.verify:
+        raise ShardError(
+            f"--clips {options.clips} packs clips with the label of each, and goes with none of --labels, "
+            "--annotations, --reindex and --verify"
+        )
+    if options.clips_gop is not None and options.clips != "mp4":
+        raise ShardError(f"--clips-gop is of --clips mp4: every frame of --clips {options.clips} is read by itself")
+    short_px = _SHORT_PX if options.clips_short_side is None else options.clips_short_side
+    key_frames = _KEY_FRAMES if options.clips_gop is None else options.clips_gop
+    if short_px < _MIN_SHORT_PX or short_px % 2:
+        raise ShardError(f"--clips-short-side ({short_px}) must be an even number of pixels, {_MIN_SHORT_PX} or more")
+    if key_frames < 1:
+        raise ShardError(f"--clips-gop ({key_frames}) must be at least 1, where every frame is a key frame")
+    return ClipEncoder(options.clips, short_px, key_frames, refuse=options.on_bad_clip == "error")
+
+
+def _pack(options: argparse.Namespace, encoder: ClipEncoder | None) -> Manifest:
     if options.annotations is not None:
         return _pack_annotated(options)
     labels = None if options.labels is None else Path(options.labels)
@@ -69,10 +103,12 @@ def _pack(options: argparse.Namespace) -> Manifest:
             "their folder by --labels"
         )
     manifest = pack(
-        entries, options.out, options.samples_per_shard, options.seed, classes, options.overwrite, checks
+        entries, options.out, options.samples_per_shard, options.seed, classes, options.overwrite, checks, encoder
     )  # fmt: skip
     if classes:
         print(f"{len(classes)} classes, see {CLASSES_NAME}")
+    elif entries[0].label is not None:
+        print(f"labels up to {max(entry.label or 0 for entry in entries)}, as SOURCE lists them")
     elif checks is None:
         print("no class folders, so no labels")
     return manifest
@@ -154,7 +190,7 @@ def run(arguments: Sequence[str]) -> int:
         "swinv2-make-shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", metavar="SOURCE", nargs="?", help="folder, zip or tar of images; a shard pattern with --reindex"
+        "source", metavar="SOURCE", nargs="?", help="folder, zip, tar or list; a shard pattern with --reindex"
     )
     parser.add_argument("out", metavar="OUT", nargs="?", help="prefix of the shards, e.g. data/my/train")
     parser.add_argument(
@@ -180,6 +216,18 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--overlays", type=int, default=4, help="label images, or images with objects, to draw (%(default)s)"
     )
+    parser.add_argument("--clips", choices=CLIP_FORMS, help="encode clips anew: H.264, or JPEG files; else copied")
+    parser.add_argument(
+        "--clips-short-side", type=int, metavar="PX",
+        help=f"pixels of the shorter side of clips that are larger ({_SHORT_PX})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clips-gop", type=int, metavar="N", help=f"mp4: frames from a key frame to the next, at most ({_KEY_FRAMES})"
+    )
+    parser.add_argument(
+        "--on-bad-clip", choices=("leave-out", "error"),
+        help="leave out what cannot be decoded, and count; or end at the first (leave-out)",
+    )  # fmt: skip
     parser.add_argument("--reindex", action="store_true", help="make index and manifest of existing shards again")
     parser.add_argument("--verify", action="store_true", help="compare existing shards with their checksums")
     options = parser.parse_args(arguments)
@@ -189,19 +237,21 @@ def run(arguments: Sequence[str]) -> int:
     if options.samples_per_shard < 1:
         parser.error(f"--samples-per-shard ({options.samples_per_shard}) must be at least 1")
     try:
+        encoder = _clip_encoder(options)
         if options.reindex:
             manifest = reindex(options.source, tell)
         elif options.verify:
             verify_shards(options.source, tell)
             return EXIT_DONE
         else:
-            manifest = _pack(options)
+            manifest = _pack(options, encoder)
     except (ConfigError, OSError, MemoryError, MachineError) as error:
         said = shown(str(error) or "no memory is left", MESSAGE_CHARACTERS)
         print(without_secrets(f"make_shards: {said}"), file=sys.stderr)
         return EXIT_FAILED if _of_the_machine(error) else EXIT_USER_ERROR
     size = sum(manifest.sizes) / 1e6
-    tell(f"{manifest.num_samples} images in {len(manifest.paths)} shards, {size:.1f} MB; {manifest.paths[0]} ...")
+    what = "clips" if sum(manifest.clips) else "images"
+    tell(f"{manifest.num_samples} {what} in {len(manifest.paths)} shards, {size:.1f} MB; {manifest.paths[0]} ...")
     return EXIT_DONE
 
 

@@ -1,6 +1,7 @@
-"""Packing images into webdataset shards: which images a folder, zip or tar holds, their labels, their order.
+"""Packing images and clips into webdataset shards: which of them a folder, zip, tar or list holds, their labels, their
+order.
 
-Image files are copied byte for byte, in an order shuffled once.
+Files are copied byte for byte, in an order shuffled once; clips may be encoded anew.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from swinv2_train.config.shown import tell
+from swinv2_train.config.shown import shown, tell
 from swinv2_train.data.annotations.form import DrawnImage
 from swinv2_train.data.annotations.reading import match, read_annotations
 from swinv2_train.data.class_names import CLASSES_NAME, class_names_text, listed, read_class_names
+from swinv2_train.data.clips.encoding import ClipEncoder
 from swinv2_train.data.label_checks import LabelImageChecks
 from swinv2_train.data.object_checks import ObjectChecks
 from swinv2_train.data.sample import OBJECTS, SEGMENTATION, ShardError
@@ -24,6 +26,7 @@ from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.shards.tar_writer import Written, shard_files, write_shards
 from swinv2_train.data.sources.archives import Read, open_archive
 from swinv2_train.data.sources.label_folders import BESIDE, pairs_beside, pairs_of
+from swinv2_train.data.sources.list_file import is_list, read_list
 from swinv2_train.data.sources.listing import (
     beside_images,
     check_separators,
@@ -65,20 +68,25 @@ def pack(
     classes: Sequence[str] | None = None,
     overwrite: bool = False,
     checks: LabelImageChecks | ObjectChecks | None = None,
+    encoder: ClipEncoder | None = None,
 ) -> Manifest:
     """Write `entries`, shuffled by `seed`, to ``<out_prefix>-*.tar`` with index, manifest and, if given, classes.txt.
 
-    checks: what looks at every pair of an image and its label image or its objects, where there are any.
+    checks: what looks at every pair of an image and its label image or its objects, where there are any.  encoder:
+    encodes the clips anew, all of which the entries are then; None = they are copied.
 
     Where the folder has a classes.txt already, its classes' numbers are taken for those of the same names.  Raises
     ShardError when shards of that prefix exist (overwrite: they are replaced, once all images are packed), or when that
     classes.txt lacks one of the classes and speaks of shards that stay.
     """
+    if encoder is not None:
+        for extension, entry in {entry.extension: entry for entry in entries}.items():
+            encoder.check(entry.key, extension)
     order = [entries[number] for number in packing_order(len(entries), seed)]
     path = Path(out_prefix).parent / CLASSES_NAME
 
     def write() -> Manifest:
-        samples = _read_with_progress(order, out_prefix, checks)
+        samples = _read_with_progress(order, out_prefix, checks, encoder)
         manifest = write_shards(samples, out_prefix, samples_per_shard, overwrite)
         labels = checks.label_images if isinstance(checks, ObjectChecks) else checks
         if labels is not None:
@@ -86,6 +94,7 @@ def pack(
         return manifest
 
     if classes is None:
+        _check_listed_labels(path, [entry.label for entry in entries if entry.label is not None])
         return write()
     stay = not {*map(str, path.parent.glob("*.tar"))} <= {*map(str, shard_files(out_prefix) if overwrite else ())}
     numbers = _numbers_there(path, classes, _used(entries, classes, checks), stay)
@@ -116,6 +125,22 @@ def pack(
         raise
 
 
+def _check_listed_labels(path: Path, labels: Sequence[int]) -> None:
+    """Say that labels without names are counted in the folder's classes.txt, where there is one.
+
+    Raises ShardError where it has too few.
+    """
+    known = read_class_names(path) if labels else None
+    if known is None:
+        return
+    if max(labels) >= len(known):
+        raise ShardError(
+            f"{path} lists {len(known)} classes, and SOURCE a label {max(labels)}; choose another OUT folder, or mend "
+            "either list"
+        )
+    tell(f"{path}: its {len(known)} names are taken for those of SOURCE's labels, 0 = {shown(known[0], 40)}")
+
+
 def _used(entries: Sequence[Entry], classes: Sequence[str], checks: LabelImageChecks | ObjectChecks | None) -> set[int]:
     """The labels that images, pixels or objects have."""
     if isinstance(checks, LabelImageChecks):
@@ -132,17 +157,26 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
 
 
 def _read_with_progress(
-    entries: list[Entry], out_prefix: str, checks: LabelImageChecks | ObjectChecks | None
-) -> Iterator[Written]:  # fmt: skip
-    shown = time.monotonic()
+    entries: list[Entry],
+    out_prefix: str,
+    checks: LabelImageChecks | ObjectChecks | None,
+    encoder: ClipEncoder | None,
+) -> Iterator[Written]:
+    told = time.monotonic()
     for number, entry in enumerate(entries, 1):
-        image = entry.read()
-        targets = _targets(entry, image, checks)
-        if targets is not None:
-            yield entry.key, image, entry.extension, entry.label, targets
-        if time.monotonic() - shown > 5 or number == len(entries):
-            shown = time.monotonic()
-            tell(f"{out_prefix}: {number} of {len(entries)} images packed")
+        content, extension = entry.read(), entry.extension
+        image: bytes | None = content
+        if encoder is not None:
+            image, extension = encoder.encode(entry.key, content, extension), encoder.form
+        targets = None if image is None else _targets(entry, image, checks)
+        if image is not None and targets is not None:
+            yield entry.key, image, extension, entry.label, targets
+        if time.monotonic() - told > 5 or number == len(entries):
+            told = time.monotonic()
+            what = "images" if encoder is None else "clips"
+            tell(f"{out_prefix}: {number} of {len(entries)} {what} packed")
+    if encoder is not None:
+        encoder.finish()
     if checks is not None:
         checks.finish()
 
@@ -213,7 +247,7 @@ def read_annotated(source: Path, annotations: Path, labels: Path | None = None) 
 
 
 def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], tuple[str, ...] | None]:
-    """The images of a folder, zip or plain tar, and the class names (None without class folders).
+    """The images of a folder, zip, plain tar or list file, and the class names (None without class folders).
 
     An image is packed with its label image, which is KEY.seg.png beside it or, with labels, another folder, zip or tar,
     the PNG or TIFF file of the same path there; then folders are no classes.
@@ -222,6 +256,12 @@ def read_source(source: Path, labels: Path | None = None) -> tuple[list[Entry], 
     images, mixes the two layouts, or cannot be read through, and for images of which some have label images and others
     have not.
     """
+    if is_list(str(source)):
+        if labels is not None:
+            raise ShardError(
+                f"SOURCE {source} lists a label for each file, so there are no label images; drop --labels"
+            )
+        return _listed_entries(source), None
     images = _list_files(source, "SOURCE")
     if images.left_out:
         tell(say_left_out(images.left_out, str(source)))
@@ -283,7 +323,7 @@ def _list_files(source: Path, what: str) -> _Files:
             {name: partial(_read_file, source / name) for name in listing.names}, listing.left_out, listing.empty
         )
     if not source.is_file():
-        raise ShardError(f"{what} {source} does not exist; name a folder, zip or tar of images")
+        raise ShardError(f"{what} {source} does not exist; name a folder, zip or tar of images, or a list")
     archive = open_archive(source, f"{what} {source}")
     names = {PurePosixPath(name): name for name in archive.files}
     beside = beside_images(filter(is_image, archive.files))
@@ -309,15 +349,33 @@ def _entries(source: Path, files: _Files, classes: bool = True) -> tuple[list[En
     if names and files.empty:
         tell(empty_warning(str(source), files.empty))
     label_of = label_numbers(names or ())
-    entries, taken = [], set()
-    for name, read in files.reads.items():
+    return _with_keys(files.reads, (label_of if names else lambda _: None)), names
+
+
+def _listed_entries(source: Path) -> list[Entry]:
+    """The files of a list that are there, with its labels."""
+    files = read_list(str(source), "SOURCE")
+    there = [number for number, size in enumerate(files.sizes) if size >= 0]
+    if missing := [name for name, size in zip(files.names, files.sizes, strict=True) if size < 0]:
+        tell(
+            f"warning: SOURCE {source}: {len(missing)} of its {len(files.names)} files are not there and are left out "
+            f"({listed(missing)})"
+        )
+    label_of = {files.names[number]: files.labels[number] for number in there}
+    return _with_keys({name: partial(_read_file, Path(files.root) / name) for name in label_of}, label_of.__getitem__)
+
+
+def _with_keys(reads: Mapping[str, Read], label_of: Callable[[str], int | None]) -> list[Entry]:
+    """An entry for each path."""
+    entries, taken = list[Entry](), set[str]()
+    for name, read in reads.items():
         path = PurePosixPath(name)
         key = str(path.with_name(path.name[: -len(path.suffix)].replace(".", "_")))  # webdataset cuts at the first dot
         while key in taken:  # cat.1.jpg beside cat_1.jpg, or 1.jpg beside 1.png
             key += "_"
         taken.add(key)
-        entries.append(Entry(key, path.suffix[1:].lower(), label_of(name) if names else None, read))
-    return entries, names
+        entries.append(Entry(key, path.suffix[1:].lower(), label_of(name), read))
+    return entries
 
 
 def _read_file(path: Path) -> bytes:

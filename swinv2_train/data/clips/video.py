@@ -11,6 +11,7 @@ import io
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -106,6 +107,17 @@ class VideoClip(Clip):
         self.data, self.extension = data, extension
         self.times = read_times(data, extension) if times is None else times
         self.num_frames = len(self.times.shown)
+
+    def clock(self) -> tuple[list[int], Fraction | None]:
+        """When each frame is shown, from the first one on, and the unit of that in seconds (None = not known).
+
+        Where the video does not say it, its frames are evenly apart.  Raises DecodeError.
+        """
+        with _opened(self.data, self.extension) as (_, stream):
+            unit, rate = stream.time_base, stream.average_rate
+        if self.times.known and unit:
+            return (self.times.shown - self.times.shown[0]).tolist(), unit
+        return [*range(self.num_frames)], 1 / rate if rate else None
 
     def frames(self, positions: Sequence[int]) -> Iterator[Tensor]:
         times, size = self.times, None
