@@ -7,6 +7,7 @@ decoder itself calls corrupt.  Of FFmpeg's formats and codecs those alone are re
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -178,7 +179,8 @@ def _opened(data: bytes, extension: str) -> Iterator[tuple[InputContainer, Video
     except (DecodeError, ConfigError):
         raise
     except Exception as error:
-        fault = lacking(error)
+        # The bytes are in memory: FFmpeg's errors of input and of permission are of what they say, not of a disk.
+        fault = lacking(error) if getattr(error, "errno", errno.ENOMEM) in (None, errno.ENOMEM) else None
         if fault is not None:
             raise MachineError(f"a video of {len(data)} bytes cannot be decoded: {fault}") from error
         what = str(error).split("[Errno")[-1][:200]
