@@ -18,7 +18,7 @@ from swinv2_train import train
 from swinv2_train.config import Config
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED
 from swinv2_train.distributed import World
-from swinv2_train.models.kernels import cpu_attention
+from swinv2_train.models.kernels import cpu_attention, trial
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.status import read_status, status_text
 from swinv2_train.tasks.simmim import SimMIMTask
@@ -53,7 +53,8 @@ def run(config: Config, cache: Path, which: str | None = None, first: int = 0) -
     """Train on two ranks; on rank 1 the kernel's pass `which` fails after first good calls."""
 
     def command(world: World) -> Any:
-        os.environ["TRITON_CACHE_DIR"] = str(cache / str(world.rank))  # nothing was tried before
+        os.environ["TRITON_CACHE_DIR"] = str(cache / str(world.rank))  # nothing was tried before,
+        trial.forget()  # not in the process that this one was forked from either: TRIED calls are the trial's
         if which is not None and world.rank == 1:
             break_library(types.SimpleNamespace(setattr=setattr), which, window=(2, 2), first=first)
         return train.train(config)
