@@ -36,6 +36,7 @@ CODECS = (
 )  # fmt: skip
 """FFmpeg's names of what is decoded: some of its other decoders were last looked at long ago."""
 _BUFFER_BYTES = 1 << 20
+_ROOM_BYTES = 1 << 30
 _TURN = 65536
 """1 in a display matrix."""
 _MATRICES = {
@@ -181,10 +182,21 @@ def _opened(data: bytes, extension: str) -> Iterator[tuple[InputContainer, Video
     except Exception as error:
         # The bytes are in memory: FFmpeg's errors of input and of permission are of what they say, not of a disk.
         fault = lacking(error) if getattr(error, "errno", errno.ENOMEM) in (None, errno.ENOMEM) else None
+        if fault is not None and has_room():
+            raise DecodeError(f"damaged: it asks for more memory than a video of {len(data)} bytes takes") from error
         if fault is not None:
             raise MachineError(f"a video of {len(data)} bytes cannot be decoded: {fault}") from error
         what = str(error).split("[Errno")[-1][:200]
         raise DecodeError(f"not a readable .{extension} video ({type(error).__name__}: {what})") from error
+
+
+def has_room() -> bool:
+    """Whether the machine gives more memory than decoding a video takes; then a file has asked for what none gives."""
+    try:
+        np.empty(_ROOM_BYTES, np.uint8)  # which nobody touches, so that it costs nothing
+    except MemoryError:
+        return False
+    return True
 
 
 def _promised(stream: VideoStream, data: bytes) -> int:

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from swinv2_train.config import ConfigError
+from swinv2_train.config import ConfigError, MachineError
 from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.data.clips import video as video_files
 from swinv2_train.data.clips.frame_times import FrameTimes
 from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.clips.torchcodec_video import check_torchcodec
@@ -202,6 +203,35 @@ def test_a_size_that_a_file_claims_is_looked_at_before_anything_is_decoded(mp4, 
         read_times(mp4, "mp4")
     monkeypatch.setattr("swinv2_train.data.clips.video.MAX_PIXELS", 64 * 96)
     assert read_times(mp4, "mp4").keys.size
+
+
+def test_a_file_that_asks_for_more_memory_than_there_is_is_damaged_and_a_machine_without_memory_is_not(
+    mp4, monkeypatch
+):
+    """Else one of them ends a run, or a poor machine calls its videos damaged."""
+    place = mp4.index(b"stts") + 8  # how many entries its table of durations has
+    asking = mp4[:place] + (1 << 29).to_bytes(4, "big") + mp4[place + 4 :]
+    with pytest.raises(DecodeError, match=r"damaged: it asks for more memory than a video of \d+ bytes takes"):
+        open_clip(asking, "mp4")
+    monkeypatch.setattr(video_files, "has_room", lambda: False)
+    with pytest.raises(MachineError, match="no memory is left"):
+        open_clip(asking, "mp4")
+
+
+def test_damage_anywhere_is_no_fault_of_the_machine(mp4):
+    """FFmpeg calls some of it an error of input, not permitted, or a lack of memory."""
+    numbers = np.random.default_rng(0)
+    damaged = 0
+    for _ in range(800):
+        content = bytearray(mp4)
+        for place in numbers.integers(len(content), size=4):
+            content[place] = numbers.integers(256)
+        try:
+            clip = open_clip(bytes(content), "mp4")
+            list(clip.frames(range(0, clip.num_frames, 3)))
+        except DecodeError:
+            damaged += 1
+    assert 200 < damaged < 800
 
 
 def test_a_frame_that_the_index_speaks_of_and_is_not_there_is_named(mp4):
