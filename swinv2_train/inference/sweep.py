@@ -99,10 +99,12 @@ def parse_model(
     return config, ModelRequest(**{**model, "ema": own_flag(model, "ema")}), own
 
 
-def open_images(config: Config, request: ModelRequest, say: Callable[[str], None]) -> Source:
-    """What images names.  Raises ConfigError, a ShardError, where there are none."""
+def open_images(
+    config: Config, request: ModelRequest, say: Callable[[str], None], key: str = "images"
+) -> Source:  # fmt: skip
+    """What images names, by the name of its key.  Raises ConfigError, a ShardError, where there are none."""
     cache = shard_cache_for(request.images, config.data)
-    return open_unlabelled(request.images, "images", say, cache, config.data.verify, config.data.image_member)
+    return open_unlabelled(request.images, key, say, cache, config.data.verify, config.data.image_member)
 
 
 def load_model(config: Config, request: ModelRequest, world: World) -> tuple[LoadedModel, Path]:
