@@ -25,7 +25,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from swinv2_train.config.load import config_yaml
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.data.sources.base import Source
-from swinv2_train.distributed import init_distributed, shutdown_distributed
+from swinv2_train.distributed import World, init_distributed, shutdown_distributed
 from swinv2_train.inference.gallery import (
     Gallery,
     Seen,
@@ -66,10 +66,9 @@ from swinv2_train.inspection.page import (
     look_page,
 )
 from swinv2_train.runtime import arithmetic, set_threads
-from swinv2_train.storage.atomic import replace_text
+from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.tasks.answers import Evidence
 from swinv2_train.tasks.inputs import picture_bands, viewable
-from swinv2_train.training.attention_paths import compile_kernel
 from swinv2_train.training.preflight import preflight
 
 OWN_KEYS = ("max_images", "queries", "blocks", "class", "cam_stage", "neighbours", "gallery", "max_gallery")
@@ -115,6 +114,18 @@ def look(config: Config, request: LookRequest) -> dict[str, Any]:
     if world.world_size > 1:
         raise ConfigError(f"swinv2-look is started as one process, not {world.world_size}; start it without torchrun")
     set_threads(config.runtime.num_threads, world.cores)
+    with replacing_output(request.page) as file:
+        page, line = page_of(config, request, world)
+        file.write(page.encode())
+    line |= {"out": str(request.page), "mib": round(len(page) / 2**20, 2)}
+    print(json.dumps(line))
+    shutdown_distributed()
+    return line
+
+
+def page_of(config: Config, request: LookRequest, world: World) -> tuple[str, dict[str, Any]]:
+    """The page, and what is told of it."""
+    config = replace(config, model=replace(config.model, attention="reference"))  # a few images: kernels gain nothing
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -122,8 +133,6 @@ def look(config: Config, request: LookRequest) -> dict[str, Any]:
     source = open_images(config, request.model, say)
     model, weights = load_model(config, request.model, world)
     model.module.requires_grad_(False)
-    if config.model.attention == "fused":
-        compile_kernel(world, say)
     with torch.no_grad(), arithmetic(config.runtime.deterministic):
         eye = Eye(config, request, model)
         eye.gallery = gallery = open_gallery(config, request, model, source, say)
@@ -141,17 +150,11 @@ def look(config: Config, request: LookRequest) -> dict[str, Any]:
         unreadable=unreadable,
         config=without_secrets(config_yaml(config)),
     )
-    page = look_page(heading, sections)
-    replace_text(request.page, page)
-    line = {
+    return look_page(heading, sections), {
         "weights" if request.model.weights else "checkpoint": str(weights), "shown": len(sections),
         "images": source.num_samples, "gallery": 0 if gallery is None else len(gallery.numbers),
-        "unreadable": len(unreadable), "unreadable_images": list(unreadable)[:_LISTED],
-        "not_shown": list(eye.absent), "out": str(request.page), "mib": round(len(page) / 2**20, 2),
+        "unreadable": len(unreadable), "unreadable_images": list(unreadable)[:_LISTED], "not_shown": list(eye.absent),
     }  # fmt: skip
-    print(json.dumps(line))
-    shutdown_distributed()
-    return line
 
 
 def places_of(depths: Sequence[int], request: LookRequest) -> tuple[tuple[BlockPlace, ...], tuple[int, ...]]:
