@@ -96,17 +96,23 @@ def read_list(path: str, key: str, progress: Callable[[str], None] | None = None
     return Listed(root, names, labels, sizes)
 
 
-def open_list(path: str, key: str, progress: Callable[[str], None] | None = None) -> Folder:
-    """The files that a list names, as a folder of them; labels have no names.  Arguments and errors as read_list's."""
+def open_list(
+    path: str, key: str, progress: Callable[[str], None] | None = None, in_order: bool = False
+) -> Folder:  # fmt: skip
+    """The files that a list names, as a folder of them; labels have no names.  Arguments and errors as read_list's.
+
+    in_order: as the list has them, and with their endings in their keys; else in the order of packing.
+    """
     listed = read_list(path, key, progress)
-    order = packing_order(len(listed.names))
+    count = len(listed.names)
+    order = np.arange(count) if in_order else packing_order(count)
     encoded = [listed.names[number].encode("utf-8", "surrogateescape") for number in order]
     names, ends = b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype="<i8")
     sizes, labels = (np.array(each, "<i8")[order] for each in (listed.sizes, listed.labels))
     digest = hashlib.sha256(b"list\0")
     for part in (names, ends.tobytes(), sizes.tobytes(), labels.tobytes()):
         digest.update(part)
-    return Folder(listed.root, labels, None, digest.hexdigest(), names, ends, sizes)
+    return Folder(listed.root, labels, None, digest.hexdigest(), names, ends, sizes, keyed_by_name=in_order)
 
 
 def _size(path: str) -> int:
