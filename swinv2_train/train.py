@@ -369,8 +369,7 @@ class _CallableModule(ModuleType):
     __call__ = staticmethod(train_here)
 
 
-sys.modules[__name__].__class__ = _CallableModule
-
-
 if __name__ == "__main__":
     main()
+else:
+    sys.modules[__name__].__class__ = _CallableModule

@@ -60,7 +60,7 @@ def release_memory() -> None:
     """Give back what this process has freed and kept, on a device too, and undo tune_allocator."""
     import torch
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
     if _set_allocator(mmap_max=65536, trim_threshold=128 * 2**10, top_pad=128 * 2**10):  # glibc's own
         ctypes.CDLL(None).malloc_trim(0)

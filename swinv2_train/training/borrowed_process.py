@@ -40,7 +40,7 @@ def borrowed_process(arguments: Sequence[str]) -> Iterator[None]:
     if not _taken.acquire(blocking=False):
         raise ConfigError("a run is being trained in another thread of this process; wait for its end")
     try:
-        if dist.is_available() and dist.is_initialized():  # type: ignore[no-untyped-call]
+        if dist.is_available() and dist.is_initialized():
             raise ConfigError(
                 "this process is in a process group of torch.distributed, and a run makes its own; leave it first: "
                 "torch.distributed.destroy_process_group()"
@@ -113,6 +113,9 @@ def _torch() -> Callable[[], None]:
         (torch.set_default_dtype, torch.get_default_dtype(), torch.float32),
         (torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode(), 0),
     ]
+    groups = dist.distributed_c10d
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        settings.append((partial(setattr, groups, name), getattr(groups, name), None))
     if torch.get_default_device().type != "cpu":
         settings.append((torch.set_default_device, torch.get_default_device(), "cpu"))
     for set_to, _, wanted in settings:

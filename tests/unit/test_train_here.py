@@ -28,7 +28,7 @@ from swinv2_train.config.exit_codes import EXIT_DONE
 from swinv2_train.engine.local import LocalEngine
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.training.trained import TrainedRun
-from tests.support.harness import warm_up
+from tests.support.harness import run_distributed, warm_up
 from tests.support.processes import finished, forked, forked_code
 from tests.support.small_run import SMALL, run_alone
 
@@ -107,7 +107,7 @@ def test_a_run_here_equals_the_commands_whatever_the_process_has_done_before(wor
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             before = state_of_the_process()
-            first = s2.train(*words("here"))
+            first = s2.train(*words("here", "runtime.process_group_timeout_sec=99"))
             after = state_of_the_process()
             second = s2.train(*words("here_zero", *zero))
             again = s2.train(*words("here_zero", *zero))
@@ -182,11 +182,10 @@ def test_wrong_input_is_a_config_error_and_leaves_nothing(words, tmp_path):
         ):
             with pytest.raises(ConfigError, match=message):
                 s2.train(*wrong)
+        assert state_of_the_process() == before
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         with pytest.raises(ConfigError, match="destroy_process_group"):
             s2.train(*words("run"))
-        torch.distributed.destroy_process_group()
-        assert state_of_the_process() == before
 
     in_a_fork(body)
     assert not (tmp_path / "run").exists()
@@ -234,6 +233,16 @@ def test_another_thread_trains_and_a_second_one_has_to_wait(words):
         assert found[0].complete
 
     in_a_fork(body)
+
+
+@pytest.mark.slow
+def test_every_rank_of_a_script_is_told_the_same(words):
+    """As under torchrun: rank 0 alone has written what they are told of."""
+    scored = words(
+        "run", "engine=zero2", "engine.precision=fp32", "train.eval_every_steps=1", "train.keep_best=val/loss"
+    )
+    first, second = run_distributed(lambda world: s2.train(*scored), 2, init=False)
+    assert first == second and first.complete and first.best_score is not None
 
 
 @pytest.mark.parametrize(
