@@ -14,7 +14,6 @@ from PIL import Image
 
 import swinv2_train as s2
 from swinv2_train import embed, predict
-from swinv2_train.config import ConfigError
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.models import SwinTransformerV2
@@ -22,7 +21,7 @@ from swinv2_train.weights import save_weights
 from tests.support.clips import frames_file, video
 from tests.support.configs import composed
 from tests.support.evaluation import evaluated
-from tests.support.harness import run_distributed
+from tests.support.harness import RankFailed, run_distributed
 
 CLASSES, COUNT, SIDE = 3, 7, 16
 SIZES = {
@@ -151,5 +150,5 @@ def test_images_for_a_model_of_clips_and_clips_for_one_of_images_are_refused(cli
         (str(tmp_path / "images"), (), "images: 1 of 1 samples are images, and model.frames asks for clips"),
         (clips["images"], ("model.frames=null", "model.patch_frames=1", "model.window_frames=1"), "set model.frames"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(RankFailed, match=message):
             rows_of({**clips, "images": images}, tmp_path / "a.jsonl", "images", *more)
