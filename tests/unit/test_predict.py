@@ -149,6 +149,7 @@ def test_shards_and_one_file_keep_their_order_and_keys(classifier, tmp_path):
     assert row["probabilities"] == pytest.approx(rows[0]["probabilities"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_saved_data_set_and_shards_of_an_address_have_the_rows_of_the_shards(classifier, tmp_path):
     """Two ranks share the shards that one of them fetches; a data set needs no labels."""
     from datasets import Dataset, Features

@@ -23,6 +23,8 @@ from tests.support.configs import composed
 from tests.support.evaluation import evaluated
 from tests.support.harness import RankFailed, run_distributed
 
+pytestmark = pytest.mark.slow
+
 CLASSES, COUNT, SIDE = 3, 7, 16
 SIZES = {
     "img_size": SIDE, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2, "num_classes": CLASSES,
