@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from swinv2_train.config.load import config_yaml
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.data.sources.base import Source
-from swinv2_train.distributed import World, init_distributed, shutdown_distributed
+from swinv2_train.distributed import shutdown_distributed
 from swinv2_train.inference.gallery import (
     Gallery,
     Seen,
@@ -50,7 +49,7 @@ from swinv2_train.inference.gallery import (
 )
 from swinv2_train.inference.loaded import LoadedModel
 from swinv2_train.inference.neighbours import Thumbnails, most_alike
-from swinv2_train.inference.sweep import ModelRequest, load_model, open_images, parse_model
+from swinv2_train.inference.sweep import ModelRequest, Sweep, load_model, open_images, open_sweep, parse_model
 from swinv2_train.inference.vectors import Vectors
 from swinv2_train.inspection.attention import BlockPlace, attention_of, last_pairs
 from swinv2_train.inspection.class_activation import cam_layer, class_activation
@@ -65,7 +64,7 @@ from swinv2_train.inspection.page import (
     image_section,
     look_page,
 )
-from swinv2_train.runtime import arithmetic, set_threads
+from swinv2_train.runtime import arithmetic
 from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.tasks.answers import Evidence
 from swinv2_train.tasks.inputs import picture_bands, viewable
@@ -108,14 +107,16 @@ def look(config: Config, request: LookRequest) -> dict[str, Any]:
     Returns what the line holds.  Raises ConfigError for wrong input, before the model is built where that is possible.
     """
     preflight(config, training=False)
-    if request.page.exists():
-        raise ConfigError(f"out ({request.page}) exists already; delete it, or name another file")
-    world = init_distributed(config.runtime.process_group_timeout_sec)
-    if world.world_size > 1:
-        raise ConfigError(f"swinv2-look is started as one process, not {world.world_size}; start it without torchrun")
-    set_threads(config.runtime.num_threads, world.cores)
+    if config.model.frames is not None:
+        raise ConfigError(
+            f"model.frames ({config.model.frames}): this is a model of clips, of which no page is made; ask it by "
+            "swinv2-predict and swinv2-embed"
+        )
+    over = open_sweep(config, request.model, lambda: check_new(request))
+    if over.world.world_size > 1:
+        raise ConfigError(f"swinv2-look is one process, not {over.world.world_size}; start it without torchrun")
     with replacing_output(request.page) as file:
-        page, line = page_of(config, request, world)
+        page, line = page_of(config, request, over)
         file.write(page.encode())
     line |= {"out": str(request.page), "mib": round(len(page) / 2**20, 2)}
     print(json.dumps(line))
@@ -123,14 +124,16 @@ def look(config: Config, request: LookRequest) -> dict[str, Any]:
     return line
 
 
-def page_of(config: Config, request: LookRequest, world: World) -> tuple[str, dict[str, Any]]:
+def check_new(request: LookRequest) -> None:
+    """Nothing that is finished is written over."""
+    if request.page.exists():
+        raise ConfigError(f"out ({request.page}) exists already; delete it, or name another file")
+
+
+def page_of(config: Config, request: LookRequest, over: Sweep) -> tuple[str, dict[str, Any]]:
     """The page, and what is told of it."""
+    world, source, say = over
     config = replace(config, model=replace(config.model, attention="reference"))  # a few images: kernels gain nothing
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    source = open_images(config, request.model, say)
     model, weights = load_model(config, request.model, world)
     model.module.requires_grad_(False)
     with torch.no_grad(), arithmetic(config.runtime.deterministic):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from swinv2_train.config import Config
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.loading.listed import place_of
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.transforms.bands import Bands, decode_bands
@@ -58,18 +59,22 @@ def most_alike(features: np.ndarray, vectors: np.ndarray, count: int, own: np.nd
 
 
 class Thumbnails:
-    """Images of a source as small pictures, by their numbers."""
+    """Images of a source as small pictures, by their numbers; of a clip its middle frame."""
 
     def __init__(self, config: Config, source: Source) -> None:
         self._reader, self._bands, self._ends = source.open_reader(4), Bands.of(config), list(accumulate(source.counts))
         self._chosen = picture_bands(config)
+        self._frames, self._decoder = config.model.frames, config.data.video_decoder
 
     def of(self, number: int) -> Any:
-        """An image of Pillow's, its longer side 112 px."""
+        """An image of Pillow's, its longer side 112 px.  Raises SampleError for one that cannot be read."""
         from PIL import Image, ImageOps
 
         sample = self._reader.read(*place_of(self._ends, number))
-        if self._bands is None:
+        if self._frames is not None:
+            clip = open_clip(sample.image, sample.extension, sample.times, self._decoder)
+            image = next(clip.frames([clip.num_frames // 2]))
+        elif self._bands is None:
             image = decode_image(sample.image, sample.extension)
         else:
             image = decode_bands(sample.image, sample.extension, self._bands)
@@ -90,7 +95,8 @@ class Thumbnails:
 def search_picture(
     config: Config, source: Source, queries: np.ndarray, neighbours: np.ndarray, similarities: np.ndarray
 ) -> Any:
-    """A row for each query, (Q,) numbers of images: it, then its neighbours, (Q, K), with their similarities.
+    """A row for each query, (Q,) numbers of images: it, then its neighbours, (Q, K), with their similarities.  Of a
+    clip its middle frame.
 
     Returns an image of Pillow's.
     """

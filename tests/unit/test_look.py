@@ -205,6 +205,7 @@ def test_what_the_model_does_not_have_is_refused_before_an_image_is_read(files, 
     for words, message in (
         ("blocks=[1.1,2.2]", r"blocks \(2.2\) is no block of this model, whose stages have 1, 1"),
         ("cam_stage=3", r"cam_stage \(3\) is no stage of this model, which has 2"),
+        ("model.frames=4", r"model.frames \(4\): this is a model of clips, of which no page is made"),
         ("class=4", r"class \(4\) is none of the model's; name one, or give a number from 0 to 3"),
     ):
         with pytest.raises(RankFailed, match=message):
