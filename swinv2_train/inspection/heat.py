@@ -17,6 +17,8 @@ _GAP_PX = 3
 _RAMP = np.array([(40, 14, 84), (133, 32, 107), (214, 65, 62), (250, 146, 37), (252, 241, 150)], np.float64)
 """From the lowest to the highest number; lightness rises throughout."""
 _QUERY = (0, 229, 255)
+_LEAST_PX = 7
+"""Of a query's frame."""
 _DIM = 0.28
 """How much light is left of what a query does not look at."""
 
@@ -78,7 +80,8 @@ def attention_picture(image: np.ndarray, attention: Attention, weights: np.ndarr
     rows, columns = np.nonzero(attention.reach.numpy()[part])
     _frame(draw, rows.min(), columns.min(), rows.max() + 1, columns.max() + 1, scale, (255, 255, 255), 1)
     row, column = attention.query[0] - view.top, attention.query[1] - view.left
-    _frame(draw, row, column, row + 1, column + 1, scale, _QUERY, 2 if scale > 5 else 1)
+    more = max(0.0, (_LEAST_PX / scale - 1) / 2)  # around a token that would not be seen
+    _frame(draw, row - more, column - more, row + 1 + more, column + 1 + more, scale, _QUERY, 2 if scale > 5 else 1)
     return picture
 
 
@@ -158,7 +161,14 @@ def _pillow(image: np.ndarray) -> Any:
 
 
 def _frame(
-    draw: Any, top: int, left: int, bottom: int, right: int, scale: float, colour: tuple[int, int, int], width: int
+    draw: Any,
+    top: float,
+    left: float,
+    bottom: float,
+    right: float,
+    scale: float,
+    colour: tuple[int, int, int],
+    width: int,
 ) -> None:
     """A frame just inside of tokens."""
     draw.rectangle((left * scale, top * scale, right * scale - 1, bottom * scale - 1), outline=colour, width=width)

@@ -205,9 +205,17 @@ def test_what_the_model_does_not_have_is_refused_before_an_image_is_read(files, 
     for words, message in (
         ("blocks=[1.1,2.2]", r"blocks \(2.2\) is no block of this model, whose stages have 1, 1"),
         ("cam_stage=3", r"cam_stage \(3\) is no stage of this model, which has 2"),
-        ("model.frames=4", r"model.frames \(4\): this is a model of clips, of which no page is made"),
         ("class=4", r"class \(4\) is none of the model's; name one, or give a number from 0 to 3"),
     ):
         with pytest.raises(RankFailed, match=message):
             looked(*files, f"out={tmp_path / 'a'}", words)
     assert not (tmp_path / "a").exists()
+
+
+def test_models_of_clips_are_refused_at_once(files, tmp_path):
+    words = (
+        "model.frames=4", "task.rand_augment=null", "task.color_jitter=0", "task.cutmix_alpha=0", "task.erasing_prob=0",
+    )  # fmt: skip
+    config, request = look.parse([*files, f"out={tmp_path / 'a'}", *words])
+    with pytest.raises(ConfigError, match=r"model.frames \(4\): this is a model of clips, of which no page is made"):
+        look.look(config, request)
