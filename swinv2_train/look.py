@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swinv2_train.config import Config, ConfigError, pair
+from swinv2_train.config import Config, ConfigError, is_pipe, pair
 from swinv2_train.config.command_line import run_on_weights
 from swinv2_train.config.load import config_yaml
 from swinv2_train.config.near_names import did_you_mean
@@ -319,6 +319,8 @@ def parse(arguments: list[str]) -> tuple[Config, LookRequest]:
         values["cam_stages"] = tuple(map(stage_of, listed(own["cam_stage"])))
     if "gallery" in own and values.get("neighbours") == 0:
         raise ConfigError(f"gallery ({own['gallery']}) is for neighbours, and neighbours is 0; leave one of them out")
+    if is_pipe(own.get("gallery", "")):
+        raise ConfigError("gallery is a pipe, whose images cannot be shown again; name shards or a folder")
     values |= {"wanted": own.get("class"), "gallery": own.get("gallery")}
     return config, LookRequest(model=model, **values)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swinv2_train.config import Config, ConfigError
+from swinv2_train.config import Config, ConfigError, is_pipe
 from swinv2_train.config.plain_files import read_bytes
 from swinv2_train.data.loading.listed import ListedLoader
 from swinv2_train.data.sources.base import Source, open_unlabelled
@@ -93,6 +93,8 @@ def saved_gallery(config: Config, model: LoadedModel, path: Path) -> Gallery:
     if not isinstance(facts, dict) or facts.get("features") != "pooled" or not (path / POOLED).is_file():
         raise ConfigError(f"gallery ({path}) holds no pooled features; embed the images anew with features=pooled")
     images, remedy = str(facts.get("images_from")), "name the images themselves: gallery=FOLDER|SHARDS"
+    if is_pipe(images) or "://" in images:  # a directory of somebody's is data: it starts and fetches nothing
+        raise ConfigError(f"gallery ({path}) is of {images}, which is not on this machine; {remedy}")
     try:
         source = open_unlabelled(images, "gallery", image_member=config.data.image_member)
     except ConfigError as error:

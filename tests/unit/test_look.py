@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from swinv2_train import embed, look
 from swinv2_train.config import ConfigError
 from swinv2_train.config.load import config_yaml
+from swinv2_train.inference.gallery import saved_gallery
 from swinv2_train.tasks import build_task
 from tests.support.configs import composed
 from tests.support.detector import DETECT
@@ -193,6 +195,7 @@ def test_segmenters_are_asked_of_classes_and_detectors_of_attention_alone(tmp_pa
         (("cam_stage=0",), r"cam_stage \(0\) must be the number of a stage"),
         (("max_images=0",), r"max_images \(0\) must be a whole number of at least 1"),
         (("neighbours=0", "gallery=x"), "gallery .* is for neighbours"),
+        (("gallery=pipe:cat x",), "gallery is a pipe"),
         (("neighbors=1",), "neighbors"),
     ],
 )
@@ -219,3 +222,14 @@ def test_models_of_clips_are_refused_at_once(files, tmp_path):
     config, request = look.parse([*files, f"out={tmp_path / 'a'}", *words])
     with pytest.raises(ConfigError, match=r"model.frames \(4\): this is a model of clips, of which no page is made"):
         look.look(config, request)
+
+
+@pytest.mark.parametrize("images", ["pipe:touch ran", "https://127.0.0.1:9/a.tar"])
+def test_a_gallery_of_somebody_starts_and_fetches_nothing(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedding.json").write_text(json.dumps({"features": "pooled", "images_from": images}))
+    np.save(tmp_path / "pooled.npy", np.zeros((1, 16), np.float32))
+    config = composed([*CLASSIFY, *MODEL, "run_dir=x", "data.shards=x"])
+    with pytest.raises(ConfigError, match="which is not on this machine; name the images themselves"):
+        saved_gallery(config, None, tmp_path)
+    assert not (tmp_path / "ran").exists()
