@@ -7,6 +7,7 @@ opens no output directory and no logger, so that it does nothing per rank.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -147,8 +148,8 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         return EXIT_FAILED
 
 
-def _with_interrupts(command: Callable[[], int]) -> int:
-    """The command; what a library's tidying up has raised over a KeyboardInterrupt is that again.
+def _with_interrupts(command: Callable[[], T]) -> T:
+    """The command's result; what a library's tidying up has raised over a KeyboardInterrupt is that again.
 
     Ctrl-C in the middle of a composition is an AttributeError of OmegaConf's, and a ConfigError without a word.
     """
@@ -186,6 +187,18 @@ def _speaker() -> str | None:
     together = distributed is not None and distributed.is_available() and distributed.is_initialized()
     first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     return f"rank {rank} on {socket.gethostname()}: " if first and not together else None
+
+
+def compose_words(words: Sequence[str]) -> Config:
+    """The validated configuration of the KEY=VALUE words that a program gives in place of a command line.
+
+    Raises ConfigError for what the command would refuse, and for its flags.
+    """
+    for word in words:
+        if not isinstance(word, str) or word.startswith("-"):
+            raise ConfigError(f"{word!r} is no 'KEY=VALUE'; flags and other things belong to the command line")
+    check_once(words)
+    return _with_interrupts(lambda: compose_overrides(list(words)))
 
 
 def compose_argv() -> Config | None:
@@ -233,12 +246,15 @@ def key_help(arguments: Sequence[str]) -> str:
 def key_reference() -> list[Entry]:
     """Every key of the configuration: its type, default, what it may be and what it means."""
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return reference({task: _defaults(task) for task in TASKS})
+        return reference({task: _defaults(task, conf_dir()) for task in TASKS})
 
 
-def _defaults(task: str) -> DictConfig:
-    """What conf/ says for a task without any override; Hydra must be initialised there."""
-    return compose("train", [f"task={task}"])
+@functools.cache
+def _defaults(task: str, folder: Path) -> DictConfig:
+    """What conf/ says for a task without any override, composed once a process; Hydra must be initialised there."""
+    defaults = compose("train", [f"task={task}"])
+    OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
+    return defaults
 
 
 def compose_source(
@@ -289,9 +305,7 @@ def load_run_config(
         saved = _with_overrides(has, plus)
         task = OmegaConf.select(saved, "task.name")
         if task in TASKS:
-            defaults = _defaults(task)
-            OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
-            saved = cast(DictConfig, OmegaConf.merge(defaults, saved))
+            saved = cast(DictConfig, OmegaConf.merge(_defaults(task, conf_dir()), saved))
     return load_config(saved, needed)
 
 
