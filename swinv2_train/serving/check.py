@@ -53,7 +53,7 @@ def largest_difference(run: Run, cases: list[Case], name: str) -> float:
     """Over all cases.  Raises MachineError where one is not within TOLERANCE, or not of the model's shape."""
     largest = 0.0
     for images, expected in cases:
-        found = run(images)
+        found = run(images).detach()
         shape = tuple(images.shape)
         if found.shape != expected.shape:
             raise MachineError(

@@ -32,7 +32,10 @@ def made(*overrides, normalise=False):
 
 @torch.no_grad()
 def test_numbers_are_in_the_units_of_their_labels():
-    targets = ("task.target=regression", "task.num_classes=2", "task.value_mean=[10.0,-300.0]", "task.value_std=[2,50]")
+    targets = (
+        "task.target=regression", "task.num_classes=2", "task.value_mean=[10.0,-300.0]", "task.value_std=[2,50]",
+        "task.label_smoothing=0", "task.cutmix_alpha=0",
+    )  # fmt: skip
     config, task, served = made("task=classify", "data=cifar10", *MODEL, *targets)
     images = served.input_like(3, (16, 16))
     torch.testing.assert_close(served(images).double(), task.values(task.module(images)))
