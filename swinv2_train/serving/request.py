@@ -47,11 +47,6 @@ class ServingRequest:
     calibration_images: int = 128
     """Of int8=static: images of data.shards from which the ranges are taken."""
 
-    @property
-    def weights_path(self) -> str | None:
-        """Where the weights are, if not in the run."""
-        return self.weights or self.checkpoint
-
 
 def parse_request(given: Mapping[str, str]) -> ServingRequest:
     """The request of a command's own keys.  Raises ConfigError for values and combinations that there are not."""

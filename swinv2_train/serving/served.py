@@ -127,8 +127,8 @@ def described(
         "output": {"name": served.output, "shape": ["batch", *out[served.output], *maps], "dtype": "float32"},
         "classes": None if classes is None else list(classes),
         "preprocessing": {
-            "size": size, "crop": data.eval_crop, "crop_pct": data.eval_crop_pct, "interpolation": data.interpolation,
-            "mean": data.mean, "std": data.std, "scale": _scale(config),
+            "size": size, "crop": None if maps else data.eval_crop, "crop_pct": None if maps else data.eval_crop_pct,
+            "interpolation": data.interpolation, "mean": data.mean, "std": data.std, "scale": _scale(config),
         },
     }  # fmt: skip
     if served.output == "logits" and isinstance(served.module, SwinTransformerV2):
@@ -152,7 +152,8 @@ def _scale(config: Config) -> dict[str, Any]:
     if not config.reads_values:
         return {"factor": 1 / 255, "offset": 0.0}
     scale, count = config.data.scale, config.model.in_chans
+    nodata = None if config.data.nodata is None else list(map(str, config.data.nodata))  # JSON has no nan
     return {
         "factor": per_band(scale.factor, count, 1.0), "offset": per_band(scale.offset, count, 0.0), "clip": scale.clip,
-        "nodata": config.data.nodata,
+        "nodata": nodata,
     }  # fmt: skip
