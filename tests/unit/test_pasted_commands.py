@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 
-from swinv2_train import embed, evaluate, export, make_shards, plan, predict, stats, weights
+from swinv2_train import embed, evaluate, export, look, make_shards, plan, predict, stats, weights
 from swinv2_train.config import ConfigError
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.pattern import expand_commands
@@ -61,7 +61,8 @@ kill() {{ '{folder}/bin/kill' "$@"; }}
 """What is no program is the arguments of one; kill is bash's own."""
 PROGRAMS = (
     "python", ".venv/bin/python", "torchrun", "sbatch", "srun", "make", "pip", "git", "wandb", "pgrep", "kill", "tail",
-    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "swinv2-predict", "swinv2-embed", "launch/torchrun.sh",
+    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "swinv2-predict", "swinv2-embed", "swinv2-look",
+    "launch/torchrun.sh",
 )  # fmt: skip
 
 
@@ -132,6 +133,8 @@ def check(words: list[str], document: Path) -> None:
         predict.check_request(*predict.parse(arguments))
     elif program == "swinv2-embed":
         embed.parse(arguments)
+    elif program == "swinv2-look":
+        look.parse(arguments)
     elif program == "swinv2_train.export":
         export.parse(arguments)
     elif program == "swinv2_train.stats":
