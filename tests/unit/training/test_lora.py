@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_adapters_and_what_the_task_adds_are_trained(task):
         assert parameter.requires_grad == (own or is_adapter(name)), name
     rules = {name: initial_rule(built.module, name) for name, _ in built.module.named_parameters() if is_adapter(name)}
     width = built.encoder.layers[0].blocks[0].attn.qkv.in_features
-    assert rules[f"{prefix}layers.0.blocks.0.attn.qkv.lora_A"] == Uniform(width**-0.5)
+    assert rules[f"{prefix}layers.0.blocks.0.attn.qkv.lora_A"] == Uniform(1 / math.sqrt(width))
     assert rules[f"{prefix}layers.0.blocks.0.attn.qkv.lora_B"] == Constant(0.0)
     groups = build_param_groups(built.module, config.optim)
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in built.module.parameters())
