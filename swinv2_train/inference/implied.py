@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ from swinv2_train.weights.huggingface import CONFIG_BYTES, CONFIG_DEFAULTS, PIL_
 _BLOCK = re.compile(r"(?:encoder\.)?layers\.(\d+)\.blocks\.(\d+)\.attn\.logit_scale")
 _PUBLISHED = re.compile(r"swinv2_\w*?window(\d+)(?:to(\d+))?_(?:\d+to)?(\d+)")
 """Microsoft's and timm's names: swinv2_base_patch4_window12to16_192to256_22kto1k_ft, swinv2_tiny_window8_256."""
+_SIZE = {"model.embed_dim", "model.depths", "model.num_heads"}
 _RESAMPLING = {number: name for name, number in PIL_RESAMPLING.items()}
 
 Implied = dict[str, Any]
 """Values by configuration key."""
 
 
-def implied(weights: ConvertedWeights, path: Path) -> Implied:
+def implied(weights: ConvertedWeights, path: Path, given: Collection[str] = ()) -> Implied:
     """Values of the keys that the weights at path and what lies beside them determine; what the user says comes first.
 
-    Raises ConfigError for weights that are no encoder of a published size.
+    given: keys that the user says.  Raises ConfigError for weights that are no encoder of a published size, where it is
+    not said of which.
     """
-    found: Implied = {**_of_shapes(weights), **_of_name(path.name)}
+    found: Implied = {**_of_shapes(weights, given), **_of_name(path.name)}
     directory = path.parent if path.name in HUGGINGFACE_FILES else path
     config = _read(directory / "config.json")
     if config.get("model_type") == "swinv2":
@@ -43,7 +45,7 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={_word(value)}" for key, value in values.items()]
 
 
-def _of_shapes(weights: ConvertedWeights) -> Implied:
+def _of_shapes(weights: ConvertedWeights, given: Collection[str]) -> Implied:
     shapes = {name: entry.shape for name, entry in weights.entries.items()}
     depths: dict[int, int] = {}
     for match in filter(None, map(_BLOCK.fullmatch, shapes)):
@@ -54,12 +56,12 @@ def _of_shapes(weights: ConvertedWeights) -> Implied:
         raise ConfigError(f"{weights.origin} holds no Swin V2 encoder; name weights of one")
     sizes = tuple(depths.get(stage, 0) for stage in range(max(depths) + 1))
     names = [name for name, size in SIZES.items() if (size["embed_dim"], size["depths"]) == (embedding[0], sizes)]
-    if not names:
+    if not names and not _SIZE.issubset(given):
         raise ConfigError(
             f"{weights.origin} has {embedding[0]} channels and depths {sizes}, which is no published size "
             f"({', '.join(SIZES)}); give model=NAME with model.embed_dim, model.depths and model.num_heads"
         )
-    found: Implied = {"model": names[0], "task": "classify", "model.in_chans": embedding[1]}
+    found: Implied = {"task": "classify", "model.in_chans": embedding[1], **({"model": names[0]} if names else {})}
     if len(embedding) == 5:  # of clips, whose frames are neither erased nor pasted
         found |= {"model.patch_frames": embedding[2], "task.cutmix_alpha": 0, "task.erasing_prob": 0}
     if "head.weight" in shapes:

@@ -177,8 +177,8 @@ def resolved(path: Path, overrides: Sequence[str], format: str | None = None) ->
     run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
     if run is not None:
         return load_run_config(run, overrides), find_checkpoint(path)
-    found = implied(read_weights(path, format), path)
     keys = {override.partition("=")[0] for override in overrides}
+    found = implied(read_weights(path, format), path, keys)
     of_clips = ("model.frames", "model.window_frames") if "model.patch_frames" in found else ()
     for key in ("model.window_size", "model.img_size", *of_clips):
         if key not in {*found, *keys}:
