@@ -56,7 +56,7 @@ from swinv2_train.training.build import (
     open_sources,
     write_run_files,
 )
-from swinv2_train.training.initial_weights import Initial, initial_weights
+from swinv2_train.training.initial_weights import Initial, initial_weights, with_pinned_weights
 from swinv2_train.training.lr_schedule import Reached, RunLength, run_length
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.training.patience import Patience
@@ -76,6 +76,7 @@ def train(config: Config) -> int:
         try:
             with outage_recorded(run_dir, lock):
                 world = join(config, stops)
+                config = with_pinned_weights(config, world, stop)
                 start = settled_start(config, world, stop, lock)
         except StopNow as stopped:
             saved = on_main(world, lambda: newest_checkpoint(run_dir) is not None)

@@ -26,7 +26,7 @@ Implied = dict[str, Any]
 def implied(weights: ConvertedWeights, path: Path) -> Implied:
     """Values of the keys that the weights at path and what lies beside them determine; what the user says comes first.
 
-    Raises ConfigError for weights that are no encoder of a published size.
+    Raises ConfigError for weights that are no encoder.
     """
     found: Implied = {**_of_shapes(weights), **_of_name(path.name)}
     directory = path.parent if path.name in HUGGINGFACE_FILES else path
@@ -34,7 +34,9 @@ def implied(weights: ConvertedWeights, path: Path) -> Implied:
     if config.get("model_type") == "swinv2":
         found |= _of_transformers(config, path) | _of_preprocessor(_read(directory / "preprocessor_config.json"))
     elif isinstance(config.get("pretrained_cfg"), dict):
+        arguments_of = config.get("model_args")
         found |= _of_name(str(config.get("architecture"))) | _of_timm(config["pretrained_cfg"])
+        found |= _of_timm_arguments(arguments_of if isinstance(arguments_of, dict) else {})
     return found
 
 
@@ -46,20 +48,20 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
 def _of_shapes(weights: ConvertedWeights) -> Implied:
     shapes = {name: entry.shape for name, entry in weights.entries.items()}
     depths: dict[int, int] = {}
+    heads: dict[int, int] = {}
     for match in filter(None, map(_BLOCK.fullmatch, shapes)):
         stage, block = int(match[1]), int(match[2])
         depths[stage] = max(depths.get(stage, 0), block + 1)
+        heads[stage] = shapes[match[0]][0]
     embedding = next((shapes[name] for name in shapes if name.endswith("patch_embed.proj.weight")), None)
     if embedding is None or not depths:
         raise ConfigError(f"{weights.origin} holds no Swin V2 encoder; name weights of one")
     sizes = tuple(depths.get(stage, 0) for stage in range(max(depths) + 1))
     names = [name for name, size in SIZES.items() if (size["embed_dim"], size["depths"]) == (embedding[0], sizes)]
-    if not names:
-        raise ConfigError(
-            f"{weights.origin} has {embedding[0]} channels and depths {sizes}, which is no published size "
-            f"({', '.join(SIZES)}); give model=NAME with model.embed_dim, model.depths and model.num_heads"
-        )
-    found: Implied = {"model": names[0], "task": "classify", "model.in_chans": embedding[1]}
+    found: Implied = {"model": names[0] if names else "tiny", "task": "classify", "model.in_chans": embedding[1]}
+    if not names:  # a size of somebody's own
+        found |= {"model.embed_dim": embedding[0], "model.depths": list(sizes)}
+        found["model.num_heads"] = [heads.get(stage, 1) for stage in range(len(sizes))]
     if len(embedding) == 5:  # of clips, whose frames are neither erased nor pasted
         found |= {"model.patch_frames": embedding[2], "task.cutmix_alpha": 0, "task.erasing_prob": 0}
     if "head.weight" in shapes:
@@ -117,6 +119,24 @@ def _of_timm(config: Mapping[str, Any]) -> Implied:
     if mode == "squash":
         found["data.eval_crop"] = mode
     return found
+
+
+def _of_timm_arguments(given: Mapping[str, Any]) -> Implied:
+    """What a model was built with, where it was not by its architecture's name alone."""
+    found: Implied = {}
+    for name in ("window_size", "img_size"):
+        if _is_size(given.get(name)):
+            found[f"model.{name}"] = given[name]
+    windows = given.get("pretrained_window_sizes")
+    if isinstance(windows, list) and all(map(_is_size, windows)):
+        found["model.pretrained_window_sizes"] = windows
+    return found
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is one number, or a list of two."""
+    sides = value if isinstance(value, list) else [value]
+    return len(sides) <= 2 and all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
 
 
 def _colours(mean: Any, std: Any) -> Iterator[tuple[str, list[float]]]:
