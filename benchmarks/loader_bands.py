@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from benchmarks.loader_throughput import BATCH, ONE, TWO, Crop, Streams, bare_processes, compare, ours
 from swinv2_train.config import Config
 from swinv2_train.config.command_line import compose_overrides
-from swinv2_train.data.shards.tar_reader import Manifest, write_shards
+from swinv2_train.data.shards.tar_reader import Manifest
+from swinv2_train.data.shards.tar_writer import write_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.data.transforms.bands import Bands
 

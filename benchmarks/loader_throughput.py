@@ -1,12 +1,15 @@
-"""Images per second of the loader alone, beside a bare decode loop and webdataset's own streaming, in one run.
+"""Images per second of the loader alone, beside a bare decode loop and other libraries' loaders, in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/loader_throughput.py [--rounds 30] [--images 600] [--size 192] [--sources]
 
---sources: instead of webdataset's readers, ours on the same images as a folder and as a saved data set of `datasets`.
+--sources: instead of other libraries' readers, ours on the same images as a folder and as a saved data set of
+`datasets`.  The others are webdataset, torchvision's ImageFolder and, where it can be imported, litdata (of an
+environment of its own: pip install --target DIR litdata, and PYTHONPATH=DIR here).
 
-Every reader does the same work with the same functions (read a JPEG of 500 x 375 pixels from a tar, decode it, cut a
-random box, resize it, flip it), except the one named "PIL", which decodes and resizes with Pillow, as webdataset's own
-examples do.  The readers stay alive and take turns of a second; what counts is the median over the rounds of each one's
+Every reader does the same work with the same functions (read a JPEG of 500 x 375 pixels, decode it, cut a random box,
+resize it, flip it), except those named "PIL", which decode and resize with Pillow, as webdataset's and torchvision's
+own examples do.  All of them shuffle: ours, ImageFolder and litdata over all images, webdataset tars and a buffer of
+100 images.  The readers stay alive and take turns of a second; what counts is the median over the rounds of each one's
 ratio to the bare loop with as many processes in the same round.  The ratio is given twice: by the clock, and by the CPU
 time per image of all processes of a reader (Linux), which other programs on the machine disturb less.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import importlib.util
 import io
 import itertools
 import statistics
@@ -32,6 +36,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import DatasetFolder, ImageFolder
+from torchvision.transforms.v2 import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
 from swinv2_train.config import DataConfig
 from swinv2_train.config.command_line import compose_overrides
@@ -200,17 +206,84 @@ def main() -> None:
         pictures = [photograph(i) for i in range(SHARDS * PER_SHARD)]
         named = [(f"p{i:04d}", data, "jpg", None) for i, data in enumerate(pictures)]
         manifest, crop = write_shards(named, f"{folder}/train", PER_SHARD), Crop(config, options.size)
-        others = unpacked(pictures, folder, crop) if options.sources else peers(manifest, crop)
+        others = unpacked(pictures, folder, crop) if options.sources else peers(manifest, pictures, folder, crop)
         measure(manifest, crop, options.rounds, options.images, others)
 
 
-def peers(manifest: Manifest, crop: Crop) -> Streams:
-    return {
-        "webdataset, our functions": (ONE, webdataset(manifest, crop, 0, pil=False)),
-        "webdataset, PIL": (ONE, webdataset(manifest, crop, 0, pil=True)),
-        "webdataset, our functions, 2 workers": (TWO, webdataset(manifest, crop, 2, pil=False)),
-        "webdataset, PIL, 2 workers": (TWO, webdataset(manifest, crop, 2, pil=True)),
+def image_folder(folder: Path, crop: Crop, workers: int, pil: bool) -> Iterator[int]:
+    """torchvision's, shuffled by DataLoader; pil: with torchvision's own loader and transforms."""
+    rng, config = np.random.default_rng(0), crop.config
+    own = Compose(
+        [RandomResizedCrop(crop.size, config.crop_scale, config.crop_ratio), RandomHorizontalFlip(), PILToTensor()]
+    )
+    if pil:
+        images: DatasetFolder = ImageFolder(folder, own)
+    else:
+        images = DatasetFolder(
+            str(folder), lambda path: decode_image(Path(path).read_bytes(), "jpg"), (".jpg",),
+            lambda image: crop(image, None, rng)["images"],
+        )  # fmt: skip
+    return epochs(DataLoader(images, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0))
+
+
+def litdata(folder: Path, crop: Crop, workers: int) -> Iterator[int]:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    rng = np.random.default_rng(0)
+    images = StreamingDataset(
+        str(folder), shuffle=True, transform=lambda data: crop(decode_image(data, "jpg"), None, rng)["images"]
+    )
+    return epochs(StreamingDataLoader(images, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0))
+
+
+def epochs(loader: DataLoader) -> Iterator[int]:
+    """The sizes of a loader's batches, epoch after epoch, of images or of (images, labels)."""
+    while True:
+        for batch in loader:
+            yield len(batch if isinstance(batch, torch.Tensor) else batch[0])
+
+
+def peers(manifest: Manifest, pictures: list[bytes], folder: str, crop: Crop) -> Streams:
+    """Other libraries' readers, each in one process and with two workers."""
+    images = class_folders(pictures, folder)
+    made: dict[str, Callable[[int], Iterator[int]]] = {
+        "webdataset, our functions": lambda workers: webdataset(manifest, crop, workers, pil=False),
+        "webdataset, PIL": lambda workers: webdataset(manifest, crop, workers, pil=True),
+        "ImageFolder, our functions": lambda workers: image_folder(images, crop, workers, pil=False),
+        "ImageFolder, PIL": lambda workers: image_folder(images, crop, workers, pil=True),
     }
+    if importlib.util.find_spec("litdata") is not None:
+        chunks = litdata_chunks(pictures, folder)
+        made["litdata, our functions"] = lambda workers: litdata(chunks, crop, workers)
+    else:
+        print("litdata cannot be imported and is left out\n")
+    alone = {name: (ONE, stream(0)) for name, stream in made.items()}
+    return {**alone, **{f"{name}, 2 workers": (TWO, stream(2)) for name, stream in made.items()}}
+
+
+def class_folders(pictures: list[bytes], folder: str) -> Path:
+    """The images as files in ten folders."""
+    for number, data in enumerate(pictures):
+        path = Path(folder, "images", f"class{number % 10}", f"p{number:04d}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return Path(folder, "images")
+
+
+def litdata_chunks(pictures: list[bytes], folder: str) -> Path:
+    """The images as litdata keeps them, as many in a chunk as in a tar."""
+    from litdata import optimize
+
+    optimize(
+        pictures.__getitem__,
+        list(range(len(pictures))),
+        f"{folder}/litdata",
+        chunk_size=PER_SHARD,
+        num_workers=1,
+        start_method="fork",
+        verbose=False,
+    )
+    return Path(folder, "litdata")
 
 
 def unpacked(pictures: list[bytes], folder: str, crop: Crop) -> Streams:
@@ -218,13 +291,9 @@ def unpacked(pictures: list[bytes], folder: str, crop: Crop) -> Streams:
     from datasets import Dataset, Features, Image, disable_progress_bars
 
     disable_progress_bars()
-    for number, data in enumerate(pictures):
-        path = Path(folder, "images", f"class{number % 10}", f"p{number:04d}.jpg")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
     cells = {"image": [{"bytes": data, "path": None} for data in pictures]}
     Dataset.from_dict(cells, features=Features({"image": Image()})).save_to_disk(f"{folder}/saved", num_shards=SHARDS)
-    images, saved = open_source(f"{folder}/images"), open_source(f"{folder}/saved")
+    images, saved = open_source(str(class_folders(pictures, folder))), open_source(f"{folder}/saved")
     return {
         "ours, a folder": (ONE, ours(images, crop, 0)),
         "ours, a saved data set": (ONE, ours(saved, crop, 0)),

@@ -26,7 +26,6 @@ def check_config(config: Config) -> None:
     _check_labels(config)
     _check_hang_timeout(config)
     _check_moments(config)
-    _check_freeze(config)
     _check_ema(config)
     _check_keep_best(config)
 
@@ -160,16 +159,6 @@ def _check_moments(config: Config) -> None:
         raise ConfigError(
             f"optim.betas ({betas}) with engine.optimizer_states (bf16): a bf16 average times {betas[1]:g} "
             "is rounded to what it was and never decays; set optim.betas=[0.9,0.99] or engine.optimizer_states=fp32"
-        )
-
-
-def _check_freeze(config: Config) -> None:
-    """Under ZeRO-3 a step of a model of which a part is frozen fails in DeepSpeed's backward pass."""
-    freeze, engine = config.optim.freeze, config.engine
-    if freeze and engine.name == "deepspeed" and engine.zero_stage == 3:
-        raise ConfigError(
-            f"optim.freeze ([{', '.join(freeze)}]) does not work with engine.zero_stage=3 yet; set engine=zero2 "
-            "(states of what is trained alone, shared by the ranks), zero1 or local, or optim.freeze=[]"
         )
 
 

@@ -1,9 +1,10 @@
-"""Each of the eleven traps of DeepSpeed 0.19.8 has its precaution, and fails here without it.
+"""Each of the twelve traps of DeepSpeed 0.19.8 has its precaution, and fails here without it.
 
 1 clipping by default: test_engine.py (clip 0), unit/test_deepspeed_config.py.  2 `latest` before the end: here and
 test_checkpoint.py.  3 several groups: here.  4 stale gradients: here.  5 in-place linear: here.  6 stage 0 with 16 bit:
 unit/test_deepspeed_config.py.  7 restarts: test_distributed.py.  8 missing and damaged parts: here.  9 empty
 parameters: here, test_engine.py.  10 typos: unit/test_deepspeed_config.py.  11 masters of another parameter: here.
+12 gradients taken before they are there: test_freeze.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib.util
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -83,6 +84,17 @@ def test_every_package_says_what_it_is_for() -> None:
     for path in FILES:
         if path.name == "__init__.py":
             assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split()) >= 5, name(path)
+
+
+def test_scripts_and_benchmarks_import_what_there_is() -> None:
+    """They lie outside of what is type-checked, and a benchmark runs once in a while alone."""
+    for path in sorted((*PACKAGE.parent.glob("scripts/*.py"), *PACKAGE.parent.glob("benchmarks/*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    found = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert found, f"{path.name}:{node.lineno}: {node.module} has no {alias.name}"
 
 
 def test_setup_cfg_packs_every_package() -> None:

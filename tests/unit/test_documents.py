@@ -41,6 +41,11 @@ def test_no_line_outside_of_a_table_is_too_long(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_no_mark_of_a_merge_is_left(document):
+    assert not re.findall(r"^(?:<{7}|>{7}|\|{7}) .*$", document.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_links_lead_somewhere(document):
     for target in LINK.findall(document.read_text()):
         if target.startswith(("https://", "http://")):

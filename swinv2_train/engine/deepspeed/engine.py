@@ -22,6 +22,7 @@ from swinv2_train.distributed.interruptible import main_alone, unless_stopped
 from swinv2_train.engine.adamw import adamw, avoid_compiler
 from swinv2_train.engine.checks import NonFiniteError, check_fit, read_tensor
 from swinv2_train.engine.deepspeed.config import deepspeed_json
+from swinv2_train.engine.deepspeed.frozen import follow_inputs
 from swinv2_train.engine.deepspeed.grad_norm import norm_read_once, skip_overflow_scan
 from swinv2_train.engine.deepspeed.pieces import swapped_pieces, zero_1_2_pieces, zero_3_pieces
 from swinv2_train.engine.deepspeed.startup import import_deepspeed, quick_initialize
@@ -66,6 +67,7 @@ class ZeroEngine:
             from deepspeed.utils import set_z3_leaf_modules
 
             set_z3_leaf_modules(module, list(block_types), raise_if_not_found=False)
+            follow_inputs(module, block_types)
         if is_meta(module):
             if config.engine.zero_stage == 3:
                 dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
