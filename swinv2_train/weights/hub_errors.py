@@ -42,8 +42,8 @@ def _explained(what: object, error: Exception) -> ConfigError:
         return OutageError(f"{what}: {constants.ENDPOINT} does not answer ({_cause(error)}); try again later")
     if isinstance(error, OSError) and error.filename is not None:
         return OutageError(
-            f"{what}: {error.filename}: {error.strerror}; the hub's cache is {constants.HF_HUB_CACHE}: set HF_HOME to a "
-            "folder that you may write and that has room"
+            f"{what}: {error.filename}: {error.strerror}; the hub's cache is {constants.HF_HUB_CACHE}; set HF_HOME to "
+            "a folder that you may write and that has room"
         )
     if isinstance(error, OSError) and "Consistency check" in str(error):
         return OutageError(f"{what}: came incomplete ({_first_line(error)}); try again later")

@@ -117,8 +117,16 @@ def _metadata(of: Exported) -> str:
 
 def _base_model(of: Exported) -> str | None:
     """The repository that a run started from, or that was converted."""
-    address = HubAddress.of(of.config.task.init_from if of.facts is not None else of.origin)
+    address = _address(of.config.task.init_from if of.facts is not None else of.origin)
     return None if address is None else address.repo
+
+
+def _address(path: str | None) -> HubAddress | None:
+    """Of a configuration that may be a stranger's, and name none that we know."""
+    try:
+        return HubAddress.of(path)
+    except ConfigError:
+        return None
 
 
 def _hub_datasets(of: Exported) -> list[str] | None:
@@ -182,7 +190,7 @@ def _training(of: Exported) -> str:
     optim, data = config.optim, config.data
     what = "the averages (EMA) of the weights" if facts.averaged else "the weights"
     lines = [
-        f"These are {what} after {facts.step:,} steps and {facts.images_seen:,} images seen, "
+        f"These are {what} after step {facts.step:,} and {facts.images_seen:,} images seen, "
         f"{config.train.global_batch_size:,} images a step.",
         f"AdamW: learning rate {optim.lr:g} ({code(optim.schedule.name)} schedule), weight decay "
         f"{optim.weight_decay:g}, layer decay {optim.layer_decay:g}, drop path {config.model.drop_path_rate:g}; "
@@ -200,7 +208,7 @@ def _start(config: Config) -> str:
     init_from = config.task.init_from
     if init_from is None:
         return "new weights"
-    return code(init_from if HubAddress.of(init_from) is not None else Path(init_from).name)
+    return code(init_from if _address(init_from) is not None else Path(init_from).name)
 
 
 def _data(config: Config) -> str:

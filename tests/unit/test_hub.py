@@ -146,7 +146,7 @@ def test_the_card_of_a_run_says_what_the_run_says(run_dir, tmp_path):
     scores = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert scores == {"Top-1": pytest.approx(logged["val/top1"], abs=1e-4), "Top-5": pytest.approx(100)}
     count = sum(tensor.numel() for tensor in read_checkpoint_weights(find_checkpoint(run_dir)).values())
-    assert f"{count:,}" in card.text and "after 1 steps and 8 images seen" in card.text
+    assert f"{count:,}" in card.text and "after step 1 and 8 images seen" in card.text
     assert "max_steps: 1" in card.text and "Trained on 1 ranks" in card.text
 
 
