@@ -7,7 +7,8 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 # one worker more than there are cores: many tests wait for servers, signals and processes
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 QUICK := -m "not slow" -n $(WORKERS) --dist worksteal
-SLOW := -m "slow and not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# in one call, because to collect the tests takes every worker seconds; by files, whose tests share what they build
+TOGETHER := -m "not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # by their files: to import all the others takes seconds of one process
 SERIAL := -m serial $$(grep -rlw mark.serial tests --include='test_*.py')
 DEMO_ARGS ?=
@@ -45,8 +46,8 @@ demo-detect: setup  ## detection: composed garments, from SimMIM weights and fro
 demo-video: setup  ## which way does the camera move?  clips of real footage; image weights, none, and one frame alone; DEMO_ARGS
 	@$(BIN)/python scripts/demo_video.py $(DEMO_ARGS)
 
-test: setup  ## the whole test suite: the quick part, the slow tests, what must be alone, and tests/gpu on a card, if there is one
-	code=0; $(PYTEST) $(QUICK) || code=$$?; $(PYTEST) $(SLOW) || code=$$?; $(PYTEST) $(SERIAL) || code=$$?; \
+test: setup  ## the whole test suite: what may run side by side, what must be alone, and tests/gpu on a card, if there is one
+	code=0; $(PYTEST) $(TOGETHER) || code=$$?; $(PYTEST) $(SERIAL) || code=$$?; \
 	$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || exit $$code; \
 	$(PYTEST) tests/gpu && exit $$code
 

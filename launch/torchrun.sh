@@ -11,7 +11,7 @@ set -euo pipefail
 
 python="${PYTHON:-python}"
 if [[ -n "${SLURM_STEP_NODELIST:-}" && -z "${NNODES:-}" ]]; then
-    variables="$("$python" -m swinv2_train.distributed.slurm)"
+    variables="$("$python" "$(dirname "${BASH_SOURCE[0]}")/../swinv2_train/distributed/slurm.py")"
     eval "$variables"
 fi
 if [[ "${NNODES:-1}" == 1 && -z "${MASTER_ADDR:-}" ]]; then

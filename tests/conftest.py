@@ -33,10 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What mostly waits goes first: the five minutes of tests/slurm would be left alone at the end (make test hands
-    files out in this order).
+    """What mostly waits goes first, files with slow tests before those without: make test hands files out in this
+    order, and what takes long would be left alone at the end.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.path not in slow))
 
 
 def pytest_collection_finish() -> None:

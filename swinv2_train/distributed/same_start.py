@@ -58,6 +58,6 @@ def _fingerprint() -> str:
     """A hash of the package's source files."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted((*package.rglob("*.py"), *package.rglob("*.cpp"))):
+    for path in sorted((*package.rglob("*.py"), *package.rglob("*.cpp"), *package.rglob("*.h"))):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

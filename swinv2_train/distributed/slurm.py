@@ -1,6 +1,7 @@
 """What SLURM's variables say: which rank srun made of this process, and where the ranks of its step meet.
 
-``python -m swinv2_train.distributed.slurm`` prints a node's part of it for launch/torchrun.sh.
+``python swinv2_train/distributed/slurm.py`` prints a node's part of it for launch/torchrun.sh, and imports nothing of
+the package for that, which would take two seconds for a line of text.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-
-from swinv2_train.config import ConfigError
 
 FIRST_PORT, NUM_PORTS = 10007, 22003
 """Below the ports that Linux gives to outgoing connections (32768 to 60999); their number is a prime."""
@@ -26,6 +25,8 @@ def step_ranks(environment: Mapping[str, str] = os.environ) -> dict[str, int] | 
     step_size = environment.get("SLURM_STEP_NUM_TASKS")
     job_size = int(environment.get("SLURM_NTASKS", "1"))
     if step_size is None and job_size > 1:
+        from swinv2_train.config import ConfigError
+
         raise ConfigError(
             f"this is the batch script of a SLURM job of {job_size} tasks and none of the tasks; start with srun "
             "(launch/train.sbatch does; srun --ntasks=1 for one process)"

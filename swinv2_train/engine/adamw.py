@@ -23,10 +23,13 @@ def compiler_is_kept() -> bool:
 
 def avoid_compiler() -> None:
     """Keep torch._dynamo out of the optimizers' bookkeeping, recomputation and DeepSpeed's coordinator."""
+    from torch.utils import checkpoint
+
     if compiler_is_kept():
         return
     for function in _marked_functions():
         vars(function).setdefault(_MARK, function)
+    vars(checkpoint)["torch"] = _EagerTorch("torch")
 
 
 def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
@@ -47,6 +50,24 @@ def adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
         hooked: Any = torch.optim.Optimizer.profile_hook_step(step)
         vars(optimizer)["step"] = types.MethodType(hooked, optimizer)
     return optimizer
+
+
+class _EagerTorch(types.ModuleType):
+    """torch as torch.utils.checkpoint sees it, which asks torch._dynamo at every call for a mark and a setting.
+
+    Both mean something to a program that is compiled or traced, for which the compiler has been imported already.
+    """
+
+    _no_compiler = types.SimpleNamespace(
+        disable=lambda function: function, config=types.SimpleNamespace(error_on_nested_fx_trace=True)
+    )
+
+    @property
+    def _dynamo(self) -> Any:
+        return sys.modules.get("torch._dynamo", self._no_compiler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def _marked_functions() -> list[Any]:

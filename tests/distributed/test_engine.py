@@ -221,12 +221,15 @@ def test_zero_3_start_imports_no_compiler(tmp_path: Path):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("stage", [1, 3])
-def test_training_on_a_cpu_starts_no_programs(stage):
-    """DeepSpeed ran the compiler for every extension at a start, and numactl for every bucket of gradients."""
+def test_training_on_a_cpu_starts_no_programs_and_prints_no_parameter(stage):
+    """DeepSpeed ran the compiler for every extension at a start, and numactl for every bucket of gradients; ZeRO-3 made
+    a text of all values.
+    """
 
     def programs(world):
-        started = []
+        started, printed = [], []
         start = subprocess.Popen.__init__
+        torch.nn.Parameter.__repr__ = lambda parameter: printed.append(parameter) or ""
 
         def counted(self, *args, **kwargs):
             started.append(args)
@@ -235,6 +238,7 @@ def test_training_on_a_cpu_starts_no_programs(stage):
         subprocess.Popen.__init__ = counted  # a fork's own
         engine = build(toy_config("deepspeed", stage), world, 2)
         train(engine, world, 4, 2)
+        assert not printed and repr(next(engine.module.parameters())) == "", "and after the start all is as it was"
         return len(started)
 
     assert max(run_distributed(programs, 2)) <= 1, "numactl is asked once"

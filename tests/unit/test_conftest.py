@@ -14,7 +14,7 @@ import torch
 from tests import conftest
 
 ROOT = Path(__file__).parents[2]
-ORDER = [("engine", None), ("fuzz", None), ("launch_1", "slurm"), ("launch_2", "slurm"), ("weights", None)]
+ORDER = ["engine", "fuzz slow", "fuzz", "launch slow slurm", "launch slurm", "weights", "weights slow", "workers"]
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,15 @@ def test_only_a_call_of_the_gpu_tests_alone_sees_cards(arguments, card, hidden, 
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "as it was")
 
 
-def test_what_waits_for_other_programs_goes_first_and_nothing_else_moves():
-    """Left to the end, tests/slurm would be five minutes in which a machine has nothing else to do."""
-    marked = [SimpleNamespace(name=name, get_closest_marker={"slurm": mark}.get) for name, mark in ORDER]
+def test_what_waits_or_takes_long_goes_first_by_files_and_nothing_else_moves():
+    """Left to the end, tests/slurm would be minutes in which a machine has nothing else to do."""
+    marked = [
+        SimpleNamespace(name=name, path=name.split()[0], get_closest_marker={mark: mark for mark in name.split()}.get)
+        for name in ORDER
+    ]
     conftest.pytest_collection_modifyitems(marked)
-    assert [item.name for item in marked] == ["launch_1", "launch_2", "engine", "fuzz", "weights"]
+    first = ["launch slow slurm", "launch slurm", "fuzz slow", "fuzz", "weights", "weights slow"]
+    assert [item.name for item in marked] == [*first, "engine", "workers"]
 
 
 CHILD = """

@@ -13,6 +13,7 @@ An untouched 2-rank ZeRO-3 start takes 34 s on 2 cores, nearly all of it imports
   engine, and to find out what it could build it runs the compiler once for every extension.  It is told that there is
   none; those that offloading needs are asked for by name and build themselves.
 * On a CPU, DeepSpeed counts its devices by starting `numactl` for every bucket of gradients.  It is asked once.
+* DeepSpeed's ZeRO-3 prints every parameter, values and all, twice into a line of its log that nobody is shown.
 * DeepSpeed's BF16_Optimizer (stage 1) reports the memory, with a garbage collection, before and after every group.
 * DeepSpeed probes for accelerators; on a machine without one it is told so.
 
@@ -74,11 +75,14 @@ def lock_what_is_used(accelerator: Any) -> None:
 
 @contextlib.contextmanager
 def quick_initialize() -> Iterator[None]:
-    """Around deepspeed.initialize: compiling a function and forbidding to compile it both leave it as it is, and
-    memory reports (a garbage collection each) are left out."""
+    """Around deepspeed.initialize: compiling a function and forbidding to compile it both leave it as it is, parameters
+    are printed without values, and memory reports (a garbage collection each) are left out."""
     from deepspeed.runtime import bf16_optimizer, compiler
 
-    changes: list[tuple[Any, str, Any]] = [(bf16_optimizer, "see_memory_usage", lambda *args, **kwargs: None)]
+    changes: list[tuple[Any, str, Any]] = [
+        (bf16_optimizer, "see_memory_usage", lambda *args, **kwargs: None),
+        (torch.nn.Parameter, "__repr__", object.__repr__),
+    ]
     if not compiler_is_kept():
         changes.append((compiler, "compile", lambda *args, **kwargs: lambda function: function))
         changes.append((torch.compiler, "disable", _as_it_is))

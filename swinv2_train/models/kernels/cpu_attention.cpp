@@ -15,94 +15,54 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+
+#include "cpu_vectors.h"
 
 namespace {
-
-#ifdef __AVX512F__
-constexpr long LANES = 16;  // floats per vector
-constexpr int REGISTERS = 16;  // accumulators of a tile; half of what there is, or all of it in smaller sets
-#else
-constexpr long LANES = 8;
-constexpr int REGISTERS = 8;
-#endif
-constexpr long ROUND = 16;  // N and d become multiples of it
-
-typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4)));
 
 constexpr float MASKED = -100.0f;  // between regions that the cyclic shift brought together
 constexpr float END_OF_CLIP = 4.0f;  // regions from here on and those before have nothing to do with each other
 constexpr float SMALLEST_LENGTH = 1e-12f;
 
-inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
-inline void store(float* x, Vector v) { *reinterpret_cast<Vector*>(x) = v; }
-inline Vector fill(float x) { return x - Vector{}; }
-
-#ifdef __AVX512F__
-inline float sum(Vector v) { return _mm512_reduce_add_ps((__m512)v); }
-inline float largest(Vector v) { return _mm512_reduce_max_ps((__m512)v); }
-#else
-inline float sum(Vector v) {
-  float total = 0;
-  for (long i = 0; i < LANES; i++) total += v[i];
-  return total;
-}
-inline float largest(Vector v) {
-  float most = v[0];
-  for (long i = 1; i < LANES; i++) most = std::max(most, v[i]);
-  return most;
-}
-#endif
-
-// e^x for x <= 0 to 2 units in the last place; 0 below -87.
-inline Vector exponential(Vector x) {
-  const Vector power = x * 1.44269504088896341f;
-  const Integers whole = __builtin_convertvector(power - 0.5f, Integers);  // x <= 0: rounds to the nearest
-  const Vector n = __builtin_convertvector(whole, Vector);
-  Vector r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vector p = fill(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Integers bits = (Integers)p + (whole << 23);
-  return x < -87.0f ? Vector{} : (Vector)bits;
-}
-
 // C = A B, or A^T B: a tile of ROWS x (VECTORS * LANES).  A is (m, k), of A^T (k, m); B (k, n); all row by row.
+// Unrolled by command: a tile that a compiler leaves as a loop has its sums in memory.
 template <bool TRANSPOSED, int ROWS, int VECTORS>
 inline void tile(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long depth) {
   Vector total[ROWS][VECTORS] = {};
   for (long k = 0; k < depth; k++) {
     Vector row[VECTORS];
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) row[v] = load(b + k * ldb + v * LANES);
+#pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) {
       const float x = TRANSPOSED ? a[k * lda + m] : a[m * lda + k];
+#pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) total[m][v] += x * row[v];
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) store(c + m * ldc + v * LANES, total[m][v]);
 }
 
+// rows: a multiple of ROUND, which tiles of 6 rows leave to tiles of 4 in the end.
 template <bool TRANSPOSED, int VECTORS>
 inline void tiles(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long rows, long depth) {
-  constexpr int STEP = REGISTERS / VECTORS;
-  for (long m = 0; m < rows; m += STEP)
+  constexpr int STEP = REGISTERS / VECTORS, LAST = ROUND % STEP ? 4 : STEP;
+  long m = 0;
+  for (long rest = rows; rest % LAST || rest > 2 * LAST; rest -= STEP, m += STEP)
     tile<TRANSPOSED, STEP, VECTORS>(TRANSPOSED ? a + m : a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth);
+  for (; m < rows; m += LAST)
+    tile<TRANSPOSED, LAST, VECTORS>(TRANSPOSED ? a + m : a + m * lda, lda, b, ldb, c + m * ldc, ldc, depth);
 }
 
-// The product of matrices whose sides are multiples of ROUND.
+// The product of matrices whose sides are multiples of ROUND.  Every entry is summed in the order of k.
 template <bool TRANSPOSED>
 void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, long rows, long cols, long depth) {
   long n = 0;
-  for (; n + 4 * LANES <= cols; n += 4 * LANES) tiles<TRANSPOSED, 4>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
+  if constexpr (MOST_VECTORS == 4)
+    for (; n + 4 * LANES <= cols; n += 4 * LANES) tiles<TRANSPOSED, 4>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
   for (; n + 2 * LANES <= cols; n += 2 * LANES) tiles<TRANSPOSED, 2>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
   for (; n < cols; n += LANES) tiles<TRANSPOSED, 1>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
 }
@@ -161,9 +121,9 @@ struct Window {
   const int8_t* regions = nullptr;
   long first = 0;          // row of the image's first token in the batch
   bool apart = false;      // more than one region
-  std::vector<float> bias;  // (N, P): of the head, -inf for what rounding up added
-  std::vector<float> region;  // (P)
-  std::vector<float> ends[2];  // (P) each, as seen from one of a clip's two ends: the other is as good as padding.
+  Floats bias;  // (N, P): of the head, -inf for what rounding up added
+  Floats region;  // (P)
+  Floats ends[2];  // (P) each, as seen from one of a clip's two ends: the other is as good as padding.
                                // Empty where they do not meet
   const float* seen = nullptr;  // the regions of the keys as the query at hand sees them
 
@@ -208,7 +168,7 @@ struct Window {
     }
     seen = region.data();
     for (long end = 0; end < 2; end++) {
-      ends[end] = meet ? region : std::vector<float>();
+      ends[end] = meet ? region : Floats();
       for (float& each : ends[end])
         if ((each >= END_OF_CLIP) != end) each = -1.0f;
     }
@@ -248,6 +208,16 @@ struct Window {
         std::copy(rest, rest + s.dim - whole, row + whole);
       }
     }
+  }
+
+  // Ask for what read() of window `index` will read of its token i, or, to WRITE, what write() of this one writes: a map
+  // is read in rows of a head's channels, too short for the processor to see what comes next.
+  template <bool WRITE>
+  __attribute__((always_inline)) void prefetch(const T* x, long width, long from, long index, long i) const {
+    if (index >= s.batch * s.windows) return;
+    const long token = map.tokens[index % s.windows * n + i];
+    const T* row = x + (index / s.windows * s.map + std::max(token, 0L)) * width + from + head * s.dim;
+    for (long c = 0; c < s.dim; c += LINE_BYTES / sizeof(T)) __builtin_prefetch(row + c, WRITE, 2);
   }
 
   // 1 / length of the rows of (P, D), bounded as torch's normalize bounds it.  A row whose squared length is beyond
@@ -295,7 +265,7 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
   Window<T> w(map);
   const Sizes& s = map.size;
   const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
-  std::vector<float> q(p * d), k(p * d), kt(p * d), v(p * d), scores(p * p), o(p * d), of_query(p), of_key(p);
+  Floats q(p * d), k(p * d), kt(p * d), v(p * d), scores(p * p), o(p * d), of_query(p), of_key(p);
   w.take_head(head, map.table + head * w.offsets());
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
     w.take(index);
@@ -308,6 +278,9 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
     multiply<false>(q.data(), d, kt.data(), p, scores.data(), p, p, p, d);
     for (long i = 0; i < n; i++) {
       w.take_query(i);
+      for (long part = 0; part < 3; part++)
+        w.template prefetch<false>(map.qkv, 3 * w.channels, part * w.channels, index + 1, i);
+      w.template prefetch<true>(out, w.channels, 0, index, i);
       float* row = &scores[i * p];
       const float factor = scale[head] * of_query[i];
       Vector highest = fill(-INFINITY);
@@ -339,8 +312,8 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
   Window<T> w(map);
   const Sizes& s = map.size;
   const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
-  std::vector<float> q(p * d), k(p * d), v(p * d), across(p * d), go(p * d), gv(p * d), gq(p * d), gk(p * d);
-  std::vector<float> weights(p * p), gradient(p * p), sums(n * p), of_query(p), of_key(p);
+  Floats q(p * d), k(p * d), v(p * d), across(p * d), go(p * d), gv(p * d), gq(p * d), gk(p * d);
+  Floats weights(p * p), gradient(p * p), sums(n * p), of_query(p), of_key(p);
   w.take_head(head, map.table + head * w.offsets());
   float scale_sum = 0;
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
@@ -357,6 +330,11 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
     multiply<false>(go.data(), d, across.data(), p, gradient.data(), p, p, p, d);
     for (long i = 0; i < n; i++) {
       w.take_query(i);
+      for (long part = 0; part < 3; part++) {
+        w.template prefetch<false>(map.qkv, 3 * w.channels, part * w.channels, index + 1, i);
+        w.template prefetch<true>(grad_qkv, 3 * w.channels, part * w.channels, index, i);
+      }
+      w.template prefetch<false>(grad, w.channels, 0, index + 1, i);
       const float denominator = lse[(index * s.heads + head) * n + i];
       const float factor = scale[head] * of_query[i];
       Vector products{};

@@ -33,6 +33,7 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=
 COMPILE_SEC = 300.0
 """The most that the compiler may take: 10 s on an idle machine, minutes on a busy one."""
 SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = [SOURCE, SOURCE.with_name("cpu_vectors.h")]
 
 
 class _Sizes(ctypes.Structure):
@@ -46,6 +47,13 @@ def problem() -> str | None:
     The first call may compile it, for up to COMPILE_SEC: who calls says so before, where will_compile() does.
     """
     return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernels, where problem() has nothing against them."""
+    found = _load()[0]
+    assert found is not None, "ask problem() first"
+    return found
 
 
 def will_compile() -> bool:
@@ -158,11 +166,15 @@ def _keep(built: Path, path: Path) -> None:
 def _fingerprint(compiler: list[str]) -> str:
     """A hash of all that a compiled kernel follows from, the processor too: homes are shared between machines."""
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    what = ([path.read_text() for path in SOURCES], FLAGS, compiler, version, platform.machine(), _processor())
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def _processor() -> list[str]:
+    """Its model and the instructions that it reports; what -march=native compiles for follows from them."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
-    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    what = (SOURCE.read_text(), FLAGS, compiler, version, platform.machine(), sorted(features))
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    return sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
 
 
 class _Call:
@@ -177,20 +189,19 @@ class _Call:
         dim = qkv.shape[-1] // (3 * heads)
         sizes = _Sizes(qkv.shape[0], math.prod(grid.size), windows, frames, rows, cols, heads, dim, self.chunks)
         self.tensors = (qkv, scale, self.table, tokens.contiguous(), regions.contiguous())
-        self.arguments = (int(qkv.dtype == torch.bfloat16), ctypes.byref(sizes), *map(_address, self.tensors))
+        self.arguments = (int(qkv.dtype == torch.bfloat16), ctypes.byref(sizes), *map(address, self.tensors))
 
 
-def _address(x: Tensor) -> ctypes.c_void_p:
+def address(x: Tensor) -> ctypes.c_void_p:
+    """Where its numbers begin, as the library takes it."""
     return ctypes.c_void_p(x.data_ptr())
 
 
 def forward(qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor, grid: WindowGrid, heads: int) -> None:
     """Write the attention of qkv (B, H, W, 3C) into out (B, H, W, C), and the logarithms of the softmax's denominators
     into lse (B*nW, h, N).  All contiguous; otherwise as dispatch.fused_window_attention."""
-    call, (library, _) = _Call(qkv, scale, table, grid, heads), _load()
-    assert library is not None, "ask problem() first"
-    threads = torch.get_num_threads()
-    library.window_attention_forward(*call.arguments, _address(out), _address(lse), threads)
+    call, threads = _Call(qkv, scale, table, grid, heads), torch.get_num_threads()
+    library().window_attention_forward(*call.arguments, address(out), address(lse), threads)
 
 
 def backward(
@@ -198,11 +209,10 @@ def backward(
     grid: WindowGrid, heads: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradient of qkv into grad_qkv; returns those of scale (h,) and table (offsets, h)."""
-    call, (library, _) = _Call(qkv, scale, table, grid, heads), _load()
-    assert library is not None, "ask problem() first"
+    call = _Call(qkv, scale, table, grid, heads)
     scale_parts = lse.new_empty(call.chunks, heads)
     table_parts = lse.new_zeros(call.chunks, *call.table.shape)
-    library.window_attention_backward(
-        *call.arguments, *map(_address, (grad, lse, grad_qkv, scale_parts, table_parts)), torch.get_num_threads()
+    library().window_attention_backward(
+        *call.arguments, *map(address, (grad, lse, grad_qkv, scale_parts, table_parts)), torch.get_num_threads()
     )
     return scale_parts.sum(0), table_parts.sum(0).t().contiguous()

@@ -32,7 +32,7 @@ ENDING_SEC = 20.0
 HEADS = 2
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Of the largest entry."""
-_KERNELS = sorted([*Path(__file__).parent.glob("*.py"), cpu_attention.SOURCE])
+_KERNELS = sorted([*Path(__file__).parent.glob("*.py"), *cpu_attention.SOURCES])
 Attention = Callable[[Tensor, Tensor, Tensor, WindowGrid, int], Tensor]
 _good: set[tuple[Case, str]] = set()
 _bad: dict[tuple[Case, str], str] = {}

@@ -18,6 +18,7 @@ from swinv2_train.config.arguments import check_once, last_of_each, prepared
 from swinv2_train.config.command_line import compose_argv, compose_overrides, compose_source
 from swinv2_train.config.keys import all_keys
 from swinv2_train.config.load import config_yaml, load_config
+from tests.support.configs import composed
 
 NEEDED = ("run_dir=r", "data.shards=s")
 TYPED = (
@@ -29,7 +30,7 @@ TYPED = (
 @pytest.mark.parametrize("text", TYPED)
 def test_a_text_is_what_was_typed(text):
     """run_dir=20260101_120000 made the directory 20260101120000, and run_dir=1e-3 made 0.001."""
-    config = compose_overrides([f"run_dir={text}", f"data.shards={text}", f"log.wandb_name={text}"])
+    config = composed(prepared([f"run_dir={text}", f"data.shards={text}", f"log.wandb_name={text}"]))
     assert (config.run_dir, config.data.shards, config.log.wandb_name) == (text, text, text)
 
 

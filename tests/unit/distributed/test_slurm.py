@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from swinv2_train.config import ConfigError
-from swinv2_train.distributed import init_distributed
+from swinv2_train.distributed import init_distributed, slurm
 from swinv2_train.distributed.slurm import first_host, meeting_point, own_accelerator, step_ranks, tasks_per_node
 
 TASK = {
@@ -72,11 +72,10 @@ def test_a_task_with_its_own_gpu_alone_is_told_from_too_many_tasks(visible, task
     assert own_accelerator(visible, tasks, {"SLURM_GPUS_ON_NODE": on_node}) is own
 
 
-def test_the_command_prints_what_torchrun_needs():
+def test_the_command_prints_what_torchrun_needs_and_imports_nothing_else():
+    """-IS: a Python that finds the standard library alone."""
     environment = os.environ | TASK | {"SLURM_NODEID": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "swinv2_train.distributed.slurm"], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-IS", slurm.__file__], env=environment, capture_output=True, text=True)
     host, port = meeting_point(TASK)
     assert done.stdout == f"NNODES=2 NODE_RANK=1 MASTER_ADDR={host} MASTER_PORT={port}\n"
 

@@ -45,6 +45,7 @@ def film() -> tuple[bytes, np.ndarray]:
     return pack_frames(files), np.stack([decode_image(each, "jpg").permute(1, 2, 0).numpy() for each in files])
 
 
+@pytest.mark.slow
 def test_a_clip_is_the_same_as_file_bytes_array_and_tensor(model, film, tmp_path):
     """The middle four of six frames, the middle 16 columns of 24."""
     data, array = film

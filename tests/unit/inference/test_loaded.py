@@ -125,6 +125,7 @@ def test_what_cannot_be_answered_says_why(trained, tmp_path):
         swinv2_train.load(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swinv2_tiny_patch4_window8_64.pth", "directory", "unnamed.safetensors"])
 def test_other_weights_say_what_they_can_and_ask_for_the_rest(name, tmp_path):
     model = swin_v2("tiny", num_classes=5, img_size=64, window_size=8).eval()

@@ -231,15 +231,18 @@ def test_the_engines_adamw_is_the_published_one(scale):
     assert torch.equal(again, parameter)
 
 
-def test_attention_of_our_own_does_not_import_the_compiler():
-    """The first call of a custom operation would, for seconds, to mark it as not to be compiled."""
+def test_attention_of_our_own_and_recomputation_do_not_import_the_compiler():
+    """The first call of a custom operation would, for seconds, to mark it as not to be compiled, and torch's checkpoint
+    to read a setting.
+    """
     code = """
 import sys
 import torch
-from swinv2_train.engine.adamw import avoid_compiler
+from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.models import swin_v2
-avoid_compiler()
+from swinv2_train.models.swin_v2 import SwinBlock
 model = swin_v2("tiny", img_size=32, window_size=4, fused_attention=True)
+apply_recompute(model, "blocks", (SwinBlock,))
 model(torch.randn(1, 3, 32, 32)).sum().backward()
 print("torch._dynamo" in sys.modules)
 """

@@ -432,6 +432,7 @@ def test_evaluation_reads_its_own_shards_in_order(tmp_path, server, workers):
     assert sorted(fetched(server)) == [f"t-{number:06d}.tar" for number in range(4, 8)]
 
 
+@pytest.mark.slow
 def test_the_shards_of_a_rank_are_those_it_reads_soonest_first():
     """Against brute force over the order, also over the epoch border and with batches that touch some lanes only."""
     for counts, lanes, window, batch, world in (

@@ -361,6 +361,7 @@ def test_without_pyarrow_the_remedy_is_named(saved, monkeypatch):
             use()
 
 
+@pytest.mark.slow
 def test_datasets_is_neither_imported_nor_asked_anything_of_the_network(saved):
     code = f"""
 import socket, sys

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swinv2_train.config.command_line import compose_overrides
+from swinv2_train.config.arguments import prepared
 from swinv2_train.config.keys import all_keys
 from swinv2_train.data.sample import ShardError
 from swinv2_train.data.shards.manifest import MANIFEST_NAME
@@ -16,6 +16,7 @@ from swinv2_train.data.shards.pattern import expand_pattern
 from swinv2_train.data.shards.tar_writer import shard_files, write_shards
 from swinv2_train.data.sources.base import open_source
 from swinv2_train.make_shards import run as make_shards
+from tests.support.configs import composed
 from tests.support.images import image_bytes
 from tests.support.shard_files import ODD_NAME, samples
 
@@ -98,7 +99,8 @@ def test_every_key_of_a_path_keeps_its_letters(name):
              "engine.nvme_dir"} & keys  # fmt: skip
     assert {"run_dir", "data.shards", "data.eval_shards", "data.cache_dir", "task.init_from"} <= named
     given = dict.fromkeys(named, f"/d/{name}/{name}")
-    config = compose_overrides(["experiment=cifar10_finetune", *(f"{key}={value}" for key, value in given.items())])
+    words = ["experiment=cifar10_finetune", *(f"{key}={value}" for key, value in given.items())]
+    config = composed(prepared(words))
     for key, value in given.items():
         found = config
         for part in key.split("."):

@@ -119,6 +119,7 @@ def operations(monkeypatch) -> Callable[..., list[tuple[str, tuple[Any, ...]]]]:
     return record
 
 
+@pytest.mark.slow
 def test_official_policy_draws_each_operation_equally_often_at_the_official_magnitudes(operations):
     """Two of 15 operations, each skipped by half; magnitude N(9, 0.5), at most 10 (timm), of the increasing kind."""
     count = 4000
@@ -212,6 +213,7 @@ def test_policy_that_draws_more_operations_than_it_has_is_refused_before_anythin
 # Colour jitter
 
 
+@pytest.mark.slow
 def test_jitter_multiplies_brightness_contrast_and_saturation_in_any_order_by_factors_of_its_range():
     """torchvision's definition: each uniform in 1 - x to 1 + x, the three in random order, by Pillow's enhancers."""
     kinds = {"b": ImageEnhance.Brightness, "c": ImageEnhance.Contrast, "s": ImageEnhance.Color}
@@ -279,6 +281,7 @@ def statistics(boxes: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(96, 96), (64, 128)])
 def test_erased_boxes_are_distributed_as_timms_are(size, monkeypatch):
     """Area, aspect and place; a wide image shows which way round the aspect is."""
@@ -344,6 +347,7 @@ def mixed(count: int, mixing: Mixing, size: int = 24) -> tuple[np.ndarray, np.nd
     return np.array(shares), np.array(pasted)
 
 
+@pytest.mark.slow
 def test_shares_follow_the_published_beta_distributions():
     """Mixup: Beta(0.8, 0.8), of mean 1/2 and variance 1 / (4 (2 x 0.8 + 1)); the other parameters are noticed."""
     shares, pasted = mixed(2000, Mixing(0.8, 0.0, 1.0, 0.5))
@@ -355,6 +359,7 @@ def test_shares_follow_the_published_beta_distributions():
     assert distance(mixed(2000, Mixing(0.5, 0.0, 1.0, 0.5))[0], published) > bound(2000)
 
 
+@pytest.mark.slow
 def test_cutmix_pastes_the_box_that_its_share_says():
     """Side sqrt(1 - lambda), lambda uniform, centre anywhere, clipped at the border (arXiv:1905.04899 section 3.1)."""
     shares, pasted = mixed(2000, Mixing(0.0, 1.0, 1.0, 0.5), size=64)
@@ -368,6 +373,7 @@ def test_cutmix_pastes_the_box_that_its_share_says():
     assert distance(shares, published) < bound(2000)
 
 
+@pytest.mark.slow
 def test_mixup_and_cutmix_are_chosen_and_left_out_at_the_given_rates():
     shares, pasted = mixed(2000, Mixing(0.8, 1.0, 0.7, 0.3))
     untouched = shares == 1
@@ -511,6 +517,7 @@ def test_what_becomes_of_a_sample_depends_on_no_rank_worker_micro_batch_or_resta
     assert rows_of(shards, config, task, 0, 1, steps=2, start=36) == reference[3:]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_with_the_whole_recipe(shards, tmp_path):
     """Mixing and noise included: after a restart from the middle, with worker processes in place of none."""
     config = config_of(

@@ -15,6 +15,7 @@ from swinv2_train.models.cosine import window_attention
 from swinv2_train.models.kernels import cpu_attention, dispatch
 from swinv2_train.models.windows import window_grid
 
+CPU = cpu_attention._processor()
 pytestmark = pytest.mark.skipif(cpu_attention.problem() is not None, reason=str(cpu_attention.problem()))
 
 
@@ -221,6 +222,31 @@ def test_a_kernel_is_compiled_once_and_kept(monkeypatch, tmp_path):
     assert cpu_attention._load.__wrapped__()[1] is None and kept.stat().st_mtime_ns == written
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # cannot be written: compiled for this process alone
     assert cpu_attention._load.__wrapped__()[1] is None
+
+
+@pytest.mark.parametrize("what", ["flags", "sources", "options"])
+def test_a_kernel_of_another_processor_source_or_option_is_not_loaded(what, monkeypatch, tmp_path):
+    """Homes are shared: a file compiled for AVX-512 must not even be opened where the processor does not report it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours = cpu_attention._file(cpu_attention.cache_directory(), cpu_attention._fingerprint(["g++"]))
+    ours.write_bytes(b"")
+    if what == "flags":
+        lines = [f"{line} avx4096" if line.startswith(("flags", "Features")) else line for line in CPU]
+        assert lines != CPU
+        monkeypatch.setattr(cpu_attention, "_processor", lambda: lines)
+    elif what == "sources":
+        copies = [tmp_path / path.name for path in cpu_attention.SOURCES]
+        for copy, path in zip(copies, cpu_attention.SOURCES, strict=True):
+            copy.write_text(path.read_text())
+        copies[-1].write_text(copies[-1].read_text() + "\n")
+        monkeypatch.setattr(cpu_attention, "SOURCES", copies)
+    else:
+        monkeypatch.setattr(cpu_attention, "FLAGS", [*cpu_attention.FLAGS, "-g"])
+    opened = []
+    monkeypatch.setattr(cpu_attention, "_kept", lambda path: opened.append(path))
+    monkeypatch.setattr(cpu_attention, "_compile", lambda compiler, built: (_ for _ in ()).throw(OSError("not here")))
+    assert cpu_attention._load.__wrapped__()[0] is None
+    assert len(opened) == 1 and opened[0] != ours
 
 
 def test_without_a_kernel_the_reference_serves(monkeypatch):
