@@ -1,6 +1,7 @@
 """``python -m swinv2_train.embed run_dir=DIR images=IMAGES out=DIR``: features of images, as arrays.
 
-  images=FOLDER|SHARDS|FILE      a folder, shards, a saved data set, or one image file; no labels are needed
+  images=FOLDER|SHARDS|FILE      a folder, shards, a saved data set, a list of files, or one file; no labels are needed;
+                                 clips, for a model of clips
   out=DIR                        NAME.npy, a row an image, in order; keys.parquet (keys.csv without pyarrow): "image",
                                  and "error" of those that cannot be read, whose rows are NaN; embedding.json: what of
   features=pooled|stages|tiles   the mean of the last map (default); of each stage's; of each tile's last map
@@ -22,7 +23,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +36,12 @@ from swinv2_train.config.secret_texts import public
 from swinv2_train.data.loading.listed import ListedBatch
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.tables import Column, can_write_parquet, write_table
-from swinv2_train.distributed import init_distributed, on_main, shutdown_distributed
-from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.distributed import on_main, shutdown_distributed
 from swinv2_train.inference.journal import Journal, Row, missing
 from swinv2_train.inference.loaded import LoadedModel
 from swinv2_train.inference.neighbours import nearest, search_picture
-from swinv2_train.inference.sweep import ModelRequest, job_of, load_model, open_images, parse_model, sweep
+from swinv2_train.inference.sweep import ModelRequest, job_of, load_model, open_sweep, parse_model, sweep
 from swinv2_train.inference.vectors import KINDS, Vectors
-from swinv2_train.runtime import set_threads
 from swinv2_train.storage.atomic import replace_text, replacing
 from swinv2_train.training.attention_paths import compile_kernel
 from swinv2_train.training.preflight import preflight
@@ -82,26 +80,18 @@ def embed(config: Config, request: EmbedRequest) -> dict[str, Any]:
     """
     preflight(config, training=False)
     vectors = Vectors.build(request.features, config, request.tiles or (1, 1))
-    world = init_distributed(config.runtime.process_group_timeout_sec)
-    check_agreement(config)
-    set_threads(config.runtime.num_threads, world.cores)
-
-    def say(text: str) -> None:
-        if world.is_main:
-            print(text, file=sys.stderr, flush=True)
-
-    on_main(world, lambda: check_new(request))
-    source: Source = on_main(world, lambda: open_images(config, request.model, say))
+    over = open_sweep(config, request.model, lambda: check_new(request))
+    world, source = over.world, over.source
     model, weights = load_model(config, request.model, world)
     if config.model.attention == "fused":
-        compile_kernel(world, say)
+        compile_kernel(world, over.say)
     journal = Journal(request.unfinished)
     own = {"features": request.features, "tiles": request.tiles, "dtype": request.dtype}
     on_main(world, lambda: journal.begin(job_of(config, request.model, weights, source, own), "out"))
     shapes = vectors.shapes(model.task)
     on_main(world, lambda: make_arrays(request, journal, shapes, source.num_samples))
     writer = VectorWriter(model, vectors, request, shapes, source.num_samples)
-    sweep(config, world, source, vectors, journal, writer.rows, say)
+    sweep(config, over, vectors, journal, writer.rows)
     writer.close()
     line = on_main(world, lambda: finish(config, request, journal, source, shapes))
     line = {"weights" if request.model.weights else "checkpoint": weights, **line}

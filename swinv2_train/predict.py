@@ -1,6 +1,7 @@
 """``python -m swinv2_train.predict run_dir=DIR images=IMAGES out=FILE``: what a trained model says of images.
 
-  images=FOLDER|SHARDS|FILE      a folder, shards, a saved data set, or one image file; no labels are needed
+  images=FOLDER|SHARDS|FILE      a folder, shards, a saved data set, a list of files, or one file; no labels are needed;
+                                 clips, for a model of clips
   out=FILE.csv|jsonl|parquet     a row an image, in order: classes, names and probabilities of a classifier; the classes
                                  and their pixels of a segmentation; boxes, scores and masks of a detector; or "error"
   run_dir=DIR [checkpoint=DIR]   a run's newest complete checkpoint, or the one that is named
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,10 @@ from swinv2_train.data.loading.listed import ListedBatch
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.folder import Folder
 from swinv2_train.data.tables import Column, check_table, write_table
-from swinv2_train.distributed import init_distributed, on_main, shutdown_distributed
-from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.distributed import on_main, shutdown_distributed
 from swinv2_train.inference.journal import Journal, Row, missing
 from swinv2_train.inference.loaded import LoadedModel
-from swinv2_train.inference.sweep import ModelRequest, job_of, load_model, open_images, parse_model, sweep
-from swinv2_train.runtime import set_threads
+from swinv2_train.inference.sweep import ModelRequest, job_of, load_model, open_sweep, parse_model, sweep
 from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.answers import Answer, Ask, ClassMap
@@ -67,27 +65,19 @@ def predict(config: Config, request: PredictRequest) -> dict[str, Any]:
     Returns what the line holds.  Raises ConfigError for wrong input, before the model is built where that is possible.
     """
     columns = check_request(config, request)
-    world = init_distributed(config.runtime.process_group_timeout_sec)
-    check_agreement(config)
-    set_threads(config.runtime.num_threads, world.cores)
-
-    def say(text: str) -> None:
-        if world.is_main:
-            print(text, file=sys.stderr, flush=True)
-
     out = Path(request.model.out)
     journal = Journal(out.with_name(f"{out.name}.unfinished"))
-    on_main(world, lambda: check_new(out, journal))
-    source: Source = on_main(world, lambda: open_images(config, request.model, say))
+    over = open_sweep(config, request.model, lambda: check_new(out, journal))
+    world, source = over.world, over.source
     on_main(world, lambda: check_names(source, request, columns))
     model, weights = load_model(config, request.model, world)
     if config.model.attention == "fused":
-        compile_kernel(world, say)
+        compile_kernel(world, over.say)
     ask = model.ask(request.top_k)
     own = {key: getattr(request, key) for key in OWN_KEYS}
     on_main(world, lambda: journal.begin(job_of(config, request.model, weights, source, own), "out"))
     writer = RowWriter(model, ask, request, source)
-    sweep(config, world, source, model.transform, journal, writer.rows, say)
+    sweep(config, over, model.transform, journal, writer.rows)
     line = on_main(world, lambda: finish(request, columns, journal, source.num_samples))
     line = {"weights" if request.model.weights else "checkpoint": weights, **line}
     on_main(world, lambda: print(json.dumps(line)))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from swinv2_train.checkpoint import find_checkpoint, newest_checkpoint, read_state, verified_checkpoint
 from swinv2_train.checkpoint.finding import step_of
 from swinv2_train.config import Config, ConfigError, MachineError
-from swinv2_train.config.command_line import run_command
+from swinv2_train.config.command_line import compose_words, run_command
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, exit_code_of
 from swinv2_train.config.shown import shown
 from swinv2_train.data.loading.loader import accumulation_steps
@@ -48,6 +50,7 @@ from swinv2_train.runtime import (
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 from swinv2_train.training import loop
+from swinv2_train.training.borrowed_process import borrowed_process
 from swinv2_train.training.build import (
     Sources,
     build_run,
@@ -61,11 +64,57 @@ from swinv2_train.training.lr_schedule import Reached, RunLength, run_length
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.training.patience import Patience
 from swinv2_train.training.preflight import preflight
+from swinv2_train.training.trained import TrainedRun, trained_run
 from swinv2_train.weights.export import ExportRequest, export
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended."""
+
+    exit_code: int
+    world: World
+    """Whose process group is still up."""
+    stopped_by: str | None = None
+    """The name of a signal, or another reason."""
+    error: Exception | None = None
+    """What ended it as a failure; the console has told it."""
 
 
 def train(config: Config) -> int:
     """Run a configuration to its end, from its newest complete checkpoint where there is one; returns the exit code."""
+    end = run_to_end(config)
+    if end.error is None:  # else another rank may not come along
+        shutdown_distributed()
+    return end.exit_code
+
+
+def train_here(*overrides: str) -> TrainedRun:
+    """Train in this process, or go on where a run stopped: what the command does with the same KEY=VALUE words.
+
+        import swinv2_train as s2
+        run = s2.train("experiment=cifar10_finetune", "data.shards=photos", "run_dir=runs/photos")
+        model = s2.load(run.run_dir)
+
+    The run speaks on sys.stdout, and afterwards the process is as it was.  Ctrl-C, a notebook's interrupt and SIGTERM
+    make it save and stop, and have their own effect then (KeyboardInterrupt); only in the main thread does a run hear
+    of them.  Under torchrun every rank calls it alike.
+
+    Raises ConfigError for wrong input before anything is written, and what made the run fail.
+    """
+    with borrowed_process(["swinv2_train.train", *overrides]):
+        config = compose_words(overrides)
+        end = run_to_end(config)
+        if end.error is not None:
+            raise end.error
+        trained: TrainedRun = on_main(end.world, lambda: trained_run(config, end.exit_code == EXIT_DONE))
+    if (number := signal.Signals.__members__.get(str(end.stopped_by))) is not None:
+        signal.raise_signal(number)
+    return trained
+
+
+def run_to_end(config: Config) -> End:
+    """Run a configuration to its end, as train does; what fails on the way is told, and returned."""
     preflight(config, training=True)
     run_dir = Path(config.run_dir)
     with (
@@ -82,16 +131,14 @@ def train(config: Config) -> int:
             saved = on_main(world, lambda: newest_checkpoint(run_dir) is not None)
             if world.is_main:
                 print(stopped_early(stopped, saved))
-            shutdown_distributed()
-            return stopped.exit_code(saved)
+            return End(stopped.exit_code(saved), world, str(stopped))
         total, task = start.length.last_step, start.task
         accumulation = accumulation_steps(
             config.train.global_batch_size, config.train.micro_batch_size, world.world_size
         )
         if task is None:
             on_main(world, lambda: say_complete(config, start))
-            shutdown_distributed()
-            return EXIT_DONE
+            return End(EXIT_DONE, world)
         with open_console(run_dir, world.rank) as console:
             activity = RankActivity()
             stop.told = partial(acknowledge, console, activity, accumulation)
@@ -129,7 +176,7 @@ def train(config: Config) -> int:
                 told = worker_death(raised) or failures.lost_device(raised) or raised
                 console.fail(told)
                 reason, outage = f"{type(told).__name__}: {told}", isinstance(told, MachineError)
-                return EXIT_FAILED
+                return End(EXIT_FAILED, world, error=told)
             finally:
                 was_stopped = exit_code == EXIT_STOPPED or exit_code > 128  # by a signal, with nothing to go on from
                 heartbeat.close(EXIT_STOPPED if was_stopped else exit_code, reason, outage)
@@ -138,8 +185,7 @@ def train(config: Config) -> int:
                     write_report_of(run_dir, total, console)
                 elif world.is_main:  # of a run that never was
                     (run_dir / "report.html").unlink(missing_ok=True)
-        shutdown_distributed()
-        return exit_code
+        return End(exit_code, world, reason)
 
 
 def join(config: Config, stops: StopOfAnyRank) -> World:
@@ -318,5 +364,13 @@ def main() -> None:
     run_command(train)
 
 
+class _CallableModule(ModuleType):
+    """swinv2_train.train is this module as soon as anybody imports it, and train_here in programs all the same."""
+
+    __call__ = staticmethod(train_here)
+
+
 if __name__ == "__main__":
     main()
+else:
+    sys.modules[__name__].__class__ = _CallableModule

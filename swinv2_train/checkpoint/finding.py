@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from swinv2_train.checkpoint.saved_state import COMPLETE, read_complete
-from swinv2_train.config import ConfigError
+from swinv2_train.checkpoint.saved_state import COMPLETE, read_complete, read_state
+from swinv2_train.config import ConfigError, lower_is_better
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.distributed import World, broadcast_object, raise_together
 from swinv2_train.distributed.interruptible import unless_stopped
@@ -188,6 +190,24 @@ def complete_checkpoints(run_dir: Path) -> tuple[list[Path], list[str]]:
             continue  # absent, by the definition above
         found.append((int(match[1]), path))
     return [path for _, path in sorted(found)], sorted(damaged)
+
+
+def best_of(complete: Sequence[Path]) -> Path | None:
+    """The checkpoint with the best score among a run's, the oldest first; None where none was scored.
+
+    Only scores by the metric of the newest scored one count: what train.keep_best was before is not comparable.
+    """
+    rated = []
+    for path in complete:
+        try:
+            best = read_state(path).get("best")
+        except ConfigError:  # damaged unseen; it must not end the save of a good one
+            continue
+        if best is not None and math.isfinite(best["value"]):
+            value = -best["value"] if lower_is_better(best["metric"]) else best["value"]
+            rated.append((best["metric"], value, path))
+    comparable = [(value, path) for metric, value, path in rated if metric == rated[-1][0]]
+    return max(comparable)[1] if comparable else None
 
 
 def step_of(checkpoint: Path) -> int:

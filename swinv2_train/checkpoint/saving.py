@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import threading
@@ -15,14 +14,14 @@ from typing import Any, Protocol
 
 from swinv2_train.checkpoint.finding import (
     UNFINISHED,
+    best_of,
     complete_checkpoints,
     free_name,
     remove_folder,
     remove_unfinished,
 )
 from swinv2_train.checkpoint.random_states import random_states
-from swinv2_train.checkpoint.saved_state import COMPLETE, read_state
-from swinv2_train.config import ConfigError, lower_is_better
+from swinv2_train.checkpoint.saved_state import COMPLETE
 from swinv2_train.distributed import World, raise_together
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.storage.durable import Checksum, sync_folder, write_durably
@@ -237,18 +236,8 @@ def _retain(run_dir: Path, keep: int, written: Path) -> list[str]:
     """
     complete, _ = complete_checkpoints(run_dir)
     stay = {written, *complete[-keep:]}
-    rated = []
-    for path in complete:
-        try:
-            best = read_state(path).get("best")
-        except ConfigError:  # damaged unseen; it must not end the save of a good one
-            continue
-        if best is not None and math.isfinite(best["value"]):
-            value = -best["value"] if lower_is_better(best["metric"]) else best["value"]
-            rated.append((best["metric"], value, path))
-    if rated:
-        metric = rated[-1][0]  # values of what train.keep_best was before a resume are not comparable
-        stay.add(max((value, path) for name, value, path in rated if name == metric)[1])
+    if (best := best_of(complete)) is not None:
+        stay.add(best)
     problems = [_forget(path) for path in complete if path not in stay]
     return [problem for problem in problems if problem is not None]
 

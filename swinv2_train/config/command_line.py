@@ -147,8 +147,8 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         return EXIT_FAILED
 
 
-def _with_interrupts(command: Callable[[], int]) -> int:
-    """The command; what a library's tidying up has raised over a KeyboardInterrupt is that again.
+def _with_interrupts(command: Callable[[], T]) -> T:
+    """The command's result; what a library's tidying up has raised over a KeyboardInterrupt is that again.
 
     Ctrl-C in the middle of a composition is an AttributeError of OmegaConf's, and a ConfigError without a word.
     """
@@ -186,6 +186,18 @@ def _speaker() -> str | None:
     together = distributed is not None and distributed.is_available() and distributed.is_initialized()
     first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     return f"rank {rank} on {socket.gethostname()}: " if first and not together else None
+
+
+def compose_words(words: Sequence[str]) -> Config:
+    """The validated configuration of the KEY=VALUE words that a program gives in place of a command line.
+
+    Raises ConfigError for what the command would refuse, and for its flags.
+    """
+    for word in words:
+        if not isinstance(word, str) or word.startswith("-"):
+            raise ConfigError(f"{word!r} is no 'KEY=VALUE'; flags and other things belong to the command line")
+    check_once(words)
+    return _with_interrupts(lambda: compose_overrides(list(words)))
 
 
 def compose_argv() -> Config | None:

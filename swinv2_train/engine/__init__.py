@@ -6,6 +6,7 @@ model and no task.
 
 from swinv2_train.engine.build import build_engine
 from swinv2_train.engine.checks import NonFiniteError
+from swinv2_train.engine.deepspeed.startup import forget_process_group
 from swinv2_train.engine.protocol import Engine
 
-__all__ = ["Engine", "NonFiniteError", "build_engine"]
+__all__ = ["Engine", "NonFiniteError", "build_engine", "forget_process_group"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from swinv2_train.monitoring.console import counted
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.detection_scores import DETECTIONS
 from swinv2_train.tasks.detection_tables import detection_tables
-from swinv2_train.tasks.metrics import CONFUSION, Metric, Records, Sums
+from swinv2_train.tasks.metrics import CONFUSION, Metric, Records, Rows, Sums
+from swinv2_train.tasks.target_scores import LABEL_COUNTS, RANKING, label_tables
 from swinv2_train.tasks.task import Batch, Forward, Task
 
 WORST_CLASSES = 5
@@ -57,8 +58,10 @@ class Scored:
     """Of images or of pixels; None where images have several right classes, and for tasks without classes."""
     classes: tuple[str, ...] | None
     """What the classes are called; None where they have numbers alone."""
-    objects: dict[str, Any] | None = None
-    """Of found objects (tasks/detection_tables.py): each class, precision over recall, the commonest confusions."""
+    tables: dict[str, Any] | None = None
+    """Of every class, where there is no confusion of them: of found objects (tasks/detection_tables.py), and of classes
+    of which several may apply (tasks/target_scores.py).
+    """
 
     def summary(self) -> dict[str, Any]:
         """What fits into a line."""
@@ -67,13 +70,26 @@ class Scored:
             images = self.confusion.images()
             accuracy = self.confusion.accuracy() if self.confusion.unit == "images" else self.confusion.iou()
             present = np.flatnonzero(images)
-            worst = present[np.argsort(accuracy[present], kind="stable")][:WORST_CLASSES]
             if self.confusion.unit == "images":  # of pixels it is among the scores
                 found["mean_class_accuracy"] = float(accuracy[present].mean()) if len(present) else None
-            found["classes_without_samples"] = len(images) - len(present)
-            found["worst_classes"] = {str(number): float(accuracy[number]) for number in worst}
-            if self.classes is not None:
-                found["worst_class_names"] = {str(number): self.classes[number] for number in worst}
+            found |= self._worst(images, accuracy)
+        elif self.tables is not None and "class_images" in self.tables:
+            found |= self._worst(np.array(self.tables["class_images"]), np.array(self.tables["class_ap"], np.float64))
+        return found
+
+    def _worst(self, images: np.ndarray, quality: np.ndarray) -> dict[str, Any]:
+        """Which classes have the lowest quality, (classes,) float64, of those that occur in images, (classes,) int64.
+
+        The key of a class is its number.
+        """
+        present = np.flatnonzero(images)
+        worst = present[np.argsort(quality[present], kind="stable")][:WORST_CLASSES]
+        found: dict[str, Any] = {
+            "classes_without_samples": len(images) - len(present),
+            "worst_classes": {str(number): float(quality[number]) for number in worst},
+        }
+        if self.classes is not None:
+            found["worst_class_names"] = {str(number): self.classes[number] for number in worst}
         return found
 
     def everything(self) -> dict[str, Any]:
@@ -87,7 +103,7 @@ class Scored:
             if self.confusion.unit == "pixels":
                 found["class_iou"] = [None if math.isnan(value) else value for value in self.confusion.iou()]
             found["confusion"] = pairs.tolist()  # [right class, predicted class, images or pixels]
-        return found | ({} if self.objects is None else {"classes": self.classes, **self.objects})
+        return found | ({} if self.tables is None else {"classes": self.classes, **self.tables})
 
 
 def open_splits(config: Config, names: tuple[str, ...] | None, say: Say) -> dict[str, Split]:
@@ -164,7 +180,7 @@ def score(
 
     say: told every few seconds how far they are.  names: of the model's classes; None where they have numbers alone.
     """
-    counter, predictions, pixels, kept = None, task.predictions, PixelsOverRanks(), KeptRecords()
+    counter, predictions, pixels, kept = None, task.predictions, PixelsOverRanks(), KeptWholes()
     if predictions is not None and (
         split.label_overrides is None or max(map(len, split.label_overrides.values())) == 1
     ):
@@ -185,11 +201,12 @@ def score(
         batches = (with_labels(batch, split.label_overrides) for batch in batches)
     scores = evaluate_loader(score_batch, batches)
     loader.close()
-    confusion = pixels.read() if counter is None else counter.read()
+    confusion, tables = pixels.read() if counter is None else counter.read(), kept.tables()
     if names is not None and confusion is not None:
         names = (*names, *map(str, range(len(names), len(confusion.images()))))
-    objects = None if kept.records is None else detection_tables(kept.records)
-    return Scored(int(all_reduce_sum(images)), scores, confusion, names, objects)
+    elif names is not None and tables is not None and "class_images" in tables:
+        names = (*names, *map(str, range(len(names), len(tables["class_images"]))))
+    return Scored(int(all_reduce_sum(images)), scores, confusion, names, tables)
 
 
 class PixelsOverRanks:
@@ -216,24 +233,34 @@ class PixelsOverRanks:
         return {}
 
 
-class KeptRecords:
-    """Keeps the records of all images' objects, as they come together for a task's scores."""
+class KeptWholes:
+    """Keeps what of all images comes together for a task's scores, and of which there is a table of classes."""
 
     def __init__(self) -> None:
-        self.records: Sequence[bytes] | None = None
-        """Of all ranks; None where the task has none."""
+        self._wholes: dict[str, Any] = {}
 
     def seen(self, metrics: Mapping[str, Metric]) -> Mapping[str, Metric]:
-        """The metrics of a batch; those that finish with the records leave them here."""
-        found = metrics.get(DETECTIONS)
-        if not isinstance(found, Records):
-            return metrics
+        """The metrics of a batch; those of which tables are made leave the whole here when they finish."""
+        return {name: self._kept(name, metric) for name, metric in metrics.items()}
 
-        def finish(records: Sequence[bytes]) -> dict[str, float]:
-            self.records = records
-            return found.finish(records)
+    def tables(self) -> dict[str, Any] | None:
+        """What there is of every class; None for other tasks.  The same on every rank."""
+        if DETECTIONS in self._wholes:
+            return detection_tables(self._wholes[DETECTIONS])
+        if LABEL_COUNTS in self._wholes:
+            return label_tables(self._wholes[LABEL_COUNTS], self._wholes[RANKING])
+        return None
 
-        return {**metrics, DETECTIONS: Records(found.values, finish)}
+    def _kept(self, name: str, metric: Metric) -> Metric:
+        if name not in (DETECTIONS, LABEL_COUNTS, RANKING) or not isinstance(metric, Sums | Rows | Records):
+            return metric
+        finish: Callable[[Any], dict[str, float]] = metric.finish
+
+        def keeping(whole: Any) -> dict[str, float]:
+            self._wholes[name] = whole
+            return finish(whole)
+
+        return metric._replace(finish=keeping)
 
 
 def compared(crops: dict[float, dict[str, float]]) -> dict[str, Any]:

@@ -34,9 +34,9 @@ def implied(weights: ConvertedWeights, path: Path) -> Implied:
     if config.get("model_type") == "swinv2":
         found |= _of_transformers(config, path) | _of_preprocessor(_read(directory / "preprocessor_config.json"))
     elif isinstance(config.get("pretrained_cfg"), dict):
-        arguments_of = config.get("model_args")
+        given = config.get("model_args")
         found |= _of_name(str(config.get("architecture"))) | _of_timm(config["pretrained_cfg"])
-        found |= _of_timm_arguments(arguments_of if isinstance(arguments_of, dict) else {})
+        found |= _of_timm_arguments(given if isinstance(given, dict) else {})
     return found
 
 

@@ -183,8 +183,8 @@ def resolved(given: str, overrides: Sequence[str], format: str | None = None) ->
     run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
     if run is not None and HubAddress.of(weights) is None:  # beside what a hub has sent lies nothing of ours
         return load_run_config(run, overrides), str(find_checkpoint(path))
-    found = implied(read_weights(weights, format), path)
     keys = {override.partition("=")[0] for override in overrides}
+    found = implied(read_weights(weights, format), path)
     of_clips = ("model.frames", "model.window_frames") if "model.patch_frames" in found else ()
     for key in ("model.window_size", "model.img_size", *of_clips):
         if key not in {*found, *keys}:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from swinv2_train.config import Config
+from swinv2_train.data.clips.opening import open_clip
 from swinv2_train.data.loading.listed import place_of
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.transforms.bands import Bands, decode_bands
@@ -50,7 +51,8 @@ def nearest(features: np.ndarray, queries: np.ndarray, count: int) -> Neighbours
 def search_picture(
     config: Config, source: Source, queries: np.ndarray, neighbours: np.ndarray, similarities: np.ndarray
 ) -> Any:
-    """A row for each query, (Q,) numbers of images: it, then its neighbours, (Q, K), with their similarities.
+    """A row for each query, (Q,) numbers of images: it, then its neighbours, (Q, K), with their similarities.  Of a
+    clip its middle frame.
 
     Returns an image of Pillow's.
     """
@@ -65,7 +67,10 @@ def search_picture(
     for row, (query, others, alike) in enumerate(zip(queries, neighbours, similarities, strict=True)):
         for column, number in enumerate([query, *others]):
             sample = reader.read(*place_of(ends, int(number)))
-            if bands is None:
+            if config.model.frames is not None:
+                clip = open_clip(sample.image, sample.extension, sample.times, config.data.video_decoder)
+                image = next(clip.frames([clip.num_frames // 2]))
+            elif bands is None:
                 image = decode_image(sample.image, sample.extension)
             else:
                 image = decode_bands(sample.image, sample.extension, bands)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,18 +22,21 @@ from swinv2_train.config.command_line import compose_source, own_flag
 from swinv2_train.config.load import home_expanded, no_value
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, shown
 from swinv2_train.data.loading.listed import ListedBatch, ListedLoader
+from swinv2_train.data.loading.loader import check_kind
 from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.cache_files import is_our_cache
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_unlabelled
-from swinv2_train.distributed import World, all_reduce_max, barrier, on_main, raise_together
+from swinv2_train.data.sources.videos import check_videos
+from swinv2_train.distributed import World, all_reduce_max, barrier, init_distributed, on_main, raise_together
+from swinv2_train.distributed.same_start import check_agreement
 from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.evaluation.scoring import in_lockstep
 from swinv2_train.inference.journal import Journal, Row, missing, share
 from swinv2_train.inference.loaded import LoadedModel, resolved
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import counted
-from swinv2_train.runtime import arithmetic
+from swinv2_train.runtime import arithmetic, set_threads
 from swinv2_train.weights.hub import fetch_on_every_host, pinned
 
 MODEL_KEYS = ("images", "out", "checkpoint", "weights", "format", "ema")
@@ -41,7 +44,7 @@ MODEL_KEYS = ("images", "out", "checkpoint", "weights", "format", "ema")
 _OF_RUN = ("model", "task")
 _OF_DATA = (
     "eval_crop", "eval_crop_pct", "interpolation", "mean", "std", "bands", "scale", "nodata", "image_member",
-    "array_layout",
+    "array_layout", "frame_stride", "video_decoder",
 )  # fmt: skip
 """Keys on which answers depend."""
 
@@ -87,11 +90,6 @@ def parse_model(
         config, _ = resolved(own["weights"], words, own.get("format"))
     else:
         config, own = compose_source(arguments, keys, needed)
-    if config.model.frames is not None:
-        raise ConfigError(
-            f"model.frames ({config.model.frames}) asks for clips, and images names images; ask in Python: "
-            "swinv2_train.load(...) (docs/python.md)"
-        )
     if is_pipe(own["images"]):
         raise ConfigError("images is a pipe, which cannot be gone through again after a stop; name shards or a folder")
     cache = config.data.cache_dir
@@ -101,10 +99,39 @@ def parse_model(
     return config, ModelRequest(**{**model, "ema": own_flag(model, "ema")}), own
 
 
+class Sweep(NamedTuple):
+    """All images of a source, and who works on them."""
+
+    world: World
+    source: Source
+    say: Callable[[str], None]
+    """Tells a user something, once."""
+
+
+def open_sweep(config: Config, request: ModelRequest, check: Callable[[], None]) -> Sweep:
+    """Join the process group and open the images; preflight has been called.
+
+    check: of rank 0, refuses the place for answers by a ConfigError, before images are listed.
+    """
+    world = init_distributed(config.runtime.process_group_timeout_sec)
+    check_agreement(config)
+    set_threads(config.runtime.num_threads, world.cores)
+
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    on_main(world, check)
+    return Sweep(world, on_main(world, lambda: open_images(config, request, say)), say)
+
+
 def open_images(config: Config, request: ModelRequest, say: Callable[[str], None]) -> Source:
-    """What images names.  Raises ConfigError, a ShardError, where there are none."""
+    """What images names.  Raises ConfigError, a ShardError, where there are none, or others than the model takes."""
     cache = shard_cache_for(request.images, config.data)
-    return open_unlabelled(request.images, "images", say, cache, config.data.verify, config.data.image_member)
+    source = open_unlabelled(request.images, "images", say, cache, config.data.verify, config.data.image_member)
+    check_kind(source, "images", config.model.frames is not None)
+    check_videos(source, "images")
+    return source
 
 
 def load_model(config: Config, request: ModelRequest, world: World) -> tuple[LoadedModel, str]:
@@ -136,18 +163,13 @@ def job_of(config: Config, request: ModelRequest, weights: str, source: Source, 
 
 
 def sweep(
-    config: Config,
-    world: World,
-    source: Source,
-    transform: Any,
-    journal: Journal,
-    work: Callable[[ListedBatch], Sequence[Row]],
-    say: Callable[[str], None],
+    config: Config, over: Sweep, transform: Any, journal: Journal, work: Callable[[ListedBatch], Sequence[Row]]
 ) -> None:
     """Have every image that has no row yet get one; the journal has begun.  Collective.
 
     work: from a batch of the transform's rows to a row for each of its images, plain values.
     """
+    world, source, say = over
     batch_size = config.train.micro_batch_size
     start, done = on_main(world, lambda: (journal.start, journal.pieces()))
     problem = None

@@ -36,15 +36,17 @@ class _Undrawn(TorchFunctionMode):
     """Leave out what would only change values: on the meta device torch imports its compiler for it, for seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _VALUES_ONLY and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _VALUES_ONLY and (target := args[0] if args else kwargs["tensor"]).is_meta:
+            return target
+        return func(*args, **kwargs)
 
 
 _VALUES_ONLY = frozenset(
     [
         *(getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_")),
         *(torch.Tensor.fill_, torch.Tensor.zero_),  # in place so far
+        *(nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_),  # which call those unseen
         *(torch.Tensor.mul, torch.log),  # number x tensor, and its logarithm: WindowAttention's logit_scale
     ]
 )

@@ -32,16 +32,22 @@ _MOST_OF_A_FAILURE = 500
 
 
 class Console:
-    """Our own lines on the terminal (or pipe) that the process was started with.  Made by :func:`open_console`."""
+    """Our own lines on the terminal (or pipe) that the process was started with, or on what a notebook or a program has
+    put in the place of sys.stdout and sys.stderr.  Made by :func:`open_console`.
+    """
 
     def __init__(self, rank: int, log_path: Path, saved_stdout: int, saved_stderr: int) -> None:
         self.rank = rank
         self.log_path = log_path
         self._saved = (saved_stdout, saved_stderr)
-        self._out = os.fdopen(saved_stdout, "w", buffering=1, errors="replace", closefd=False)
-        self._err = os.fdopen(saved_stderr, "w", buffering=1, errors="replace", closefd=False)
         self._previous_hooks = sys.excepthook, sys.breakpointhook
         self._previous_streams = sys.stdout, sys.stderr
+        self._out, self._err = (
+            _text_on(saved) if _is_on(stream, number) else stream
+            for stream, number, saved in zip(self._previous_streams, (1, 2), self._saved, strict=True)
+        )
+        self._buffered = [getattr(stream, "line_buffering", None) is False for stream in self._previous_streams]
+        self._knew_crashes = faulthandler.is_enabled()
         self._bar: Any = None  # a tqdm bar that must step aside for a line
         self._closed = False
         self._notes = _Notes(self)
@@ -55,7 +61,7 @@ class Console:
     @property
     def is_terminal(self) -> bool:
         """True when a person watches: the original stderr is a terminal."""
-        return os.isatty(self._err.fileno())
+        return self._err.isatty()
 
     def say(self, text: str) -> None:
         """One line on stdout, from rank 0 only; several where the text has line breaks of our own."""
@@ -84,11 +90,16 @@ class Console:
         logging.getLogger(NOTES).removeHandler(self._notes)
         sys.excepthook, sys.breakpointhook = self._previous_hooks
         sys.stdout, sys.stderr = self._previous_streams
+        for stream, buffered in zip(self._previous_streams, self._buffered, strict=True):
+            if buffered and isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=False)
         if hasattr(faulthandler, "unregister"):
             faulthandler.unregister(signal.SIGUSR2)
+        if not self._knew_crashes:
+            faulthandler.disable()
         _flush_streams()
         for target, saved, stream in zip((1, 2), self._saved, (self._out, self._err), strict=True):
-            with contextlib.suppress(OSError):  # the reader of a pipe has gone
+            with contextlib.suppress(OSError, ValueError):  # the reader of a pipe has gone
                 stream.flush()
             os.dup2(saved, target)
             os.close(saved)
@@ -110,7 +121,7 @@ class Console:
             stream.flush()
             if self._bar is not None:
                 self._bar.refresh()
-        except OSError as error:  # `train | head`: the reader has gone; the run goes on and speaks to its log
+        except (OSError, ValueError) as error:  # `train | head`: the reader has gone; the run goes on, and has its log
             print(f"console lost ({error}): {text}", file=sys.stderr)
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -126,9 +137,10 @@ class Console:
 def open_console(run_dir: Path, rank: int) -> Console:
     """Keep the process's stdout and stderr for our own lines, and point descriptors 1 and 2 at the rank's log file.
 
-    What libraries and child processes print is appended to RUN_DIR/logs/rank_NNNNN.log.  An uncaught exception leaves
-    its traceback there and one line on the console; `kill -USR2 PID` and crashes leave the stacks of all threads there.
-    ``close()`` undoes it.
+    Where a notebook or a program has put something else in their place, that has our own lines.  What libraries and
+    child processes print is appended to RUN_DIR/logs/rank_NNNNN.log.  An uncaught exception leaves its traceback there
+    and one line on the console; `kill -USR2 PID` and crashes leave the stacks of all threads there.  ``close()`` undoes
+    it.
     """
     log_path = run_dir / "logs" / f"rank_{rank:05d}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,15 +150,12 @@ def open_console(run_dir: Path, rank: int) -> Console:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                line_buffering=True
-            )  # a file would be block buffered, and a killed rank's last words lost
-    sys.stdout, sys.stderr = (cast(TextIO, _WithoutSecrets(stream)) for stream in (sys.stdout, sys.stderr))
+    to_log = (_to_log(stream, number) for number, stream in ((1, sys.stdout), (2, sys.stderr)))
+    sys.stdout, sys.stderr = (cast(TextIO, _WithoutSecrets(stream)) for stream in to_log)
     os.write(2, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} pid {os.getpid()}\n".encode())
     sys.excepthook, sys.breakpointhook = console._excepthook, console._breakpointhook
-    faulthandler.enable(file=2)
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=2)
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     return console
@@ -181,6 +190,27 @@ class _WithoutSecrets:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _to_log(stream: TextIO, number: int) -> TextIO:
+    """The stream whose words reach the log, of which the descriptor is one by now."""
+    if not _is_on(stream, number):
+        return _text_on(number)
+    if isinstance(stream, io.TextIOWrapper):  # else block buffered, and a killed rank's last words lost
+        stream.reconfigure(line_buffering=True)
+    return stream
+
+
+def _is_on(stream: TextIO, number: int) -> bool:
+    """Whether the stream writes to the descriptor; a notebook's has none, or another one."""
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError):
+        return False
+
+
+def _text_on(number: int) -> TextIO:
+    return os.fdopen(number, "w", buffering=1, errors="replace", closefd=False)
 
 
 def _flush_streams() -> None:

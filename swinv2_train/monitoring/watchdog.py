@@ -97,7 +97,7 @@ class Heartbeat:
         self._started_at = time.time()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._main = threading.main_thread().ident
+        self._main = threading.get_ident()
         self._place: str | None = None  # where the main thread hangs
 
     def start(self) -> Self:
@@ -233,8 +233,8 @@ class Heartbeat:
         return any(frame.f_code.co_filename.endswith(("/pdb.py", "/bdb.py")) for frame in self._main_frames())
 
     def _main_frames(self) -> Iterator[FrameType]:
-        """The main thread's frames, the innermost first."""
-        frame = sys._current_frames().get(self._main) if self._main is not None else None
+        """The frames of the thread that trains, the innermost first."""
+        frame = sys._current_frames().get(self._main)
         while frame is not None:
             yield frame
             frame = frame.f_back

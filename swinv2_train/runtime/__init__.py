@@ -17,6 +17,7 @@ from swinv2_train.runtime.run_dir_lock import RunDirLock
 from swinv2_train.runtime.seeds_and_threads import (
     available_cores,
     keep_random_state,
+    release_memory,
     seed_everything,
     set_threads,
     tune_allocator,
@@ -39,6 +40,7 @@ __all__ = [
     "keep_random_state",
     "read_environment",
     "record_environment",
+    "release_memory",
     "seed_everything",
     "set_threads",
     "tune_allocator",

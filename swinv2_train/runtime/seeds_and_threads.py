@@ -53,13 +53,26 @@ def tune_allocator() -> bool:
     A training step on a CPU asks for the same large tensors again and again.  By default glibc gives each back to the
     system and gets new pages, every one of which faults (benchmarks/speed_cpu_202611.md has a row for the difference).
     """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
+    return _set_allocator(mmap_max=0, trim_threshold=-1, top_pad=64 * 2**20)
+
+
+def release_memory() -> None:
+    """Give back what this process has freed and kept, on a device too, and undo tune_allocator."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if _set_allocator(mmap_max=65536, trim_threshold=128 * 2**10, top_pad=128 * 2**10):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set_allocator(mmap_max: int, trim_threshold: int, top_pad: int) -> bool:
+    """By mallopt(3)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 * 2**20))
-    accepted = [mallopt(which, value) == 1 for which, value in settings]
+    accepted = [mallopt(which, value) == 1 for which, value in ((-4, mmap_max), (-1, trim_threshold), (-2, top_pad))]
     return all(accepted)
 
 

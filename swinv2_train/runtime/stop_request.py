@@ -52,6 +52,7 @@ class StopRequest:
         self._waiting = False
         self._previous: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        self._woken = -1
         self.told: Callable[[str, bool], None] = lambda name, again: None
         """Called in another thread as soon as a signal arrives: its name, and whether it is not the first."""
 
@@ -63,13 +64,15 @@ class StopRequest:
         return self._signal or ("the time limit" if time.monotonic() >= self._deadline else None)
 
     def install(self) -> Self:
-        """Install the handlers; main thread only (a rule of Python's signal module)."""
+        """Install the handlers, in the main thread: by a rule of Python's no other one can, nor hears of signals."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         self._previous[_WAKE] = signal.signal(_WAKE, self._wake)
         read, write = self._pipe = os.pipe()
         os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(read,), name="stop signals", daemon=True).start()
         return self
 
@@ -126,7 +129,7 @@ class StopRequest:
 
     def _hear_no_more(self) -> None:
         if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._woken)  # of an event loop, perhaps
             os.close(self._pipe[1])
             self._pipe = None
 

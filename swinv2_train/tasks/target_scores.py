@@ -6,12 +6,17 @@ Percent, but for errors of numbers, which are in the numbers' own units.  What t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from swinv2_train.tasks.metrics import Metric, Rows, Sums
+
+LABEL_COUNTS, RANKING = "f1", "ranking"
+"""The names of a multilabel task's Sums and Rows, of which label_tables makes a table."""
 
 
 def multilabel_scores(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Metric]:
@@ -24,8 +29,8 @@ def multilabel_scores(logits: Tensor, targets: Tensor, threshold: float) -> dict
     counts = torch.stack([right & said, known & ~right & said, right & ~said], dim=1).long()  # (B, 3, C)
     rows = torch.cat([logits.double(), targets.nan_to_num(nan=-1.0).double()], dim=1)
     return {
-        "f1": Sums(counts, f1_scores),
-        "ranking": Rows(rows, torch.arange(len(rows), device=rows.device), ranking_scores),
+        LABEL_COUNTS: Sums(counts, f1_scores),
+        RANKING: Rows(rows, torch.arange(len(rows), device=rows.device), ranking_scores),
     }
 
 
@@ -35,10 +40,44 @@ def f1_scores(counts: Tensor) -> dict[str, float]:
     As scikit-learn's f1_score with average=micro and macro.
     """
     right, wrong, missed = counts.double().cpu()
-    f1 = 2 * right / (2 * right + wrong + missed).clamp(min=1)
+    f1 = _class_f1(counts)
     total = 2 * right.sum()
     micro = float(total / (total + wrong.sum() + missed.sum()).clamp(min=1))
     return {"val/f1_micro": 100 * micro, "val/f1_macro": 100 * float(f1.mean())}
+
+
+def _class_f1(counts: Tensor) -> Tensor:
+    """(3, C) as f1_scores' -> (C,) float64, 0 to 1."""
+    right, wrong, missed = counts.double().cpu()
+    return 2 * right / (2 * right + wrong + missed).clamp(min=1)
+
+
+def label_tables(counts: Tensor, rows: Tensor) -> dict[str, Any]:
+    """Of every class, as JSON holds it: class_images, the images where it applies; class_ap, its average precision,
+    null where it applies to none; class_f1 at the threshold, null where it is neither there nor said.  Percent.
+
+    counts: as f1_scores'; rows: as ranking_scores'.
+    """
+    right, _, missed = counts.cpu()
+    some = counts.sum(dim=0).cpu() > 0
+    f1 = torch.where(some, 100 * _class_f1(counts), math.nan).tolist()
+    precisions = (100 * average_precision(*each) if each[1].any() else math.nan for each in _known_of_classes(rows))
+    return {
+        "class_images": (right + missed).tolist(),
+        "class_ap": [None if math.isnan(value) else value for value in precisions],
+        "class_f1": [None if math.isnan(value) else value for value in f1],
+    }
+
+
+def _known_of_classes(rows: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(n, 2 C) scores and targets -> of each class the scores, and whether it applies, of the images where that is
+    known.
+    """
+    classes = rows.shape[1] // 2
+    scores, targets = rows[:, :classes].numpy(), rows[:, classes:].numpy()
+    for each in range(classes):
+        known = targets[:, each] >= 0
+        yield scores[known, each], targets[known, each] == 1
 
 
 def ranking_scores(rows: Tensor) -> dict[str, float]:
@@ -46,17 +85,13 @@ def ranking_scores(rows: Tensor) -> dict[str, float]:
 
     Means over the classes that have both images where they apply and, for the area, others; nan where none has.
     """
-    classes = rows.shape[1] // 2
-    scores, targets = rows[:, :classes].numpy(), rows[:, classes:].numpy()
     precisions, areas = [], []
-    for each in range(classes):
-        known = targets[:, each] >= 0
-        right = targets[known, each] == 1
+    for scores, right in _known_of_classes(rows):
         if not right.any():
             continue
-        precisions.append(average_precision(scores[known, each], right))
+        precisions.append(average_precision(scores, right))
         if not right.all():
-            areas.append(area_under_roc(scores[known, each], right))
+            areas.append(area_under_roc(scores, right))
     return {
         "val/map": 100 * float(np.mean(precisions)) if precisions else math.nan,
         "val/auroc": 100 * float(np.mean(areas)) if areas else math.nan,

@@ -69,13 +69,18 @@ def test_a_model_learns_from_a_table_and_is_scored_alike_on_any_number_of_ranks(
     said = capfd.readouterr()
     assert f"11 of {COUNT + 11} rows of {folder}/labels.csv are of no image of data.shards" in said.out
     own = {name: line[name] for line in read_metrics(run) for name in line if name.startswith("val/")}
-    one, two = (evaluated(capfd, f"run_dir={run}", ranks=ranks) for ranks in (1, 2))
+    one, two = (evaluated(capfd, f"run_dir={run}", f"out={run}/evaluation", ranks=ranks) for ranks in (1, 2))
     assert one["images"] == two["images"] == 11
     for name, value in own.items():
         assert one[name] == pytest.approx(value, rel=1e-5), name
         assert two[name] == pytest.approx(one[name], rel=1e-6), name
     if kind == "multilabel":
         assert one["val/map"] > 90 and one["val/auroc"] > 90 and one["val/f1_micro"] > 75, one
+        full = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        assert full["classes"] == ["blue", "green", "red"] and max(full["class_images"]) <= 11
+        assert np.mean(full["class_ap"]) == pytest.approx(one["val/map"])
+        assert np.mean(full["class_f1"]) == pytest.approx(one["val/f1_macro"])
+        assert two["worst_classes"] == one["worst_classes"] and len(one["worst_class_names"]) == 3
         assert json.loads((run / "classes.json").read_text()) == ["blue", "green", "red"]
         assert evaluated(capfd, f"run_dir={run}", "task.threshold=0.01")["val/f1_micro"] != one["val/f1_micro"]
     else:

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from swinv2_train.config.arguments import last_of_each
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("127.0.0.2", "127.0.0.3")  # a node's name is its address, so the ranks can resolve it
@@ -66,11 +68,11 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Daemons and commands of one cluster; jobs run this checkout with this interpreter."""
+    """Daemons and commands of one cluster; jobs run this checkout with forks of this interpreter."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.daemons: list[subprocess.Popen[bytes]] = []
+        self.daemons: list[subprocess.Popen[Any]] = []
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
@@ -79,6 +81,7 @@ class Cluster:
 
     def start(self) -> None:
         """Start the daemons, and wait until both nodes are idle."""
+        self.daemons.append(warm_python(self.folder / "warm"))
         for name in ("state", *NODES):
             (self.folder / name).mkdir()
         for number in range(4):
@@ -116,12 +119,15 @@ class Cluster:
         return list(left.values())
 
     def processes(self) -> dict[int, str]:
-        """Every process that has this cluster's configuration in its environment, but not this one's children."""
+        """Every process that has this cluster's configuration in its environment, and every fork; but not this one's
+        children.
+        """
         mark = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if mark in (path / "environ").read_bytes().split(b"\0"):
+                of_job = os.getsid(int(path.name)) == self.daemons[0].pid
+                if of_job or mark in (path / "environ").read_bytes().split(b"\0"):
                     found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
@@ -136,8 +142,13 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
-    def train(self, *overrides: str, options: tuple[str, ...] = (), **variables: str) -> int:
-        """Submit launch/train.sbatch, one GPU on each node unless options say otherwise; returns the job's number."""
+    def train(self, *overrides: str, options: tuple[str, ...] = (), interpreter: bool = False, **variables: str) -> int:
+        """Submit launch/train.sbatch, one GPU on each node unless options say otherwise; returns the job's number.
+
+        interpreter: whether Python itself starts in the job; without it, forks of one that has imported torch.
+        """
+        if not interpreter:
+            variables["PATH"] = f"{self.folder}/warm:{self.environment['PATH']}"
         small = ("--gpus-per-node=1", "--cpus-per-gpu=1", f"--output={self.folder}/%j.out")
         words = last_of_each(overrides)
         job = self.run("sbatch", "--parsable", *small, *options, "launch/train.sbatch", *words, **variables)

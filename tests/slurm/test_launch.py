@@ -60,10 +60,10 @@ def starts_of(run_dir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, shards, tmp_path_factory) -> Job:
-    """A run of ZeRO-3 on two nodes that nobody disturbs."""
+    """A run of ZeRO-3 on two nodes that nobody disturbs, by real interpreters."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / ODD_NAME
-    job = cluster.train(*PRETRAIN, *shards, f"train.max_steps={STEPS}", f"run_dir={run_dir}", options=("--nodes=2",))
-    return Job(job, run_dir)
+    overrides = (*PRETRAIN, *shards, f"train.max_steps={STEPS}", f"run_dir={run_dir}")
+    return Job(cluster.train(*overrides, options=("--nodes=2",), interpreter=True), run_dir)
 
 
 @pytest.fixture(scope="module")

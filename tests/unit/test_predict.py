@@ -35,6 +35,7 @@ from tests.support.harness import RankFailed, run_distributed
 from tests.support.images import encoded
 from tests.support.segmenter import CLASSES as PIXEL_CLASSES
 from tests.support.segmenter import SEGMENT, randomised, scenes, truth_of, write_scenes
+from tests.support.shard_server import serve
 
 COUNT = 23
 IMAGES = make_images(COUNT, seed=1)
@@ -146,6 +147,30 @@ def test_shards_and_one_file_keep_their_order_and_keys(classifier, tmp_path):
     (row,) = lines(tmp_path / "one.jsonl")
     assert row["image"] == "00.png" and row["classes"] == rows[0]["classes"]
     assert row["probabilities"] == pytest.approx(rows[0]["probabilities"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_saved_data_set_and_shards_of_an_address_have_the_rows_of_the_shards(classifier, tmp_path):
+    """Two ranks share the shards that one of them fetches; a data set needs no labels."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageColumn
+
+    images = [{"bytes": encoded(image), "path": None} for image in IMAGES]
+    saved = Dataset.from_dict({"picture": images}, features=Features({"picture": ImageColumn()}))
+    saved.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    predicted(*of(classifier, tmp_path / "shards.jsonl", f"images={classifier['shards']}"))
+    predicted(*of(classifier, tmp_path / "saved.jsonl", f"images={tmp_path / 'saved'}"), ranks=2)
+    shards = Path(classifier["shards"])
+    with serve(shards.parent) as server:
+        address = f"images={server.url}/val-{{000000..{(COUNT - 1) // 4:06d}}}.tar"
+        predicted(*of(classifier, tmp_path / "far.jsonl", address, f"data.cache_dir={tmp_path / 'cache'}"), ranks=2)
+        assert max(server.gets.values()) == 1, "no rank fetches what another one has fetched"
+    here, far, rows = (lines(tmp_path / f"{name}.jsonl") for name in ("shards", "far", "saved"))
+    assert [row["image"] for row in rows] == [str(number) for number in range(COUNT)]
+    for one, other, row in zip(here, far, rows, strict=True):
+        assert one["image"] == other["image"] and one["classes"] == other["classes"] == row["classes"]
+        for found in (other, row):
+            assert found["probabilities"] == pytest.approx(one["probabilities"], abs=1e-6)
 
 
 def test_a_killed_command_goes_on_and_nothing_comes_twice_or_is_lost(classifier, tmp_path, monkeypatch):

@@ -13,15 +13,14 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from swinv2_train.config import DataConfig
 from swinv2_train.data.loading.batches import BatchRequest
-from swinv2_train.data.loading.loader import Transform, _Fetcher, bands_of
+from swinv2_train.data.loading.loader import Transform, _Fetcher, example_image
 from swinv2_train.data.loading.order import Location
 from swinv2_train.data.loading.shared_memory import Batch
 from swinv2_train.data.loading.workers import Row, Workers
-from swinv2_train.data.sample import EXAMPLE_PX, Targets
+from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.base import Source
 
 
@@ -101,9 +100,6 @@ class _Lister(_Fetcher):
 
     def _readable(self, fallback_shard: int) -> Row:
         if self._filler is None:
-            bands = bands_of(self.transform)
-            count, dtype = (3, torch.uint8) if bands is None else (bands.count, torch.float32)
-            nothing = torch.zeros(count, EXAMPLE_PX, EXAMPLE_PX, dtype=dtype)
             unused: Any = np.random.default_rng(0)
-            self._filler = self.transform(nothing, Targets(), unused)
+            self._filler = self.transform(example_image(self.transform), Targets(), unused)
         return self._filler

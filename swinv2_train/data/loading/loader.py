@@ -398,15 +398,19 @@ def clips_of(transform: Transform) -> ClipViews | None:
     return clips
 
 
-def memory_of(transform: Transform, rows: int, slots: int) -> BatchMemory | None:
-    """Memory for so many batches of so many of the transform's rows; None where it makes none of a plain image."""
+def example_image(transform: Transform) -> torch.Tensor | Clip:
+    """An image or a clip without contents, of the kind that the transform takes."""
+    if clips_of(transform) is not None:
+        return HeldClip(torch.zeros(3, 1, EXAMPLE_PX, EXAMPLE_PX, dtype=torch.uint8))
     bands = bands_of(transform)
     count, dtype = (3, torch.uint8) if bands is None else (bands.count, torch.float32)
-    nothing: torch.Tensor | Clip = torch.zeros(count, EXAMPLE_PX, EXAMPLE_PX, dtype=dtype)
-    if clips_of(transform) is not None:
-        nothing = HeldClip(torch.zeros(3, 1, EXAMPLE_PX, EXAMPLE_PX, dtype=torch.uint8))
+    return torch.zeros(count, EXAMPLE_PX, EXAMPLE_PX, dtype=dtype)
+
+
+def memory_of(transform: Transform, rows: int, slots: int) -> BatchMemory | None:
+    """Memory for so many batches of so many of the transform's rows; None where it makes none of a plain image."""
     try:  # every row has one shape, whatever the image's
-        row = transform(nothing, example_targets(transform.needs), np.random.default_rng(0))
+        row = transform(example_image(transform), example_targets(transform.needs), np.random.default_rng(0))
     except SampleError:
         return None
     return BatchMemory({**tensors_of(row), "weight": torch.tensor(1.0)}, rows, slots)

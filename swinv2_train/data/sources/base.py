@@ -165,12 +165,14 @@ def open_unlabelled(
 ) -> Source:
     """What is asked of a model and has no targets: as open_source, or one image file, in an order of its own.
 
-    A folder's images come by their paths, which with their endings are their keys, and folders are no classes; a saved
-    data set's rows as they are counted.  Raises ShardError.
+    A folder's images come by their paths, which with their endings are their keys, and folders are no classes; a
+    list's as it names them; a saved data set's rows as they are counted.  Raises ShardError.
     """
     path = os.path.expanduser(pattern.removeprefix("file://"))
     if os.path.isdir(path) and is_saved_dataset(path):
         return open_saved_dataset(path, key, progress, in_order=True)
+    if is_list(path):
+        return open_list(path, key, progress, in_order=True)
     if os.path.isdir(path) or (os.path.isfile(path) and is_image(os.path.basename(path), image_member)):
         return list_images(path, key, progress, image_member)
     return open_source(pattern, key, progress, cache, verify, image_member)

@@ -42,13 +42,15 @@ def is_list(path: str) -> bool:
     return path.lower().endswith(LIST_EXTENSIONS) and os.path.isfile(path)
 
 
-def read_list(path: str, key: str, progress: Callable[[str], None] | None = None) -> Listed:
+def read_list(
+    path: str, key: str, progress: Callable[[str], None] | None = None, labelled: bool = True
+) -> Listed:  # fmt: skip
     """The files that a list names: a path, from the list's folder on or absolute, and a label from 0 on, with spaces,
     a tab or a comma between them.
 
-    key: what errors call the list.  progress: hears how many files are not there.  Raises ShardError for a line of
-    another form, a file that is named twice or is neither image nor clip, both of these in one list, and where no file
-    is there at all.
+    key: what errors call the list.  progress: hears how many files are not there.  labelled: whether every line must
+    have a label; else a path alone will do.  Raises ShardError for a line of another form, a file that is named twice
+    or is neither image nor clip, both of these in one list, and where no file is there at all.
     """
     what, folder = f"{key} '{path}'", os.path.dirname(os.path.abspath(path))
     try:
@@ -63,6 +65,8 @@ def read_list(path: str, key: str, progress: Callable[[str], None] | None = None
         comma = "," in line and " " not in line.strip() and "\t" not in line.strip()
         name, *rest = line.strip().rsplit("," if comma else None, 1)
         label = rest[0].strip() if rest else ""
+        if not labelled and is_image(os.path.basename(line.strip())):
+            name, label = line.strip(), "0"  # which nobody reads
         if not label.isascii() or not label.isdigit() or len(label) > LABEL_BYTES:
             raise ShardError(
                 f"{what}: line {number} ({shown(line, 80)}) is not 'path label', a label being a number from 0 on; a "
@@ -96,17 +100,24 @@ def read_list(path: str, key: str, progress: Callable[[str], None] | None = None
     return Listed(root, names, labels, sizes)
 
 
-def open_list(path: str, key: str, progress: Callable[[str], None] | None = None) -> Folder:
-    """The files that a list names, as a folder of them; labels have no names.  Arguments and errors as read_list's."""
-    listed = read_list(path, key, progress)
-    order = packing_order(len(listed.names))
+def open_list(
+    path: str, key: str, progress: Callable[[str], None] | None = None, in_order: bool = False
+) -> Folder:  # fmt: skip
+    """The files that a list names, as a folder of them; labels have no names.  Arguments and errors as read_list's.
+
+    in_order: as the list has them, with their endings in their keys, and perhaps without labels; else in the order of
+    packing.
+    """
+    listed = read_list(path, key, progress, labelled=not in_order)
+    count = len(listed.names)
+    order = np.arange(count) if in_order else packing_order(count)
     encoded = [listed.names[number].encode("utf-8", "surrogateescape") for number in order]
     names, ends = b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype="<i8")
     sizes, labels = (np.array(each, "<i8")[order] for each in (listed.sizes, listed.labels))
     digest = hashlib.sha256(b"list\0")
     for part in (names, ends.tobytes(), sizes.tobytes(), labels.tobytes()):
         digest.update(part)
-    return Folder(listed.root, labels, None, digest.hexdigest(), names, ends, sizes)
+    return Folder(listed.root, labels, None, digest.hexdigest(), names, ends, sizes, keyed_by_name=in_order)
 
 
 def _size(path: str) -> int:

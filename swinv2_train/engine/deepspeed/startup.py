@@ -61,6 +61,17 @@ def import_deepspeed() -> types.ModuleType:
     return module
 
 
+def forget_process_group() -> None:
+    """Drop what DeepSpeed keeps of a process group that is left, or the next engine here would speak through it."""
+    if "deepspeed" not in sys.modules:
+        return
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references(group=None)
+    comm.cdb = None
+
+
 def lock_what_is_used(accelerator: Any) -> None:
     """Have an accelerator of CUDA page-lock no more of the host's memory than a tensor takes."""
     if accelerator.device_name() != "cuda":

@@ -129,16 +129,20 @@ def test_parameters_without_a_rule_are_named():
         initial_rule(model, "gain")
 
 
+@pytest.mark.slow
 def test_a_model_without_values_draws_nothing_and_imports_no_compiler():
-    """torch's meta kernels of clamp_ and log import 800 modules (1.5 s and more, measured with torch 2.13)."""
+    """torch's meta kernels of clamp_, log and normal_ import 800 modules (1.5 s and more, measured with torch 2.13)."""
     program = (
         "import sys, torch\n"
-        "from swinv2_train.models import SimMIM, swin_v2\n"
+        "from swinv2_train.config.command_line import compose_overrides\n"
         "from swinv2_train.models.initial import on_meta\n"
+        "from swinv2_train.tasks import build_task\n"
         "state = torch.get_rng_state()\n"
-        "with on_meta():\n"
-        "    model = SimMIM(swin_v2('giant', num_classes=0))\n"
-        "assert all(parameter.is_meta for parameter in model.parameters())\n"
+        "for name in ('simmim_giant_192', 'ade20k_upernet_giant_640', 'coco_htc_giant_1536'):\n"
+        "    config = compose_overrides([f'experiment={name}', 'run_dir=x', 'data.shards=x'])\n"
+        "    with on_meta():\n"
+        "        module = build_task(config, torch.device('cpu')).module\n"
+        "    assert all(parameter.is_meta for parameter in module.parameters())\n"
         "assert torch.equal(state, torch.get_rng_state())\n"
         "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
     )

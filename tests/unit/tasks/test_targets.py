@@ -19,7 +19,14 @@ from swinv2_train.tasks import build_task
 from swinv2_train.tasks.answers import Ask
 from swinv2_train.tasks.classify import ClassifyTask
 from swinv2_train.tasks.target_losses import LOSSES
-from swinv2_train.tasks.target_scores import area_under_roc, average_precision, error_scores, f1_scores, ranking_scores
+from swinv2_train.tasks.target_scores import (
+    area_under_roc,
+    average_precision,
+    error_scores,
+    f1_scores,
+    label_tables,
+    ranking_scores,
+)
 from tests.support.configs import composed
 
 PLAIN = (
@@ -487,3 +494,26 @@ def test_a_run_cannot_balance_what_has_no_single_class():
     ):
         with pytest.raises(ConfigError, match=error):
             settings(*overrides)
+
+
+def test_a_table_of_classes_is_what_loops_say_of_each_and_null_where_there_is_nothing_to_say():
+    """Four classes of six images: one with an image that is not known, one that applies to none, and one that is
+    neither there nor said.
+    """
+    logits = torch.tensor(
+        [[2, 1, -1, -3], [1, -1, -2, -1], [-1, 3, 1, -2], [-2, 2, -1, -1], [0.5, 1, 2, -4], [3, -2, -3, -1]]
+    )
+    targets = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, math.nan, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
+    rows = torch.cat([logits, targets.nan_to_num(nan=-1)], dim=1).double()
+    said, right, known = logits > 0, targets == 1, ~targets.isnan()
+    counts = torch.stack([(right & said).sum(0), (known & ~right & said).sum(0), (right & ~said).sum(0)])
+    found = label_tables(counts, rows)
+    assert found["class_images"] == [4, 3, 0, 0]
+    first = (
+        1 / 1 + 2 / 2 + 3 / 4 + 4 / 5
+    ) / 4  # of the scores 3, 2, 1, 0.5, -1, -2 the first, second, fourth and fifth
+    second = (1 / 1 + (1 + 1) / (2 + 1) + 3 / 5) / 3  # of 3, 1 and 1, -1, -2, without the one that is not known
+    assert found["class_ap"] == [pytest.approx(100 * first), pytest.approx(100 * second), None, None]
+    assert found["class_f1"] == [pytest.approx(100 * 6 / 8), pytest.approx(100 * 4 / 6), 0.0, None]
+    assert np.mean(found["class_ap"][:2]) == pytest.approx(ranking_scores(rows)["val/map"])
+    assert sum(each or 0.0 for each in found["class_f1"]) / 4 == pytest.approx(f1_scores(counts)["val/f1_macro"])
