@@ -7,6 +7,7 @@ opens no output directory and no logger, so that it does nothing per rank.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -245,12 +246,15 @@ def key_help(arguments: Sequence[str]) -> str:
 def key_reference() -> list[Entry]:
     """Every key of the configuration: its type, default, what it may be and what it means."""
     with _composition_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return reference({task: _defaults(task) for task in TASKS})
+        return reference({task: _defaults(task, conf_dir()) for task in TASKS})
 
 
-def _defaults(task: str) -> DictConfig:
-    """What conf/ says for a task without any override; Hydra must be initialised there."""
-    return compose("train", [f"task={task}"])
+@functools.cache
+def _defaults(task: str, folder: Path) -> DictConfig:
+    """What conf/ says for a task without any override, composed once a process; Hydra must be initialised there."""
+    defaults = compose("train", [f"task={task}"])
+    OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
+    return defaults
 
 
 def compose_source(
@@ -301,9 +305,7 @@ def load_run_config(
         saved = _with_overrides(has, plus)
         task = OmegaConf.select(saved, "task.name")
         if task in TASKS:
-            defaults = _defaults(task)
-            OmegaConf.set_struct(defaults, False)  # load_config is the one to say what is unknown
-            saved = cast(DictConfig, OmegaConf.merge(defaults, saved))
+            saved = cast(DictConfig, OmegaConf.merge(_defaults(task, conf_dir()), saved))
     return load_config(saved, needed)
 
 

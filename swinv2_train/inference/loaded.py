@@ -106,6 +106,13 @@ class LoadedModel:
         """Features of a batch of the rows of vectors, by their names: float32 (B, ...) on the CPU."""
         return {name: each.float().cpu() for name, each in vectors.of(self.task, self._forward, batch).items()}
 
+    @torch.no_grad()
+    def picture(self, batch: dict[str, Any]) -> np.ndarray | None:
+        """The task's picture of a batch of transform's rows, uint8 (H, W, 3); None where it would need targets."""
+        if self.task.picture is None or self.task.eval_transform.needs:
+            return None
+        return self.task.picture(self._forward, batch, self.classes)
+
     def _forward(self, **inputs: Any) -> Any:
         return self.module(**{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
 

@@ -125,12 +125,16 @@ def open_sweep(config: Config, request: ModelRequest, check: Callable[[], None])
     return Sweep(world, on_main(world, lambda: open_images(config, request, say)), say)
 
 
-def open_images(config: Config, request: ModelRequest, say: Callable[[str], None]) -> Source:
-    """What images names.  Raises ConfigError, a ShardError, where there are none, or others than the model takes."""
+def open_images(
+    config: Config, request: ModelRequest, say: Callable[[str], None], key: str = "images"
+) -> Source:  # fmt: skip
+    """What images, or the key of this name, says.  Raises ConfigError, a ShardError, where there are none, or others
+    than the model takes.
+    """
     cache = shard_cache_for(request.images, config.data)
-    source = open_unlabelled(request.images, "images", say, cache, config.data.verify, config.data.image_member)
-    check_kind(source, "images", config.model.frames is not None)
-    check_videos(source, "images")
+    source = open_unlabelled(request.images, key, say, cache, config.data.verify, config.data.image_member)
+    check_kind(source, key, config.model.frames is not None)
+    check_videos(source, key)
     return source
 
 

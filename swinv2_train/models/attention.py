@@ -77,16 +77,23 @@ class WindowAttention(nn.Module):
         """The additive position bias of a window: (h, N, N) in at least float32, within 0..16."""
         return window_bias(self.position_table(window, device), window)
 
+    def projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens: (..., C) -> (..., 3C), channel order (3, h, d)."""
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        return F.linear(x, self.qkv.weight, bias)
+
+    def scale(self) -> Tensor:
+        """By what cosines are multiplied: (h, 1, 1) in at least float32."""
+        return at_least_float32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp()
+
     def forward(self, x: Tensor, grid: WindowGrid) -> Tensor:
         """x: (B, ..., C), a map as it is, neither padded nor shifted; grid: the windows to lay over it.
 
         Returns (B, ..., C).
         """
-        bias = None
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)  # (B, ..., 3C)
-        scale = at_least_float32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp()
+        qkv, scale = self.projected(x), self.scale()
         table = self.position_table(grid.window, x.device)
         if self.fused and self._fused_serves(qkv, grid):
             out = fused_window_attention(qkv, scale, table, grid, self.num_heads)

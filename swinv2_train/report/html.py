@@ -8,13 +8,13 @@ _MOST_TEXT, _MOST_FOLDED = 2000, 100_000
 """Characters of one piece of text on the page, and of one that is folded away."""
 
 
-def page_html(title: str, body: str) -> str:
-    """A whole page, its looks and scripts within it."""
+def page_html(title: str, body: str, looks: str = "") -> str:
+    """A whole page, its looks and scripts within it.  looks: more rules of its looks."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{esc(title)}</title><style>{_PAGE_CSS}{CHART_CSS}</style></head><body><main>{body}"
+        f"<title>{esc(title)}</title><style>{_PAGE_CSS}{CHART_CSS}{looks}</style></head><body><main>{body}"
         f"</main><script>{CHART_JS}</script></body></html>\n"
     )
 

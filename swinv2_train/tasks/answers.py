@@ -23,6 +23,15 @@ class Ask(NamedTuple):
     """What a class is called."""
 
 
+class Evidence(NamedTuple):
+    """A number that a model says of one image, for which its evidence in the image is asked (Grad-CAM)."""
+
+    text: str
+    """What it is, for people."""
+    score: Tensor
+    """(), with its graph."""
+
+
 class Answer(Protocol):
     """What is said of one image; plain numbers, texts and arrays."""
 
@@ -220,6 +229,10 @@ class DetectedObjects(NamedTuple):
 _NOT_FINITE = (
     "the model's scores are not finite numbers: its weights, or data.mean and data.std, are wrong; load others"
 )
+
+
+MOST_EVIDENCE = 4
+"""Of one image, where nothing says of which class."""
 
 
 def check_finite(scores: Tensor) -> None:

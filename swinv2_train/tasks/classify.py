@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,16 @@ from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.crop import eval_crop
 from swinv2_train.models import multiply_adds
 from swinv2_train.models.swin_v2 import SwinBlock
-from swinv2_train.tasks.answers import Ask, Classes, Columns, Prediction, Values
+from swinv2_train.tasks.answers import (
+    MOST_EVIDENCE,
+    Ask,
+    Classes,
+    Columns,
+    Evidence,
+    Prediction,
+    Values,
+    check_finite,
+)
 from swinv2_train.tasks.class_weights import class_weights
 from swinv2_train.tasks.clip_picture import PICTURE_CLIPS, clip_picture
 from swinv2_train.tasks.encoder import build_model
@@ -281,6 +290,25 @@ class ClassifyTask:
 
     def overlay(self, batch: Batch, number: int, answer: Any, names: Sequence[str] | None) -> None:
         return
+
+    def evidence(self, outputs: Tensor, number: int | None, name: Callable[[int], str]) -> list[Evidence]:
+        """Logits of the likeliest class, of the classes that apply (or the likeliest), or the numbers."""
+        logits = outputs[0].float()  # (classes,)
+        check_finite(logits)
+        numbers = [number] if number is not None else self._said(logits)
+        if self.task.target == "regression":
+            values = self.values(logits.detach())
+            return [Evidence(f"value {name(each)}: {float(values[each]):.4g}", logits[each]) for each in numbers]
+        shares = logits.detach().softmax(0) if self.task.target == "single" else logits.detach().sigmoid()
+        return [Evidence(f"{name(each)}: {100 * float(shares[each]):.1f} %", logits[each]) for each in numbers]
+
+    def _said(self, logits: Tensor) -> list[int]:
+        if self.task.target == "regression":
+            return list(range(min(len(logits), MOST_EVIDENCE)))
+        order: list[int] = logits.argsort(descending=True, stable=True)[:MOST_EVIDENCE].tolist()
+        if self.task.target == "single":
+            return order[:1]
+        return [each for each in order if float(logits[each].sigmoid()) > self.task.threshold] or order[:1]
 
     def features(self, forward: Forward, batch: Batch) -> Tensor:
         views = self._views(batch)

@@ -34,7 +34,7 @@ from swinv2_train.tasks.detect_views import DetectTransform
 from swinv2_train.tasks.detection_scores import DETECTIONS, check_installed, detection_records
 from swinv2_train.tasks.detections import Found
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import Normalise, meta_images, neutral_values, viewable
+from swinv2_train.tasks.inputs import Normalise, meta_images, neutral_values, picture_bands, viewable
 from swinv2_train.tasks.metrics import Metric
 from swinv2_train.tasks.paste import pasted
 from swinv2_train.tasks.task import Batch, Forward
@@ -84,6 +84,7 @@ class DetectTask:
 
     block_types = (SwinBlock,)
     predictions = None
+    evidence = "a detector's scores are of single boxes, which are cut out of several maps; it is not made for them"
 
     def __init__(self, config: Config, task: DetectConfig, device: torch.device) -> None:
         self.module = build_rcnn(config, task)
@@ -91,7 +92,7 @@ class DetectTask:
         self.multiply_adds = rcnn_multiply_adds(self.module)
         self.task = task
         self.normalise = Normalise.of(config, device)
-        self.picture_bands = config.data.picture_bands or (range(3) if config.model.in_chans >= 3 else (0,))
+        self.picture_bands = picture_bands(config)
         self.bands = Bands.of(config)
         img_size = pair("model.img_size", config.model.img_size)
         fill = neutral_values(config)

@@ -121,14 +121,19 @@ def neutral_values(config: Config) -> tuple[float, ...]:
     return tuple((mean - offset) / factor for mean, factor, offset in zip(data.mean, factors, offsets, strict=True))
 
 
-def viewable(values: Tensor, bands: Bands | None, picture_bands: Sequence[int]) -> np.ndarray:
+def picture_bands(config: Config) -> Sequence[int]:
+    """The bands that pictures show: red, green and blue, or one as grey."""
+    return config.data.picture_bands or (range(3) if config.model.in_chans >= 3 else (0,))
+
+
+def viewable(values: Tensor, bands: Bands | None, shown: Sequence[int]) -> np.ndarray:
     """An image as it is read, (C, H, W), as uint8 (H, W, 3): photographs as they are, values stretched."""
     from swinv2_train.report.pictures import stretch_limits, stretched
 
     pixels: np.ndarray = values.cpu().numpy()
     if bands is None:
         return pixels.transpose(1, 2, 0)
-    return stretched(pixels, picture_bands, stretch_limits(pixels, picture_bands))
+    return stretched(pixels, shown, stretch_limits(pixels, shown))
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:

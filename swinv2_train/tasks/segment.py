@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,10 +23,10 @@ from swinv2_train.data.transforms.segment import SegmentTrainView, eval_image
 from swinv2_train.distributed import all_reduce_max, sum_with_gradient
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.models.upernet import UPerNet, upernet_multiply_adds
-from swinv2_train.tasks.answers import Ask, ClassMap, Columns, check_finite
+from swinv2_train.tasks.answers import MOST_EVIDENCE, Ask, ClassMap, Columns, Evidence, check_finite
 from swinv2_train.tasks.dense_scores import Box, View, bands, tiles
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values, viewable
+from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, neutral_values, picture_bands, viewable
 from swinv2_train.tasks.metrics import CONFUSION, Mean, Metric, Sums
 from swinv2_train.tasks.pixel_loss import PixelLoss
 from swinv2_train.tasks.segment_picture import overlay_picture, segment_picture
@@ -122,7 +122,7 @@ class SegmentTask:
             SegmentTransform(config.data, img_size, train, bands=self.bands, task=task, fill=fill)
             for train in (True, False)
         )
-        self.picture_bands = config.data.picture_bands or (range(3) if config.model.in_chans >= 3 else (0,))
+        self.picture_bands = picture_bands(config)
 
     @staticmethod
     def preflight(task: SegmentConfig) -> None:
@@ -226,6 +226,22 @@ class SegmentTask:
     def overlay(self, batch: Batch, number: int, answer: ClassMap, names: Sequence[str] | None) -> np.ndarray:
         image = viewable(torch.from_numpy(batch["views"][number][0]), self.bands, self.picture_bands)
         return overlay_picture(image, answer.classes, self.task.ignore_index, names)
+
+    def evidence(self, outputs: dict[str, Tensor], number: int | None, name: Callable[[int], str]) -> list[Evidence]:
+        """A class's logits, summed over the pixels that get it (arXiv:2002.11434): of the commonest classes, or of the
+        one that is asked for, over all pixels where none gets it.
+        """
+        logits = outputs["logits"][0].float()  # (K, h, w)
+        check_finite(logits)
+        named = logits.argmax(dim=0)
+        counts = torch.bincount(named.flatten(), minlength=len(logits))  # (K,)
+        order = counts.argsort(descending=True, stable=True)[:MOST_EVIDENCE]
+        found = []
+        for each in [number] if number is not None else [int(one) for one in order if counts[one]]:
+            share = 100 * int(counts[each]) / named.numel()
+            pixels = named == each if counts[each] else torch.ones_like(named, dtype=torch.bool)
+            found.append(Evidence(f"{name(each)}: {share:.1f} % of the pixels", logits[each][pixels].sum()))
+        return found
 
     def _named(self, views: list[View], size: tuple[int, int]) -> np.ndarray:
         """The likeliest class of each pixel, (H, W) int64."""

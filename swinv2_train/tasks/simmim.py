@@ -25,7 +25,7 @@ from swinv2_train.report.pictures import captioned, grid, stretch_limits, stretc
 from swinv2_train.tasks.answers import Answer, Ask
 from swinv2_train.tasks.clip_picture import PICTURE_CLIPS, frames_in_a_row
 from swinv2_train.tasks.encoder import build_model
-from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images
+from swinv2_train.tasks.inputs import ImageTransform, Normalise, meta_images, picture_bands
 from swinv2_train.tasks.metrics import Mean, Metric
 from swinv2_train.tasks.task import Batch, Forward
 
@@ -55,6 +55,7 @@ class SimMIMTask:
 
     block_types = (SwinBlock,)
     predictions = None
+    evidence = "task=simmim names no class; fine-tune it first (task=classify task.init_from=RUN_DIR)"
 
     def __init__(self, config: Config, task: SimMIMConfig, device: torch.device) -> None:
         self.encoder = build_model(config.model, num_classes=0)
@@ -67,7 +68,7 @@ class SimMIMTask:
         self.normalise = Normalise.of(config, device)
         self.bands = Bands.of(config)
         self.local_mean = config.train.loss_mean == "local"
-        self.picture_bands = config.data.picture_bands or (range(3) if config.model.in_chans >= 3 else (0,))
+        self.picture_bands = picture_bands(config)
         self.picture_all_bands = config.data.picture_all_bands
         img_size = pair("model.img_size", config.model.img_size)
         self.train_transform, self.eval_transform = (

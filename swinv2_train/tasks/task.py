@@ -13,7 +13,7 @@ from swinv2_train.config import Config
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.tasks.answers import Answer, Ask, Columns
+from swinv2_train.tasks.answers import Answer, Ask, Columns, Evidence
 from swinv2_train.tasks.inputs import ImageTransform, Normalise
 from swinv2_train.tasks.metrics import Metric
 
@@ -24,6 +24,12 @@ Forward = Callable[..., Any]
 Picture = Callable[[Forward, Batch, Sequence[str] | None], np.ndarray]
 """Something to look at, uint8 (H, W, 3), from a few images of a batch and the names of the model's classes (None where
 these have numbers alone).
+"""
+
+EvidenceOf = Callable[[Any, int | None, Callable[[int], str]], list[Evidence]]
+"""What to explain of one image: from the module's outputs (of one image alone), the number of a class or of a value
+(None = what the model itself says, the first first) and what classes are called.  ConfigError for scores that are no
+numbers.
 """
 
 
@@ -98,7 +104,12 @@ class Task(Protocol):
     def predictions(self) -> Predictions | None: ...
 
     @property
-    def picture(self) -> Picture | None: ...
+    def picture(self) -> Picture | None:
+        """Of eval_transform's batches; where that needs no targets, the picture is of the images alone."""
+
+    @property
+    def evidence(self) -> EvidenceOf | str:
+        """What Grad-CAM explains; or why there is nothing, in one line."""
 
     def meta_batch(self, size: int) -> dict[str, Tensor]:
         """A training batch of `size` images without contents, on the meta device."""

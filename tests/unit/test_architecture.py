@@ -27,16 +27,17 @@ LAYERS = {
     "monitoring": 4,
     "report": 5,
     "tasks": 6, "engine": 6,
-    "evaluation": 7, "checkpoint": 7,
+    "evaluation": 7, "checkpoint": 7, "inspection": 7,
     "weights": 8,
     "training": 9,
     "planning": 10, "inference": 10,
     "train": 11, "evaluate": 11, "plan": 11, "export": 11, "status": 11, "make_shards": 11,
-    "doctor": 11, "stats": 11, "predict": 11, "embed": 11, "replay": 11,
+    "doctor": 11, "stats": 11, "predict": 11, "embed": 11, "look": 11, "replay": 11,
 }  # fmt: skip
 """A package imports packages of lower layers alone; the commands are the top layer, and nobody imports them."""
 COMMANDS = {
-    "train", "evaluate", "plan", "export", "status", "make_shards", "doctor", "stats", "predict", "embed", "replay",
+    "train", "evaluate", "plan", "export", "status", "make_shards", "doctor", "stats", "predict", "embed", "look",
+    "replay",
 }  # fmt: skip
 CONFINED = {
     "deepspeed": {"engine"},

@@ -11,6 +11,7 @@ import configparser
 import importlib
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torchvision
 
-from swinv2_train import embed, evaluate, export, make_shards, plan, predict, stats, weights
+from swinv2_train import embed, evaluate, export, look, make_shards, plan, predict, stats, weights
 from swinv2_train.config import ConfigError
 from swinv2_train.config.load import config_yaml
 from swinv2_train.data.shards.pattern import expand_commands
@@ -61,7 +62,8 @@ kill() {{ '{folder}/bin/kill' "$@"; }}
 """What is no program is the arguments of one; kill is bash's own."""
 PROGRAMS = (
     "python", ".venv/bin/python", "torchrun", "sbatch", "srun", "make", "pip", "git", "wandb", "pgrep", "kill", "tail",
-    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "swinv2-predict", "swinv2-embed", "launch/torchrun.sh",
+    "swinv2-status", "swinv2-doctor", "swinv2-make-shards", "swinv2-predict", "swinv2-embed", "swinv2-look",
+    "launch/torchrun.sh",
 )  # fmt: skip
 
 
@@ -132,6 +134,8 @@ def check(words: list[str], document: Path) -> None:
         predict.check_request(*predict.parse(arguments))
     elif program == "swinv2-embed":
         embed.parse(arguments)
+    elif program == "swinv2-look":
+        look.parse(arguments)
     elif program == "swinv2_train.export":
         export.parse(arguments)
     elif program == "swinv2_train.stats":
@@ -158,25 +162,32 @@ def check(words: list[str], document: Path) -> None:
         assert program in ("git", "wandb", "pgrep", "kill", "tail"), words
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_pasted_command_is_what_its_program_takes(document, tmp_path, monkeypatch, capsys):
-    """A quote too few, and bash hands on a thousand arguments, or Hydra another key."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the runs, weights and statistics that the commands name."""
+    place = tmp_path_factory.mktemp("place")
     classify = ("task=classify", "model=demo", "data=cifar10", "task.num_classes=10", "data.eval_shards=val/*.tar")
     for run, settings in {
-        "pretrain": ("task=simmim", "model=demo", "task.mask_unit_px=4", "data.eval_shards=val/*.tar"),
-        "finetune": classify,
-        "segment": ("task=segment", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
-        "detect": ("task=detect", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
-        "video": ("experiment=k400_tiny_256", "data.eval_shards=val/*.tar"),
+        "runs/pretrain": ("task=simmim", "model=demo", "task.mask_unit_px=4", "data.eval_shards=val/*.tar"),
+        "runs/finetune": classify,
+        "ft": classify,
+        "runs/segment": ("task=segment", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
+        "runs/detect": ("task=detect", "model=tiny", "data=labelled", "data.eval_shards=val/*.tar"),
+        "runs/video": ("experiment=k400_tiny_256", "data.eval_shards=val/*.tar"),
     }.items():
-        (tmp_path / "runs" / run).mkdir(parents=True)
-        text = config_yaml(composed([*settings, f"run_dir=runs/{run}", "data.shards=images/*.tar"]))
-        (tmp_path / "runs" / run / "config.yaml").write_text(text)
-    save_weights(swin_v2("tiny"), tmp_path / "swinv2_tiny_patch4_window8_256.pth", "microsoft")
-    (tmp_path / "ft").mkdir()
-    (tmp_path / "ft" / "config.yaml").write_text((tmp_path / "runs" / "finetune" / "config.yaml").read_text())
-    (tmp_path / "bands.yaml").write_text(f"shards: images\nmean: {[0.5] * 12}\nstd: {[0.25] * 12}\n")  # of swinv2-stats
+        (place / run).mkdir(parents=True)
+        text = config_yaml(composed([*settings, f"run_dir={run}", "data.shards=images/*.tar"]))
+        (place / run / "config.yaml").write_text(text)
+    save_weights(swin_v2("tiny"), place / "swinv2_tiny_patch4_window8_256.pth", "microsoft")
+    (place / "bands.yaml").write_text(f"shards: images\nmean: {[0.5] * 12}\nstd: {[0.25] * 12}\n")  # of swinv2-stats
+    return place
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_pasted_command_is_what_its_program_takes(document, place, tmp_path, monkeypatch, capsys):
+    """A quote too few, and bash hands on a thousand arguments, or Hydra another key."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     lines = pasted(document)
     words = started(document, tmp_path)
     assert bool(words) == any(re.match(r"[^#]", line) for line in lines)
