@@ -30,7 +30,7 @@ LAYERS = {
     "evaluation": 7, "checkpoint": 7, "inspection": 7,
     "weights": 8,
     "training": 9,
-    "planning": 10, "inference": 10,
+    "planning": 10, "inference": 10, "serving": 10,
     "train": 11, "evaluate": 11, "plan": 11, "export": 11, "status": 11, "make_shards": 11,
     "doctor": 11, "stats": 11, "predict": 11, "embed": 11, "look": 11, "replay": 11,
 }  # fmt: skip
@@ -50,6 +50,9 @@ CONFINED = {
     "huggingface_hub": {"weights"},
     "hydra": {"config"},
     "triton": {"models"},
+    "onnx": {"serving"},
+    "onnxruntime": {"serving"},
+    "onnxscript": {"serving"},
 }
 KERNELS = {"models/kernels/triton_attention.py"}  # Triton's language; the file can be imported without it
 

@@ -88,6 +88,7 @@ def test_bf16_stays_near_float64(case, mode):
     assert error < BF16_BOUNDS[mode], f"{error:.4f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_bf16_gradients_stay_near_those_of_float32(mode):
     """torch's own bf16 CPU LayerNorm loses most of its bias gradient over many tokens, which this bound catches

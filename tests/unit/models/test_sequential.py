@@ -44,7 +44,7 @@ def attended(attend, inputs) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("chunk", [1, 3, 5, 10**6])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 3, 5, 10**6])
 def test_output_and_all_gradients_equal_the_batched_path(chunk, shifted):
     """Shifted or not, padded or not, windows of all shapes, chunks that do not divide and that span two images."""
     kinds = [*itertools.product(MAPS, WINDOWS, (1, 2)), *itertools.product(CLIPS, CLIP_WINDOWS, (1, 2))]

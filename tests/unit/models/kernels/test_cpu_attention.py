@@ -259,6 +259,7 @@ def test_without_a_kernel_the_reference_serves(monkeypatch):
     assert torch.equal(*(model.eval()(images) for model in models))
 
 
+@pytest.mark.slow
 def test_meta_tensors_and_the_rules_of_torch_library():
     """The fake implementation and the real one give the same shapes and types."""
     grid = window_grid((9, 9), (4, 4), True)
