@@ -30,10 +30,10 @@ from swinv2_train.monitoring.console import open_console
 from swinv2_train.monitoring.metrics import LossWatch
 from swinv2_train.monitoring.run_log import RunLog
 from swinv2_train.runtime import StopRequest, arithmetic, keep_random_state, set_threads
-from swinv2_train.tasks import build_task
 from swinv2_train.training.bad_step import FOLDER, BadStep, read_bad_step
 from swinv2_train.training.build import build_run, open_sources
 from swinv2_train.training.loop import BadStepError, Run, close_loaders, loss_shares, open_prefetcher, take_step
+from swinv2_train.training.lora import build_trained_task
 from swinv2_train.training.lr_schedule import lr_at
 from swinv2_train.training.not_finite import FirstNotFinite, watching
 from swinv2_train.training.param_groups import build_param_groups
@@ -62,7 +62,7 @@ def replay(config: Config, _: None) -> list[str]:
         ):
             sources = open_sources(own, world, checkpoint, stop)._replace(evaluation=None)
             with on_meta():
-                task = build_task(own, world.device)
+                task = build_trained_task(own, world.device)
             task.begin(sources.training, sources.classes)
             groups = build_param_groups(task.module, own.optim)
             run = build_run(own, world, task, groups, sources, log, checkpoint, None, stop=stop)

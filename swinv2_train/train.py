@@ -47,7 +47,6 @@ from swinv2_train.runtime import (
     set_threads,
     tune_allocator,
 )
-from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 from swinv2_train.training import loop
 from swinv2_train.training.borrowed_process import borrowed_process
@@ -60,6 +59,7 @@ from swinv2_train.training.build import (
     write_run_files,
 )
 from swinv2_train.training.initial_weights import Initial, initial_weights, with_pinned_weights
+from swinv2_train.training.lora import build_trained_task
 from swinv2_train.training.lr_schedule import Reached, RunLength, run_length
 from swinv2_train.training.param_groups import build_param_groups
 from swinv2_train.training.patience import Patience
@@ -298,7 +298,7 @@ def decide_start(config: Config, world: World, stop: StopRequest) -> Start:
     if (reached.step >= length.last_step or patience.is_exhausted) and not unfinished:
         return Start(newest, reached, length, sources, probe, None, [], None, patience)
     with on_meta():  # each rank makes those of its own share, in the engine
-        task = build_task(config, world.device)
+        task = build_trained_task(config, world.device)
     task.begin(sources.training, sources.classes)
     groups = build_param_groups(task.module, config.optim)
     initial = initial_weights(config, task, world, sources.classes, stop) if newest is None else None

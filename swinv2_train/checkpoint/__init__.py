@@ -19,11 +19,12 @@ from swinv2_train.checkpoint.finding import (
     verified_checkpoint,
 )
 from swinv2_train.checkpoint.loading import device_note, ema_note, load_checkpoint, read_checkpoint_weights
-from swinv2_train.checkpoint.saved_state import COMPLETE, read_state
+from swinv2_train.checkpoint.saved_state import COMPLETE, SCALE, read_state
 from swinv2_train.checkpoint.saving import Save, SaveError
 
 __all__ = [
     "COMPLETE",
+    "SCALE",
     "Save",
     "SaveError",
     "checkpoint_classes",

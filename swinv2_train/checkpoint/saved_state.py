@@ -12,6 +12,8 @@ from swinv2_train.storage.json_files import file_name, mapping, number, optional
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
+SCALE = "lora_scale"
+"""In state.json what a run's adapters (LoRA) are multiplied by, where it has some."""
 MOST_RANKS = 2**20
 _COMPLETE_BYTES, _STATE_BYTES = 2**25, 2 * CLASSES_BYTES
 """The most that the files may hold: COMPLETE has 200 bytes for each file of a rank, state.json the classes' names."""
@@ -42,6 +44,7 @@ _SHAPE = record(
             may={name: whole() for name in ("images_seen", "bad_images", "seed", "lanes", "window_shards")},
         ),
         "classes": optional(CLASSES),
+        SCALE: number(0),
         "best": optional(record({"metric": text(200), "value": _score})),
     },
 )

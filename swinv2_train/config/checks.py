@@ -26,6 +26,7 @@ def check_config(config: Config) -> None:
     _check_labels(config)
     _check_hang_timeout(config)
     _check_moments(config)
+    _check_lora(config)
     _check_ema(config)
     _check_keep_best(config)
 
@@ -159,6 +160,28 @@ def _check_moments(config: Config) -> None:
         raise ConfigError(
             f"optim.betas ({betas}) with engine.optimizer_states (bf16): a bf16 average times {betas[1]:g} "
             "is rounded to what it was and never decays; set optim.betas=[0.9,0.99] or engine.optimizer_states=fp32"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    """What adapters are trained beside is trained no more, so it must come from somewhere."""
+    lora, task = config.optim.lora, config.task
+    if lora.rank == 0:
+        return
+    if not lora.targets:
+        raise ConfigError(
+            f"optim.lora.targets ([]) leaves no layer for adapters of optim.lora.rank ({lora.rank}); name some of "
+            "qkv, proj, fc1, fc2, or set optim.lora.rank=0"
+        )
+    if task.init_from is None:
+        raise ConfigError(
+            f"optim.lora.rank ({lora.rank}) keeps the encoder as it starts, and task.init_from is null: it would stay "
+            "random; name its weights, or set optim.lora.rank=0"
+        )
+    if task.init_bands == "fresh":
+        raise ConfigError(
+            f"optim.lora.rank ({lora.rank}) keeps the patch embedding as it starts, and with task.init_bands=fresh it "
+            "would stay random; set task.init_bands=mean or repeat, or optim.lora.rank=0"
         )
 
 

@@ -913,6 +913,16 @@ class ScheduleConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: Annotated[int, at_least(0)]
+    """Rank of the adapters that are trained in place of the encoder, which task.init_from gives; 0 = none."""
+    alpha: Annotated[float, positive()]
+    """What they add is multiplied by alpha / rank."""
+    targets: Annotated[list[str], each(one_of("qkv", "proj", "fc1", "fc2"))]
+    """The linear layers of each block that have one: qkv and proj of attention, fc1 and fc2 of the MLP."""
+
+
+@dataclass
 class OptimConfig:
     lr: Annotated[float, at_least(0)]
     """Peak learning rate at train.global_batch_size; never rescaled implicitly."""
@@ -928,6 +938,8 @@ class OptimConfig:
     """Parameters without weight decay: parts of their names, or "1d" for all with at most one dimension."""
     freeze: Annotated[list[str], each(non_empty())]
     """Parameters that are not trained: parts of their names (head off: [patch_embed, layers, norm]); [] = none."""
+    lora: LoraConfig
+    """Adapters of low rank (arXiv:2106.09685)."""
     layer_decay: Annotated[float, between(ABOVE_0, 1)]
     """Factor of the learning rate per layer, counted from the head; 1 = none (arXiv:2111.09883 appendix A2)."""
     encoder_lr_scale: Annotated[float, positive()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import itertools
 import os
 import socket
 import tempfile
@@ -24,6 +25,10 @@ from swinv2_train.runtime.seeds_and_threads import core_numbers, core_quota
 _KINDS: dict[str, type[ConfigError]] = {"away": OutageError, "wrong": ConfigError}
 """What goes before the text by which a rank tells the others why none of them can start: the kind of its error."""
 _ANSWER = datetime.timedelta(seconds=10)
+_stores: dict[tuple[str, int], TCPStore] = {}
+"""By address and port."""
+_groups = itertools.count()
+"""The groups that this process has joined; every rank of a run has joined as many."""
 
 
 def init_distributed(timeout_sec: int) -> World:
@@ -158,7 +163,8 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
     """The key-value store where the ranks find each other.
 
     torchrun's agent hosts one store for all attempts of a job, and torch reuses the addresses that the ranks of the
-    last attempt left in it: with gloo every restart then fails to connect.  So each attempt has its own prefix.
+    last attempt left in it: with gloo every restart then fails to connect.  So each attempt has its own prefix, and
+    within it each run of a program that trains several times.
     """
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         return HashStore()  # in this process; a file's would stay behind in the temporary folder
@@ -173,7 +179,7 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
     is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         address = socket.gethostbyname(host)
-        store = TCPStore(address, port, world_size, is_master=is_master, timeout=timeout, wait_for_workers=False)
+        store = _tcp_store(address, port, world_size, is_master, timeout)
     except socket.gaierror as error:
         kind = OutageError if error.errno == socket.EAI_AGAIN else ConfigError  # the name server did not answer
         raise kind(
@@ -191,9 +197,20 @@ def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
             f"{str(error).splitlines()[0]}; is rank 0 running there, and no firewall between?"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefixed = PrefixStore(f"attempt_{attempt}", store)
+    prefixed = PrefixStore(f"attempt_{attempt}_group_{next(_groups)}", store)
     _rendezvous(prefixed, rank, world_size, timeout)
     return prefixed
+
+
+def _tcp_store(address: str, port: int, world_size: int, is_master: bool, timeout: datetime.timedelta) -> TCPStore:
+    """Kept while the process lives: the ranks of a program that trains again meet there again."""
+    if (address, port) not in _stores:
+        _stores[address, port] = TCPStore(
+            address, port, world_size, is_master=is_master, timeout=timeout, wait_for_workers=False
+        )
+    store = _stores[address, port]
+    store.set_timeout(timeout)
+    return store
 
 
 def _rendezvous(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:

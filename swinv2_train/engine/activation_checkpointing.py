@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from swinv2_train.config import ConfigError, Recompute, parse_recompute
-from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.engine.host_copies import HostCopies
 
 Forward = Callable[..., Any]
@@ -42,7 +41,6 @@ def apply_recompute(module: nn.Module, policy: str, block_types: tuple[type[nn.M
             f"model.recompute ({policy}): the model's blocks ({len(blocks)} {names}) leave nothing to recompute; "
             "set model.recompute=none"
         )
-    avoid_compiler()  # the planner, too, which has no optimizer
     again = functools.partial(_cpu, HostCopies()) if recompute.place == "cpu" else _PLACES.get(recompute.place, _stay)
     for target in targets:
         assert "forward" not in vars(target), "this module is recomputed already"

@@ -12,5 +12,5 @@ def local_memory(
 ) -> EngineMemory:
     """What the one process of the local engine holds; arguments as for engine_memory (engine/build.py)."""
     memory = replicated_memory(sizes, ema)
-    memory.keep_earlier_gradients(sizes.parameters, accumulation_steps)
+    memory.keep_earlier_gradients(sizes.trained, accumulation_steps)
     return memory

@@ -76,22 +76,20 @@ class EngineMemory:
         """On top of what is resident, in the backward pass's place of peak."""
         return self.backward
 
-    def keep_earlier_gradients(self, parameters: int, accumulation_steps: int) -> None:
+    def keep_earlier_gradients(self, trained: int, accumulation_steps: int) -> None:
         """Count the gradients of a step's earlier micro-batches, which are there all the time."""
         if accumulation_steps > 1 and self.kept_gradient_bytes:
-            self.resident[GRADIENTS] = self.resident.get(GRADIENTS, 0) + int(self.kept_gradient_bytes * parameters)
+            self.resident[GRADIENTS] = self.resident.get(GRADIENTS, 0) + int(self.kept_gradient_bytes * trained)
             self.kept_gradient_bytes = 0.0
 
 
 def replicated_memory(sizes: ModelSizes, ema: bool) -> EngineMemory:
-    """Where every rank has the whole model in fp32: 4N weights, 8N of AdamW, 4N gradients, made one by one.
+    """Where every rank has the whole model in fp32: 4N weights, 8T of AdamW, 4T gradients, made one by one.
 
-    N: the parameters.  ema: averages of the weights are kept, 4N more (optim.ema_decay).  AdamW is fused and takes no
-    temporaries.
+    N: the parameters, T: those of them that are trained.  ema: averages are kept, 4T more (optim.ema_decay).
+    AdamW is fused and takes no temporaries.
     """
-    memory = EngineMemory(
-        resident={WEIGHTS: 4 * sizes.parameters, MOMENTS: 8 * sizes.parameters}, kept_gradient_bytes=4
-    )
+    memory = EngineMemory(resident={WEIGHTS: 4 * sizes.parameters, MOMENTS: 8 * sizes.trained}, kept_gradient_bytes=4)
     if ema:
-        memory.resident[EMA] = 4 * sizes.parameters
+        memory.resident[EMA] = 4 * sizes.trained
     return memory

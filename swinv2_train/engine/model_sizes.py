@@ -25,6 +25,7 @@ class ModelSizes:
 
     parameters: int
     largest_parameter: int
+    """Of those that are trained."""
     groups: tuple[int, ...]
     """Elements of each parameter group of the optimizer (with layer decay there are many)."""
     layers: LayerSizes
@@ -34,6 +35,11 @@ class ModelSizes:
     """Elements of each parameter outside of blocks."""
     synced_norms: tuple[int, ...] = ()
     """Channels of each norm whose statistics are of the images of all ranks (models/batch_norm.py)."""
+
+    @property
+    def trained(self) -> int:
+        """Of parameters, those that have a gradient, a master and moments."""
+        return sum(self.groups)
 
     @property
     def largest_group(self) -> int:

@@ -25,6 +25,16 @@ BIAS_HIDDEN = 512
 BIAS_RANGE = 16.0
 
 
+class QkvLinear(nn.Linear):
+    """The projection to queries, keys and values: no bias of its own, one may come with each call."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim * 3, bias=False)
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
 class WindowAttention(nn.Module):
     """Scaled cosine attention inside windows, with log-CPB (arXiv:2111.09883 sections 3.2 and 3.3).
 
@@ -62,7 +72,7 @@ class WindowAttention(nn.Module):
             nn.ReLU(inplace=True),
             Float32Linear(BIAS_HIDDEN, num_heads, bias=False),
         )
-        self.qkv = nn.Linear(dim, dim * 3, bias=False)
+        self.qkv = QkvLinear(dim)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = nn.Linear(dim, dim)
@@ -82,7 +92,7 @@ class WindowAttention(nn.Module):
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return F.linear(x, self.qkv.weight, bias)
+        return self.qkv(x, bias)
 
     def scale(self) -> Tensor:
         """By what cosines are multiplied: (h, 1, 1) in at least float32."""

@@ -19,6 +19,7 @@ from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.batch_norm import BatchNorm
 from swinv2_train.models.detection.layers import Drawn
 from swinv2_train.models.initial_rules import Constant, Normal, Rule, Uniform
+from swinv2_train.models.lora import A, B, LoraLinear
 from swinv2_train.models.swin_v2 import SwinBlock, SwinTransformerV2
 from swinv2_train.models.upernet import HeadConv2d
 
@@ -56,14 +57,16 @@ def initial_rule(model: nn.Module, name: str) -> Rule:
     """What a parameter of a SwinTransformerV2 or of a model around one starts from; its values are not looked at.
 
     Linear layers and the mask token: normal, 0.02; biases 0; norms 1 and 0, those of a block's two branches 0 and 0
-    (official code); convolutions as torch's (uniform, 1/sqrt(fan in)); necks and heads as their layers say; logit
-    scales log 10.
+    (official code); convolutions and adapters' A as torch's (uniform, 1/sqrt(fan in)), their B 0; necks
+    and heads as their layers say; logit scales log 10.
     """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     above, _, own_name = path.rpartition(".")
     if isinstance(owner, Drawn):
         return owner.initial if leaf == "weight" else Constant(0.0)
+    if isinstance(owner, LoraLinear) and leaf in (A, B):
+        return Uniform(1.0 / math.sqrt(owner.in_features)) if leaf == A else Constant(0.0)
     if isinstance(owner, nn.Linear):
         return Normal(STD) if leaf == "weight" else Constant(0.0)
     if isinstance(owner, HeadConv2d):

@@ -92,7 +92,8 @@ class Console:
         sys.stdout, sys.stderr = self._previous_streams
         for stream, buffered in zip(self._previous_streams, self._buffered, strict=True):
             if buffered and isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(line_buffering=False)
+                with contextlib.suppress(OSError, ValueError):  # it flushes, and its reader may have gone
+                    stream.reconfigure(line_buffering=False)
         if hasattr(faulthandler, "unregister"):
             faulthandler.unregister(signal.SIGUSR2)
         if not self._knew_crashes:
@@ -205,7 +206,7 @@ def _is_on(stream: TextIO, number: int) -> bool:
     """Whether the stream writes to the descriptor; a notebook's has none, or another one."""
     try:
         return stream.fileno() == number
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return False
 
 

@@ -84,7 +84,7 @@ def _of_norms(sizes: ModelSizes, accumulation: int) -> list[Collective]:
 
 
 def _of_engine(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward: float) -> list[Collective]:
-    stage, n, w = config.zero_stage, sizes.parameters, 2 if config.precision == "bf16" else 4
+    stage, n, w = config.zero_stage, sizes.trained, 2 if config.precision == "bf16" else 4
     buckets, g = buckets_of(config, sizes.layers), summed_bytes(config)
     norms = Collective(SUM, "norms", NORM_BYTES * len(sizes.groups), len(sizes.groups), 0.0)
     if stage == 3:
@@ -116,17 +116,17 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, accumulation: int, backward
         kept, later = kept + numel, later + sum(block)
     gathered = 2 * sum(blocks) + others - kept
     gathers = -(-gathered // buckets.prefetch_bucket_size) + 2 if buckets.prefetch_bucket_size else 2 * len(blocks)
-    scatters = -(-sizes.parameters // buckets.reduce_bucket_size) + 1
+    scatters = -(-sizes.trained // buckets.reduce_bucket_size) + 1
     beside = (1.0, backward) if config.overlap_comm else (0.0, 0.0)
     return [
         Collective(GATHER, "weights", w * accumulation * gathered, accumulation * gathers, beside[0]),
         Collective(
             SCATTER,
             "gradients",
-            summed_bytes(config) * accumulation * sizes.parameters,
+            summed_bytes(config) * accumulation * sizes.trained,
             accumulation * scatters,
             beside[1],
-            _last_bucket(sizes.parameters, buckets.reduce_bucket_size),
+            _last_bucket(sizes.trained, buckets.reduce_bucket_size),
         ),
         Collective(GATHER, "small parameters", w * sum(small), len(small), 0.0),
     ]

@@ -104,7 +104,7 @@ def memory_by_phase(
 ) -> MemoryPlan:
     """Engine, activations and loader, phase by phase."""
     accumulation = accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size)
-    kept = {GRADIENTS: int(engine.kept_gradient_bytes * sizes.parameters), TABLES: trace.backward.tables}
+    kept = {GRADIENTS: int(engine.kept_gradient_bytes * sizes.trained), TABLES: trace.backward.tables}
     phases = {
         FORWARD: _highest(
             _sum(engine.resident, engine.in_forward(trace, peak), _activations(peak)) for peak in trace.forward_peaks

@@ -161,7 +161,7 @@ def plan_speed(
         hidden=hidden,
         exposed=exposed,
         latency=latency,
-        optimizer=optimizer_seconds(config, hardware, sizes.parameters, ranks),
+        optimizer=optimizer_seconds(config, hardware, sizes.trained, ranks),
         images=config.train.global_batch_size,
         flops_per_image=passes.flops // config.train.micro_batch_size,
         link=ring(hardware, ranks)[0],

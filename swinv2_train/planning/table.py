@@ -123,7 +123,8 @@ def speed_lines(
     ]
     lines.append(length_line(steps, speed.step_sec, num_gpus))
     kept = STATE_BYTES[config.engine.optimizer_states] + (EMA_BYTES if config.optim.ema_decay is not None else 0)
-    size = kept * memory.sizes.parameters
+    frozen = memory.sizes.parameters - memory.sizes.trained
+    size = kept * memory.sizes.trained + (2 if config.engine.precision == "bf16" else 4) * frozen
     assert hardware.storage_gb_per_sec is not None, "complete"
     lines.append(
         f"checkpoint: {size / GIB:.2f} GiB over all ranks, {size / hardware.storage_gb_per_sec / 1e9:.3g} s to write"

@@ -27,8 +27,8 @@ from swinv2_train.models.precision import Float32LayerNorm
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.planning.meta_cache import Results, signature
 from swinv2_train.planning.op_cost import Operation, cost_of, fused, is_fused
-from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
+from swinv2_train.training.lora import build_trained_task
 
 ALLOCATION_UNIT = 512
 """CUDA's caching allocator rounds every request up to a multiple of this many bytes (c10/cuda/CUDACachingAllocator)."""
@@ -118,7 +118,7 @@ def meta_task(config: Config, on_cpu: bool = False) -> Task:
     on_cpu: it stands for one on the CPU, where inputs that "@cpu" moves to CPU memory stay where they are.
     """
     with on_meta():
-        task = build_task(config, META)
+        task = build_trained_task(config, META)
     if config.engine.precision == "bf16":
         task.module.bfloat16()
     if on_cpu:
@@ -153,7 +153,8 @@ def trace_step(config: Config, kept_gradient_bytes: float, on_cpu: bool = False)
 
     handles: list[Any] = []
     for parameter in module.parameters():
-        handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
     on_host = not on_cpu and config.model.recompute.endswith(("@cpu", "@fairscale"))
     handles += list(_follow(task.encoder, counter, on_host))
     weights = {parameter.untyped_storage()._cdata: parameter.nbytes for parameter in module.parameters()}

@@ -15,7 +15,7 @@ SUFFIXES = {"torch_export": ".pt2", "onnx": ".onnx"}
 SERVED_FORMATS = tuple(SUFFIXES)
 OPSETS = range(18, 24)
 OPSET = 20
-"""The first with Gelu and the bilinear grid of today's PyTorch; onnxruntime reads it since 1.17."""
+"""The first with Gelu as one operation; onnxruntime reads it since 1.17."""
 ONNX_ALONE = ("opset", "int8", "calibration_images")
 INT8 = ("dynamic", "static")
 

@@ -43,6 +43,7 @@ from swinv2_train.training.length_warnings import length_warnings
 from swinv2_train.training.loop import Run
 from swinv2_train.training.lr_schedule import Reached, batch_note, run_length
 from swinv2_train.training.monitor import Monitor
+from swinv2_train.training.param_groups import trained_note
 from swinv2_train.training.patience import Patience
 from swinv2_train.training.position import Position
 from swinv2_train.training.saver import Saver
@@ -130,6 +131,8 @@ def build_run(
         evaluation = EvalLoader(
             sources.evaluation, data, task.eval_transform, micro_batch, world.rank, world.world_size
         )
+    if note := trained_note(task.module):
+        log.say(note)
     for note in task.notes(sources.training):
         log.say(f"note: {note}")
     log.resume_at(state["step"])
@@ -186,7 +189,10 @@ def _identity(config: Config) -> dict[str, Any]:
     settings = dataclasses.asdict(config.model)
     model = {f"model.{key}": value for key, value in settings.items() if key not in MEMORY_KEYS}
     own = {"task.name": config.task.name, "optim.freeze": config.optim.freeze}
-    return {**own, **config.task.identity(), **model}
+    lora = {f"optim.lora.{key}": value for key, value in dataclasses.asdict(config.optim.lora).items()}
+    if config.optim.lora.rank == 0:
+        lora = {"optim.lora.rank": 0}
+    return {**own, **lora, **config.task.identity(), **model}
 
 
 def make_run_dir(run_dir: Path) -> None:

@@ -14,18 +14,21 @@ class ManualGC:
     """A context in which nothing is collected but by after_step.
 
     every_steps: how often; None leaves Python's collector as it is.  What exists at its beginning (modules, the model,
-    the engine) is set aside and not looked at inside.
+    the engine) is set aside and not looked at inside, but where the process has set things aside of its own: those
+    could not be told apart at the end.
     """
 
     def __init__(self, every_steps: int | None) -> None:
         self.every_steps = every_steps
-        self._was_enabled = True
+        self._was_enabled = self._freezes = True
 
     def __enter__(self) -> Self:
         if self.every_steps is not None:
             self._was_enabled = gc.isenabled()
+            self._freezes = gc.get_freeze_count() == 0
             gc.collect()
-            gc.freeze()
+            if self._freezes:
+                gc.freeze()
             gc.disable()
         return self
 
@@ -36,6 +39,7 @@ class ManualGC:
 
     def __exit__(self, *exc_info: object) -> None:
         if self.every_steps is not None:
-            gc.unfreeze()
+            if self._freezes:
+                gc.unfreeze()
             if self._was_enabled:
                 gc.enable()

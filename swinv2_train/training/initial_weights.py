@@ -20,6 +20,7 @@ from swinv2_train.distributed import World
 from swinv2_train.distributed.interruptible import on_main_unless_stopped
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.initial import on_meta
+from swinv2_train.models.lora import is_adapter
 from swinv2_train.models.windows import Axes
 from swinv2_train.runtime import StopRequest
 from swinv2_train.storage.lazy_tensors import LazyTensors
@@ -63,7 +64,8 @@ def initial_weights(
         return None
 
     def match() -> str:
-        shapes = {name: tuple(tensor.shape) for name, tensor in task.module.state_dict().items()}
+        own = task.module.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items() if not is_adapter(name)}
         fixed: dict[str, Head] = {"auto": "auto", "fresh": "fresh"}
         head: Head = fixed.get(init_head, Path(init_head))
         bands: Bands | None = config.task.init_bands

@@ -92,6 +92,15 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         raise ConfigError(f"optim.freeze ({', '.join(patterns)}) leaves nothing to train; leave a pattern out")
 
 
+def trained_note(module: nn.Module) -> str | None:
+    """How many of a module's parameters are trained, in words; None where all are."""
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in module.parameters()]
+    whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    if trained == whole:
+        return None
+    return f"note: {trained:,} of {whole:,} parameters are trained ({100 * trained / whole:.2g} %)"
+
+
 def no_decay_names(num_dims: dict[str, int], patterns: Iterable[str]) -> set[str]:
     """Names of the parameters without weight decay.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from swinv2_train.checkpoint import Save, load_checkpoint
 from swinv2_train.config import Config
@@ -12,6 +13,7 @@ from swinv2_train.engine import Engine
 from swinv2_train.monitoring.activity import RankActivity
 from swinv2_train.monitoring.profiling import CHECKPOINT, label
 from swinv2_train.monitoring.run_log import RunLog
+from swinv2_train.training.lora import adapter_state
 from swinv2_train.training.position import Position
 
 
@@ -39,7 +41,7 @@ class Saver:
 
     def save(self, score: float | None) -> None:
         """Write a checkpoint of this step.  score: this step's value of train.keep_best, where it was measured."""
-        train, state = self._config.train, self._position.state_dict()
+        train, state = self._config.train, self._state()
         best = (train.keep_best, score) if train.keep_best is not None and score is not None else None
         self.finish()
         started = time.perf_counter()
@@ -61,9 +63,12 @@ class Saver:
     def save_apart(self, folder: Path) -> None:
         """Write the state of this step to folder/checkpoints, as the only one there; the run's own stay as they are."""
         self.finish()
-        state = self._position.state_dict()
+        state = self._state()
         with self._activity.doing("saving"), label(CHECKPOINT):
             Save(folder, self._engine, state, self._world, 1, None, background=False).finish()
+
+    def _state(self) -> dict[str, Any]:
+        return self._position.state_dict() | adapter_state(self._config.optim)
 
     def wait_for_copy(self) -> None:
         """Wait until the optimizer may move, and log how long the last save held training up."""

@@ -20,6 +20,7 @@ from swinv2_train.config import ConfigError
 from swinv2_train.models import SimMIM, SwinTransformerV2, encoder_of
 from swinv2_train.models.upernet import UPerNet
 from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
+from swinv2_train.weights.adapters import with_adapters_merged
 from swinv2_train.weights.bands import Bands
 from swinv2_train.weights.files import open_weights
 from swinv2_train.weights.hub import fetched, pinned
@@ -61,8 +62,9 @@ def read_weights(path: str | Path, format: str | None = None, *, averaged: bool 
 
     path: a safetensors or torch file, a Hugging Face directory, a run or checkpoint directory of our own, or an address
     of a hub (hub.py), which is fetched.  format: one of FORMATS where the names are to be of that format; None = found
-    out.  averaged: the averages of a run's weights (optim.ema_decay) in place of these.  Raises ConfigError, naming
-    path, fault and remedy, for what is no such file, holds code, has names of no known format, or has no averages.
+    out.  averaged: the averages of a run's weights (optim.ema_decay) in place of these.  A run's adapters (optim.lora)
+    are merged into its weights.  Raises ConfigError, naming path, fault and remedy, for what is no such file, holds
+    code, has names of no known format, or has no averages.
     """
     origin = pinned(path)
     path = fetched(origin)
@@ -72,7 +74,7 @@ def read_weights(path: str | Path, format: str | None = None, *, averaged: bool 
         if format is not None:
             raise ConfigError(f"{path} is a run directory of our own, not a file of format={format}; leave format out")
         checkpoint = find_checkpoint(path)
-        entries = read_checkpoint_weights(checkpoint, averaged).entries
+        entries = with_adapters_merged(read_checkpoint_weights(checkpoint, averaged).entries, checkpoint)
         return ConvertedWeights(entries, str(checkpoint), "run", {name: (name,) for name in entries}, ())
     if averaged:
         raise ConfigError(f"{origin} is no run or checkpoint of our own, whose averages ema=true takes; leave it out")

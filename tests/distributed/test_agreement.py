@@ -115,7 +115,7 @@ def test_a_rank_whose_store_dies_says_so(monkeypatch):
 import datetime, os
 from torch.distributed import TCPStore
 store = TCPStore("127.0.0.1", {port}, 2, is_master=True, wait_for_workers=False)
-store.wait(["attempt_0/rank_1"], datetime.timedelta(seconds=30))
+store.wait(["attempt_0_group_0/rank_1"], datetime.timedelta(seconds=30))
 os._exit(9)
 """
     killed = forked_code(code)

@@ -236,13 +236,14 @@ def test_another_thread_trains_and_a_second_one_has_to_wait(words):
 
 
 @pytest.mark.slow
-def test_every_rank_of_a_script_is_told_the_same(words):
-    """As under torchrun: rank 0 alone has written what they are told of."""
+def test_every_rank_of_a_script_is_told_the_same_of_one_run_after_the_other(words):
+    """As under torchrun: rank 0 alone has written what they are told of, and a second run meets where the first did."""
     scored = words(
         "run", "engine=zero2", "engine.precision=fp32", "train.eval_every_steps=1", "train.keep_best=val/loss"
     )
-    first, second = run_distributed(lambda world: s2.train(*scored), 2, init=False)
-    assert first == second and first.complete and first.best_score is not None
+    more = [word.replace("train.max_steps=3", "train.max_steps=4") for word in scored]
+    first, second = run_distributed(lambda world: [s2.train(*scored), s2.train(*more)], 2, init=False)
+    assert first == second and [run.step for run in first] == [3, 4] and first[1].best_score is not None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Bytes that DeepSpeed's engine holds on one rank: weights, gradients, optimizer and buffers, each by its formula.
 
-N parameters of the model, W ranks, S the largest parameter group's share of a rank, w bytes of a weight (2 bf16, 4
+N parameters of the model, of which T are trained (N in the table where all are), W ranks, S the largest parameter group's share of a rank, w bytes of a weight (2 bf16, 4
 fp32).  The formulas are read from DeepSpeed 0.19.8 and torch's AdamW, and were checked allocation by allocation
 (benchmarks/planner_memory_cpu_202611.md):
 
@@ -81,7 +81,8 @@ class Gathering:
         places = [place for place, _ in trace.gradients]
         first = places.index(peak.place) if peak.place in places else 0
         to_come = [numel for _, numel in trace.gradients[first:]]
-        parts = self._live(trace, peak, sum(to_come))
+        frozen = trace.num_parameters - sum(numel for _, numel in trace.gradients)  # they may all be still to come
+        parts = self._live(trace, peak, sum(to_come) + frozen)
         if peak.place in self._places_of_exchange(trace.gradients):
             exchanged = self.element_bytes * self.bucket + 4 * self.bucket // self.world_size
             gathered = min(self.copied, max(to_come) if self.one_by_one else sum(to_come))
@@ -126,7 +127,8 @@ def zero_memory(
     config: EngineConfig, sizes: ModelSizes, world_size: int, accumulation_steps: int, on_cpu: bool, ema: bool
 ) -> EngineMemory:
     """The formulas above for one configuration; arguments as for engine_memory (engine/build.py)."""
-    share = -(-sizes.parameters // world_size)
+    share = -(-sizes.trained // world_size)
+    weights = -(-sizes.parameters // world_size)
     if config.zero_stage == 0:
         memory = _zero_0(sizes, world_size, ema)
     elif config.zero_stage == 3:
@@ -137,8 +139,8 @@ def zero_memory(
         memory.resident[EMA] = 4 * share
     if on_cpu and config.zero_stage in (1, 2) and world_size > 1:  # gloo gathers into a copy
         memory.step[COPIES] = _weight_bytes(config) * sizes.largest_group
-    memory.keep_earlier_gradients(sizes.parameters, accumulation_steps)
-    _offload(memory, config, share)
+    memory.keep_earlier_gradients(sizes.trained, accumulation_steps)
+    _offload(memory, config, share, weights)
     return memory
 
 
@@ -163,23 +165,23 @@ def _state_bytes(config: EngineConfig) -> int:
 def _zero_0(sizes: ModelSizes, world_size: int, ema: bool) -> EngineMemory:
     memory = replicated_memory(sizes, ema)
     if world_size > 1:
-        memory.exchange = {COPIES: 4 * min(sizes.parameters, EXCHANGED_TOGETHER)}
+        memory.exchange = {COPIES: 4 * min(sizes.trained, EXCHANGED_TOGETHER)}
     return memory
 
 
 def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> EngineMemory:
-    n, w, state = sizes.parameters, _weight_bytes(config), _state_bytes(config)
+    n, w, state = sizes.trained, _weight_bytes(config), _state_bytes(config)
     share = -(-n // world_size)
     if config.zero_stage == 1 and config.precision == "bf16" and config.offload_optimizer == "none":
         return EngineMemory(
-            resident={WEIGHTS: 2 * n, GRADIENTS: 4 * n, MASTERS: 4 * share, MOMENTS: 8 * share},
+            resident={WEIGHTS: 2 * sizes.parameters, GRADIENTS: 4 * n, MASTERS: 4 * share, MOMENTS: 8 * share},
             # The fp32 gradients in one piece, and again in bf16 where they are summed so.
             exchange={COPIES: (6 if summed_bytes(config) == 2 else 4) * min(n, EXCHANGED_TOGETHER) * (world_size > 1)},
             kept_gradient_bytes=2,
         )
     buckets = buckets_of(config, sizes.layers)
     return EngineMemory(
-        resident={WEIGHTS: w * n, MASTERS: state * share, MOMENTS: 2 * state * share},
+        resident={WEIGHTS: w * sizes.parameters, MASTERS: state * share, MOMENTS: 2 * state * share},
         backward={
             BUCKETS: w * buckets.reduce_bucket_size * (2 if config.overlap_comm else 1),
             COPIES: (w + _wider_copy(config)) * buckets.reduce_bucket_size
@@ -191,12 +193,12 @@ def _zero_1_2(config: EngineConfig, sizes: ModelSizes, world_size: int) -> Engin
 
 def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bool) -> EngineMemory:
     w, state = _weight_bytes(config), _state_bytes(config)
-    share, group = -(-sizes.parameters // world_size), -(-sizes.largest_group // world_size)
+    share, group = -(-sizes.trained // world_size), -(-sizes.largest_group // world_size)
     buckets, largest_block = buckets_of(config, sizes.layers), sizes.layers.largest_block
     copied = largest_block if on_cpu else max(largest_block, buckets.prefetch_bucket_size)
     return Zero3Memory(
         resident={
-            WEIGHTS: w * (share + sizes.layers.small),
+            WEIGHTS: w * (-(-sizes.parameters // world_size) + sizes.layers.small),
             MASTERS: state * share,
             MOMENTS: 2 * state * share,
             GRADIENTS: 4 * share,
@@ -215,17 +217,17 @@ def _zero_3(config: EngineConfig, sizes: ModelSizes, world_size: int, on_cpu: bo
     )
 
 
-def _offload(memory: EngineMemory, config: EngineConfig, share: int) -> None:
-    """Move what config.engine offloads from the accelerator."""
+def _offload(memory: EngineMemory, config: EngineConfig, trained: int, parameters: int) -> None:
+    """Move what config.engine offloads from the accelerator.  trained, parameters: a rank's share of them."""
     moved = {"cpu": memory.host, "nvme": memory.disk}
     if config.offload_optimizer != "none":
         target = moved[config.offload_optimizer]
         for part in (MASTERS, MOMENTS, EMA):
             if part in memory.resident:
                 target[part] = memory.resident.pop(part)
-        memory.host[GRADIENTS] = memory.resident.pop(GRADIENTS, 0) + 4 * share + memory.step.pop(GRADIENTS, 0)
+        memory.host[GRADIENTS] = memory.resident.pop(GRADIENTS, 0) + 4 * trained + memory.step.pop(GRADIENTS, 0)
         memory.kept_gradient_bytes = 0.0
     if config.offload_param != "none":
-        weights = _weight_bytes(config) * share
+        weights = _weight_bytes(config) * parameters
         memory.resident[WEIGHTS] -= weights
         moved[config.offload_param][WEIGHTS] = weights

@@ -81,7 +81,8 @@ def test_a_step_takes_what_the_formulas_say(engine: str) -> None:
 
 
 def model_sizes_of(parameters: int, largest_parameter: int, largest_group: int, layers: LayerSizes) -> ModelSizes:
-    return ModelSizes(parameters, largest_parameter, (largest_group,), layers, blocks=(), others=())
+    groups = (largest_group, parameters - largest_group)
+    return ModelSizes(parameters, largest_parameter, groups, layers, blocks=(), others=())
 
 
 def test_the_bytes_of_giant() -> None:

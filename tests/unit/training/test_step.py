@@ -191,6 +191,22 @@ def test_garbage_is_left_to_python_without_a_period():
     assert gc.isenabled() == enabled
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_a_process_has_set_aside_of_its_own_stays_so(frozen):
+    """A program's, or a fork's of what belongs to its parent: a run inside it has no right to collect that."""
+
+    def body(_: object) -> tuple[bool, bool]:
+        if not frozen:
+            gc.unfreeze()
+        before = gc.get_freeze_count()
+        with ManualGC(1) as manual_gc:
+            inside = gc.get_freeze_count()
+            manual_gc.after_step(1)
+        return inside > 0, abs(gc.get_freeze_count() - before) < 100
+
+    assert run_distributed(body, 1, init=False) == [(True, True)]
+
+
 def reference_adamw(weight: torch.Tensor, gradients: list[torch.Tensor], lr: float, decay: float) -> torch.Tensor:
     """arXiv:1711.05101 algorithm 2 in float64; betas 0.9 and 0.999, eps 1e-8."""
     w, first, second = weight.double(), torch.zeros_like(weight).double(), torch.zeros_like(weight).double()
@@ -239,8 +255,10 @@ def test_attention_of_our_own_and_recomputation_do_not_import_the_compiler():
 import sys
 import torch
 from swinv2_train.engine.activation_checkpointing import apply_recompute
+from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.models import swin_v2
 from swinv2_train.models.swin_v2 import SwinBlock
+avoid_compiler()
 model = swin_v2("tiny", img_size=32, window_size=4, fused_attention=True)
 apply_recompute(model, "blocks", (SwinBlock,))
 model(torch.randn(1, 3, 32, 32)).sum().backward()
