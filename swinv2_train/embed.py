@@ -11,6 +11,7 @@
                                  none
   run_dir=DIR [checkpoint=DIR]   a run's newest complete checkpoint, or the one that is named
   weights=PATH [format=NAME]     other weights of any known format, with or without a run's configuration
+  weights=hf://USER/NAME         the same from the Hugging Face hub; [@REVISION][/FILE] behind it say which
   ema=true                       the averages of a run's weights in place of these
 
 and [KEY=VALUE ...] overrides of the configuration.  Any number of processes (torchrun).  The same command again goes on
@@ -93,7 +94,7 @@ def embed(config: Config, request: EmbedRequest) -> dict[str, Any]:
     sweep(config, over, vectors, journal, writer.rows)
     writer.close()
     line = on_main(world, lambda: finish(config, request, journal, source, shapes))
-    line = {"weights" if request.model.weights else "checkpoint": str(weights), **line}
+    line = {"weights" if request.model.weights else "checkpoint": weights, **line}
     on_main(world, lambda: print(json.dumps(line)))
     shutdown_distributed()
     return line

@@ -3,6 +3,7 @@
   run_dir=DIR [checkpoint=DIR]                  a run's newest complete checkpoint, or the one that is named
   weights=PATH [format=NAME] run_dir=DIR        other weights, with the run's configuration
   weights=PATH [format=NAME] [GROUP=OPTION]     other weights, with a configuration as the train command composes it
+  weights=hf://USER/NAME[@REVISION][/FILE]      the same from the Hugging Face hub
   ema=true                                      the averages of a run's weights (optim.ema_decay) in place of these
 
 and, with each: [KEY=VALUE ...] overrides of the configuration; out=DIR writes evaluation.json (each class, each split)
@@ -53,6 +54,7 @@ from swinv2_train.tasks.task import Forward, Picture, Task
 from swinv2_train.training.attention_paths import compile_kernel
 from swinv2_train.training.preflight import preflight
 from swinv2_train.weights import Head, LoadReport, load_weights, read_weights, weights_classes
+from swinv2_train.weights.hub import fetch_on_every_host, pinned
 from swinv2_train.weights.matching import read_indices
 
 OWN_KEYS = ("checkpoint", "weights", "format", "ema", "out", "crop_pcts")
@@ -87,6 +89,9 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     world = init_distributed(config.runtime.process_group_timeout_sec)
     check_agreement(config)
     set_threads(config.runtime.num_threads, world.cores)
+    if request.weights is not None:
+        address = request.weights
+        request = dataclasses.replace(request, weights=on_main(world, lambda: pinned(address)))
     notes: list[str] = []
     for note in request.notes if world.is_main else ():
         print(note, file=sys.stderr, flush=True)
@@ -200,7 +205,8 @@ def _pixel_classes(config: Config, request: EvaluateRequest) -> tuple[str, ...] 
 def load(task: Task, config: Config, request: EvaluateRequest, world: World) -> dict[str, Any]:
     """Put the weights that are asked for into the task's module, on every rank; returns where they come from."""
     if request.weights is not None:
-        origin, path = "weights", Path(request.weights)
+        origin, path = "weights", request.weights
+        fetch_on_every_host(path, world)
     else:
         origin, path = "checkpoint", on_main(world, lambda: find_checkpoint(Path(request.checkpoint or config.run_dir)))
     problem: ConfigError | None = None
@@ -212,11 +218,11 @@ def load(task: Task, config: Config, request: EvaluateRequest, world: World) -> 
         problem = error
     raise_together(problem)
     if origin == "weights" and world.is_main:
-        print(shown(report, MESSAGE_CHARACTERS, lines=True), file=sys.stderr)
+        print(shown(f"weights from {path}: {report}", MESSAGE_CHARACTERS, lines=True), file=sys.stderr)
     return {origin: str(path), **({"ema": request.ema} if origin == "checkpoint" or request.ema else {})}
 
 
-def wanted_head(module: nn.Module, init_head: str, path: Path, format: str | None) -> Head:
+def wanted_head(module: nn.Module, init_head: str, path: str | Path, format: str | None) -> Head:
     """The rows that the file task.init_head lists, where the weights have another number of classes than the model.
 
     Otherwise the head that the weights have: a run that began with such a file has no use for it any more.

@@ -1,14 +1,19 @@
 """``python -m swinv2_train.export run_dir=DIR format=NAME out=PATH``: a run's weights, for everybody else to load.
 
   format=microsoft|timm out=FILE               .safetensors, or .pth as torch.save writes it
-  format=huggingface out=DIR                   model.safetensors, config.json, preprocessor_config.json
+  format=timm out=DIR                          model.safetensors, config.json and README.md, as timm keeps it on a hub
+  format=huggingface out=DIR                   model.safetensors, config.json, preprocessor_config.json, and README.md,
+                                               the model card; license=NAME is what it says of the licence
+  hub=USER/NAME                                and push that directory to the Hugging Face hub: hub_private=true makes
+                                               the repository private, hub_revision=BRANCH is another one than main
   format=torch_export out=FILE.pt2             a program that torch alone runs, checked against the model
   format=onnx out=FILE.onnx                    a graph for onnxruntime, checked too; [opset=N] [int8=dynamic|static]
   dynamic_size=true preprocess=true            of these two: images of any size; pixels in place of normalised images
   checkpoint=DIR                               another checkpoint than the newest
   ema=true                                     the averages of the run's weights (optim.ema_decay) in place of these
   weights=PATH [weights_format=NAME]           other weights of any known format; without run_dir the configuration is
-                                               composed as the train command does: task=classify model=base ...
+                                               composed as the train command does: task=classify model=base ...;
+                                               hf://USER/NAME[@REVISION][/FILE] are those of a hub
 
 The weights are the float32 masters of the run, and one parameter at a time is in memory.  docs/weights.md and
 docs/serving.md have examples.
@@ -51,7 +56,8 @@ def parse(arguments: list[str]) -> tuple[Config, ExportRequest | ServingRequest]
             raise ConfigError(f"{key} is of format={formats}, not of format={given['format']}; leave it out")
     if given["format"] in SERVED_FORMATS:
         return config, parse_request(given)
-    own: dict[str, Any] = {**given, "out": Path(given["out"]), "ema": own_flag(given, "ema")}
+    flags = {key: own_flag(given, key) for key in ("ema", "hub_private")}
+    own: dict[str, Any] = {**given, "out": Path(given["out"]), **flags}
     return config, ExportRequest(**own)
 
 

@@ -147,14 +147,14 @@ def page_of(config: Config, request: LookRequest, over: Sweep) -> tuple[str, dic
             sections.append(image_section(eye.looked(seen)))
             say(f"image {len(sections)}: {seen.key}")
     heading = Heading(
-        title=f"{(weights if request.model.weights else Path(config.run_dir).resolve()).name}: a look inside",
+        title=f"{Path(weights if request.model.weights else config.run_dir).resolve().name}: a look inside",
         lines=facts_of(config, weights, len(sections), source, gallery),
         absent=eye.absent,
         unreadable=unreadable,
         config=without_secrets(config_yaml(config)),
     )
     return look_page(heading, sections), {
-        "weights" if request.model.weights else "checkpoint": str(weights), "shown": len(sections),
+        "weights" if request.model.weights else "checkpoint": weights, "shown": len(sections),
         "images": source.num_samples, "gallery": 0 if gallery is None else len(gallery.numbers),
         "unreadable": len(unreadable), "unreadable_images": list(unreadable)[:_LISTED], "not_shown": list(eye.absent),
     }  # fmt: skip
@@ -206,7 +206,7 @@ def open_gallery(
     return computed_gallery(config, model, other, request.max_gallery, say)
 
 
-def facts_of(config: Config, weights: Path, shown: int, source: Source, gallery: Gallery | None) -> list[str]:
+def facts_of(config: Config, weights: str, shown: int, source: Source, gallery: Gallery | None) -> list[str]:
     """What the page is of, a line each."""
     height, width = pair("model.img_size", config.model.img_size)
     found = [

@@ -6,6 +6,7 @@
                                  and their pixels of a segmentation; boxes, scores and masks of a detector; or "error"
   run_dir=DIR [checkpoint=DIR]   a run's newest complete checkpoint, or the one that is named
   weights=PATH [format=NAME]     other weights of any known format, with or without a run's configuration
+  weights=hf://USER/NAME         the same from the Hugging Face hub; [@REVISION][/FILE] behind it say which
   ema=true                       the averages of a run's weights in place of these
   top_k=5                        of a classifier: how many classes a row names at most
   maps=DIR                       of a segmentation: where the label images go (default: FILE_maps); grey is the class
@@ -78,7 +79,7 @@ def predict(config: Config, request: PredictRequest) -> dict[str, Any]:
     writer = RowWriter(model, ask, request, source)
     sweep(config, over, model.transform, journal, writer.rows)
     line = on_main(world, lambda: finish(request, columns, journal, source.num_samples))
-    line = {"weights" if request.model.weights else "checkpoint": str(weights), **line}
+    line = {"weights" if request.model.weights else "checkpoint": weights, **line}
     on_main(world, lambda: print(json.dumps(line)))
     shutdown_distributed()
     return line

@@ -58,7 +58,7 @@ from swinv2_train.training.build import (
     open_sources,
     write_run_files,
 )
-from swinv2_train.training.initial_weights import Initial, initial_weights
+from swinv2_train.training.initial_weights import Initial, initial_weights, with_pinned_weights
 from swinv2_train.training.lora import build_trained_task
 from swinv2_train.training.lr_schedule import Reached, RunLength, run_length
 from swinv2_train.training.param_groups import build_param_groups
@@ -125,6 +125,7 @@ def run_to_end(config: Config) -> End:
         try:
             with outage_recorded(run_dir, lock):
                 world = join(config, stops)
+                config = with_pinned_weights(config, world, stop)
                 start = settled_start(config, world, stop, lock)
         except StopNow as stopped:
             saved = on_main(world, lambda: newest_checkpoint(run_dir) is not None)

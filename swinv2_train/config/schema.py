@@ -157,7 +157,7 @@ class TaskConfig:
     name: str
     """simmim, classify, segment or detect."""
     init_from: Annotated[str | None, PATH]
-    """Weights that a new run starts from: a run, a checkpoint or a file of any known format; null = fresh ones."""
+    """Weights that a new run starts from: a run, checkpoint or file of any format, or hf://USER/NAME; null = fresh."""
     init_format: str | None
     """Format of init_from: microsoft, simmim, timm, huggingface, mmpretrain or torchvision; null = by its names."""
     init_head: Annotated[str, PATH]
@@ -171,6 +171,12 @@ class TaskConfig:
     """MODULE:CLASS that is the task; imported when the task is built."""
     scores: ClassVar[tuple[str, ...]]
     """What it measures on the evaluation shards."""
+    purpose: ClassVar[str] = "images"
+    """What its models are for, as a model card says it."""
+    pipeline_tag: ClassVar[str] = "image-feature-extraction"
+    """What hubs call that."""
+    transformers_class: ClassVar[str] = "AutoModel"
+    """The class of transformers that takes its models."""
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -228,6 +234,17 @@ class TaskConfig:
     def check_ranks(self, ranks: int, accumulation_steps: int) -> None:
         """What a training run asks of its number of processes, and of the micro-batches of a step on each."""
 
+    def augmentations(self, data: DataConfig) -> list[str]:
+        """What happens to a training image, in words."""
+        low, high = data.crop_scale
+        return [f"random crops of {low:g} to {high:g} of the area", *flips(data)]
+
+
+def flips(data: DataConfig) -> list[str]:
+    """How training images are mirrored and turned, in words."""
+    flipped = [f"flipped with probability {data.hflip:g}"] if data.hflip else []
+    return [*flipped, "turned by quarters and mirrored"] if data.dihedral else flipped
+
 
 @dataclass
 class SimMIMConfig(TaskConfig):
@@ -240,6 +257,12 @@ class SimMIMConfig(TaskConfig):
 
     implementation: ClassVar[str] = "swinv2_train.tasks.simmim:SimMIMTask"
     scores: ClassVar[tuple[str, ...]] = ("val/loss",)
+    purpose: ClassVar[str] = "masked image modelling (SimMIM)"
+    transformers_class: ClassVar[str] = "Swinv2ForMaskedImageModeling"
+
+    def augmentations(self, data: DataConfig) -> list[str]:
+        hidden = f"{self.mask_ratio:g} of the squares of {self.mask_unit_px} px hidden"
+        return [*super().augmentations(data), hidden]
 
     def check(self, config: Config) -> None:
         """A mask is made of whole patches and fills the image."""
@@ -318,6 +341,20 @@ class ClassifyConfig(TaskConfig):
 
     implementation: ClassVar[str] = "swinv2_train.tasks.classify:ClassifyTask"
     scores: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys(each for own in _TARGET_SCORES.values() for each in own))
+    purpose: ClassVar[str] = "image classification"
+    pipeline_tag: ClassVar[str] = "image-classification"
+    transformers_class: ClassVar[str] = "AutoModelForImageClassification"
+
+    def augmentations(self, data: DataConfig) -> list[str]:
+        words = {
+            f"RandAugment {self.rand_augment}": self.rand_augment,
+            f"colours jittered by {self.color_jitter:g}": self.color_jitter,
+            f"a box erased with probability {self.erasing_prob:g}": self.erasing_prob,
+            f"mixup {self.mixup_alpha:g}": self.mixup_alpha,
+            f"CutMix {self.cutmix_alpha:g}": self.cutmix_alpha,
+            f"labels smoothed by {self.label_smoothing:g}": self.label_smoothing,
+        }
+        return [*super().augmentations(data), *(text for text, used in words.items() if used)]
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -501,6 +538,14 @@ class SegmentConfig(TaskConfig):
 
     implementation: ClassVar[str] = "swinv2_train.tasks.segment:SegmentTask"
     scores: ClassVar[tuple[str, ...]] = ("val/loss", "val/miou", "val/macc", "val/aacc")
+    purpose: ClassVar[str] = "semantic segmentation"
+    pipeline_tag: ClassVar[str] = "image-segmentation"
+    transformers_class: ClassVar[str] = "UperNetForSemanticSegmentation"
+
+    def augmentations(self, data: DataConfig) -> list[str]:
+        low, high = self.resize_scale
+        sides = f"resized into {self.resize_long_px} x {self.resize_short_px} px times {low:g} to {high:g}, then cut"
+        return [sides, *flips(data), *(["colours changed at random"] if self.photometric else [])]
 
     @property
     def pixel_classes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,26 @@ from swinv2_train.weights.huggingface import CONFIG_BYTES, CONFIG_DEFAULTS, PIL_
 _BLOCK = re.compile(r"(?:encoder\.)?layers\.(\d+)\.blocks\.(\d+)\.attn\.logit_scale")
 _PUBLISHED = re.compile(r"swinv2_\w*?window(\d+)(?:to(\d+))?_(?:\d+to)?(\d+)")
 """Microsoft's and timm's names: swinv2_base_patch4_window12to16_192to256_22kto1k_ft, swinv2_tiny_window8_256."""
-_SIZE = {"model.embed_dim", "model.depths", "model.num_heads"}
 _RESAMPLING = {number: name for name, number in PIL_RESAMPLING.items()}
 
 Implied = dict[str, Any]
 """Values by configuration key."""
 
 
-def implied(weights: ConvertedWeights, path: Path, given: Collection[str] = ()) -> Implied:
+def implied(weights: ConvertedWeights, path: Path) -> Implied:
     """Values of the keys that the weights at path and what lies beside them determine; what the user says comes first.
 
-    given: keys that the user says.  Raises ConfigError for weights that are no encoder of a published size, where it is
-    not said of which.
+    Raises ConfigError for weights that are no encoder.
     """
-    found: Implied = {**_of_shapes(weights, given), **_of_name(path.name)}
+    found: Implied = {**_of_shapes(weights), **_of_name(path.name)}
     directory = path.parent if path.name in HUGGINGFACE_FILES else path
     config = _read(directory / "config.json")
     if config.get("model_type") == "swinv2":
         found |= _of_transformers(config, path) | _of_preprocessor(_read(directory / "preprocessor_config.json"))
     elif isinstance(config.get("pretrained_cfg"), dict):
+        given = config.get("model_args")
         found |= _of_name(str(config.get("architecture"))) | _of_timm(config["pretrained_cfg"])
+        found |= _of_timm_arguments(given if isinstance(given, dict) else {})
     return found
 
 
@@ -45,23 +45,23 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={_word(value)}" for key, value in values.items()]
 
 
-def _of_shapes(weights: ConvertedWeights, given: Collection[str]) -> Implied:
+def _of_shapes(weights: ConvertedWeights) -> Implied:
     shapes = {name: entry.shape for name, entry in weights.entries.items()}
     depths: dict[int, int] = {}
+    heads: dict[int, int] = {}
     for match in filter(None, map(_BLOCK.fullmatch, shapes)):
         stage, block = int(match[1]), int(match[2])
         depths[stage] = max(depths.get(stage, 0), block + 1)
+        heads[stage] = shapes[match[0]][0]
     embedding = next((shapes[name] for name in shapes if name.endswith("patch_embed.proj.weight")), None)
     if embedding is None or not depths:
         raise ConfigError(f"{weights.origin} holds no Swin V2 encoder; name weights of one")
     sizes = tuple(depths.get(stage, 0) for stage in range(max(depths) + 1))
     names = [name for name, size in SIZES.items() if (size["embed_dim"], size["depths"]) == (embedding[0], sizes)]
-    if not names and not _SIZE.issubset(given):
-        raise ConfigError(
-            f"{weights.origin} has {embedding[0]} channels and depths {sizes}, which is no published size "
-            f"({', '.join(SIZES)}); give model=NAME with model.embed_dim, model.depths and model.num_heads"
-        )
-    found: Implied = {"task": "classify", "model.in_chans": embedding[1], **({"model": names[0]} if names else {})}
+    found: Implied = {"model": names[0] if names else "tiny", "task": "classify", "model.in_chans": embedding[1]}
+    if not names:  # a size of somebody's own
+        found |= {"model.embed_dim": embedding[0], "model.depths": list(sizes)}
+        found["model.num_heads"] = [heads.get(stage, 1) for stage in range(len(sizes))]
     if len(embedding) == 5:  # of clips, whose frames are neither erased nor pasted
         found |= {"model.patch_frames": embedding[2], "task.cutmix_alpha": 0, "task.erasing_prob": 0}
     if "head.weight" in shapes:
@@ -119,6 +119,24 @@ def _of_timm(config: Mapping[str, Any]) -> Implied:
     if mode == "squash":
         found["data.eval_crop"] = mode
     return found
+
+
+def _of_timm_arguments(given: Mapping[str, Any]) -> Implied:
+    """What a model was built with, where it was not by its architecture's name alone."""
+    found: Implied = {}
+    for name in ("window_size", "img_size"):
+        if _is_size(given.get(name)):
+            found[f"model.{name}"] = given[name]
+    windows = given.get("pretrained_window_sizes")
+    if isinstance(windows, list) and all(map(_is_size, windows)):
+        found["model.pretrained_window_sizes"] = windows
+    return found
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is one number, or a list of two."""
+    sides = value if isinstance(value, list) else [value]
+    return len(sides) <= 2 and all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
 
 
 def _colours(mean: Any, std: Any) -> Iterator[tuple[str, list[float]]]:

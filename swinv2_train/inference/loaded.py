@@ -33,6 +33,7 @@ from swinv2_train.inference.vectors import Vectors
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.answers import Answer, Ask
 from swinv2_train.weights import Head, load_weights, read_weights, weights_classes
+from swinv2_train.weights.hub import HubAddress, fetched, pinned
 
 if TYPE_CHECKING:
     from swinv2_train.inference.pixels import Picture
@@ -45,12 +46,14 @@ _DEFAULTS = ("data=labelled", "task.rand_augment=null")
 class LoadedModel:
     """A model in evaluation mode, which answers for images as it was evaluated.
 
-    config: of its run, or what the weights imply.  classes: names of the classes, by their numbers; None where nothing
-    says them.
+    config: of its run, or what the weights imply.  weights: where they come from; of a hub the commit too.  classes:
+    names of the classes, by their numbers; None where nothing says them.
     """
 
-    def __init__(self, config: Config, weights: Path, device: torch.device, averaged: bool, format: str | None) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: Config, weights: str | Path, device: torch.device, averaged: bool, format: str | None
+    ) -> None:
+        self.config, self.weights, self.device = config, weights, device
         self.task = build_task(config, device)
         headless = self.task.predictions is not None and "head.weight" not in read_weights(weights, format)
         head: Head = "fresh" if headless else "load"
@@ -133,7 +136,7 @@ class LoadedModel:
         return self.classes[number] if self.classes is not None and number < len(self.classes) else str(number)
 
 
-def _names(config: Config, weights: Path) -> tuple[str, ...] | None:
+def _names(config: Config, weights: str | Path) -> tuple[str, ...] | None:
     """What the classes are called: by the weights, or else, of pixels and objects, by the configuration."""
     task = config.task
     if task.label_classes is None and task.pixel_classes is None:
@@ -163,7 +166,8 @@ def load(
     device: str | torch.device | None = None,
     format: str | None = None,
 ) -> LoadedModel:
-    """The model of a run, of a checkpoint in it, or of a file or directory of weights of any known format.
+    """The model of a run, of a checkpoint in it, of a file or directory of weights of any known format, or of a
+    repository of the Hugging Face hub (hf://USER/NAME[@REVISION][/FILE]).
 
     overrides: KEY=VALUE, as on the command line.  A run says how it was trained.  Of other weights shapes, file names
     and the files beside them say the size, window, image size, crop and normalisation; model.window_size and
@@ -173,25 +177,27 @@ def load(
     Raises ConfigError, which names path or key and the remedy, for weights that cannot be read or do not fit.
     """
     check_once(overrides)
-    config, weights = resolved(Path(home_expanded("path", str(path))), prepared(overrides), format)
+    config, weights = resolved(home_expanded("path", str(path)), prepared(overrides), format)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedModel(config, weights, torch.device(device), ema, format)
 
 
-def resolved(path: Path, overrides: Sequence[str], format: str | None = None) -> tuple[Config, Path]:
-    """The configuration of a model, and its weights.  path: as load takes it; raises as it does."""
+def resolved(given: str, overrides: Sequence[str], format: str | None = None) -> tuple[Config, str]:
+    """The configuration of a model, and its weights.  given: as load takes it; raises as it does."""
+    weights = pinned(given)
+    path = fetched(weights)
     run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
-    if run is not None:
-        return load_run_config(run, overrides), find_checkpoint(path)
+    if run is not None and HubAddress.of(weights) is None:  # beside what a hub has sent lies nothing of ours
+        return load_run_config(run, overrides), str(find_checkpoint(path))
     keys = {override.partition("=")[0] for override in overrides}
-    found = implied(read_weights(path, format), path, keys)
+    found = implied(read_weights(weights, format), path)
     of_clips = ("model.frames", "model.window_frames") if "model.patch_frames" in found else ()
     for key in ("model.window_size", "model.img_size", *of_clips):
         if key not in {*found, *keys}:
-            raise ConfigError(f"{path} does not say its {key}, which shapes do not show; give it: '{key}=NUMBER'")
+            raise ConfigError(f"{weights} does not say its {key}, which shapes do not show; give it: '{key}=NUMBER'")
     words = arguments({key: value for key, value in found.items() if key not in keys})
     defaults = [word for word in _DEFAULTS if word.partition("=")[0] not in keys]
     if any(word.startswith("task=") and word != "task=classify" for word in overrides):
         defaults, words = defaults[:1], [word for word in words if not word.startswith("task.num_classes=")]
-    return compose_overrides([*defaults, *words, *overrides], ("run_dir", "data.shards")), path
+    return compose_overrides([*defaults, *words, *overrides], ("run_dir", "data.shards")), weights

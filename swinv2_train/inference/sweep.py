@@ -37,6 +37,7 @@ from swinv2_train.inference.loaded import LoadedModel, resolved
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import counted
 from swinv2_train.runtime import arithmetic, set_threads
+from swinv2_train.weights.hub import fetch_on_every_host, pinned
 
 MODEL_KEYS = ("images", "out", "checkpoint", "weights", "format", "ema")
 """The keys that say of which model and images; a command has more of its own."""
@@ -61,9 +62,9 @@ class ModelRequest:
     format: str | None = None
     ema: bool = False
 
-    def weights_path(self, config: Config) -> Path:
-        """Where the weights are.  Raises ConfigError where there are none."""
-        return Path(self.weights) if self.weights else find_checkpoint(Path(self.checkpoint or config.run_dir))
+    def weights_path(self, config: Config) -> str:
+        """Where the weights are, a hub's by its commit.  Raises ConfigError where there are none."""
+        return pinned(self.weights) if self.weights else str(find_checkpoint(Path(self.checkpoint or config.run_dir)))
 
 
 def parse_model(
@@ -85,7 +86,8 @@ def parse_model(
         if absent := {key: value for key, value in needed.items() if key not in own}:
             raise ConfigError(no_value(absent))
         words = prepared([word for word in arguments if word.partition("=")[0] not in keys])
-        config, _ = resolved(Path(own["weights"]), words, own.get("format"))
+        own["weights"] = pinned(own["weights"])
+        config, _ = resolved(own["weights"], words, own.get("format"))
     else:
         config, own = compose_source(arguments, keys, needed)
     if is_pipe(own["images"]):
@@ -136,9 +138,10 @@ def open_images(
     return source
 
 
-def load_model(config: Config, request: ModelRequest, world: World) -> tuple[LoadedModel, Path]:
+def load_model(config: Config, request: ModelRequest, world: World) -> tuple[LoadedModel, str]:
     """The model on every rank, and where its weights are.  What one rank finds wrong, all raise."""
-    path: Path = on_main(world, lambda: request.weights_path(config))
+    path: str = on_main(world, lambda: request.weights_path(config))
+    fetch_on_every_host(path, world)
     model, problem = None, None
     try:
         model = LoadedModel(config, path, world.device, request.ema, request.format)
@@ -147,14 +150,14 @@ def load_model(config: Config, request: ModelRequest, world: World) -> tuple[Loa
     raise_together(problem)
     assert model is not None, "an error was raised"
     if world.is_main and request.weights is not None:
-        print(shown(model.report, MESSAGE_CHARACTERS, lines=True), file=sys.stderr)
+        print(shown(f"weights from {path}: {model.report}", MESSAGE_CHARACTERS, lines=True), file=sys.stderr)
     return model, path
 
 
-def job_of(config: Config, request: ModelRequest, weights: Path, source: Source, own: Mapping[str, Any]) -> Row:
+def job_of(config: Config, request: ModelRequest, weights: str, source: Source, own: Mapping[str, Any]) -> Row:
     """On what rows depend, by name, as plain values.  own: of the command's keys."""
-    found: Row = {"images": source.digest, "weights": str(weights), "ema": request.ema, **own}
-    if weights.is_file():
+    found: Row = {"images": source.digest, "weights": weights, "ema": request.ema, **own}
+    if os.path.isfile(weights):
         status = os.stat(weights)
         found["the weight file"] = [status.st_size, status.st_mtime_ns]
     values = dataclasses.asdict(config)

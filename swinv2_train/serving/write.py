@@ -24,6 +24,7 @@ from swinv2_train.serving.served import Served, check_served, described
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Task
 from swinv2_train.weights import load_weights, weights_classes
+from swinv2_train.weights.hub import pinned
 
 
 def serve(config: Config, request: ServingRequest) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def serve(config: Config, request: ServingRequest) -> dict[str, Any]:
     served = Served(task, config, request.preprocess).eval()
     classes = _classes(config, origin)
     description = described(config, task, served, classes, request.dynamic_size)
-    line: dict[str, Any] = {"weights": str(origin), "ema": request.ema, "format": request.format}
+    line: dict[str, Any] = {"weights": origin, "ema": request.ema, "format": request.format}
     checked = cases(served, request.dynamic_size)  # by the model as it is, before it is made ready
     served.for_tracing(request.dynamic_size)
     images = served.input_like(2, traced_sides(served, request.dynamic_size))
@@ -71,15 +72,16 @@ def serve(config: Config, request: ServingRequest) -> dict[str, Any]:
     return line
 
 
-def _load(task: Task, config: Config, request: ServingRequest) -> Path:
+def _load(task: Task, config: Config, request: ServingRequest) -> str:
     """Give the module its values; returns where they are from."""
-    path = Path(request.weights) if request.weights else find_checkpoint(Path(request.checkpoint or config.run_dir))
+    found = None if request.weights else find_checkpoint(Path(request.checkpoint or config.run_dir))
+    path = pinned(request.weights or str(found))
     task.module.to_empty(device="cpu")
     load_weights(task.module, path, format=request.weights_format, averaged=request.ema)
     return path
 
 
-def _classes(config: Config, origin: Path) -> tuple[str, ...] | None:
+def _classes(config: Config, origin: str) -> tuple[str, ...] | None:
     """What the classes are called, as far as weights or configuration say it."""
     count = config.task.label_classes or config.task.pixel_classes or 0
     names = weights_classes(origin) if count else None

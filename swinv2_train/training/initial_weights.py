@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import load_run_config
+from swinv2_train.config.saved import CONFIG_NAME, read_saved_config
 from swinv2_train.data.class_names import are_wordnet, listed
 from swinv2_train.data.sources.matched import difference
 from swinv2_train.distributed import World
@@ -30,6 +36,7 @@ from swinv2_train.weights import (
     trained_windows,
     weights_classes,
 )
+from swinv2_train.weights.hub import HubAddress, fetched, pinned
 
 
 class Initial(NamedTuple):
@@ -63,6 +70,7 @@ def initial_weights(
         head: Head = fixed.get(init_head, Path(init_head))
         bands: Bands | None = config.task.init_bands
         said: list[str] = []
+        fetched(init_from)  # here, that an outage stays one
         try:
             source = read_weights(init_from, config.task.init_format)
             if head == "auto" and "head.weight" in source.entries and "head.weight" in shapes:
@@ -82,6 +90,36 @@ def initial_weights(
     if not matched:  # another rank than 0
         return Initial(None, text, str)
     return Initial(matched[0][0], text, matched[0][1].not_finite_text)
+
+
+def with_pinned_weights(config: Config, world: World, stop: StopRequest | None = None) -> Config:
+    """The configuration, a hub's address in task.init_from with its commit.  Collective.
+
+    It is the commit with which the run in run_dir began, and only where none did the one that the address means now:
+    a start that comes again takes no newer weights.  Raises ConfigError and StopNow on every rank.
+    """
+    given = HubAddress.of(config.task.init_from)
+    if given is None:
+        return config
+
+    def settle() -> str:
+        run_dir = Path(config.run_dir)
+        before = _began_with(run_dir)
+        if before is not None and given.begins(before):
+            return str(before)
+        return str(given) if newest_checkpoint(run_dir) is not None else pinned(str(given))  # a resume reads none
+
+    address = on_main_unless_stopped(world, stop, settle)
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, init_from=address))
+
+
+def _began_with(run_dir: Path) -> HubAddress | None:
+    """The hub's address in the saved configuration of a run; None where there is none that can be read."""
+    try:
+        saved = OmegaConf.select(read_saved_config(run_dir / CONFIG_NAME), "task.init_from")
+        return HubAddress.of(saved) if isinstance(saved, str) else None
+    except (ConfigError, OmegaConfBaseException):
+        return None
 
 
 def head_by_name(
@@ -137,7 +175,7 @@ def other_windows(config: Config, encoder: SwinTransformerV2) -> list[str]:
 
     Known of our own runs and of Hugging Face directories; other files do not tell.
     """
-    source = Path(str(config.task.init_from))
+    source = fetched(str(config.task.init_from))
     theirs: Sequence[Axes] | None = trained_windows(source)
     runs = [folder for folder in (source, source.parent.parent) if (folder / "config.yaml").is_file()]
     if runs:

@@ -23,6 +23,7 @@ from swinv2_train.storage.lazy_tensors import LazyTensor, LazyTensors
 from swinv2_train.weights.adapters import with_adapters_merged
 from swinv2_train.weights.bands import Bands
 from swinv2_train.weights.files import open_weights
+from swinv2_train.weights.hub import fetched, pinned
 from swinv2_train.weights.huggingface import (
     Preprocessing,
     check_huggingface,
@@ -59,13 +60,14 @@ _WRITERS = {".safetensors": write_named_safetensors, ".pth": write_torch, ".pt":
 def read_weights(path: str | Path, format: str | None = None, *, averaged: bool = False) -> ConvertedWeights:
     """The weights at path by official name, each read and converted when it is asked for.
 
-    path: a safetensors or torch file, a Hugging Face directory, or a run or checkpoint directory of our own.  format:
-    one of FORMATS where the names are to be of that format; None = found out.  averaged: the averages of a run's
-    weights (optim.ema_decay) in place of these.  A run's adapters (optim.lora) are merged into its weights.  Raises
-    ConfigError, naming path, fault and remedy, for what is no such file, holds code, has names of no known format, or
-    has no averages.
+    path: a safetensors or torch file, a Hugging Face directory, a run or checkpoint directory of our own, or an address
+    of a hub (hub.py), which is fetched.  format: one of FORMATS where the names are to be of that format; None = found
+    out.  averaged: the averages of a run's weights (optim.ema_decay) in place of these.  A run's adapters (optim.lora)
+    are merged into its weights.  Raises ConfigError, naming path, fault and remedy, for what is no such file, holds
+    code, has names of no known format, or has no averages.
     """
-    path = Path(path)
+    origin = pinned(path)
+    path = fetched(origin)
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format ({format}) is unknown; the formats are: {', '.join(FORMATS)}")
     if _is_run(path):
@@ -75,9 +77,9 @@ def read_weights(path: str | Path, format: str | None = None, *, averaged: bool 
         entries = with_adapters_merged(read_checkpoint_weights(checkpoint, averaged).entries, checkpoint)
         return ConvertedWeights(entries, str(checkpoint), "run", {name: (name,) for name in entries}, ())
     if averaged:
-        raise ConfigError(f"{path} is no run or checkpoint of our own, whose averages ema=true takes; leave it out")
+        raise ConfigError(f"{origin} is no run or checkpoint of our own, whose averages ema=true takes; leave it out")
     file = open_weights(path)
-    return to_official(file.entries, format, str(path), file.left_out)
+    return to_official(file.entries, format, origin, file.left_out)
 
 
 def weights_classes(path: str | Path) -> tuple[str, ...] | None:
@@ -86,7 +88,7 @@ def weights_classes(path: str | Path) -> tuple[str, ...] | None:
     path: as read_weights takes it.  A run and what save_weights wrote say it, and a Hugging Face directory in its
     config.json (id2label, or timm's label_names).  Raises ConfigError for what is no weight file.
     """
-    path = Path(path)
+    path = fetched(path)
     if _is_run(path):
         return checkpoint_classes(find_checkpoint(path))
     named = open_weights(path).classes
@@ -140,6 +142,7 @@ def save_weights(
     weights: Mapping[str, Tensor] | None = None,
     preprocessing: Preprocessing | None = None,
     classes: Sequence[str] | None = None,
+    card: str | None = None,
 ) -> list[Path]:
     """Write a model's weights in a format, one tensor at a time; returns the files written, the weights first.
 
@@ -150,7 +153,7 @@ def save_weights(
     transformers' UperNetForSemanticSegmentation where that computes the same.  preprocessing: for huggingface's
     preprocessor_config.json; None writes none.  classes: what the head's rows are called, the first ones at least; they
     go to id2label of huggingface's config.json, into the metadata of a .safetensors (class_names, a JSON list), and
-    beside "model" in other files (class_names, a list).
+    beside "model" in other files (class_names, a list).  card: the text of a directory's README.md (model_card.py).
 
     An existing file is replaced when the new one is complete.  Raises, before anything is written, ConfigError when the
     format cannot hold the model or the weights are not the module's, ValueError when there are no values.
@@ -170,7 +173,7 @@ def save_weights(
     if format == "huggingface":
         if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{path} is a file; format=huggingface writes a directory, name one")
-        return write_huggingface(path, renamed, module, preprocessing, classes)
+        return write_huggingface(path, renamed, module, preprocessing, classes, card)
     if os.path.isdir(path):
         raise ConfigError(f"{path} is a directory; format={format} writes one file, name it (.safetensors or .pth)")
     if path.suffix.lower() not in _WRITERS:

@@ -16,9 +16,16 @@ from swinv2_train.models.initial import on_meta
 from swinv2_train.models.upernet import UPerNet
 from swinv2_train.tasks import build_task
 from swinv2_train.weights import read_weights, save_weights, weights_classes
+from swinv2_train.weights.card_facts import read_facts
+from swinv2_train.weights.hub import check_repo, pinned
+from swinv2_train.weights.hub_push import push
 from swinv2_train.weights.huggingface import Preprocessing
 from swinv2_train.weights.matching import match_weights
+from swinv2_train.weights.model_card import Exported, check_license, model_card
 from swinv2_train.weights.segmenter import check_segmenter_format
+from swinv2_train.weights.timm_directory import write_timm_directory
+
+_DIRECTORIES = "choose format=huggingface, or format=timm with out=DIR, a name without an ending"
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,19 @@ class ExportRequest:
     """The format of weights; None = by its names."""
     ema: bool = False
     """The averages of a run's weights in place of these."""
+    license: str | None = None
+    """The licence's identifier, for the model card; None = the card says that none is stated."""
+    hub: str | None = None
+    """USER/NAME of the Hugging Face hub's repository that gets what was written; None = none does."""
+    hub_private: bool = False
+    """The repository is private."""
+    hub_revision: str | None = None
+    """The branch that gets it; None = main."""
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether out is a directory with a model card, and not a file."""
+        return self.format == "huggingface" or (self.format == "timm" and not self.out.suffix)
 
 
 def export(config: Config, request: ExportRequest) -> list[Path]:
@@ -45,9 +65,10 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
     Raises ConfigError, with nothing written, when the weights are not the configured model's, when the format cannot
     hold it, and when out exists.
     """
+    check_request(request)
     if request.out.exists():
         raise ConfigError(f"out ({request.out}) exists; name a new file or directory, or remove it")
-    path = request.weights or request.checkpoint or config.run_dir
+    path = pinned(request.weights or request.checkpoint or config.run_dir)
     source = read_weights(path, request.weights_format, averaged=request.ema)
     with on_meta():
         module = build_task(config, torch.device("cpu")).module
@@ -70,9 +91,21 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
         if not isinstance(module, UPerNet):
             why = "reads photographs alone"
         print(f"note: no preprocessor_config.json, for transformers {why}", file=sys.stderr)
-    files = save_weights(
-        module, request.out, request.format, weights=weights, preprocessing=preprocessing, classes=classes
-    )
+    card = ""
+    if request.is_directory:
+        run = None if request.weights else Path(source.origin)
+        facts = None if run is None else read_facts(run.parents[1], run, request.ema)
+        name = request.hub or request.out.name
+        card = model_card(
+            Exported(config, module, request.format, source.origin, classes, facts, request.license, name)
+        )
+    if request.format == "timm" and request.is_directory and isinstance(module, SwinTransformerV2):
+        files = write_timm_directory(request.out, module, weights, preprocessing, classes, card)
+    else:
+        files = save_weights(
+            module, request.out, request.format, weights=weights, preprocessing=preprocessing, classes=classes,
+            card=card or None,
+        )  # fmt: skip
     if warning := report.not_finite_text():
         print(f"warning: {warning}", file=sys.stderr)
     line = {
@@ -81,8 +114,25 @@ def export(config: Config, request: ExportRequest) -> list[Path]:
         "format": request.format,
         "files": [str(path) for path in files],
     }
+    if request.hub is not None:
+        line |= push(request.out, request.hub, request.hub_private, request.hub_revision)
     print(json.dumps(line))
     return files
+
+
+def check_request(request: ExportRequest) -> None:
+    """ConfigError for what no weights are needed to refuse."""
+    check_license(request.license)
+    if request.license is not None and not request.is_directory:
+        raise ConfigError(f"license ({request.license}) is for the model card of a directory; {_DIRECTORIES}")
+    if request.hub is None:
+        for key, value in (("hub_private", request.hub_private), ("hub_revision", request.hub_revision)):
+            if value:
+                raise ConfigError(f"{key} is of hub=USER/NAME, which is not given; add it, or leave it out")
+        return
+    if not request.is_directory:
+        raise ConfigError(f"hub ({request.hub}) takes a directory; {_DIRECTORIES}")
+    check_repo(request.hub, f"hub ({request.hub})")
 
 
 def _preprocessing(config: Config) -> Preprocessing | None:

@@ -118,18 +118,14 @@ def _open_file(path: Path) -> WeightFile:
     raise ConfigError(f"{path}: neither a safetensors nor a torch file (it begins with {start[:16]!r}); fetch it again")
 
 
+def index_parts(index: Path) -> list[str]:
+    """Names of the files in which a model's tensors are, by the list beside them.  Raises ConfigError."""
+    return list(dict.fromkeys(_weight_map(index).values()))
+
+
 def _open_index(index: Path) -> WeightFile:
     """A model in several files beside a list of which file has which tensor."""
-    try:
-        weight_map = json.loads(read_bytes(index, _INDEX_BYTES))["weight_map"]
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{index}: cannot be read as an index ({error}); fetch it again") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ConfigError(f"{index}: its weight_map does not give a file for each tensor; fetch it again")
-    if not weight_map:
-        raise ConfigError(f"{index}: its weight_map lists no tensors; fetch it again")
+    weight_map = _weight_map(index)
     entries: dict[str, LazyTensor] = {}
     for name in dict.fromkeys(weight_map.values()):
         part = index.parent / name
@@ -145,6 +141,21 @@ def _open_index(index: Path) -> WeightFile:
             "fetch the files again"
         )
     return WeightFile(entries, ())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    try:
+        weight_map = json.loads(read_bytes(index, _INDEX_BYTES))["weight_map"]
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{index}: cannot be read as an index ({error}); fetch it again") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConfigError(f"{index}: its weight_map does not give a file for each tensor; fetch it again")
+    if not weight_map:
+        raise ConfigError(f"{index}: its weight_map lists no tensors; fetch it again")
+    return weight_map
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -92,27 +92,34 @@ def write_huggingface(
     module: SwinTransformerV2 | SimMIM | UPerNet,
     preprocessing: Preprocessing | None,
     classes: Sequence[str] | None = None,
+    card: str | None = None,
 ) -> list[Path]:
-    """Write model.safetensors (entries by transformers' names), config.json and, from preprocessing, the third file.
+    """Write model.safetensors (entries by transformers' names), config.json and, from preprocessing, the third file;
+    README.md of a card's text.
 
     All are built before any takes its name, the weights last: a directory with weights is whole, and what stood there
     before stays until then.
     """
     weights = directory / "model.safetensors"
     if isinstance(module, UPerNet):
-        texts = {"config.json": upernet_config(module, entries, classes)}
+        texts = {"config.json": _json(upernet_config(module, entries, classes))}
     else:
-        texts = {"config.json": huggingface_config(module, entries, classes)}
+        texts = {"config.json": _json(huggingface_config(module, entries, classes))}
     if preprocessing is not None:
-        texts["preprocessor_config.json"] = preprocessor_config(preprocessing)
+        texts["preprocessor_config.json"] = _json(preprocessor_config(preprocessing))
+    if card is not None:
+        texts["README.md"] = card
     with contextlib.ExitStack() as stack:  # which ends in reverse: the weights take their name last
         fill_safetensors(stack.enter_context(replacing_output(weights)), entries)
-        for name, content in texts.items():
-            text = json.dumps(content, indent=2) + "\n"
+        for name, text in texts.items():
             stack.enter_context(replacing_output(directory / name)).write(text.encode())
         for outdated in (weights, directory / "preprocessor_config.json"):
             outdated.unlink(missing_ok=True)
     return [weights, *(directory / name for name in texts)]
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def huggingface_config(

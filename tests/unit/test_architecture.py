@@ -47,6 +47,7 @@ CONFINED = {
     "av": {"data"},
     "wandb": {"monitoring"},
     "tqdm": {"monitoring"},
+    "huggingface_hub": {"weights"},
     "hydra": {"config"},
     "triton": {"models"},
     "onnx": {"serving"},

@@ -57,7 +57,7 @@ def test_the_command_says_in_one_line_what_it_wrote(run_dir, tmp_path):
     line = json.loads(done.stdout)
     assert line["weights"].endswith("step_00000001") and line["format"] == "huggingface"
     assert sorted(Path(path).name for path in line["files"]) == [
-        "config.json", "model.safetensors", "preprocessor_config.json",
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
 
 
