@@ -52,7 +52,7 @@ def test_a_segmenter_is_asked_of_the_pixels_that_get_a_class():
     """The commonest class first; of a class that no pixel gets, all pixels."""
     logits = torch.zeros(1, 5, 2, 3)
     logits[0, 2, 0] = torch.tensor([1.0, 2.0, 3.0])  # class c gets the first row and one more pixel, e the rest
-    logits[0, 2, 1, 0] = 5.0
+    logits[0, 2, 1] = torch.tensor([5.0, 0.5, 0.5])  # what it has at pixels of others does not count
     logits[0, 4, 1, 1:] = 7.0
     logits[0, 1] = -1.0
     evidence = task_of(*SEGMENT).evidence
