@@ -117,7 +117,7 @@ def test_other_peoples_weights_are_converted_without_a_run(tmp_path):
         (["format=timm", "out=x.pth"], "run_dir has no value; set it on the command line: run_dir=DIR$"),
         (
             ["ema=true"],
-            r"run_dir has .* run_dir=DIR; nor has format, out: format=micro.*face out=PATH$",
+            r"run_dir has .* run_dir=DIR; nor has format, out: format=micro.*onnx out=PATH$",
         ),
         (["weights=w"], r"format has .*; nor has out: out=PATH$"),
         (

@@ -57,7 +57,7 @@ def test_bf16_is_within_its_bound_and_ours_keeps_masters(setting, precision):
     walls = [step["wall"] for step in result["steps"]]
     assert len(walls) == 2 and all(0 < wall[LAPS[0]] < wall[LAPS[1]] < wall[LAPS[2]] for wall in walls)
     weights = training.weights_gib()
-    assert result["peak_gib"] > weights
+    assert result["peak_gib"] >= weights  # of a process, which may have room from before
     assert all(parameter.grad is None for parameter in training.module.parameters())
     changed = [not torch.equal(a, b) for a, b in zip(before, training.module.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
