@@ -92,12 +92,14 @@ def test_learning_finds_the_objects_it_learns_from():
     """The whole chain has the right sign and the right coordinates."""
     task, batch = detector(STILL, "task.head_channels=16", "task.head_width=32", "task.box_samples=32"), crops([1, 2])
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 90)  # scores jump at a full rate
     task.module.train()
     for _ in range(90):
         optimizer.zero_grad()
         loss = task.loss(task.module, batch)
         loss.backward()
         optimizer.step()
+        rates.step()
     with torch.no_grad():
         found = task.found(task.module.eval(), [batch["images"][0].numpy()[:, :, :SIDE]], (2 * SIDE, SIDE))
     from tests.support.detector_loops import iou_by_loops
