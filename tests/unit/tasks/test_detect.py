@@ -89,24 +89,31 @@ def test_every_parameter_has_its_part_in_the_loss_of_images_that_hold_nothing(he
 
 @pytest.mark.slow
 def test_learning_finds_the_objects_it_learns_from():
-    """The whole chain has the right sign and the right coordinates."""
-    task, batch = detector(STILL, "task.head_channels=16", "task.head_width=32", "task.box_samples=32"), crops([1, 2])
-    optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
-    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 90)  # scores jump at a full rate
-    task.module.train()
-    for _ in range(90):
-        optimizer.zero_grad()
-        loss = task.loss(task.module, batch)
-        loss.backward()
-        optimizer.step()
-        rates.step()
-    with torch.no_grad():
-        found = task.found(task.module.eval(), [batch["images"][0].numpy()[:, :, :SIDE]], (2 * SIDE, SIDE))
+    """The whole chain has the right sign and the right coordinates.
+
+    Looked at every 20 steps: scores jump from step to step, and when they do depends on the processor's rounding.
+    """
     from tests.support.detector_loops import iou_by_loops
 
-    truth = batch["boxes"][0, 0].double() * torch.tensor([1.0, 2, 1, 2])
-    assert found.classes[0] == batch["classes"][0, 0] and found.scores[0] > 0.5
-    assert iou_by_loops(found.boxes[0], truth) > 0.5
+    task, batch = detector(STILL, "task.head_channels=16", "task.head_width=32", "task.box_samples=32"), crops([1, 2])
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
+    image, truth = batch["images"][0].numpy()[:, :, :SIDE], batch["boxes"][0, 0].double() * torch.tensor([1.0, 2, 1, 2])
+
+    def is_found() -> bool:
+        with torch.no_grad():
+            found = task.found(task.module.eval(), [image], (2 * SIDE, SIDE))
+        best = len(found.classes) > 0 and found.classes[0] == batch["classes"][0, 0] and found.scores[0] > 0.5
+        return bool(best) and iou_by_loops(found.boxes[0], truth) > 0.5
+
+    assert not is_found()
+    for step in range(1, 201):
+        optimizer.zero_grad()
+        loss = task.loss(task.module.train(), batch)
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0 and is_found():
+            return
+    raise AssertionError("not found after any of 200 steps")
 
 
 def test_mask_information_flows_from_head_to_head():
