@@ -10,6 +10,7 @@ from typing import Any
 
 from swinv2_train.config import ConfigError
 from swinv2_train.config.command_line import own_flag
+from swinv2_train.weights.export import WrittenRequest
 
 SUFFIXES = {"torch_export": ".pt2", "onnx": ".onnx"}
 SERVED_FORMATS = tuple(SUFFIXES)
@@ -21,21 +22,9 @@ INT8 = ("dynamic", "static")
 
 
 @dataclass(frozen=True)
-class ServingRequest:
-    """What the command line asks for besides the configuration."""
+class ServingRequest(WrittenRequest):
+    """What the command line asks for besides the configuration; format is one of SERVED_FORMATS."""
 
-    format: str
-    """One of SERVED_FORMATS."""
-    out: Path
-    """The file that is written; must not be there yet."""
-    checkpoint: str | None = None
-    """A checkpoint directory; None = the newest of the run."""
-    weights: str | None = None
-    """Weights of any known format in place of a checkpoint."""
-    weights_format: str | None = None
-    """The format of weights; None = by its names."""
-    ema: bool = False
-    """The averages of a run's weights in place of these."""
     dynamic_size: bool = False
     """Images of any height and width, multiples of a step, in place of model.img_size."""
     preprocess: bool = False

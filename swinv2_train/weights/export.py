@@ -29,11 +29,11 @@ _DIRECTORIES = "choose format=huggingface, or format=timm with out=DIR, a name w
 
 
 @dataclass(frozen=True)
-class ExportRequest:
-    """What the command line asks for besides the configuration."""
+class WrittenRequest:
+    """What is written, and of which weights: the keys that every format has."""
 
     format: str
-    """One of WRITTEN_FORMATS."""
+    """Its name."""
     out: Path
     """What is written; must not be there yet."""
     checkpoint: str | None = None
@@ -44,6 +44,12 @@ class ExportRequest:
     """The format of weights; None = by its names."""
     ema: bool = False
     """The averages of a run's weights in place of these."""
+
+
+@dataclass(frozen=True)
+class ExportRequest(WrittenRequest):
+    """What the command line asks for besides the configuration; format is one of WRITTEN_FORMATS."""
+
     license: str | None = None
     """The licence's identifier, for the model card; None = the card says that none is stated."""
     hub: str | None = None
