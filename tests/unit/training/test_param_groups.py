@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from swinv2_train.config import ConfigError, OptimConfig, ScheduleConfig
+from swinv2_train.config import ConfigError
 from swinv2_train.models import swin_v2
 from swinv2_train.training.param_groups import build_param_groups, lr_scales, no_decay_names
 from tests.support.configs import make_config
@@ -53,8 +53,7 @@ class SimMIMLike(nn.Module):
 
 
 def config(no_decay=("1d", "cpb_mlp", "logit_scale", "mask_token"), layer_decay=1.0):
-    schedule = ScheduleConfig("constant", 0, None, 0.0, 0.0, [], 0.1, 1.0)
-    return OptimConfig(1e-3, 0.05, [0.9, 0.999], 1e-8, 5.0, list(no_decay), [], layer_decay, 1.0, None, schedule)
+    return make_config(optim={"no_decay": list(no_decay), "layer_decay": layer_decay}).optim
 
 
 def names_of(groups, module):
@@ -142,7 +141,6 @@ def test_layer_decay_without_layers_is_rejected():
 def test_the_official_pretraining_rule_of_decaying_position_bias_and_logit_scale_is_a_setting_and_not_the_default():
     """The official SimMIM code means to spare both, but its patterns never match behind 'encoder.'."""
     from swinv2_train.models import SimMIM, SwinTransformerV2
-    from tests.support.configs import make_config
 
     encoder = SwinTransformerV2(
         img_size=32, num_classes=0, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4,

@@ -19,10 +19,11 @@ def images(size: tuple[int, int] = (64, 64)) -> torch.Tensor:
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def close(ours: torch.Tensor, theirs: torch.Tensor, bound: float = 1e-5) -> None:
+    """Default bound: measured worst 1.8e-6 of the largest output, in float32."""
     assert ours.std() > 0.1, "constant outputs would compare equal whatever the weights"
     worst = ((ours - theirs).abs() / theirs.abs().max()).max().item()
-    assert worst < 1e-5, worst  # measured worst 1.8e-6 of the largest output, in fp32
+    assert worst < bound, worst
 
 
 def huggingface_model(architecture: str, **overrides):
@@ -268,6 +269,13 @@ def timm_model(num_classes: int = 7, **overrides):
     return model
 
 
+def close_in_float64(ours: SwinTransformerV2, theirs: torch.nn.Module) -> None:
+    """A logit scale of 100 makes 1.2e-5 of float32 rounding on some processors; timm keeps float32 tables here."""
+    pixels = images().double()
+    with torch.no_grad():
+        close(ours.double()(pixels), theirs.double()(pixels), bound=1e-6)  # measured worst 8.6e-8
+
+
 @pytest.mark.parametrize("num_classes", [7, 0])
 def test_timms_own_state_gives_the_same_outputs(tmp_path, num_classes):
     """Headless too, where nothing but the widths tells the layout."""
@@ -275,8 +283,7 @@ def test_timms_own_state_gives_the_same_outputs(tmp_path, num_classes):
     save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
     model = SwinTransformerV2(**{**SMALL, "num_classes": num_classes}).eval()
     assert load_weights(model, tmp_path / "timm.safetensors").format == "timm"
-    with torch.no_grad():
-        close(model(images()), theirs(images()))
+    close_in_float64(model, theirs)
 
 
 @pytest.mark.parametrize("num_classes", [7, 0])
@@ -290,8 +297,7 @@ def test_timm_loads_our_export_and_gives_the_same_outputs(tmp_path, num_classes,
         "swinv2_tiny_window8_256", checkpoint_path=str(path), img_size=64, embed_dim=8, depths=(2, 2, 3, 2),
         num_heads=(1, 2, 4, 8), window_size=4, num_classes=num_classes, pretrained_window_sizes=(3, 3, 3, 3),
     ).eval()  # fmt: skip
-    with torch.no_grad():
-        close(model(images()), theirs(images()))
+    close_in_float64(model, theirs)
 
 
 def test_timms_own_filter_reads_our_official_export(tmp_path):
@@ -304,8 +310,7 @@ def test_timms_own_filter_reads_our_official_export(tmp_path):
         "swinv2_tiny_window8_256", img_size=64, embed_dim=8, depths=(2, 2, 3, 2), num_heads=(1, 2, 4, 8),
         window_size=4, num_classes=7, pretrained_cfg_overlay={"file": str(path), "num_classes": 7}, pretrained=True,
     ).eval()  # fmt: skip
-    with torch.no_grad():
-        close(model(images()), theirs(images()))
+    close_in_float64(model, theirs)
 
 
 def test_a_state_that_timm_holds_survives_the_way_there_and_back(tmp_path):
