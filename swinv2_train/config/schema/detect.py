@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.rules import at_least, between, each, low_high, one_of, positive
-from swinv2_train.config.schema.config import Config, TaskConfig
+from swinv2_train.config.schema.config import Config
+from swinv2_train.config.schema.pixel_task import PixelTaskConfig
 
 COCO_SCORES = (
     "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
@@ -18,7 +19,7 @@ COCO_SCORES = (
 
 
 @dataclass
-class DetectConfig(TaskConfig):
+class DetectConfig(PixelTaskConfig):
     head: Annotated[str, one_of("mask_rcnn", "cascade_mask_rcnn")]
     """mask_rcnn (arXiv:1703.06870), or cascade_mask_rcnn: three stages that refine boxes (arXiv:1906.09756)."""
     masks: bool
@@ -86,16 +87,6 @@ class DetectConfig(TaskConfig):
     takes_fitting_heads: ClassVar[bool] = True
     scores: ClassVar[tuple[str, ...]] = tuple(f"val/{kind}_{name}" for kind in ("box", "mask") for name in COCO_SCORES)
 
-    @property
-    def pixel_classes(self) -> int:
-        """As configured: objects hold the numbers of their classes as label images do."""
-        return self.num_classes
-
-    @property
-    def pixel_class_names(self) -> tuple[str, ...] | None:
-        """As configured."""
-        return None if self.class_names is None else tuple(self.class_names)
-
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
         heads = ("head", "masks", "num_classes", "class_agnostic", "mask_flow", "semantic_classes")
@@ -104,11 +95,7 @@ class DetectConfig(TaskConfig):
 
     def check(self, config: Config) -> None:
         """Names, sizes and switches fit each other."""
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ConfigError(
-                f"task.class_names has {len(self.class_names)} names for task.num_classes ({self.num_classes}); give "
-                "one per class, or null"
-            )
+        super().check(config)
         if not self.masks and (config.train.keep_best or "").startswith("val/mask_"):
             raise ConfigError(
                 f"train.keep_best ({config.train.keep_best}) is of masks, and task.masks is false; set "

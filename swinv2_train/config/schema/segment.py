@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar
 
 from swinv2_train.config.errors import ConfigError
 from swinv2_train.config.rules import ABOVE_0, BELOW_1, at_least, between, each, low_high, one_of, pair, positive, size
-from swinv2_train.config.schema.config import Config, TaskConfig, flips
+from swinv2_train.config.schema.config import Config, flips
 from swinv2_train.config.schema.data import DataConfig
+from swinv2_train.config.schema.pixel_task import PixelTaskConfig
 
 HEAD_NORMS = ("layer", "group", "batch", "sync_batch")
 """The norms of a segmentation head."""
@@ -18,7 +19,7 @@ BATCH_NORMS = ("batch", "sync_batch")
 
 
 @dataclass
-class SegmentConfig(TaskConfig):
+class SegmentConfig(PixelTaskConfig):
     num_classes: Annotated[int, at_least(2)]
     """Classes; labels of pixels run from 0 to num_classes - 1, behind reduce_zero_label."""
     ignore_index: Annotated[int, between(0, 65535)]
@@ -77,16 +78,6 @@ class SegmentConfig(TaskConfig):
         sides = f"resized into {self.resize_long_px} x {self.resize_short_px} px times {low:g} to {high:g}, then cut"
         return [sides, *flips(data), *(["colours changed at random"] if self.photometric else [])]
 
-    @property
-    def pixel_classes(self) -> int:
-        """As configured."""
-        return self.num_classes
-
-    @property
-    def pixel_class_names(self) -> tuple[str, ...] | None:
-        """As configured."""
-        return None if self.class_names is None else tuple(self.class_names)
-
     def identity(self) -> dict[str, Any]:
         """What shapes the heads."""
         shaping = ("num_classes", "head_norm", "map_norms", "head_channels", "aux_channels")
@@ -94,6 +85,7 @@ class SegmentConfig(TaskConfig):
 
     def check(self, config: Config) -> None:
         """Labels, weights and tiles fit each other; batch statistics are of whole batches."""
+        super().check(config)
         if self.ignore_index < self.num_classes:
             raise ConfigError(
                 f"task.ignore_index ({self.ignore_index}) is one of the classes 0 to {self.num_classes - 1}; choose "
@@ -103,11 +95,6 @@ class SegmentConfig(TaskConfig):
             raise ConfigError(
                 f"task.class_weights has {len(self.class_weights)} numbers for task.num_classes ({self.num_classes}); "
                 "give one per class, or null"
-            )
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ConfigError(
-                f"task.class_names has {len(self.class_names)} names for task.num_classes ({self.num_classes}); give "
-                "one per class, or null"
             )
         if self.class_weights is not None and not any(self.class_weights):
             raise ConfigError("task.class_weights are all 0, which leaves nothing to learn; give one above 0, or null")
