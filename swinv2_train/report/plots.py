@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from swinv2_train.config import ConfigError
 from swinv2_train.report.charts import Series, frame_of
@@ -31,7 +31,7 @@ def plots_problem() -> str | None:
     return None
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> Any:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
     """An empty matplotlib Figure of this size in inches; ConfigError where matplotlib is missing.
 
     layout: matplotlib's; None = the margins are given to the axes.
