@@ -18,8 +18,9 @@ from swinv2_train.config import DataConfig
 from swinv2_train.data.loading.batches import BatchRequest
 from swinv2_train.data.loading.loader import Transform, _Fetcher, example_image
 from swinv2_train.data.loading.order import Location
+from swinv2_train.data.loading.rows import Row
 from swinv2_train.data.loading.shared_memory import Batch
-from swinv2_train.data.loading.workers import Row, Workers
+from swinv2_train.data.loading.workers import Workers
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.base import Source
 

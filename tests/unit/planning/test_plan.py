@@ -14,7 +14,7 @@ import torch
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.conf_dir import conf_dir
 from swinv2_train.config.load import config_yaml
-from swinv2_train.data.loading.workers import tensors_of
+from swinv2_train.data.loading.rows import tensors_of
 from swinv2_train.distributed import World
 from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.build import engine_memory
