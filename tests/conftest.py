@@ -82,6 +82,18 @@ def run_distributed():
     return harness.run_distributed
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The path of a Python that starts without imports, for what starts its interpreters by a path."""
+    from tests.support.warm_python import warm_python
+
+    folder = tmp_path_factory.mktemp("python") / "warm"
+    server = warm_python(folder)
+    yield str(folder / "python")
+    server.kill()
+    server.wait()
+
+
 @pytest.fixture
 def settings(shards, tmp_path):
     """settings(*overrides): a small classifier's configuration in tmp_path/run, on the test's shards."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,9 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.runtime import read_environment
 from tests.support.commands import command, losses
 from tests.support.shard_files import ODD_NAME
-from tests.support.warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("python") / "warm"
-    server = warm_python(folder)
-    yield str(folder / "python")
-    server.kill()
-    server.wait()
 
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
