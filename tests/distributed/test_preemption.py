@@ -27,7 +27,6 @@ from tests.support.commands import (
 )
 from tests.support.shard_files import ten_class_shards
 from tests.support.shard_server import serve
-from tests.support.warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 NOTICES_WITHIN_SEC = 60  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share
@@ -96,20 +95,16 @@ def test_a_rank_that_dies_alone_brings_the_others_down(shards, tmp_path):
     assert newest_checkpoint(tmp_path) is not None
 
 
-def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, tmp_path):
+def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(python, shards, tmp_path):
     """--max-restarts: the same processes' command, the newest checkpoint, the same losses as without the kill."""
     overrides = ("train.max_steps=12", "train.checkpoint_every_steps=2")
     disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
-    server = warm_python(tmp_path / "warm")  # forks of the agent that end would end its store with them
-    try:
-        python, restarts = str(tmp_path / "warm" / "python"), ("--max-restarts", "2")
-        process = start(*command(disturbed, *overrides), *shards, torchrun=restarts, interpreter=python)
-        wait_for_step(disturbed, 5, process)
-        os.kill(read_ranks(disturbed)[0]["pid"], signal.SIGKILL)
-        code, output = finish(process)
-    finally:
-        server.kill()
-        server.wait()
+    restarts = ("--max-restarts", "2")
+    # a fork of the agent itself that ends would end its store with it
+    process = start(*command(disturbed, *overrides), *shards, torchrun=restarts, interpreter=python)
+    wait_for_step(disturbed, 5, process)
+    os.kill(read_ranks(disturbed)[0]["pid"], signal.SIGKILL)
+    code, output = finish(process)
     assert code == EXIT_DONE and "resuming from" in output, output
     code, output = finish_ranks(*command(quiet, *overrides), *shards)
     assert code == EXIT_DONE and "resuming from" not in output, output
