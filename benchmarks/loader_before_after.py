@@ -10,14 +10,11 @@ its bare decode loop beside its loader.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
+from benchmarks.two_checkouts import in_turns
+
 CHILD = """
 import json, sys, tempfile, warnings
 import torch
@@ -47,29 +44,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     options = parser.parse_args()
-    children = {}
-    for name, checkout in (("before", options.before.resolve()), ("now", HERE)):
-        children[name] = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(options.images), *map(str, options.workers)], text=True, cwd=checkout,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(checkout)},
-        )  # fmt: skip
-        assert children[name].stdout.readline() == "ready\n"
-    turns: dict[str, list[dict[str, tuple[float, float]]]] = {name: [] for name in children}
-    for number in range(options.rounds):
-        order = list(children) if number % 2 else list(reversed(children))
-        for name in order:
-            print("turn", file=children[name].stdin, flush=True)
-            turns[name].append(json.loads(children[name].stdout.readline()))
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
+    given = [str(options.images), *map(str, options.workers)]
+    turns = in_turns(options.before, CHILD, given, options.rounds)
     print("| loader | images/s before | images/s now | now / before, by the clock | by CPU time | quartiles |")
     print("|---|---|---|---|---|---|")
-    for reader in turns["now"][0]:
-        clock = {name: [turn[reader][0] for turn in found] for name, found in turns.items()}
-        cpu = [old[reader][1] / new[reader][1] for old, new in zip(turns["before"], turns["now"], strict=True)]
-        by_clock = statistics.median(old / new for old, new in zip(clock["before"], clock["now"], strict=True))
-        rates = " | ".join(f"{1 / statistics.median(clock[name]):.0f}" for name in ("before", "now"))
+    for reader in turns[0][0]:
+        pairs = [(old[reader], new[reader]) for old, new in turns]  # each (seconds of an image by the clock, of CPU)
+        by_clock = statistics.median(old[0] / new[0] for old, new in pairs)
+        cpu = [old[1] / new[1] for old, new in pairs]
+        rates = " | ".join(f"{1 / statistics.median(pair[place][0] for pair in pairs):.0f}" for place in (0, 1))
         low, middle, high = statistics.quantiles(cpu, n=4)
         what = "bare decode loop" if reader == "bare" else f"{reader} workers"
         print(f"| {what} | {rates} | {by_clock:.3f} | {middle:.3f} | {low:.3f} - {high:.3f} |")

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
+from benchmarks.two_checkouts import in_turns
+
 CASES = {
     "reference, 64 px, window 8": {"img_size": 64, "window_size": 8},
     "reference, padded 13x19 maps": {"img_size": (52, 76), "window_size": 5},
@@ -71,26 +69,11 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="those whose names have this in them")
     options = parser.parse_args()
     cases = {name: settings for name, settings in CASES.items() if options.cases in name}
-    children = {}
-    for name, checkout in (("before", options.before.resolve()), ("now", HERE)):
-        children[name] = subprocess.Popen(
-            [sys.executable, "-c", CHILD, json.dumps(cases)], text=True, cwd=checkout,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(checkout)},
-        )  # fmt: skip
-        assert children[name].stdout.readline() == "ready\n"
-    turns: dict[str, list[dict[str, tuple[float, str]]]] = {name: [] for name in children}
-    for number in range(options.rounds + 2):
-        order = list(children) if number % 2 else list(reversed(children))
-        for name in order:
-            print("turn", file=children[name].stdin, flush=True)
-            turns[name].append(json.loads(children[name].stdout.readline()))
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
+    turns = in_turns(options.before, CHILD, [json.dumps(cases)], options.rounds + 2)
     print("| image model, forward and backward of 2 images | same bits | CPU time, now / before | quartiles |")
     print("|---|---|---|---|")
     for case in cases:
-        pairs = [(old[case], new[case]) for old, new in zip(turns["before"], turns["now"], strict=True)]
+        pairs = [(old[case], new[case]) for old, new in turns]
         same = all(old[1] == new[1] for old, new in pairs)
         low, middle, high = statistics.quantiles([new[0] / old[0] for old, new in pairs[2:]], n=4)
         print(f"| {case} | {'yes' if same else 'NO'} | {middle:.3f} | {low:.3f} - {high:.3f} |")

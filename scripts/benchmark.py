@@ -38,6 +38,7 @@ from scripts.benchmark_tables import Entry, Table, details, summary
 from scripts.benchmark_worker import BOUNDS, Refused, Setting, Worker, compete, prepare
 from scripts.contestants import PEERS, PRODUCTS, Case, Contestant
 from swinv2_train.runtime import available_cores
+from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
 from swinv2_train.runtime.environment import version_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,10 +189,15 @@ def tuned_rows(steps_sec: dict[Contestant, list[float]]) -> Iterator[Contestant]
             yield replace(min(candidates, key=lambda row: steps_sec[row][1]), tuned=True)
 
 
+def instruction_set() -> str:
+    """The widest that torch uses here: AVX2, AVX512, ..."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    found: dict[str, Any] = {"cpu": cpu, "threads": options.threads}
+    found: dict[str, Any] = {"cpu": f"{cpu} ({instruction_set()})", "threads": options.threads}
     if options.device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     return found
@@ -231,9 +237,11 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, choices=("cuda", "cpu"))
     parser.add_argument(
-        "--cases", nargs="+", help=f"SIZE/PX/WINDOW; default on a CPU the first two of {', '.join(CASES)}"
+        "--cases", nargs="+", help=f"SIZE/PX/WINDOW; default on a CPU the first three of {', '.join(CASES)}"
     )
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: both")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("fp32", "bf16"), help="default: both, where the processor has bf16 units"
+    )
     parser.add_argument("--only", nargs="+", choices=("ours", "official", *PEERS, PRODUCTS), help="these rows alone")
     parser.add_argument("--batch-size", type=int, help="images per step; default: by case and device")
     parser.add_argument("--rounds", type=int, help="turns of everyone; default 4")
@@ -241,14 +249,19 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cores(), help="CPU threads; default: all cores")
     parser.add_argument("--compile", action="store_true", help="also the others under torch.compile (minutes on a CPU)")
     parser.add_argument("--quick", action="store_true", help="one round of tiny in fp32, nothing compiled")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/speed_DEVICE_YYYYMM.md; none for --quick")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: benchmarks/speed_DEVICE_YYYYMM.md, on CPUs for each instruction set; none for --quick",
+    )
     options = parser.parse_args(arguments)
     usual = {
         "rounds": 1 if options.quick else 4,
         "steps": 20 if options.device == "cuda" else 1 if options.quick else 2,
     }
-    usual["precisions"] = ["fp32"] if options.quick else ["fp32", "bf16"]
-    usual["cases"] = list(CASES)[: 1 if options.quick else 2 if options.device == "cpu" else None]
+    only_fp32 = options.quick or (options.device == "cpu" and slow_bf16(cpu_speed()) is not None)
+    usual["precisions"] = ["fp32"] if only_fp32 else ["fp32", "bf16"]
+    usual["cases"] = list(CASES)[: 1 if options.quick else 3 if options.device == "cpu" else None]
     for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -259,7 +272,8 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--cases: {error}; write SIZE/PX/WINDOW, as in tiny/256/8")
     if options.out is None and not options.quick:
-        options.out = ROOT / "benchmarks" / f"speed_{options.device}_{datetime.date.today():%Y%m}.md"
+        which = options.device if options.device == "cuda" else f"cpu_{instruction_set().lower()}"
+        options.out = ROOT / "benchmarks" / f"speed_{which}_{datetime.date.today():%Y%m}.md"
     return options
 
 

@@ -36,11 +36,11 @@ from swinv2_train.config.secret_texts import public
 from swinv2_train.data.loading.listed import ListedBatch
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.tables import Column, can_write_parquet, write_table
-from swinv2_train.distributed import on_main, shutdown_distributed
+from swinv2_train.distributed import on_main
 from swinv2_train.inference.journal import Journal, Row, missing
 from swinv2_train.inference.loaded import LoadedModel
 from swinv2_train.inference.neighbours import nearest, search_picture
-from swinv2_train.inference.sweep import ModelRequest, job_of, load_model, open_sweep, parse_model, sweep
+from swinv2_train.inference.sweep import ModelRequest, close_sweep, job_of, load_model, open_sweep, parse_model, sweep
 from swinv2_train.inference.vectors import KINDS, Vectors
 from swinv2_train.storage.atomic import replace_text, replacing
 from swinv2_train.training.attention_paths import compile_kernel
@@ -94,10 +94,7 @@ def embed(config: Config, request: EmbedRequest) -> dict[str, Any]:
     sweep(config, over, vectors, journal, writer.rows)
     writer.close()
     line = on_main(world, lambda: finish(config, request, journal, source, shapes))
-    line = {"weights" if request.model.weights else "checkpoint": weights, **line}
-    on_main(world, lambda: print(json.dumps(line)))
-    shutdown_distributed()
-    return line
+    return close_sweep(over, {**request.model.origin(weights), **line})
 
 
 def check_new(request: EmbedRequest) -> None:

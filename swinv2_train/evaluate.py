@@ -33,12 +33,11 @@ from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.sources.matched import Say, check_pixel_classes
 from swinv2_train.distributed import (
     World,
-    init_distributed,
     on_main,
     raise_together,
     shutdown_distributed,
 )
-from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.distributed.same_start import join_ranks
 from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.engine.local import to_device
 from swinv2_train.evaluation.confusion import confusion_map
@@ -47,7 +46,7 @@ from swinv2_train.evaluation.saved_places import confined
 from swinv2_train.evaluation.splits import COMPARED, Scored, Split, _finite, build_loader, compared, open_splits, score
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import ticking
-from swinv2_train.runtime import arithmetic, set_threads
+from swinv2_train.runtime import arithmetic
 from swinv2_train.storage.atomic import replace_text
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.task import Forward, Picture, Task
@@ -86,9 +85,7 @@ def evaluate(config: Config, request: EvaluateRequest) -> dict[str, Any]:
     Returns what the line holds.  Raises ConfigError for wrong input, before a model is built where that is possible.
     """
     check_request(config, request)
-    world = init_distributed(config.runtime.process_group_timeout_sec)
-    check_agreement(config)
-    set_threads(config.runtime.num_threads, world.cores)
+    world = join_ranks(config)
     if request.weights is not None:
         address = request.weights
         request = dataclasses.replace(request, weights=on_main(world, lambda: pinned(address)))

@@ -37,7 +37,6 @@ from swinv2_train.config.load import config_yaml
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.secret_texts import without_secrets
 from swinv2_train.data.sources.base import Source
-from swinv2_train.distributed import shutdown_distributed
 from swinv2_train.inference.gallery import (
     Gallery,
     Seen,
@@ -49,7 +48,15 @@ from swinv2_train.inference.gallery import (
 )
 from swinv2_train.inference.loaded import LoadedModel
 from swinv2_train.inference.neighbours import Thumbnails, most_alike
-from swinv2_train.inference.sweep import ModelRequest, Sweep, load_model, open_images, open_sweep, parse_model
+from swinv2_train.inference.sweep import (
+    ModelRequest,
+    Sweep,
+    close_sweep,
+    load_model,
+    open_images,
+    open_sweep,
+    parse_model,
+)
 from swinv2_train.inference.vectors import Vectors
 from swinv2_train.inspection.attention import BlockPlace, attention_of, last_pairs
 from swinv2_train.inspection.class_activation import cam_layer, class_activation
@@ -119,9 +126,7 @@ def look(config: Config, request: LookRequest) -> dict[str, Any]:
         page, line = page_of(config, request, over)
         file.write(page.encode())
     line |= {"out": str(request.page), "mib": round(len(page) / 2**20, 2)}
-    print(json.dumps(line))
-    shutdown_distributed()
-    return line
+    return close_sweep(over, line)
 
 
 def check_new(request: LookRequest) -> None:
@@ -154,7 +159,7 @@ def page_of(config: Config, request: LookRequest, over: Sweep) -> tuple[str, dic
         config=without_secrets(config_yaml(config)),
     )
     return look_page(heading, sections), {
-        "weights" if request.model.weights else "checkpoint": weights, "shown": len(sections),
+        **request.model.origin(weights), "shown": len(sections),
         "images": source.num_samples, "gallery": 0 if gallery is None else len(gallery.numbers),
         "unreadable": len(unreadable), "unreadable_images": list(unreadable)[:_LISTED], "not_shown": list(eye.absent),
     }  # fmt: skip

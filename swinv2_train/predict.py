@@ -33,10 +33,10 @@ from swinv2_train.data.loading.listed import ListedBatch
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.folder import Folder
 from swinv2_train.data.tables import Column, check_table, write_table
-from swinv2_train.distributed import on_main, shutdown_distributed
+from swinv2_train.distributed import on_main
 from swinv2_train.inference.journal import Journal, Row, missing
 from swinv2_train.inference.loaded import LoadedModel
-from swinv2_train.inference.sweep import ModelRequest, job_of, load_model, open_sweep, parse_model, sweep
+from swinv2_train.inference.sweep import ModelRequest, close_sweep, job_of, load_model, open_sweep, parse_model, sweep
 from swinv2_train.storage.atomic import replacing_output
 from swinv2_train.tasks import task_class
 from swinv2_train.tasks.answers import Answer, Ask, ClassMap
@@ -79,10 +79,7 @@ def predict(config: Config, request: PredictRequest) -> dict[str, Any]:
     writer = RowWriter(model, ask, request, source)
     sweep(config, over, model.transform, journal, writer.rows)
     line = on_main(world, lambda: finish(request, columns, journal, source.num_samples))
-    line = {"weights" if request.model.weights else "checkpoint": weights, **line}
-    on_main(world, lambda: print(json.dumps(line)))
-    shutdown_distributed()
-    return line
+    return close_sweep(over, {**request.model.origin(weights), **line})
 
 
 def check_request(config: Config, request: PredictRequest) -> dict[str, Column]:

@@ -21,15 +21,15 @@ from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.checkpoint.finding import step_of
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.command_line import compose_source, run_on_weights
-from swinv2_train.distributed import gather_objects, init_distributed, on_main, shutdown_distributed
+from swinv2_train.distributed import gather_objects, on_main, shutdown_distributed
 from swinv2_train.distributed.front import Front
-from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.distributed.same_start import join_ranks
 from swinv2_train.models.initial import on_meta
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import open_console
 from swinv2_train.monitoring.metrics import LossWatch
 from swinv2_train.monitoring.run_log import RunLog
-from swinv2_train.runtime import StopRequest, arithmetic, keep_random_state, set_threads
+from swinv2_train.runtime import StopRequest, arithmetic, keep_random_state
 from swinv2_train.training.bad_step import FOLDER, BadStep, read_bad_step
 from swinv2_train.training.build import build_run, open_sources
 from swinv2_train.training.loop import BadStepError, Run, close_loaders, loss_shares, open_prefetcher, take_step
@@ -47,9 +47,7 @@ def replay(config: Config, _: None) -> list[str]:
     """
     preflight(config, training=True)
     run_dir, folder = Path(config.run_dir), Path(config.run_dir) / FOLDER
-    world = init_distributed(config.runtime.process_group_timeout_sec)
-    check_agreement(config)
-    set_threads(config.runtime.num_threads, world.cores)
+    world = join_ranks(config)
     checkpoint, kept = on_main(world, partial(find_kept, run_dir))
     own = own_run(config)
     console = open_console(folder, world.rank)

@@ -59,16 +59,14 @@ from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.distributed import (
     World,
     gather_objects,
-    init_distributed,
     on_main,
     raise_together,
     shutdown_distributed,
 )
-from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.distributed.same_start import join_ranks
 from swinv2_train.monitoring.console import tracked
 from swinv2_train.report.histograms import Histogram, draw_histograms
 from swinv2_train.report.plots import plots_problem
-from swinv2_train.runtime import set_threads
 from swinv2_train.storage.atomic import replace_text
 
 OWN_KEYS = ("out", "picture", "json")
@@ -105,9 +103,7 @@ def measure(config: Config, request: StatsRequest) -> list[BandStatistics]:
 
     Returns the bands that training sees: of a mixture each source by its weight.  Raises ConfigError for wrong input.
     """
-    world = init_distributed(config.runtime.process_group_timeout_sec)
-    check_agreement(config)
-    set_threads(config.runtime.num_threads, world.cores)
+    world = join_ranks(config)
     sources: dict[str, Source | Stream]
     sources, weights = on_main(world, lambda: open_sources(config))
     if request.count_bands:

@@ -7,10 +7,8 @@ from swinv2_train.config.errors import ConfigError, MachineError, OutageError
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from swinv2_train.config.near_names import did_you_mean
 from swinv2_train.config.pixels import per_band
-from swinv2_train.config.planner import HardwareConfig, PlanConfig
 from swinv2_train.config.recompute import RECOMPUTE_PLACES, Recompute, parse_recompute
 from swinv2_train.config.rules import pair
-from swinv2_train.config.scale import ScaleConfig
 from swinv2_train.config.schema import (
     ARTIFACTS,
     BATCH_NORMS,
@@ -25,11 +23,14 @@ from swinv2_train.config.schema import (
     DetectConfig,
     EngineConfig,
     EvalSplitConfig,
+    HardwareConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
+    PlanConfig,
     ProbeConfig,
     RuntimeConfig,
+    ScaleConfig,
     ScheduleConfig,
     SegmentConfig,
     SimMIMConfig,

@@ -1,4 +1,4 @@
-"""Check that all ranks of a run were started alike, with the same configuration, packages and code."""
+"""Ranks that were all started alike, with the same configuration, packages and code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from swinv2_train.config import Config, ConfigError
-from swinv2_train.distributed.collectives import gather_objects
-from swinv2_train.runtime import RECORDED_PACKAGES, version_of
+from swinv2_train.distributed.collectives import World, gather_objects
+from swinv2_train.distributed.process_group import init_distributed
+from swinv2_train.runtime import RECORDED_PACKAGES, set_threads, version_of
 
 PER_HOST_KEYS = ("data.cache_dir", "engine.nvme_dir")  # folders on local disks, whose names may differ
 MAX_LISTED = 5
+
+
+def join_ranks(config: Config) -> World:
+    """The world of a command whose ranks all came and were started alike, each with its threads."""
+    world = init_distributed(config.runtime.process_group_timeout_sec)
+    check_agreement(config)
+    set_threads(config.runtime.num_threads, world.cores)
+    return world
 
 
 def check_agreement(config: Config) -> None:

@@ -16,8 +16,8 @@ from swinv2_train.data.loading.loader import EvalLoader
 from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
+from swinv2_train.data.sources.label_choice import with_labels_of
 from swinv2_train.data.sources.label_files import LabelOverrides, read_label_overrides, with_labels
-from swinv2_train.data.sources.labelled import with_labels_of
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, matched
 from swinv2_train.data.sources.videos import check_videos
 from swinv2_train.distributed import World, all_reduce_sum

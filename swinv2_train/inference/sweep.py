@@ -6,6 +6,7 @@ Every image gets a row, in the order of the source; rows are kept on disk as the
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +29,15 @@ from swinv2_train.data.shards.cache_files import is_our_cache
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_unlabelled
 from swinv2_train.data.sources.videos import check_videos
-from swinv2_train.distributed import World, all_reduce_max, barrier, init_distributed, on_main, raise_together
-from swinv2_train.distributed.same_start import check_agreement
+from swinv2_train.distributed import World, all_reduce_max, barrier, on_main, raise_together, shutdown_distributed
+from swinv2_train.distributed.same_start import join_ranks
 from swinv2_train.engine.adamw import avoid_compiler
 from swinv2_train.evaluation.scoring import in_lockstep
 from swinv2_train.inference.journal import Journal, Row, missing, share
 from swinv2_train.inference.loaded import LoadedModel, resolved
 from swinv2_train.models.kernels import failures
 from swinv2_train.monitoring.console import counted
-from swinv2_train.runtime import arithmetic, set_threads
+from swinv2_train.runtime import arithmetic
 from swinv2_train.weights.hub import fetch_on_every_host, pinned
 
 MODEL_KEYS = ("images", "out", "checkpoint", "weights", "format", "ema")
@@ -61,6 +62,10 @@ class ModelRequest:
     """Weights of any known format in place of a checkpoint."""
     format: str | None = None
     ema: bool = False
+
+    def origin(self, weights: str) -> dict[str, str]:
+        """Where the weights were, as the line that a command ends with says it."""
+        return {"weights" if self.weights else "checkpoint": weights}
 
     def weights_path(self, config: Config) -> str:
         """Where the weights are, a hub's by its commit.  Raises ConfigError where there are none."""
@@ -113,9 +118,7 @@ def open_sweep(config: Config, request: ModelRequest, check: Callable[[], None])
 
     check: of rank 0, refuses the place for answers by a ConfigError, before images are listed.
     """
-    world = init_distributed(config.runtime.process_group_timeout_sec)
-    check_agreement(config)
-    set_threads(config.runtime.num_threads, world.cores)
+    world = join_ranks(config)
 
     def say(text: str) -> None:
         if world.is_main:
@@ -204,3 +207,10 @@ def sweep(
             pass
     loader.close()
     barrier()
+
+
+def close_sweep(over: Sweep, line: dict[str, Any]) -> dict[str, Any]:
+    """Print what was done as one JSON line, and leave the process group.  Returns the line."""
+    on_main(over.world, lambda: print(json.dumps(line)))
+    shutdown_distributed()
+    return line

@@ -51,7 +51,8 @@ def tune_allocator() -> bool:
     """Let this process keep the memory that it frees; returns whether the C library can (glibc).
 
     A training step on a CPU asks for the same large tensors again and again.  By default glibc gives each back to the
-    system and gets new pages, every one of which faults (benchmarks/speed_cpu_202611.md has a row for the difference).
+    system and gets new pages, every one of which faults (benchmarks/speed_cpu_avx512_202611.md has a row for the
+    difference).
     """
     return _set_allocator(mmap_max=0, trim_threshold=-1, top_pad=64 * 2**20)
 

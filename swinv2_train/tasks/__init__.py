@@ -1,6 +1,6 @@
 """What a model is trained to do: a batch in, a loss, scores and pictures out.
 
-Everything that is known of a task stands in its file here, its class in config/schema.py and its conf/task/NAME.yaml.
+Everything that is known of a task stands in its file here, its class in config/schema/ and its conf/task/NAME.yaml.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from swinv2_train.data.loading.pipe_loader import build_train_loader
 from swinv2_train.data.loading.workers import with_workers
 from swinv2_train.data.shards.shard_cache import shard_cache_for
 from swinv2_train.data.sources.base import Source, open_source
-from swinv2_train.data.sources.labelled import with_labels_of
+from swinv2_train.data.sources.label_choice import with_labels_of
 from swinv2_train.data.sources.matched import MODELS_CLASSES, Say, check_pixel_classes, difference, matched
 from swinv2_train.data.sources.mixture import Mixture, open_mixture
 from swinv2_train.data.sources.pipe import NOT_ELASTIC, Stream, open_stream

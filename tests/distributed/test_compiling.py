@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +79,32 @@ def test_a_stop_of_another_rank_ends_the_compiler_of_the_first(tmp_path):
     assert found == [("SIGTERM", [NOTE] if rank == 0 else [], "still together") for rank in range(2)]
     (group,) = map(int, (tmp_path / "calls").read_text().split())  # one rank compiles for all
     assert gone(group)
+
+
+def test_a_stop_that_comes_while_the_compiler_starts_ends_it(tmp_path):
+    """Whoever was about to name the process was interrupted, and a compiler went on for nobody."""
+
+    class StoppedAtItsStart(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            if "process_group" in options:  # the compiler at work, not its --version
+                while not (tmp_path / "calls").exists():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+
+    def ask(world: World) -> str:
+        begin_anew(tmp_path)
+        subprocess.Popen = StoppedAtItsStart  # type: ignore[misc]
+        with StopRequest() as stop:
+            try:
+                compile_kernel(world, lambda _: None, stop)
+            except StopNow as stopped:
+                return str(stopped)
+        return "went on"
+
+    assert run_distributed(ask, 1) == ["SIGTERM"]
+    assert gone(int((tmp_path / "calls").read_text()))
 
 
 def test_what_is_compiled_already_is_loaded_without_a_word():

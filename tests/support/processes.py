@@ -36,7 +36,7 @@ def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, *
     def child() -> None:
         code = 1
         try:
-            os.closerange(3, 4096)  # among them the pipe by whose end Popen knows that a program has begun
+            let_go_of_files()  # among them the pipe by whose end Popen knows that a program has begun
             _look_new(environment or {})
             body()
             code = 0
@@ -129,6 +129,18 @@ def finished(process: subprocess.Popen[str], input: str | None = None, timeout: 
         process.kill()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def let_go_of_files() -> None:
+    """Close all that a fork inherited but its standard streams, and leave the numbers taken.
+
+    Objects of the parent close their numbers whenever they are dropped (a DataLoader's worker drops its parent's queues
+    at its start).  That must not meet what the fork has opened since: the likely cause of a worker that hung.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number != nowhere:
+            os.dup2(nowhere, number, inheritable=False)
 
 
 def _look_new(environment: dict[str, str]) -> None:

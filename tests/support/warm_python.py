@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import cast
 
 from tests.support.harness import warm_up
-from tests.support.processes import forked
+from tests.support.processes import forked, let_go_of_files
 
 PROGRAM = """#!{python} -IS
 import marshal, os, signal, socket, sys, time
@@ -90,7 +90,7 @@ def _answer(connection: socket.socket) -> None:
     if fork == 0:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
-        os.closerange(3, 4096)
+        let_go_of_files()
         _run(*marshal.loads(request))
         return
     for stream in streams:

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -89,14 +90,23 @@ def _compile(compiler: list[str], built: Path) -> None:
     signal's handler that raises, the time limit) ends all that the compiler has started.
     """
     command = [*compiler, *FLAGS, "-o", str(built), *(str(path) for path in SOURCES if path.suffix == ".cpp")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
-    try:
-        _, said = process.communicate(timeout=COMPILE_SEC)
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0))
+
+    with ThreadPoolExecutor(1) as thread:  # handlers run in the main thread, where one could lose a start half done
+        try:
+            thread.submit(start).result()
+            (process,) = started
+            _, said = process.communicate(timeout=COMPILE_SEC)
+        except BaseException:
+            thread.shutdown()
+            for process in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+            raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
 

@@ -64,7 +64,8 @@ def test_every_key_has_a_docstring_and_no_default():
     for key in all_keys():
         (field,) = (field for field in dataclasses.fields(key.section) if field.name == key.name.rpartition(".")[2])
         assert field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING, key.name
-        source = inspect.getsource(sys.modules[key.section.__module__])
+        owner = next(cls for cls in key.section.__mro__ if field.name in vars(cls).get("__annotations__", {}))
+        source = inspect.getsource(owner)
         assert re.search(rf'^    {field.name}: .+\n    """.+"""$', source, re.MULTILINE), (
             f"{key.name} is not documented"
         )

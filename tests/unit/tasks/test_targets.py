@@ -13,7 +13,8 @@ from torch import Tensor
 
 from swinv2_train.config import ClassifyConfig, ConfigError
 from swinv2_train.data.sample import LABEL, LABELS, SampleError
-from swinv2_train.data.sources.labelled import Labels, TableLabels
+from swinv2_train.data.sources.labelled import TableLabels
+from swinv2_train.data.sources.labels import Labels
 from swinv2_train.evaluation.scoring import evaluate_loader
 from swinv2_train.tasks import build_task
 from swinv2_train.tasks.answers import Ask

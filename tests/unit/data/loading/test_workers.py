@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import multiprocessing
 import os
 import re
 import signal
@@ -106,6 +107,20 @@ def test_workers_end_though_one_took_their_lock_along(tmp_path):
     ended.start()
     ended.join(20)
     assert not ended.is_alive() and not worker.is_alive()
+
+
+def test_what_the_tests_own_processes_inherit_closes_nothing_of_theirs():
+    """The likely cause of a worker that hung: an older loader's queue, dropped in it, closed its pipe."""
+    inherited: list[Any] = [multiprocessing.Pipe(duplex=False) for _ in range(8)]
+
+    def body() -> None:
+        pipes = [os.pipe() for _ in range(64)]  # among them the numbers of what was inherited, if those are free
+        inherited.clear()
+        for receiver, sender in pipes:
+            os.write(sender, b"still open")
+            assert os.read(receiver, 10) == b"still open"
+
+    assert finished(forked(body)).returncode == 0
 
 
 def test_a_worker_that_is_killed_is_told_with_the_likely_cause(tmp_path):

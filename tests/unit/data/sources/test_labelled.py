@@ -15,7 +15,7 @@ import pytest
 from swinv2_train.config import ConfigError
 from swinv2_train.data.sample import LABEL, LABELS, VALUES, SampleError
 from swinv2_train.data.sources.base import open_source
-from swinv2_train.data.sources.labelled import with_labels_of
+from swinv2_train.data.sources.label_choice import with_labels_of
 from tests.support.configs import composed
 from tests.support.images import image_bytes
 from tests.support.shard_files import write_plain_tar
@@ -250,7 +250,7 @@ def test_a_source_without_such_labels_is_refused(images):
 
 def test_a_large_table_is_aligned_with_its_images_whatever_their_order():
     """Against a loop, for every kind."""
-    from swinv2_train.data.sources.labelled import Labels
+    from swinv2_train.data.sources.labels import Labels
 
     rng = np.random.default_rng(0)
     rows = [rng.integers(-4, 4, rng.integers(0, 4)).tolist() for _ in range(50)]
