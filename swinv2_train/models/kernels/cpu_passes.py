@@ -27,9 +27,9 @@ BLOCK_BYTES = 2**22  # of a product, which is still in the cache when its GELU c
 
 class _Rows(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("rows", "channels", "of_sample", "chunks")),
+        ("rows", ctypes.c_long), ("channels", ctypes.c_long), ("of_sample", ctypes.c_long), ("chunks", ctypes.c_long),
         ("eps", ctypes.c_float),
-    ]
+    ]  # fmt: skip
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
