@@ -425,7 +425,7 @@ def _forward_surviving(
 ) -> tuple[Tensor, Tensor]:
     """_attend; where it fails and that is got over, the reference's result without denominators (failures.py)."""
     try:
-        return _attend(qkv, scale, table, *sizes, bias)
+        return _attend(qkv, scale, table, *sizes, bias=bias)
     except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
         failures.got_over(_case(qkv, sizes), error, qkv.device)
     size, window, shift, heads = sizes
@@ -441,7 +441,7 @@ def _backward_surviving(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """_attend_backward; where it fails and that is got over, gradients that no step is taken with (failures.py)."""
     try:
-        return _attend_backward(grad, qkv, scale, table, out, lse, *sizes, bias)
+        return _attend_backward(grad, qkv, scale, table, out, lse, *sizes, bias=bias)
     except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
         failures.got_over(_case(qkv, sizes), error, qkv.device)
     gradients = _backward_fake(grad, qkv, scale, table, out, lse, *sizes)
