@@ -324,6 +324,7 @@ def _attend(
     window: Sequence[int],
     shift: Sequence[int],
     heads: int,
+    *,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
@@ -357,7 +358,7 @@ def _backward_fake(
 
 def _attend_backward(
     grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor,
-    size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int, bias: Tensor | None = None,
+    size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int, *, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
     grad, qkv, scale = grad.contiguous(), qkv.contiguous(), scale.contiguous()
