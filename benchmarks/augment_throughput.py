@@ -24,7 +24,7 @@ from loader_throughput import photograph
 from PIL import Image
 
 from swinv2_train.config.command_line import compose_overrides
-from swinv2_train.data.loading.loader import sample_rng
+from swinv2_train.data.loading.sample_rngs import sample_rngs
 from swinv2_train.data.transforms.augment import Mixing, color_jitter, draw_erasing, erase, rand_augment
 from swinv2_train.data.transforms.crop import random_box
 from swinv2_train.data.transforms.decode import decode_image
@@ -52,7 +52,9 @@ def steps(size: int) -> dict[str, tuple[str, Callable[[int], object]]]:
     )
     decoded = [decode_image(photograph(number), "jpg") for number in range(PICTURES)]
     pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in decoded]
-    crops = [plain(image, {"label": 0}, sample_rng(0, 0, number))["images"] for number, image in enumerate(decoded)]
+    crops = [
+        plain(image, {"label": 0}, sample_rngs(0, [(0, number)])[0])["images"] for number, image in enumerate(decoded)
+    ]
     cropped = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in crops]
     settings = {"translate_const": int(0.45 * size), "img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
     policy = timms("auto_augment").rand_augment_transform(POLICY, settings)
@@ -70,7 +72,7 @@ def steps(size: int) -> dict[str, tuple[str, Callable[[int], object]]]:
         return erasing(pixels.sub_(mean).div_(std))
 
     def rng_of(number: int) -> np.random.Generator:
-        return sample_rng(0, 1, number)
+        return sample_rngs(0, [(1, number)])[0]
 
     def on_the_device(number: int) -> None:
         if number % BATCH == 0:  # once for BATCH images

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -29,9 +29,12 @@ class Length:
     pretrain: float
     finetune: float
     top1: float | None = None
+    precision: str = "bf16"
+    """In which it was tried."""
 
     def text(self) -> str:
-        gave = "not tried yet" if self.top1 is None else f"top-1 {self.top1:.1f} % when it was tried, in bf16"
+        tried = "not tried yet" if self.top1 is None else f"top-1 {self.top1:.1f} % when it was tried"
+        gave = tried if self.top1 is None else f"{tried}, in {self.precision}"
         return f"epochs of pre-training {self.pretrain:g}, of fine-tuning {self.finetune:g} ({gave})"
 
 
@@ -99,7 +102,9 @@ def kept(runs: Path) -> Length | None:
     except FileNotFoundError:
         return None
     length = Length(found["pretrain"], found["finetune"])
-    return next((each for each in LENGTHS if replace(each, top1=None) == length), length)
+    return next(
+        (each for each in LENGTHS if (each.pretrain, each.finetune) == (length.pretrain, length.finetune)), length
+    )
 
 
 def keep(runs: Path, length: Length) -> None:

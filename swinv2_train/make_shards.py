@@ -30,7 +30,7 @@ beside them, they are packed with the classes of their pixels, too (task.semanti
 from __future__ import annotations
 
 import argparse
-import itertools
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,9 +94,10 @@ def _pack(options: argparse.Namespace, encoder: ClipEncoder | None) -> Manifest:
         return _pack_annotated(options)
     labels = None if options.labels is None else Path(options.labels)
     entries, classes = read_source(Path(options.source), labels)
-    checks = None
+    checks, overlays = None, Overlays(f"{options.out}-labels")
     if entries[0].read_labels is not None:
-        checks = _label_image_checks(options, classes := pixel_class_names(labels or Path(options.source)))
+        classes = pixel_class_names(labels or Path(options.source))
+        checks = _label_image_checks(options, classes, overlays)
     elif options.num_classes is not None or options.reduce_zero_label:
         raise ShardError(
             f"--num-classes and --reduce-zero-label are of label images, and SOURCE {options.source} has none; name "
@@ -105,6 +106,7 @@ def _pack(options: argparse.Namespace, encoder: ClipEncoder | None) -> Manifest:
     manifest = pack(
         entries, options.out, options.samples_per_shard, options.seed, classes, options.overwrite, checks, encoder
     )  # fmt: skip
+    overlays.write()
     if classes:
         print(f"{len(classes)} classes, see {CLASSES_NAME}")
     elif entries[0].label is not None:
@@ -122,25 +124,49 @@ def _pack_annotated(options: argparse.Namespace) -> Manifest:
         )
     labels = None if options.labels is None else Path(options.labels)
     entries, classes = read_annotated(Path(options.source), Path(options.annotations), labels)
-    of_pixels = None
+    of_pixels, of_objects, of_labels = None, Overlays(f"{options.out}-objects"), Overlays(f"{options.out}-labels")
     if any(entry.read_labels is not None for entry in entries):
-        of_pixels = _label_image_checks(options, None)
+        of_pixels = _label_image_checks(options, None, of_labels)
     elif options.num_classes is not None:
         raise ShardError(
             "--num-classes is of label images, and there are none; name their folder by --labels, or leave it out"
         )
     checks = ObjectChecks(
         f"SOURCE {options.source}", classes, BadBoxes(options.annotations, refuse=options.on_bad_box == "error"),
-        options.drop_empty, _objects_overlay(options, classes), options.overlays, of_pixels,
+        options.drop_empty, _objects_overlay(of_objects, classes), options.overlays, of_pixels,
     )  # fmt: skip
     manifest = pack(entries, options.out, options.samples_per_shard, options.seed, classes, options.overwrite, checks)
+    of_objects.write()
+    of_labels.write()
     print(f"{len(classes)} classes, see {CLASSES_NAME}; task.num_classes={len(classes)}")
     return manifest
 
 
-def _objects_overlay(options: argparse.Namespace, classes: Sequence[str]) -> Overlay:
-    from PIL import Image
+class Overlays:
+    """Pictures of what is packed, which get their names when all of it is: of a set that is refused none stays."""
 
+    def __init__(self, prefix: str) -> None:
+        """prefix: of their paths."""
+        self._prefix = prefix
+        self._drawn: list[tuple[bytes, str]] = []
+
+    def add(self, picture: np.ndarray, text: str) -> None:
+        """uint8 (H, W, 3) of a few hundred pixels, and what it is."""
+        from PIL import Image
+
+        png = io.BytesIO()
+        Image.fromarray(picture).save(png, "PNG")
+        self._drawn.append((png.getvalue(), text))
+
+    def write(self) -> None:
+        """Put them beside the shards, and say so."""
+        for number, (png, text) in enumerate(self._drawn):
+            path = Path(f"{self._prefix}-{number}.png")
+            path.write_bytes(png)
+            tell(f"{path}: {text}; look whether they fit")
+
+
+def _objects_overlay(overlays: Overlays, classes: Sequence[str]) -> Overlay:
     from swinv2_train.tasks.detect_picture import Shown, draw_objects
 
     def overlay(key: str, image: bytes, extension: str, objects: Objects) -> None:
@@ -148,24 +174,19 @@ def _objects_overlay(options: argparse.Namespace, classes: Sequence[str]) -> Ove
             pixels = decode_image(image, extension).permute(1, 2, 0).numpy()
         except DecodeError:  # values of bands, or damaged, which a run will tell
             return
-        path = Path(f"{options.out}-objects-{next(numbers)}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
         masks = [None if mask is None else mask.pixels(objects.size) for mask in objects.masks]
-        Image.fromarray(draw_objects(pixels, Shown(objects.boxes, objects.classes, None, masks), classes)).save(path)
-        tell(f"{path}: the objects of '{shown(key)}'; look whether they fit")
+        picture = draw_objects(pixels, Shown(objects.boxes, objects.classes, None, masks), classes)
+        overlays.add(picture, f"the objects of '{shown(key)}'")
 
-    numbers = itertools.count()
     return overlay
 
 
-def _label_image_checks(options: argparse.Namespace, names: tuple[str, ...] | None) -> LabelImageChecks:
-    from PIL import Image
-
+def _label_image_checks(
+    options: argparse.Namespace, names: tuple[str, ...] | None, overlays: Overlays
+) -> LabelImageChecks:  # fmt: skip
     from swinv2_train.tasks.segment_picture import overlay_picture
 
     def overlay(key: str, image: bytes, extension: str, values: np.ndarray) -> None:
-        path = Path(f"{options.out}-labels-{next(numbers)}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
         labels = values.astype(np.int64)
         if options.reduce_zero_label:
             labels = np.where((labels == 0) | (labels == options.ignore_index), options.ignore_index, labels - 1)
@@ -174,10 +195,8 @@ def _label_image_checks(options: argparse.Namespace, names: tuple[str, ...] | No
         except DecodeError:  # values of bands, or damaged, which a run will tell
             pixels = None
         picture = overlay_picture(pixels, labels, options.ignore_index, names)
-        Image.fromarray(picture).save(path)
-        tell(f"{path}: the label image of '{shown(key)}' over it; look whether they fit")
+        overlays.add(picture, f"the label image of '{shown(key)}' over it")
 
-    numbers = itertools.count()
     return LabelImageChecks(
         options.source, options.samples_per_shard, options.num_classes or (len(names) if names else None),
         options.reduce_zero_label, options.ignore_index, names, overlay, options.overlays,

@@ -17,6 +17,14 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+LONGEST = (
+    "distributed/test_detect.py", "distributed/test_giant.py", "distributed/test_preemption.py",
+    "distributed/test_recompute.py", "gpu/test_fused.py", "unit/engine/test_compile.py",
+    "unit/planning/test_engine_memory.py", "unit/planning/test_plan.py", "unit/scripts/test_first_contact.py",
+    "unit/serving/test_files.py", "unit/test_golden.py", "unit/test_pasted_commands.py",
+)  # fmt: skip
+"""Files that take more than a minute of a worker."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Cards are for a call of tests/gpu alone (make test-gpu); any other call, and every process it starts, sees none:
@@ -33,11 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What mostly waits goes first, files with slow tests before those without: make test hands files out in this
-    order, and what takes long would be left alone at the end.
+    """What mostly waits goes first, then the longest files, and files with slow tests before those without: make test
+    hands files out in this order, and what takes long would be left alone at the end.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, item.path not in slow))
+    longest = {(Path(__file__).parent / name).resolve(strict=True) for name in LONGEST}
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("slurm") is None, item.path not in longest, item.path not in slow
+        )
+    )  # fmt: skip
 
 
 def pytest_collection_finish() -> None:
@@ -67,6 +80,18 @@ def run_distributed():
     from tests.support import harness
 
     return harness.run_distributed
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The path of a Python that starts without imports, for what starts its interpreters by a path."""
+    from tests.support.warm_python import warm_python
+
+    folder = tmp_path_factory.mktemp("python") / "warm"
+    server = warm_python(folder)
+    yield str(folder / "python")
+    server.kill()
+    server.wait()
 
 
 @pytest.fixture

@@ -20,11 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config.checks import check_config
 from swinv2_train.config.errors import ConfigError
-from swinv2_train.config.keys import all_keys, keys_of, known_keys
+from swinv2_train.config.keys import Key, all_keys, keys_of, known_keys
 from swinv2_train.config.near_names import did_you_mean_key
 from swinv2_train.config.saved import literal
 from swinv2_train.config.schema import OWN_ENTRIES, TASKS, Config, TaskConfig
 from swinv2_train.config.secret_texts import public
+
+_WANTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
+"""How the types of OmegaConf's errors are called."""
 
 
 def load_config(composed: DictConfig, needed: Mapping[str, str] = MappingProxyType({})) -> Config:
@@ -106,6 +109,7 @@ def _check_keys(composed: DictConfig, task: type[TaskConfig]) -> None:
             )
         raise ConfigError(unknown_key(key, task))
     _check_texts(composed, task)
+    _check_nulls(composed, task)
 
 
 def _check_texts(composed: DictConfig, task: type[TaskConfig]) -> None:
@@ -121,6 +125,23 @@ def _check_texts(composed: DictConfig, task: type[TaskConfig]) -> None:
                 raise ConfigError(
                     f"{name} ({each}) is a text, and was read as a number; put it in quotes: {name}: '{each}'"
                 )
+
+
+def _check_nulls(composed: DictConfig, task: type[TaskConfig]) -> None:
+    """null means something at some keys alone; at any other it is no value."""
+    wanted = [key.name for key in all_keys(task) if not _may_be_null(key)]
+    for below, (_, cls) in OWN_ENTRIES.items():
+        names = OmegaConf.select(composed, below.removesuffix("."))
+        wanted += [f"{below}{name}.{key.name}" for name in names or () for key in keys_of(cls) if not _may_be_null(key)]
+    for name in wanted:
+        section, _, field = name.rpartition(".")
+        holder = OmegaConf.select(composed, section) if section else composed
+        if isinstance(holder, DictConfig) and field in holder and holder._get_node(field)._is_none():
+            raise ConfigError(f"{name} (null) needs a value; set it on the command line: {name}=VALUE")
+
+
+def _may_be_null(key: Key) -> bool:
+    return key.kind is Any or type(None) in typing.get_args(key.kind)
 
 
 def _check_own_key(key: str, below: str) -> None:
@@ -185,7 +206,9 @@ def _leaves(tree: Any, prefix: str) -> typing.Iterator[str]:
 def _merge_error(error: OmegaConfBaseException) -> str:
     key = getattr(error, "full_key", None) or "the configuration"
     reason = str(getattr(error, "msg", None) or error).split("\n")[0]
-    return f"{key}: {reason}"
+    kind = re.search(r"could not be converted to (\w+)|is not a valid (\w+)", reason)
+    wanted = _WANTED.get(kind[1] or kind[2]) if kind else None
+    return f"{key}: {reason}" + ("" if wanted is None else f"; give {wanted}")
 
 
 def config_yaml(config: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import platform
 import socket
@@ -63,6 +64,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
     return pairs
 
 
+@functools.cache  # they were imported: what becomes of them later does not matter here
 def _fingerprint() -> str:
     """A hash of the package's source files."""
     package = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from swinv2_train.config import Config, ConfigError
 from swinv2_train.config.arguments import check_once, prepared
 from swinv2_train.config.command_line import compose_overrides, load_run_config
 from swinv2_train.config.load import home_expanded
-from swinv2_train.data.loading.workers import tensors_of
+from swinv2_train.data.loading.rows import tensors_of
 from swinv2_train.data.sample import Targets
 from swinv2_train.data.sources.matched import check_pixel_classes
 from swinv2_train.inference.clips import row_of_clip

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from swinv2_train.config import ConfigError
 from swinv2_train.report.charts import Series, frame_of
@@ -20,6 +20,8 @@ COLOURS = (
 """Of the parts of a bar."""
 LINE_COLOURS = ("#2563c9", "#d9730d", "#2e8b57", "#8e44ad")
 """Of the lines of a chart, as in the report's."""
+_PANEL_WIDTH, _PANEL_HEIGHT, _LEFT, _RIGHT = 4.5, 3.0, 0.75, 0.15
+"""Of a chart among several, and what is beside its axes; inches."""
 
 
 def plots_problem() -> str | None:
@@ -29,14 +31,17 @@ def plots_problem() -> str | None:
     return None
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib Figure of this size in inches; ConfigError where matplotlib is missing."""
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
+    """An empty matplotlib Figure of this size in inches; ConfigError where matplotlib is missing.
+
+    layout: matplotlib's; None = the margins are given to the axes.
+    """
     if problem := plots_problem():
         raise ConfigError(f"a picture cannot be drawn: {problem}")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it announces that it lists the fonts
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    return Figure((width, height), dpi=100, layout="constrained")
+    return Figure((width, height), dpi=100, layout=layout)
 
 
 def save_figure(figure: Any, path: Path) -> Path:
@@ -55,8 +60,9 @@ def draw_curves(charts: Sequence[tuple[str, Sequence[Series]]], path: Path) -> P
     drawn = [(title, frame) for title, series in charts if (frame := frame_of(series, False, None)) is not None]
     if not drawn:
         return None
-    figure = new_figure(4.5 * len(drawn), 3)
-    for axes, (title, frame) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    figure = new_figure(_PANEL_WIDTH * len(drawn), _PANEL_HEIGHT, layout=None)
+    panels = figure.subplots(1, len(drawn), squeeze=False, gridspec_kw=_margins(len(drawn)))[0]
+    for axes, (title, frame) in zip(panels, drawn, strict=True):
         for index, series, points in frame.lines:
             xs, ys = zip(*points, strict=True)
             marker = "o" if sum(map(math.isfinite, ys)) <= 30 else None
@@ -66,6 +72,18 @@ def draw_curves(charts: Sequence[tuple[str, Sequence[Series]]], path: Path) -> P
         if len(frame.lines) > 1:
             axes.legend()
     return save_figure(figure, path)
+
+
+def _margins(panels: int) -> dict[str, float]:
+    """Room for titles and the numbers at the axes.  To measure every text first takes twice as long as to draw."""
+    width = _PANEL_WIDTH * panels
+    return {
+        "left": _LEFT / width,
+        "right": 1 - _RIGHT / width,
+        "bottom": 0.3 / _PANEL_HEIGHT,
+        "top": 1 - 0.35 / _PANEL_HEIGHT,
+        "wspace": (_LEFT + _RIGHT) / (_PANEL_WIDTH - _LEFT - _RIGHT),
+    }
 
 
 def stacked_bars(

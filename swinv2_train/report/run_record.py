@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -63,7 +64,7 @@ def read_run_record(run_dir: Path) -> RunRecord:
     """Read a run directory as far as it goes; what is missing stays empty."""
     config_path = run_dir / CONFIG_NAME
     text = read_config_text(config_path) if os.path.lexists(config_path) else ""
-    config: Any = OmegaConf.to_container(parse_saved_config(text, str(config_path)))
+    config = _values(text, str(config_path))
     pictures: dict[str, list[tuple[int, Path]]] = {}
     folder = run_dir / "pictures"
     for path in sorted(folder.glob("*.png")) if not folder.is_symlink() else ():  # a link may lead to anybody's files
@@ -79,6 +80,12 @@ def read_run_record(run_dir: Path) -> RunRecord:
         pictures={name: sorted(files) for name, files in pictures.items()},
         status=_read_status(run_dir),
     )
+
+
+@functools.lru_cache(maxsize=4)  # a run writes its page at the start and in the end
+def _values(text: str, origin: str) -> Any:
+    """Of a saved configuration, as plain mappings that nobody changes."""
+    return OmegaConf.to_container(parse_saved_config(text, origin))
 
 
 def _read_status(run_dir: Path) -> Mapping[str, Any]:

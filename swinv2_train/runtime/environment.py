@@ -6,6 +6,7 @@ torch is imported inside the functions, so that a wrong configuration is answere
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -137,6 +138,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+@functools.cache
 def version_of(package: str) -> str | None:
     """An installed package's version, from its metadata; None where it is not installed."""
     try:

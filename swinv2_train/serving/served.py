@@ -131,6 +131,8 @@ def described(
             "interpolation": data.interpolation, "mean": data.mean, "std": data.std, "scale": _scale(config),
         },
     }  # fmt: skip
+    if config.model.frames is not None:  # of a clip's file these many, from the middle
+        description["preprocessing"] |= {"frames": config.model.frames, "frame_stride": data.frame_stride}
     if served.output == "logits" and isinstance(served.module, SwinTransformerV2):
         description["output"]["probabilities"] = AFTER[config.task.target]  # type: ignore[attr-defined]
         if config.task.target == "multilabel":  # type: ignore[attr-defined]

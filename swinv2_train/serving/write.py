@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from swinv2_train.checkpoint import find_checkpoint
 from swinv2_train.config import Config, ConfigError
 from swinv2_train.models.initial import on_meta
-from swinv2_train.runtime import set_threads
+from swinv2_train.runtime import available_cores, set_threads
 from swinv2_train.serving.check import cases, largest_difference, traced_sides
 from swinv2_train.serving.graphs import read_onnx, read_program, traced, write_onnx, write_program
 from swinv2_train.serving.int8 import calibration_images, check_int8, compared, quantize
@@ -38,7 +37,7 @@ def serve(config: Config, request: ServingRequest) -> dict[str, Any]:
         if path.exists():
             raise ConfigError(f"out ({path}) exists; name a new file, or remove it")
     check_int8(config, request)
-    set_threads(config.runtime.num_threads, os.cpu_count() or 1)
+    set_threads(config.runtime.num_threads, available_cores())
     with on_meta():
         task = build_task(config, torch.device("cpu"))
     check_served(config, task, request.dynamic_size)

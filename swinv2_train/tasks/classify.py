@@ -236,20 +236,23 @@ class ClassifyTask:
         """The scores, and the most likely class of each image, (B,) int64.
 
         batch["labels"]: (B,), or (B, L) where an image has up to L right classes, filled up with -1.  A prediction is
-        right when it is one of them; the loss is of their joint probability.
+        right when it is one of them; the loss is of their joint probability.  An image with a logit that is no number
+        is taken for another class than its own.
         """
         logits = self._logits(forward, batch)
         labels, weight = batch["labels"].to(logits.device), batch["weight"].to(logits.device)
         labels = labels.view(len(logits), -1)  # (B, L)
         ranking = logits.topk(min(5, self.num_classes), dim=1).indices  # (B, 5)
         hits = (ranking.unsqueeze(2) == labels.unsqueeze(1)).any(dim=2)
+        lost = logits.isnan().any(dim=1)  # topk would rank nan first
+        hits &= ~lost.unsqueeze(1)
         log_p = logits.log_softmax(dim=1).gather(1, labels.clamp(min=0)).masked_fill(labels < 0, float("-inf"))
         scores = {
             "val/loss": _mean(-log_p.logsumexp(dim=1), weight),
             "val/top1": 100 * _mean(hits[:, 0].float(), weight),
             "val/top5": 100 * _mean(hits.any(dim=1).float(), weight),
         }
-        return scores, ranking[:, 0]
+        return scores, torch.where(lost, (labels[:, 0].clamp(min=0) + 1) % self.num_classes, ranking[:, 0])
 
     def probabilities(self, forward: Forward, batch: Batch) -> Tensor:
         """Of each class, (B, num_classes) float32."""

@@ -1,6 +1,7 @@
 """Scores of several classes, and of numbers, per image: from all images' rows at once, so exact on any number of ranks.
 
 Percent, but for errors of numbers, which are in the numbers' own units.  What they equal: docs/evaluation.md#targets.
+Of predictions one of which is no number (nan) every score is nan.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def multilabel_scores(logits: Tensor, targets: Tensor, threshold: float) -> dict
     """
     known = ~targets.isnan()
     right, said = targets == 1, logits > math.log(threshold / (1 - threshold))
-    counts = torch.stack([right & said, known & ~right & said, right & ~said], dim=1).long()  # (B, 3, C)
+    no_number = known & logits.isnan()
+    counts = torch.stack([right & said, known & ~right & said, right & ~said, no_number], dim=1).long()  # (B, 4, C)
     rows = torch.cat([logits.double(), targets.nan_to_num(nan=-1.0).double()], dim=1)
     return {
         LABEL_COUNTS: Sums(counts, f1_scores),
@@ -35,21 +37,19 @@ def multilabel_scores(logits: Tensor, targets: Tensor, threshold: float) -> dict
 
 
 def f1_scores(counts: Tensor) -> dict[str, float]:
-    """(3, C) right, wrongly said and missed -> F1 of all together and the mean over classes, of a class without any 0.
+    """(4, C) right, wrongly said, missed and no number -> F1 of all together and the mean over classes, of a class
+    without any 0.
 
     As scikit-learn's f1_score with average=micro and macro.
     """
-    right, wrong, missed = counts.double().cpu()
-    f1 = _class_f1(counts)
-    total = 2 * right.sum()
-    micro = float(total / (total + wrong.sum() + missed.sum()).clamp(min=1))
-    return {"val/f1_micro": 100 * micro, "val/f1_macro": 100 * float(f1.mean())}
+    return {"val/f1_micro": 100 * float(_f1(counts.sum(dim=1))), "val/f1_macro": 100 * float(_f1(counts).mean())}
 
 
-def _class_f1(counts: Tensor) -> Tensor:
-    """(3, C) as f1_scores' -> (C,) float64, 0 to 1."""
-    right, wrong, missed = counts.double().cpu()
-    return 2 * right / (2 * right + wrong + missed).clamp(min=1)
+def _f1(counts: Tensor) -> Tensor:
+    """(4, ...) as f1_scores' -> (...) float64, 0 to 1."""
+    right, wrong, missed, no_number = counts.double().cpu()
+    found = 2 * right / (2 * right + wrong + missed).clamp(min=1)
+    return found.masked_fill(no_number > 0, math.nan)
 
 
 def label_tables(counts: Tensor, rows: Tensor) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def label_tables(counts: Tensor, rows: Tensor) -> dict[str, Any]:
 
     counts: as f1_scores'; rows: as ranking_scores'.
     """
-    right, _, missed = counts.cpu()
+    right, _, missed, _ = counts.cpu()
     some = counts.sum(dim=0).cpu() > 0
-    f1 = torch.where(some, 100 * _class_f1(counts), math.nan).tolist()
+    f1 = torch.where(some, 100 * _f1(counts), math.nan).tolist()
     precisions = (100 * average_precision(*each) if each[1].any() else math.nan for each in _known_of_classes(rows))
     return {
         "class_images": (right + missed).tolist(),
@@ -103,6 +103,8 @@ def average_precision(scores: np.ndarray, right: np.ndarray) -> float:
 
     scores: (n,) float64; right: (n,) bool, at least one.  As scikit-learn's average_precision_score.
     """
+    if np.isnan(scores).any():
+        return math.nan
     _, place, count = np.unique(-scores, return_inverse=True, return_counts=True)
     hits = np.bincount(place, weights=right, minlength=len(count))
     return float((hits.cumsum() / count.cumsum() * hits).sum() / hits.sum())
@@ -113,6 +115,8 @@ def area_under_roc(scores: np.ndarray, right: np.ndarray) -> float:
 
     Equal scores are half a pair.  scores: (n,) float64; right: (n,) bool, of both kinds.
     """
+    if np.isnan(scores).any():
+        return math.nan
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = count.cumsum() - (count - 1) / 2  # of each score, the mean of those of its equals, from 1
     positives = int(right.sum())
@@ -145,8 +149,12 @@ def error_scores(rows: Tensor) -> dict[str, float]:
         if len(own) < 2:
             continue
         squared = float(((said[known[:, each], each] - own) ** 2).sum())
-        spread = float(((own - own.mean()) ** 2).sum())
-        r2.append(1 - squared / spread if spread > 0 else float(squared == 0))
+        if math.isnan(squared):
+            r2.append(squared)
+        elif own.min() == own.max():  # not by the distances from the mean, which is rounded
+            r2.append(float(squared == 0))
+        else:
+            r2.append(1 - squared / float(((own - own.mean()) ** 2).sum()))
     return {
         "val/mae": float(np.abs(errors).mean()),
         "val/rmse": math.sqrt(float((errors**2).mean())),

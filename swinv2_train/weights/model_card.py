@@ -199,6 +199,15 @@ def _training(of: Exported) -> str:
         "Images: " + "; ".join(map(code, config.task.augmentations(data))) + ".",
         f"Data: {_data(config)}; seed {config.seed}.",
     ]
+    lora = optim.lora
+    if lora.rank:
+        lines.append(
+            "Of the encoder, adapters of low rank alone were trained (LoRA: "
+            f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(map(code, lora.targets))}); they are merged into "
+            "these weights."
+        )
+    if optim.freeze:
+        lines.append(f"Not trained: parameters with {', '.join(map(code, optim.freeze))} in their names.")
     if data.balanced:
         lines.append("Every class had the same share of each epoch.")
     return "\n".join(f"- {line}" for line in lines)

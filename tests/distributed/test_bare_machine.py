@@ -34,7 +34,7 @@ def test_a_run_needs_no_home_no_name_no_streams_and_few_files(home, shards, tmp_
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "HOME", "TMP"))}
     environment |= {"TMPDIR": "/proc"} | ({} if home is None else {"HOME": home})
     unknown = " ".join(UNKNOWN_USER) if home is None and may_be_unknown() else ""
-    words = command(tmp_path / "run", *shards, "train.max_steps=2", "engine.precision=fp32", "data.num_workers=2")
+    words = command(tmp_path / "run", *shards, "train.max_steps=2", "data.num_workers=2")
     script = f'ulimit -n 64; exec {unknown} "$@" <&- >&- 2>&-'
     train = ["bash", "-c", script, "bash", sys.executable, "-m", "swinv2_train.train", *words]
     done = subprocess.run(train, cwd=ROOT, env=environment, timeout=240, check=False)

@@ -8,7 +8,7 @@ from benchmarks.communication_volume import MIB, compose, counted, gloo_sent, nb
 from swinv2_train.planning.communication import GATHER, SCATTER, SUM
 from tests.support.harness import run_distributed
 
-MODEL, TASK = "model=demo", "task=classify task.num_classes=10"
+MODEL, TASK = "model=demo model.img_size=16 model.window_size=2", "task=classify task.num_classes=10"
 SYNCED = "task=segment task.num_classes=10 task.head_channels=32 task.aux_channels=16 task.head_norm=sync_batch"
 CASES = {
     2: [

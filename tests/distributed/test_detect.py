@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 
@@ -30,6 +31,14 @@ COUNTS = {
     "on the first image alone": [3, 0, 0, 0, 0, 0],
     "no object at all": [0, 0, 0, 0, 0, 0],
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _operators() -> None:
+    """Imported once here: torchvision's bring torch's compiler, 3 s of each rank's start."""
+    importlib.import_module("torchvision.ops")
+
+
 LOSS_RTOL = 5e-6  # measured worst 4e-7 over 2 steps
 NORM_RTOL = 5e-5
 

@@ -51,7 +51,7 @@ def run(run_dir: Path, shards: tuple[str, ...], around: Any) -> None:
     """Two ranks of the train command; around(world) prepares each."""
     config = composed(
         ["experiment=cifar10_simmim", f"run_dir={run_dir}", "train.max_steps=100", "log.progress=none",
-         *SMALL, "train.checkpoint_every_steps=100", "engine.precision=fp32", *shards]
+         *SMALL, "train.checkpoint_every_steps=100", *shards]
     )  # fmt: skip
     config.runtime.hang_timeout_sec = HANG_SEC
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,9 @@ from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from swinv2_train.runtime import read_environment
 from tests.support.commands import command, losses
 from tests.support.shard_files import ODD_NAME
-from tests.support.warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-FP32 = "engine.precision=fp32"
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("python") / "warm"
-    server = warm_python(folder)
-    yield str(folder / "python")
-    server.kill()
-    server.wait()
 
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +34,7 @@ def test_torchrun_sh_trains_under_any_name_and_ends_as_its_ranks_do(python, shar
         shutil.copy(path, folder / "shards")
     data = (f"data.shards={folder}/shards/train-*.tar", "data.eval_shards=null")
     launch = str(ROOT / "launch" / "torchrun.sh")
-    words = (launch, *command(folder / "run", *data, "train.max_steps=1", FP32))
+    words = (launch, *command(folder / "run", *data, "train.max_steps=1"))
     done = run(*words, NPROC_PER_NODE="1", PYTHON=python)
     assert done.returncode == EXIT_DONE, done.stderr
     assert list(losses(folder / "run")) == [1] and (folder / "run" / "report.html").exists()
@@ -61,7 +49,7 @@ def test_a_run_goes_on_under_other_launchers(python, shards, tmp_path):
     deepspeed = (python, "-c", "from deepspeed.launcher.runner import main; main()", "--num_gpus", "2")
     torch = (python, "-m", "torch.distributed.launch", "--nproc-per-node", "2")
     for steps, launcher in ((1, deepspeed), (2, torch)):
-        words = command(tmp_path / "run", *shards, FP32, f"train.max_steps={steps}")
+        words = command(tmp_path / "run", *shards, f"train.max_steps={steps}")
         done = run(*launcher, "--module", "swinv2_train.train", *words)
         assert done.returncode == EXIT_DONE, done.stdout + done.stderr
         assert list(losses(tmp_path / "run")) == list(range(1, steps + 1))

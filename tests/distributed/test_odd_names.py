@@ -25,7 +25,7 @@ def test_every_command_takes_paths_of_any_name(tmp_path):
         return output
 
     common = (
-        "engine=local", "engine.precision=fp32", "data.num_workers=0", "train.max_steps=1", "log.progress=none",
+        "engine=local", "data.num_workers=0", "train.max_steps=1", "log.progress=none",
         f"data.cache_dir={folder / 'cache'}",
     )  # fmt: skip
     with serve(folder / "shards") as server:

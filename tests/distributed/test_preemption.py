@@ -13,6 +13,7 @@ import pytest
 
 from swinv2_train.checkpoint import newest_checkpoint
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from swinv2_train.monitoring.signs import read_ranks
 from tests.support.commands import (
     alone,
     command,
@@ -26,6 +27,7 @@ from tests.support.commands import (
 )
 from tests.support.shard_files import ten_class_shards
 from tests.support.shard_server import serve
+from tests.support.warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 NOTICES_WITHIN_SEC = 60  # measured 1.1 (torchrun killed) and 0.6 (a rank killed) with two cores that six tasks share
@@ -98,11 +100,16 @@ def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, t
     """--max-restarts: the same processes' command, the newest checkpoint, the same losses as without the kill."""
     overrides = ("train.max_steps=12", "train.checkpoint_every_steps=2")
     disturbed, quiet = tmp_path / "disturbed", tmp_path / "quiet"
-    restarts = ("--max-restarts", "2")  # forks of the agent that end would end its store with them
-    process = start(*command(disturbed, *overrides), *shards, torchrun=restarts, interpreter=True)
-    wait_for_step(disturbed, 5, process)
-    os.kill(ranks_of(process)[0], signal.SIGKILL)
-    code, output = finish(process)
+    server = warm_python(tmp_path / "warm")  # forks of the agent that end would end its store with them
+    try:
+        python, restarts = str(tmp_path / "warm" / "python"), ("--max-restarts", "2")
+        process = start(*command(disturbed, *overrides), *shards, torchrun=restarts, interpreter=python)
+        wait_for_step(disturbed, 5, process)
+        os.kill(read_ranks(disturbed)[0]["pid"], signal.SIGKILL)
+        code, output = finish(process)
+    finally:
+        server.kill()
+        server.wait()
     assert code == EXIT_DONE and "resuming from" in output, output
     code, output = finish_ranks(*command(quiet, *overrides), *shards)
     assert code == EXIT_DONE and "resuming from" not in output, output
@@ -112,7 +119,7 @@ def test_torchrun_starts_the_ranks_again_and_they_resume_by_themselves(shards, t
 def test_ranks_whose_torchrun_is_killed_save_and_leave(shards, tmp_path):
     """kill -9 of the launcher alone: nobody is left to end them, and two runs must not share a directory."""
     overrides = command(tmp_path, "train.max_steps=100000", "train.checkpoint_every_steps=100000")
-    process = start(*overrides, *shards, interpreter=True)  # a fork of torchrun would take its ranks along
+    process = start(*overrides, *shards)
     wait_for_step(tmp_path, 5, process)
     ranks = ranks_of(process)
     assert len(ranks) == 2
@@ -137,7 +144,7 @@ while not pathlib.Path(sys.argv[1]).exists() and run.poll() is None:
     time.sleep(0.05)
 print(run.pid)
 """
-    overrides = command(tmp_path, "train.max_steps=60", "engine.precision=fp32")
+    overrides = command(tmp_path, "train.max_steps=60", "train.checkpoint_every_steps=60")
     arguments = [tmp_path / "metrics.jsonl", sys.executable, "-m", "swinv2_train.train", *overrides, *shards]
     log = tmp_path.with_suffix(".log")
     with open(log, "w") as file:
@@ -193,7 +200,7 @@ def test_a_stop_of_one_rank_ends_the_first_downloads_of_all(tmp_path):
             server.faults[f"train-{number:06d}.tar"] = ["always 503"]
         arguments = command(
             tmp_path / "run", f"data.shards='{server.url}/train-{{000000..000002}}.tar'", "data.eval_shards=null",
-            f"data.cache_dir={tmp_path / 'cache'}", "engine.precision=fp32", "data.num_workers=1",
+            f"data.cache_dir={tmp_path / 'cache'}", "data.num_workers=1",
         )  # fmt: skip
         ranks = start_ranks(*arguments)
         while not server.gets["train-000000.tar"]:

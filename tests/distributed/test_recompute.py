@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -218,6 +219,8 @@ def test_compiled_blocks_train_as_plain_ones_under_every_stage(policy):
     Under ZeRO-3 with recomputation too, where the hooks that gather weights run between graphs.  One stage of the
     model: compiling takes the time, and the second one's blocks are compiled the same way.
     """
+
+    importlib.import_module("torch._dynamo")  # once here, not in each rank: 2 s
 
     def run(world):
         results = {}

@@ -98,7 +98,7 @@ def test_finetuning_starts_from_the_pretrained_encoder_and_is_evaluated(uninterr
     run_dir = tmp_path / "run"
     code, output = finish_ranks(
         "experiment=cifar10_finetune", f"run_dir={run_dir}", f"task.init_from={uninterrupted}", "optim.lr=0",
-        "train.max_steps=1", "optim.schedule.warmup_lr=0", *SMALL, *shards,
+        "train.max_steps=1", "optim.schedule.warmup_lr=0", *SMALL, *shards, "engine.precision=bf16",
     )  # fmt: skip
     assert code == 0, output
     assert f"weights from {uninterrupted}/checkpoints/step_00000012: 60 weights loaded" in output

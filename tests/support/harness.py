@@ -84,6 +84,7 @@ def run_distributed(
 @functools.cache
 def warm_up() -> None:
     """What every rank would import and compose anew is done once in the process they are forked from."""
+    from swinv2_train.distributed.same_start import fingerprint
     from swinv2_train.engine.deepspeed.startup import import_deepspeed, quick_initialize
     from tests.support.configs import make_config
 
@@ -91,7 +92,7 @@ def warm_up() -> None:
     with quick_initialize():
         for name in IMPORTED_BY_A_RUN:
             importlib.import_module(name)
-    make_config()
+    fingerprint(make_config())
 
 
 def _child(fn: Callable[..., Any], args: tuple[Any, ...], sender: Any, rank: int, world_size: int, init: bool) -> None:

@@ -49,7 +49,8 @@ class Repository:
 
 class HubServer(ThreadingHTTPServer):
     """`repositories` by USER/NAME.  `faults[NAME]` is what happens to every request for a file of that name: an HTTP
-    status, or "short" (half of the bytes, as if these were all), "wrong" (a flipped bit), "other commit".
+    status, or "short" (half of the bytes, as if these were all), "cut" (the connection ends there), "wrong" (a flipped
+    bit), "other commit", "elsewhere" (at another host, as large files are).  `moved` are repositories with a new name.
     `down` is the status of all answers.  `asked` counts requests by method and path.
     """
 
@@ -64,6 +65,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: dict[str, int | str] = {}
         self.down: int | None = None
         self.gated: set[str] = set()
+        self.moved: dict[str, str] = {}
         self.asked: Counter[str] = Counter()
         self.bad_card: str | None = None
 
@@ -142,11 +144,16 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
             (r"/upload/([0-9a-f]{64})", self._upload),
+            (r"/elsewhere/([^/]+/[^/]+)/([^/]+)/(.+)", self._elsewhere),
             (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
         )
         with contextlib.suppress(_Answered):
             if self.server.down is not None:
                 self._refuse(self.server.down, text="out of order")
+            for old, new in self.server.moved.items():
+                if f"{old}/" in f"{path}/":
+                    self._redirect(self.path.replace(old, new, 1))
+                    return
             for pattern, handle in routes:
                 if match := re.fullmatch(pattern, path):
                     handle(*(None if each is None else unquote(each) for each in match.groups()))
@@ -286,6 +293,17 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self._refuse(fault)
         data = repository.commits[commit][name]
+        if fault == "elsewhere":  # where the whole is, and what it is, is said by the hub; what comes is another's
+            self.send_response(302)
+            elsewhere = self.server.url.replace("127.0.0.1", "localhost")
+            for key, value in (
+                ("Location", f"{elsewhere}/elsewhere/{repo}/{commit}/{name}"), ("X-Repo-Commit", commit),
+                ("X-Linked-ETag", f'"{hashlib.sha256(data).hexdigest()}"'), ("X-Linked-Size", str(len(data))),
+                ("Content-Length", "0"),
+            ):  # fmt: skip
+                self.send_header(key, value)
+            self.end_headers()
+            return
         digest = hashlib.sha256(data) if name.endswith(LARGE) else hashlib.sha1(b"blob %d\0" % len(data) + data)
         start = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range") or "") or ["0"])[0])
         sent = data[start:]
@@ -300,5 +318,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{digest.hexdigest()}"')
         self.send_header("Content-Length", str(len(sent)))
         self.end_headers()
+        if fault == "cut":
+            sent, self.close_connection = sent[: len(sent) // 2], True
         if self.command != "HEAD":
             self.wfile.write(sent)
+
+    def _elsewhere(self, repo: str, commit: str, name: str) -> None:
+        assert "Authorization" not in self.headers, "a token is for the hub alone"
+        data = self.server.repositories[repo].commits[commit][name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _redirect(self, path: str) -> None:
+        self.send_response(307)
+        self.send_header("Location", path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()

@@ -6,6 +6,7 @@ other, and loses some.  So real TCP, with its own retransmissions, meets a real 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import random
@@ -17,6 +18,7 @@ import time
 from typing import Self
 
 _TUNSETIFF, _IFF_TUN_NO_PI = 0x400454CA, 0x0001 | 0x1000
+_CLONE_NEWNET = 0x40000000
 INTERFACE = "cable"
 
 
@@ -69,6 +71,12 @@ class TwoHosts:
     def command(self, host: int, *arguments: str) -> list[str]:
         """The command that runs another on host 0 or 1."""
         return ["ip", "netns", "exec", self._names[host], *arguments]
+
+    def enter(self, host: int) -> None:
+        """Make this process, and all that it starts, one of host 0 or 1."""
+        with open(f"/run/netns/{self._names[host]}", "rb") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns to {self._names[host]} failed")
 
     def cut_for(self, seconds: float) -> None:
         """Pull the cable out, wait, and put it back."""

@@ -7,6 +7,7 @@ signals during imports, torchrun, launch files) run real interpreters.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import importlib
@@ -25,6 +26,8 @@ from swinv2_train.config import Config, command_line
 from swinv2_train.config.arguments import prepared
 from tests.support.configs import compose_files, composed
 from tests.support.harness import warm_up
+
+_PR_SET_PDEATHSIG = 1
 
 
 def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
@@ -69,6 +72,7 @@ def forked_torchrun(torchrun: tuple[str, ...], module: str, *arguments: str, **o
     main = _warm_main(module, arguments)
 
     def rank() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)  # torch's forks end with their parent, torchrun's ranks do not
         _look_new({})
         sys.argv = [module, *arguments]
         try:

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -45,8 +46,11 @@ os._exit(code)
 """
 
 
-def warm_python(folder: Path) -> subprocess.Popen[str]:
-    """Make the program folder/python, and start its server, in whose session all forks stay."""
+def warm_python(folder: Path, first: Callable[[], None] = lambda: None) -> subprocess.Popen[str]:
+    """Make the program folder/python, and start its server, in whose session all forks stay.
+
+    first: what the server does before it serves; all forks inherit where it has gone.
+    """
     folder.mkdir()
     program, address = folder / "python", folder / "server"
     program.write_text(PROGRAM.format(python=sys.executable, address=str(address)))
@@ -54,7 +58,12 @@ def warm_python(folder: Path) -> subprocess.Popen[str]:
     importlib.import_module("swinv2_train.train")
     warm_up()
     parent = os.getpid()
-    return forked(lambda: _serve(str(address), parent), start_new_session=True)
+
+    def server() -> None:
+        first()
+        _serve(str(address), parent)
+
+    return forked(server, start_new_session=True)
 
 
 def _serve(address: str, parent: int) -> None:

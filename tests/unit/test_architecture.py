@@ -121,6 +121,12 @@ def test_imports_go_downward(path: Path) -> None:
             )
 
 
+def test_one_place_counts_the_cores() -> None:
+    """Others would count those of the machine where a process may use some, and start too many threads."""
+    asking = [path for path in FILES if "cpu_count" in path.read_text()]
+    assert [name(path) for path in asking] == ["runtime/seeds_and_threads.py"]
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_third_party_packages_stay_where_they_belong(path: Path) -> None:
     for module, line in imports_of(path):

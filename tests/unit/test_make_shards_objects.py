@@ -183,13 +183,18 @@ def test_annotated_images_that_are_not_there_and_images_without_annotations_are_
     assert "none of its 2 images is in" in capsys.readouterr().err
 
 
-def test_objects_are_drawn_over_the_first_images(tmp_path: Path) -> None:
+def test_objects_are_drawn_over_the_first_images_of_a_set_that_is_packed(tmp_path: Path, capsys: Any) -> None:
     images = write_images(tmp_path / "images", NUMBERS)
     assert run(images, write_coco(tmp_path / "c.json", NUMBERS), "--overlays", "2") == 0
     pictures = sorted((tmp_path / "out").glob("train-objects-*.png"))
     assert [each.name for each in pictures] == ["train-objects-0.png", "train-objects-1.png"]
     with Image.open(pictures[0]) as picture:
         assert max(picture.size) == 384 and len(set(np.asarray(picture).reshape(-1, 3)[:, 0])) > 10
+    drawn = re.findall("the objects of '(.*)'; look", capsys.readouterr().out)
+    other = next(name for name in map(name_of, NUMBERS) if name not in drawn)
+    (images / f"{other}.png").write_bytes(b"no image")
+    assert run(images, tmp_path / "c.json", "--overlays", "2", out="refused/train") == 2
+    assert f"'{other}' cannot be packed" in capsys.readouterr().err and not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(

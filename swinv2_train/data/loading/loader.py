@@ -22,8 +22,10 @@ from swinv2_train.data.loading.balanced_order import BalancedOrder
 from swinv2_train.data.loading.batches import BatchRequest, EvalBatches, TrainBatches
 from swinv2_train.data.loading.mixed_order import MixedOrder
 from swinv2_train.data.loading.order import GlobalOrder, Location, Order, rank_shards
+from swinv2_train.data.loading.rows import BatchRows, Row, tensors_of
+from swinv2_train.data.loading.sample_rngs import sample_rngs
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
-from swinv2_train.data.loading.workers import Fetch, Row, Workers, tensors_of
+from swinv2_train.data.loading.workers import Fetch, Workers
 from swinv2_train.data.sample import (
     EXAMPLE_PX,
     MEMBERS,
@@ -46,7 +48,6 @@ from swinv2_train.data.transforms.bands import Bands
 from swinv2_train.data.transforms.decode import DecodeError
 
 _log = logging.getLogger(__name__)
-_SAMPLE_STREAM = 2  # spawn key of the per-sample random numbers; order.py uses 0 and 1
 
 
 class Transform(Protocol):
@@ -73,12 +74,6 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
             f" x world_size ({world_size}); nearest: {nearest}"
         )
     return global_batch_size // per_pass
-
-
-def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch; `sample` counts over all shards.  8 us."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(_SAMPLE_STREAM, epoch, sample))
-    return np.random.Generator(np.random.PCG64(sequence))
 
 
 def check_bad_fraction(max_bad_fraction: float, counted: int, bad_images: int, images_seen: int) -> None:
@@ -450,28 +445,26 @@ class _Fetcher(Fetch):
     def batch(self, request: BatchRequest) -> Batch:
         if request.upcoming_shards is not None:
             self.reader.fetch_ahead(request.upcoming_shards)
-        rows: list[Row | None] = []
+        made = BatchRows(len(request.locations), self.out)
         keys: list[str] = []
         problems: list[dict[str, str]] = []
         # all at once: between two images, with the processor's caches full of pixels, it takes five times as long
-        rngs = [None if place is None else self._rng(place) for place in request.locations]
-        for location, rng in zip(request.locations, rngs, strict=True):
-            if location is None or rng is None:  # a padding row
-                rows.append(None)
+        rngs = iter(self._rngs([place for place in request.locations if place is not None]))
+        for location in request.locations:
+            if location is None:  # a padding row
+                made.add(None)
                 keys.append("")
                 continue
             try:
-                rows.append(self._row(location, rng))
+                made.add(self._row(location, next(rngs)))
             except SampleError as error:
                 if self.on_bad_sample != "replace":
                     remedy = "repair it, or set data.on_bad_sample=replace to go on without it"
                     raise SampleError(f"{error.cause}; {remedy}", error.shard, error.key) from error
                 problems.append({"shard": error.shard, "key": error.key, "cause": error.cause})
-                rows.append(None)
+                made.add(None)
             keys.append(self.reader.key(location[1], location[2]))
-        stand_in = next((row for row in rows if row is not None), None) or self._readable(request.fallback_shard)
-        filled = [stand_in if row is None else row for row in rows]
-        batch = self.stacked(filled, [float(row is not None) for row in rows])
+        batch = made.batch(made.first or self._readable(request.fallback_shard))
         batch["keys"] = keys
         batch["num_bad"] = len(problems)
         batch["problems"] = problems
@@ -479,9 +472,8 @@ class _Fetcher(Fetch):
             batch["sources"] = [0 if place is None else self.source.part(place[1])[0] for place in request.locations]
         return batch | self.noted()
 
-    def _rng(self, location: Location) -> np.random.Generator:
-        epoch, shard, index = location
-        return sample_rng(self.seed, epoch, self.first_sample[shard] + index)
+    def _rngs(self, locations: Sequence[Location]) -> list[np.random.Generator]:
+        return sample_rngs(self.seed, [(epoch, self.first_sample[shard] + at) for epoch, shard, at in locations])
 
     def _row(self, location: Location, rng: np.random.Generator) -> Row:
         _, shard, index = location
@@ -514,7 +506,7 @@ class _Fetcher(Fetch):
         for shard in (*range(fallback_shard, len(counts)), *range(fallback_shard)):
             for index in range(counts[shard]):
                 try:
-                    self._filler = self._row((0, shard, index), self._rng((0, shard, index)))
+                    self._filler = self._row((0, shard, index), self._rngs([(0, shard, index)])[0])
                     return self._filler
                 except SampleError as error:
                     if self.on_bad_sample != "replace":

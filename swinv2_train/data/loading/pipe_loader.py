@@ -27,8 +27,9 @@ from swinv2_train.data.loading.loader import (
     clips_of,
     memory_of,
 )
+from swinv2_train.data.loading.rows import BatchRows, Row
 from swinv2_train.data.loading.shared_memory import Batch, BatchMemory
-from swinv2_train.data.loading.workers import Fetch, Row, Workers, with_workers
+from swinv2_train.data.loading.workers import Fetch, Workers, with_workers
 from swinv2_train.data.sample import MEMBERS, Sample, SampleError, ShardError
 from swinv2_train.data.sources.base import Source
 from swinv2_train.data.sources.pipe import Stream, read_command
@@ -171,25 +172,23 @@ class _Fetcher(Fetch):
             seed, *rest = self.key
             self._rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM, *rest, number)))
             self._samples = shuffled(self.commands[number::of], self.buffer, self._rng, self.image_member)
-        rows: list[Row | None] = []
+        made = BatchRows(self.size, self.out)
         keys: list[str] = []
         problems: list[dict[str, str]] = []
         for sample in itertools.islice(self._samples, self.size):
             keys.append(sample.key)
             try:
-                rows.append(self._row(sample))
+                made.add(self._row(sample))
             except SampleError as error:
                 if self.on_bad_sample != "replace":
                     remedy = "repair it, or set data.on_bad_sample=replace to go on without it"
                     raise SampleError(f"{error.cause}; {remedy}", sample.shard, sample.key) from error
                 problems.append({"shard": sample.shard, "key": sample.key, "cause": error.cause})
-                rows.append(None)
-        self._filler = next((row for row in rows if row is not None), self._filler)
+                made.add(None)
+        self._filler = made.first or self._filler
         if self._filler is None:
             raise ShardError(f"{problems[0]['shard']}: none of its first {self.size} samples is readable; mend it")
-        filled = [self._filler if row is None else row for row in rows]
-        batch = self.stacked(filled, [float(row is not None) for row in rows])
-        return batch | {"keys": keys, "num_bad": len(problems), "problems": problems} | self.noted()
+        return made.batch(self._filler) | {"keys": keys, "num_bad": len(problems), "problems": problems} | self.noted()
 
     def _row(self, sample: Sample) -> Row:
         if not sample.image:

@@ -32,7 +32,7 @@ from swinv2_train.config.pixels import CLIP_EXTENSIONS
 from swinv2_train.config.shown import MESSAGE_CHARACTERS, NOTES, shown
 from swinv2_train.data.clips.clip import Clip
 from swinv2_train.data.clips.opening import open_clip
-from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch, fits
+from swinv2_train.data.loading.shared_memory import Batch, BatchMemory, PlacedBatch, SentBatch
 from swinv2_train.data.sample import Sample, lacking
 from swinv2_train.data.transforms.bands import Bands, decode_bands
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
@@ -54,15 +54,11 @@ class WorkerError(MachineError):
     """A worker process failed or died; the text holds its traceback, where there is one."""
 
 
-Row = dict[str, Any]
-"""A sample by name: tensors, all of fixed shape, and plain values, which stay in the host's memory."""
-
-
 class Fetch(ABC):
     """A picklable maker of batches, of which every worker has a copy."""
 
     out: Mapping[str, Tensor] = {}
-    """Where stacked() is to put the next batch; empty: anywhere."""
+    """Where the next batch is to be put; empty: anywhere."""
 
     bands: Bands | None = None
     """How files are read as values; None = as photographs."""
@@ -117,23 +113,6 @@ class Fetch(ABC):
         """For all batches under way, of which `ahead` have not arrived yet; None: each is sent in memory of its own."""
         return None
 
-    def stacked(self, rows: Sequence[Row], weights: Sequence[float]) -> Batch:
-        """The rows' tensors as (B, ...), their plain values as lists, and "weight" float32 (B,)."""
-        weight, tensors = torch.tensor(weights), tensors_of(rows[0])
-        plain = {name: [row[name] for row in rows] for name in rows[0] if name not in tensors}
-        if not fits(self.out, {**tensors, "weight": weight[0]}, len(rows)):
-            stacked = {name: torch.stack([row[name] for row in rows]) for name in tensors}
-            return {**stacked, **plain, "weight": weight}
-        for name in tensors:
-            torch.stack([row[name] for row in rows], out=self.out[name])
-        self.out["weight"].copy_(weight)
-        return {**self.out, **plain}
-
-
-def tensors_of(row: Row) -> dict[str, Tensor]:
-    """What of a row is stacked."""
-    return {name: value for name, value in row.items() if isinstance(value, Tensor)}
-
 
 def with_workers(data: DataConfig, cores: int) -> DataConfig:
     """`data` with a number of workers: where it has none, one for each of a rank's cores but one, 1 to MOST_WORKERS."""
@@ -143,9 +122,10 @@ def with_workers(data: DataConfig, cores: int) -> DataConfig:
 class Workers:
     """Runs a Fetch over requests, here or in worker processes, and ends those processes in every case."""
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, told: set[str] | None = None) -> None:
+        """told: what others that share it have said of files and samples, and is not said again."""
         self._running: dict[str, Any] = {}
-        self._said: set[str] = set()
+        self._told, self._said = told, set[str]() if told is None else told
         # Workers ignore SIGTERM, so they must be told to end before multiprocessing's own exit handler joins them.
         # The registry keeps `_running` alive: nothing in it may lead back to `owner`, or that would never be freed.
         weakref.finalize(owner, _stop, self._running)
@@ -182,7 +162,11 @@ class Workers:
                     self._said.add(note)
                     getLogger(NOTES).warning("%s", shown(note, MESSAGE_CHARACTERS))
             for problem in result["problems"]:
-                _log.warning("%s: %s", fetch.told_of_damage, shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
+                text = shown(_WORDS.format(**problem), MESSAGE_CHARACTERS)
+                if self._told is None or text not in self._told:
+                    _log.warning("%s: %s", fetch.told_of_damage, text)
+                if self._told is not None:
+                    self._told.add(text)
             yield result
 
     def _started(self) -> Iterator[Any]:

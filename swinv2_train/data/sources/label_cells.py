@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from swinv2_train.data.sources.labels import Labels
 
 TRUE, FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 """What a cell of a column that is a class may hold, in small letters, besides nothing: not known."""
+NAN = "nan"
+"""What programs write for a number that is not known."""
 
 
 def read_labels(table: Table, columns: Sequence[str], kind: str, separator: str) -> Labels:
@@ -36,10 +39,15 @@ def read_labels(table: Table, columns: Sequence[str], kind: str, separator: str)
     (column,) = columns
     cells = table.cells[column]
     if kind == LABEL:
-        names: list[list[str]] = [[] if each is None or each == "" else [_name(each)] for each in cells]
+        names: list[list[str]] = [[] if is_empty(each) else [class_name(each)] for each in cells]
     else:
         names = [_names(each, separator) for each in cells]
     distinct = {name for row in names for name in row}
+    nothing = {name for name in distinct if name.lower() == NAN}
+    if distinct != nothing and all(map(is_number, distinct - nothing)):  # beside numbers nan is no class
+        names, distinct = [[name for name in row if name not in nothing] for row in names], distinct - nothing
+    else:
+        nothing = set()
     by_number = all(map(is_number, distinct))
     classes = None if by_number else in_order(distinct)
     if by_number and any(int(name[:20]) >= 2**31 for name in distinct):
@@ -49,12 +57,22 @@ def read_labels(table: Table, columns: Sequence[str], kind: str, separator: str)
         return Labels(LABEL, np.array([place[row[0]] if row else -1 for row in names], np.int64), classes=classes)
     flat = np.array([place[name] for row in names for name in dict.fromkeys(row)], np.int32)
     ends = np.cumsum([len(set(row)) for row in names], dtype=np.int64)
-    missing = np.array([each is None for each in cells], bool)
+    missing = np.array([each is None or _is_nan(each) or str(each) in nothing for each in cells], bool)
     return Labels(LABELS, flat, ends, missing, classes)
 
 
-def _name(given: Any) -> str:
-    if isinstance(given, float) and given.is_integer():  # pandas writes whole numbers so where a cell is empty
+def is_empty(given: Any) -> bool:
+    """Whether a cell says nothing: without text in CSV, in Parquet a null or the nan that programs write for it."""
+    return given is None or given == "" or _is_nan(given)
+
+
+def _is_nan(given: Any) -> bool:
+    return isinstance(given, float) and math.isnan(given)
+
+
+def class_name(given: Any) -> str:
+    """A cell's value as text, a whole number without its point."""
+    if isinstance(given, float | Decimal) and given % 1 == 0:  # pandas writes whole numbers so where a cell is empty
         given = int(given)
     name = canonical(str(given).strip())
     return name[:-2] if name.endswith(".0") and is_number(name[:-2]) else name
@@ -62,10 +80,10 @@ def _name(given: Any) -> str:
 
 def _names(given: Any, separator: str) -> list[str]:
     """The classes of a cell: a list of Parquet, or text between separators; an empty cell names none."""
-    if given is None:
-        return []
-    parts = list(given) if isinstance(given, list | tuple) else str(given).split(separator)
-    return [name for name in map(_name, parts) if name]
+    if isinstance(given, str):
+        given = given.split(separator)
+    parts = given if isinstance(given, list | tuple) else [given]
+    return [name for name in (class_name(part) for part in parts if not is_empty(part)) if name]
 
 
 def _numbers(table: Table, column: str) -> np.ndarray:
@@ -95,7 +113,7 @@ def _is_number(given: Any) -> bool:
 def _flags(table: Table, columns: Sequence[str]) -> Labels:
     """A column of 0 and 1 per class."""
     states = np.zeros((len(table.lines), len(columns)), np.int8)
-    meaning = {**dict.fromkeys(TRUE, 1), **dict.fromkeys(FALSE, 0), "": -1, "nan": -1}
+    meaning = {**dict.fromkeys(TRUE, 1), **dict.fromkeys(FALSE, 0), "": -1, NAN: -1}
     for number, column in enumerate(columns):
         for row, given in enumerate(table.cells[column]):
             state = -1 if given is None else meaning.get(str(given).lower())

@@ -12,7 +12,7 @@ from swinv2_train.data.class_names import canonical, listed
 from swinv2_train.data.sample import LABEL, LABELS, MEMBERS, OBJECTS
 from swinv2_train.data.shards.tar_index import IMAGE_EXTENSIONS
 from swinv2_train.data.sources.base import Source
-from swinv2_train.data.sources.label_cells import read_labels
+from swinv2_train.data.sources.label_cells import class_name, is_empty, read_labels
 from swinv2_train.data.sources.label_table import Table, read_table
 from swinv2_train.data.sources.labelled import JsonLabels, TableLabels
 
@@ -119,9 +119,9 @@ def _rows_by_key(table: Table, column: str) -> dict[str, int]:
     """The row of each image, by its key."""
     found: dict[str, int] = {}
     for row, given in enumerate(table.cells[column]):
-        if given is None or given == "":
+        if is_empty(given):
             raise ConfigError(f"{table.place(row, column)} is empty; it names the image")
-        key = _bare(str(given))
+        key = _bare(given if isinstance(given, str) else class_name(given))
         if found.setdefault(key, row) != row:
             raise ConfigError(
                 f"{table.place(row, column)}: '{shown(given)}' is in {'line' if table.is_text else 'row'} "

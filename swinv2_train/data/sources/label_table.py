@@ -121,10 +121,24 @@ def _read_parquet(path: str, name: str, wanted: Sequence[str] | None) -> Table:
             header = list(file.schema_arrow.names)
             chosen = _places(header, wanted, name)
             table = file.read(columns=list(chosen))
-            cells = {column: table.column(column).to_pylist() for column in chosen}
+            cells = {column: _values(table.column(column)) for column in chosen}
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{name} is no whole Parquet file ({shown(error)}); write it again") from error
     return Table(path, name, tuple(header), cells, range(1, table.num_rows + 1), is_text=False)
+
+
+def _values(column: Any) -> list[Any]:
+    """Of a column; texts that a program has written without saying so (binary, as Spark does) are text."""
+    found: list[Any] = column.to_pylist()
+    if "binary" not in str(column.type):
+        return found
+    return [_decoded(each) for each in found]
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def _places(header: Sequence[str], wanted: Sequence[str] | None, name: str) -> dict[str, int]:

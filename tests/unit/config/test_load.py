@@ -76,7 +76,22 @@ WRONG = {
     "typo behind a plus": (("+optim.lrr=1",), r"unknown key optim.lrr: did you mean optim.lr\?"),
     "key in the wrong place": (("+micro_batch_size=3",), r"unknown key .*did you mean train.micro_batch_size\?"),
     "key of the other task": (("task.num_classes=3",), r"unknown key task.num_classes: it belongs to task=classify"),
-    "wrong type": (("optim.lr=fast",), r"optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+    "wrong type": (
+        ("optim.lr=fast",),
+        r"optim.lr: Value 'fast' of type 'str' could not be converted to Float; give a number",
+    ),
+    "wrong whole number": (("train.max_steps=1.5",), r"train.max_steps: .*1.5.* to Integer; give a whole number"),
+    "wrong flag": (("data.verify=perhaps",), r"data.verify: .*perhaps.*; give true or false"),
+    "no run_dir": (
+        ("run_dir=null",),
+        r"run_dir \(null\) needs a value; set it on the command line: run_dir=VALUE",
+    ),
+    "no rate": (("optim.lr=null",), r"optim.lr \(null\) needs a value"),
+    "no batch": (("train.global_batch_size=null",), r"train.global_batch_size \(null\) needs a value"),
+    "a split of nothing": (
+        ("+data.eval_splits.v2.shards=null",),
+        r"data.eval_splits.v2.shards \(null\) needs a value",
+    ),
     "a number for a group": (("optim=4",), r"group override must be a string"),
     "a section as a value": (("+train.max_steps.x=4",), r"train.max_steps"),
     "value out of range": (("optim.lr=-1",), r"optim.lr \(-1.0\) must be at least 0"),

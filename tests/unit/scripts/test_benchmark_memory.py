@@ -33,10 +33,10 @@ def test_the_share_of_one_rank_trains_like_adamw():
 
 @pytest.mark.slow
 def test_a_case_is_measured_in_a_process_of_its_own_and_a_refusal_is_told():
-    official, ours = (Case(name, 256, 16, 1, "blocks") for name in ("official", "ours"))
+    official, ours = (Case(name, 128, 8, 1, "blocks") for name in ("official", "ours"))
     result = in_own_process(ours, "cpu", "small")
-    parameters = sum(p.numel() for p in SwinTransformerV2(**SMALL, img_size=256, window_size=16).parameters())
+    parameters = sum(p.numel() for p in SwinTransformerV2(**SMALL, img_size=128, window_size=8).parameters())
     assert result["peak"] > result["states"] > 2 * parameters / 2**30
-    refused = in_own_process(Case("official", 256, 24, 1), "cpu", "small")
+    refused = in_own_process(Case("official", 128, 12, 1), "cpu", "small")
     assert "square maps that windows tile" in refused["failed"]
     assert "peak" in in_own_process(official, "cpu", "small")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts import demo
+from scripts import demo, demo_length
 from swinv2_train.config import ConfigError
 
 pytestmark = pytest.mark.slow
+LENGTH_FOR = demo.length_for
 
 
 class Phases:
@@ -63,6 +64,17 @@ def test_phases_come_in_order_and_the_second_starts_from_the_first(phases, tmp_p
 def test_images_come_from_their_own_source_unless_one_is_given(phases, tmp_path):
     demo.main(["--runs", str(tmp_path)])
     assert "--source" not in phases.calls[0]
+
+
+def test_a_demo_that_goes_on_trains_as_long_as_it_was_begun(phases, tmp_path, monkeypatch):
+    """Both phases, whatever there is time for now: other epochs would be another schedule from the middle on."""
+    chosen = demo_length.LENGTHS[3]
+    demo_length.keep(tmp_path, chosen)
+    monkeypatch.setattr(demo, "length_for", LENGTH_FOR)
+    assert demo.main(["--runs", str(tmp_path), "--minutes", "1000"]) == 0
+    _, pretrain, finetune, _ = phases.calls
+    assert (pretrain[-1], finetune[-1]) == (f"train.epochs={chosen.pretrain:g}", f"train.epochs={chosen.finetune:g}")
+    assert phases.names() == ["fetch", "cifar10_simmim", "cifar10_finetune", "evaluate"]  # and no step was timed
 
 
 @pytest.mark.parametrize("code", [1, 2, 3])

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from swinv2_train.config import ConfigError
 from swinv2_train.export import parse, run
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.serving import graphs
+from swinv2_train.serving import graphs, write
 from swinv2_train.serving.graphs import data_beside
 from swinv2_train.serving.int8 import quantize
 from swinv2_train.tasks import build_task
@@ -34,6 +35,10 @@ MODEL = (
     "task=classify", "task.num_classes=4", "data=cifar10", "model=demo", "model.embed_dim=16", "model.depths=[1,2]",
     "model.num_heads=[1,2]", "model.img_size=[48,80]", "model.window_size=7", "model.pretrained_window_sizes=[0,6]",
     "model.attention=fused", "runtime.num_threads=1", "train.micro_batch_size=4",
+)  # fmt: skip
+CLIPS = (
+    "task.cutmix_alpha=0", "task.erasing_prob=0", "model.frames=4", "model.patch_frames=2", "model.window_frames=2",
+    "data.frame_stride=3",
 )  # fmt: skip
 ATOL = 1e-4  # measured worst 4e-6
 
@@ -53,6 +58,32 @@ def model(tmp_path_factory):
     save_weights(found, folder / "weights.pth", "microsoft", classes=NAMES)
     found.folder = folder
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_and_loaded_once():
+    """A model's program serves every file that is written of it here, and what was loaded of a file to be checked is
+    what a test loads of it: of any size the one takes most of a minute, the other a third of it.  What is traced
+    depends neither on the format nor on what becomes of its numbers."""
+    trace, load, programs, loaded = write.traced, torch.export.load, {}, {}
+
+    def traced(served, images, any_size):
+        weights = sum(parameter.detach().double().sum().item() for parameter in served.parameters())
+        key = (weights, served.normalise is None, any_size, images.shape, images.dtype)
+        if key not in programs:
+            programs[key] = trace(served, images, any_size)
+        return programs[key]
+
+    def loaded_program(path):
+        content = Path(path).read_bytes()
+        if content not in loaded:
+            loaded[content] = load(path)
+        return loaded[content]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "traced", traced)
+        patch.setattr(torch.export, "load", loaded_program)
+        yield
 
 
 def export(model, out, *arguments):
@@ -150,6 +181,47 @@ def test_integers_cost_little_and_weights_may_lie_beside_the_graph(model, monkey
     said = session(model.folder / "dynamic.onnx")(pixels)
     assert (said.argmax(dim=1) == torch.tensor(labels)).sum() >= 19
     assert (model.folder / "dynamic.onnx.data").stat().st_size < data_beside(exact).stat().st_size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("kind", ["clips", "simmim"])
+def test_models_of_clips_and_pretrained_encoders_give_the_same_numbers(kind, format, tmp_path):
+    """Of pixels as they are decoded, in batches that no check has seen."""
+    sizes = (
+        "model=demo", "model.embed_dim=16", "model.depths=[1,2]", "model.num_heads=[1,2]", "model.img_size=[16,24]",
+        "model.window_size=2", "runtime.num_threads=1", "data=labelled",
+    )  # fmt: skip
+    own = {
+        "clips": ("task=classify", "task.num_classes=3", "task.rand_augment=null", *CLIPS),
+        "simmim": ("task=simmim", "task.mask_unit_px=8"),
+    }[kind]
+    words = (*sizes, *own)
+    task = build_task(composed([*words, "run_dir=r", "data.shards=s"]), torch.device("cpu"))
+    for parameter in task.module.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    save_weights(task.module, tmp_path / "w.pth", "microsoft")
+    out = tmp_path / ("m.onnx" if format == "onnx" else "m.pt2")
+    weights = f"weights={tmp_path / 'w.pth'}"
+    run(*parse([*words, weights, f"format={format}", f"out={out}", "preprocess=true"]))
+    frames = (4,) if kind == "clips" else ()
+    pixels = torch.randint(0, 256, (7, 3, *frames, 16, 24), dtype=torch.uint8)
+    module, images = task.module.eval(), task.normalise(pixels)
+    wanted = module(images) if kind == "clips" else module.encoder.pooled_features(images)
+    said = session(out) if format == "onnx" else torch.export.load(out).module()
+    for some in (slice(0, 1), slice(1, 7)):
+        torch.testing.assert_close(said(pixels[some]), wanted[some], rtol=ATOL, atol=ATOL)
+    assert wanted.std(dim=0).max() > 1e-2, "images of which the model says the same"
+    about = json.loads(Path(f"{out}.json").read_text())
+    assert about["input"]["shape"] == ["batch", 3, *frames, 16, 24]
+    assert about["output"]["name"] == ("logits" if kind == "clips" else "features")
+    how = about["preprocessing"]
+    assert (how.get("frames"), how.get("frame_stride")) == ((4, 3) if frames else (None, None))
+    if frames:
+        other = f"out={tmp_path / 'any'}{out.suffix}"
+        with pytest.raises(ConfigError, match="dynamic_size=true: a model of clips has windows in time"):
+            run(*parse([*words, weights, f"format={format}", other, "dynamic_size=true"]))
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted((out.name, f"{out.name}.json", "w.pth"))
 
 
 @torch.no_grad()

@@ -285,7 +285,7 @@ def test_f1_counts_what_is_said_above_the_threshold():
     # class 0: 1 right, 1 wrong, 1 missed; class 1: 1, 1, 1; class 2: nothing
     assert found["val/f1_macro"] == pytest.approx(100 * (0.5 + 0.5 + 0) / 3)
     assert found["val/f1_micro"] == pytest.approx(100 * 4 / 8)
-    assert f1_scores(torch.zeros(3, 2, dtype=torch.int64)) == {"val/f1_micro": 0.0, "val/f1_macro": 0.0}
+    assert f1_scores(torch.zeros(4, 2, dtype=torch.int64)) == {"val/f1_micro": 0.0, "val/f1_macro": 0.0}
 
 
 def test_errors_of_numbers_are_over_all_that_are_known():
@@ -299,6 +299,34 @@ def test_errors_of_numbers_are_over_all_that_are_known():
     exact = error_scores(torch.cat([right, right], dim=1))
     assert exact == {"val/mae": 0.0, "val/rmse": 0.0, "val/r2": 1.0}
     assert all(map(math.isnan, error_scores(torch.full((2, 2), math.nan, dtype=torch.float64)).values()))
+
+
+def test_a_number_that_is_the_same_everywhere_has_no_spread_though_its_mean_is_rounded():
+    """The mean of three times 0.1 is not 0.1: R2 would be -1e30."""
+    right = torch.full((3, 1), 0.1, dtype=torch.float64)
+    assert float(right.numpy().mean()) != 0.1
+    for said, expected in ((right, 1.0), (right + 0.05, 0.0)):
+        assert error_scores(torch.cat([said, right], dim=1))["val/r2"] == expected
+
+
+@pytest.mark.parametrize("target", [MULTI, NUMBERS])
+def test_scores_of_a_prediction_that_is_no_number_are_none_and_infinite_ones_are_ranked(target):
+    """An area of nan would rank it first, an F1 take it for a no."""
+    task = task_of(target)
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1.0]])
+    logits[2, 1] = torch.nan
+    found = evaluate_loader(lambda batch: task.scores(answers(logits), batch), [batch_of(targets)])
+    assert all(map(math.isnan, found.values())), found
+    logits[2, 1] = -torch.inf
+    found = evaluate_loader(lambda batch: task.scores(answers(logits), batch), [batch_of(targets)])
+    logits[2, 1] = -1e9
+    finite = evaluate_loader(lambda batch: task.scores(answers(logits), batch), [batch_of(targets)])
+    if target == MULTI:
+        ranks = [name for name in found if name != "val/loss"]
+        assert [found[name] for name in ranks] == [finite[name] for name in ranks]
+    else:
+        assert found["val/mae"] == math.inf
 
 
 @pytest.mark.parametrize("target", [MULTI, NUMBERS])
@@ -508,6 +536,7 @@ def test_a_table_of_classes_is_what_loops_say_of_each_and_null_where_there_is_no
     rows = torch.cat([logits, targets.nan_to_num(nan=-1)], dim=1).double()
     said, right, known = logits > 0, targets == 1, ~targets.isnan()
     counts = torch.stack([(right & said).sum(0), (known & ~right & said).sum(0), (right & ~said).sum(0)])
+    counts = torch.cat([counts, torch.zeros(1, 4, dtype=torch.int64)])
     found = label_tables(counts, rows)
     assert found["class_images"] == [4, 3, 0, 0]
     first = (

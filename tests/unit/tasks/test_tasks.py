@@ -78,6 +78,15 @@ def test_top5_counts_labels_among_the_five_highest_logits_and_top1_the_highest_a
     assert scores["val/top1"].item() == 25.0 and scores["val/top5"].item() == 75.0
 
 
+def test_an_image_of_which_a_logit_is_no_number_is_no_hit():
+    """topk ranks nan first, so a broken model would score the share of the first classes."""
+    logits = torch.tensor([[torch.nan] * 10, [torch.nan, *[0.0] * 8, 5.0], [0.0] * 9 + [5.0]])
+    scores, predicted = classify().scores_and_predictions(answers(logits), labelled([0, 9, 9]))
+    assert (predicted == torch.tensor([0, 9, 9])).tolist() == [False, False, True]
+    assert scores["val/top1"].item() == scores["val/top5"].item() == pytest.approx(100 / 3)
+    assert torch.isnan(scores["val/loss"])
+
+
 def test_top5_with_fewer_classes_than_five_is_whether_the_label_is_among_all():
     scores = classify("task.num_classes=3").scores(answers(torch.randn(2, 3)), labelled([2, 0]))
     assert scores["val/top5"].item() == 100.0

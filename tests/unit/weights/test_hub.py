@@ -13,7 +13,7 @@ from swinv2_train.config import ConfigError, OutageError
 from swinv2_train.models import SwinTransformerV2
 from swinv2_train.weights import read_weights, save_weights, trained_windows, weights_classes
 from swinv2_train.weights.hub import HubAddress, fetched, pinned
-from tests.support.hub_server import serve_hub, use_hub
+from tests.support.hub_server import TOKEN, serve_hub, use_hub
 from tests.support.weights_samples import assert_same, classifier, state_of
 
 REPO = "them/swin"
@@ -175,6 +175,7 @@ def test_what_a_hub_refuses_is_one_message(hub, files, address, message):
     ("fault", "message"),
     [
         ("short", "model.safetensors: came incomplete"),
+        ("cut", "model.safetensors: "),
         ("wrong", "model.safetensors came with other bytes than its SHA-256 says"),
         ("other commit", "the hub answers with another commit"),
         (500, r"the hub fails \(500\)"),
@@ -191,6 +192,18 @@ def test_what_comes_broken_is_an_outage_and_leaves_nothing_to_be_taken_for_whole
         fetched(f"hf://{REPO}")
     hub.faults.clear()
     assert fetched(f"hf://{REPO}").read_bytes() == files["model.safetensors"]
+
+
+def test_large_files_come_from_another_host_and_a_repository_may_have_moved(hub, files, monkeypatch):
+    """As they do from the real hub; the token goes to the hub alone, and the commit is the hub's word."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    commit = hub.add(REPO, files)
+    hub.faults["model.safetensors"] = "elsewhere"
+    hub.moved["them/before"] = REPO
+    for repo in (REPO, "them/before"):
+        assert pinned(f"hf://{repo}") == f"hf://{repo}@{commit}/model.safetensors"
+        assert fetched(f"hf://{repo}").read_bytes() == files["model.safetensors"]
+    assert hub.asked[f"GET /elsewhere/{REPO}/{commit}/model.safetensors"] == 2
 
 
 def test_a_hub_that_is_down_or_away(hub, files, monkeypatch):

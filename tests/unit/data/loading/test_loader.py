@@ -19,7 +19,8 @@ import torch
 
 from swinv2_train.config import ConfigError
 from swinv2_train.data.loading.batches import BatchRequest
-from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, accumulation_steps, sample_rng
+from swinv2_train.data.loading.loader import EvalLoader, TrainLoader, accumulation_steps
+from swinv2_train.data.loading.sample_rngs import sample_rngs
 from swinv2_train.data.sample import SampleError, ShardError
 from swinv2_train.data.shards.tar_reader import Manifest
 from swinv2_train.data.shards.tar_writer import write_shards
@@ -129,9 +130,20 @@ def test_loading_leaves_the_global_generators_alone(tmp_path, workers):
 
 
 def test_sample_rngs_differ_in_every_part_of_their_identity():
-    draws = {sample_rng(*name).integers(2**62) for name in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**33)]}
-    assert len(draws) == 5
-    assert sample_rng(7, 8, 9).integers(2**62) == sample_rng(7, 8, 9).integers(2**62)
+    names = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**33), (0, 0, 0)]
+    draws = [sample_rngs(seed, [place])[0].integers(2**62) for seed, *place in names]
+    assert len(set(draws)) == 5 and draws[0] == draws[-1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 3, 2**130 + 2**70 + 5])
+def test_sample_rngs_are_those_of_numpys_seed_sequence(seed):
+    """Which crop an image gets must not depend on how its generator is made."""
+    numbers = np.random.default_rng(0).integers(0, 2**32, (40, 2)).tolist()
+    for places in ([(0, 0), (1, 7), (2**32 - 1, 2**32 - 1), *map(tuple, numbers)], [(3, 2**32)] * 12, [(1, 7)], []):
+        found = sample_rngs(seed, places)
+        for rng, place in zip(found, places, strict=True):
+            sequence = np.random.SeedSequence(seed, spawn_key=(2, *place))
+            assert rng.bit_generator.state == np.random.PCG64(sequence).state
 
 
 def test_samples_at_the_same_place_of_two_shards_get_different_masks(tmp_path):

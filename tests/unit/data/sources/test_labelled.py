@@ -160,6 +160,49 @@ def test_parquet_holds_numbers_lists_and_nulls(images, tmp_path):
         Opened(images, write(tmp_path, content), VALUES)
 
 
+@pytest.mark.parametrize("kind", [LABEL, LABELS])
+def test_nan_beside_numbers_is_no_class(images, tmp_path, kind):
+    """As a class of its own it would make names of all numbers, in another order than theirs."""
+    opened = Opened(images, write(tmp_path, "file,class\na/one,10\na/two,NaN\nb/three,2\n"), kind)
+    assert opened.source.classes is None and opened.source.label_range == (2, 10)
+    assert opened.all()["a/two"] is None and sum(opened.source.unlabelled) == 1
+    named = Opened(images, write(tmp_path, "file,class\na/one,roti\na/two,nan\nb/three,roti\n"), kind)
+    assert named.source.classes == ("nan", "roti"), "a bread"
+
+
+def test_parquet_of_other_programs(images, tmp_path):
+    """Texts that are not called so, nan for null, dictionaries, decimals, nulls in lists, and keys that are floats."""
+    keys = pyarrow.array([b"a/one.png", b"a/two.png", b"b/three.png"], pyarrow.binary())
+    columns = {
+        "key": keys,
+        "bytes": pyarrow.array([b"dog", None, b"cat"], pyarrow.binary()),
+        "float": pyarrow.array([3.0, math.nan, 0.0], pyarrow.float64(), from_pandas=False),
+        "dictionary": pyarrow.array(["dog", None, "cat"]).dictionary_encode(),
+        "decimal": pyarrow.array([3, None, 0], pyarrow.decimal128(6, 2)),
+        "list": pyarrow.array([["dog", None], None, ["cat"]]),
+        "list of bytes": pyarrow.array([[b"dog"], None, [b"cat"]], pyarrow.list_(pyarrow.binary())),
+    }
+    path = str(tmp_path / "labels.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    by_name, by_number = {"a/one": 1, "a/two": None, "b/three": 0}, {"a/one": 3, "a/two": None, "b/three": 0}
+    for column, expected in (("bytes", by_name), ("float", by_number), ("dictionary", by_name), ("decimal", by_number)):
+        opened = Opened(images, path, LABEL, f"data.labels_columns=[{column}]")
+        assert opened.all() == expected, column
+        assert opened.source.classes == (("cat", "dog") if expected is by_name else None)
+    for column in ("list", "list of bytes"):
+        opened = Opened(images, path, LABELS, f"data.labels_columns=['{column}']")
+        assert opened.all() == {"a/one": [1], "a/two": None, "b/three": [0]} and opened.source.classes == ("cat", "dog")
+    folder = tmp_path / "numbered"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(image_bytes(number))
+    pyarrow.parquet.write_table(pyarrow.table({"key": [1.0, 0.0], "x": [5, 7]}), path)
+    assert Opened(str(folder), path, VALUES).all() == {"0": [7], "1": [5]}
+    pyarrow.parquet.write_table(pyarrow.table({"key": [1.0, math.nan], "x": [5, 7]}), path)
+    with pytest.raises(ConfigError, match=r"row 2, column 'key' is empty; it names the image"):
+        Opened(str(folder), path, VALUES)
+
+
 REFUSED = {
     "twice": ("file,class\na/one,1\nb/three,2\na/one.png,1\n", r"line 4, column 'file': 'a/one.png' is in line 2"),
     "no key": ("file,class\na/one,1\n,2\n", r"line 3, column 'file' is empty; it names the image"),
