@@ -431,11 +431,15 @@ def test_a_run_is_planned_by_its_directory(capsys: pytest.CaptureFixture[str], t
 
 
 @pytest.mark.slow
-def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = ("none", "attention", "blocks")
+    monkeypatch.setattr("swinv2_train.planning.search.POLICIES", policies)
     config = composed(*ASKED, *SHALLOW)
     hardware = fill_from_machine(config.hardware, 4)
     search = Search(config, hardware, 4)
-    peaks = {policy: search.exact(Setting(3, policy, (), 16)).memory.peak for policy in ("none", "attention", "blocks")}
+    peaks = {policy: search.exact(Setting(3, policy, (), 16)).memory.peak for policy in policies}
     assert peaks["blocks"] < peaks["attention"] < peaks["none"]
     text = planned(capsys, *ASKED, *SHALLOW, f"hardware.memory_gib={0.9 * peaks['none'] / GIB}", "--recommend")
     assert "fits on 4 x RTX 4090" in text
