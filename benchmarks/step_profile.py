@@ -1,9 +1,12 @@
 """Where the time of a training step goes, by kind of operation: the official arithmetic and ours, forward and backward.
 
     python benchmarks/step_profile.py [--threads 2] [--picture docs/pictures/step_time.png]
+    python benchmarks/step_profile.py --precisions fp32 --before    # on a processor without bf16 units
 
 SwinV2-T at 256 px, window 8, on a CPU, by torch.profiler's own time of each operation on the main thread; the rest is
 what passes between operations.  Prints a Markdown table, milliseconds of the median of the steps.
+--case base/192/12: another model.  --before: also the matrix products alone, and ours with torch's operations in the
+place of the passes between products.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,15 +23,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when this is run as a file
+from benchmarks.cpu_passes import without_passes
+from scripts.contestants import Case
+from scripts.matrix_products import MatrixProducts
 from scripts.official_arithmetic import OfficialArithmetic
-from swinv2_train.models import swin_v2
 from swinv2_train.report.plots import new_figure, save_figure, stacked_bars
 from swinv2_train.runtime import tune_allocator
 
-COLOURS = ("#2563c9", "#1b7f79", "#8e44ad", "#d9730d", "#f0a35e", "#67c893", "#e57368", "#999999")
+COLOURS = ("#2563c9", "#1b7f79", "#8e44ad", "#d9730d", "#f0a35e", "#67c893", "#e57368", "#c2a2d6", "#999999")
 KINDS = {  # of operations, by what their names begin with; what is not here is "other"
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear"),
-    "fused attention": ("swinv2_train::", "GeneratedBackwardFor_swinv2_train", "triton"),
+    "fused attention": ("swinv2_train::", "GeneratedBackwardFor_swinv2_train", "triton", "_WindowAttention"),
+    "passes between products": ("_AddNorm", "_LinearGelu"),
     "softmax": ("aten::_softmax", "aten::_softmax_backward"),
     "GELU": ("aten::gelu",),
     "layer norm": ("aten::native_layer_norm",),
@@ -47,26 +54,31 @@ def kind_of(name: str) -> str:
     return max(found)[1] if found else "other"
 
 
-def step(model: nn.Module, images: torch.Tensor) -> None:
-    model.zero_grad()
-    model(images).float().square().mean().backward()
+def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad()
+        model(images).float().square().mean().backward()
+
+    return step
 
 
-def milliseconds(model: nn.Module, images: torch.Tensor, steps: int) -> dict[str, float]:
+def milliseconds(step: Callable[[], None], steps: int) -> dict[str, float]:
     """Milliseconds of a step, by kind; the kinds add up to the time by the clock."""
     for _ in range(3):
-        step(model, images)
+        step()
     walls = []
     for _ in range(steps):
         start = time.perf_counter()
-        step(model, images)
+        step()
         walls.append(time.perf_counter() - start)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(steps):
-            step(model, images)
+            step()
     kinds = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in found.key_averages():
-        kinds[kind_of(event.key)] += event.self_cpu_time_total / 1000 / steps
+        kinds[kind_of(event.key.removeprefix("autograd::engine::evaluate_function: "))] += (
+            event.self_cpu_time_total / 1000 / steps
+        )
     wall = statistics.median(walls) * 1000
     total = sum(kinds.values())
     return {kind: value * wall / total for kind, value in kinds.items()}
@@ -78,30 +90,44 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--case", default="tiny/256/8", metavar="SIZE/PX/WINDOW")
+    parser.add_argument("--before", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    size, px, window = options.case.split("/")
+    case = Case(size, int(px), int(window), options.batch_size)
     columns = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        torch.manual_seed(0)
-        images = torch.randn(options.batch_size, 3, 256, 256, dtype=dtype)
-        official = OfficialArithmetic(swin_v2("tiny", drop_path_rate=0.1)).to(dtype)
-        columns[f"official, {precision}"] = milliseconds(official, images, options.steps)
-    tune_allocator()  # as the train command does; the official arithmetic had the system's settings
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        torch.manual_seed(0)
-        images = torch.randn(options.batch_size, 3, 256, 256, dtype=dtype)
-        ours = swin_v2("tiny", drop_path_rate=0.1, fused_attention=True).to(dtype)
-        columns[f"ours, {precision}"] = milliseconds(ours, images, options.steps)
-    names = sorted(columns, key=lambda name: (name.split(", ")[1] == "bf16", name.startswith("ours")))
+    for tuned in (False, True):  # as the train command does; the official arithmetic had the system's settings
+        if tuned:
+            tune_allocator()
+        for precision in options.precisions:
+            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+            torch.manual_seed(0)
+            images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, dtype=dtype)
+            model = case.model(fused_attention=tuned).to(dtype)
+            if not tuned:
+                columns[f"official, {precision}"] = milliseconds(
+                    step_of(OfficialArithmetic(model), images), options.steps
+                )
+                continue
+            if options.before:
+                products = MatrixProducts(model, case.batch_size, dtype, torch.device("cpu"))
+                alone = milliseconds(lambda: (products.forward(), products.backward()), options.steps)  # noqa: B023
+                columns[f"products alone, {precision}"] = alone
+                with without_passes():
+                    columns[f"ours before, {precision}"] = milliseconds(step_of(model, images), options.steps)
+            columns[f"ours, {precision}"] = milliseconds(step_of(model, images), options.steps)
+    names = sorted(columns, key=lambda name: name.endswith("bf16"))
     print(f"| ms | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for kind in [*KINDS, "other"]:
         print(f"| {kind} | {' | '.join(f'{columns[name][kind]:.0f}' for name in names)} |")
     print(f"| **all** | {' | '.join(f'**{sum(columns[name].values()):.0f}**' for name in names)} |")
     if options.picture:
-        draw(columns, names, options.picture)
+        draw(columns, names, case, options.picture)
 
 
-def draw(columns: dict[str, dict[str, float]], names: list[str], path: Path) -> None:
+def draw(columns: dict[str, dict[str, float]], names: list[str], case: Case, path: Path) -> None:
     figure = new_figure(10, 0.6 * len(names) + 1)
     axes = figure.subplots()
     bars = [columns[name] for name in names]
@@ -110,7 +136,7 @@ def draw(columns: dict[str, dict[str, float]], names: list[str], path: Path) -> 
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("ms: forward and backward pass of SwinV2-T, 256 px, window 8, on a CPU")
+    axes.set_xlabel(f"ms: forward and backward pass of {case.name}, {case.batch_size} images, on a CPU")
     figure.legend(loc="outside right upper")
     save_figure(figure, path)
 

@@ -69,6 +69,7 @@ class DotProductAttention(OtherAttention):
 
     def __init__(self, attention: WindowAttention) -> None:
         super().__init__(attention)
+        self.fused = False  # no kernel knows it, and its block has no passes
         self.logit_scale.requires_grad_(False)  # unused; position_table asks for its dtype
 
     def forward(self, x: Tensor, grid: WindowGrid) -> Tensor:

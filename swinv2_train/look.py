@@ -142,10 +142,11 @@ def page_of(config: Config, request: LookRequest, over: Sweep) -> tuple[str, dic
     model, weights = load_model(config, request.model, world)
     model.module.requires_grad_(False)
     with torch.no_grad(), arithmetic(config.runtime.deterministic):
-        eye = Eye(config, request, model)
-        eye.gallery = gallery = open_gallery(config, request, model, source, say)
+        eye, told = Eye(config, request, model), set[str]()
+        eye.gallery = gallery = open_gallery(config, request, model, source, say, told)
         sections, unreadable = [], {} if gallery is None else dict(gallery.unreadable)
-        for seen in see(config, source, eye.transform, evenly(source.num_samples, request.max_images).tolist()):
+        shown = evenly(source.num_samples, request.max_images).tolist()
+        for seen in see(config, source, eye.transform, shown, told):
             if seen.problem is not None:
                 unreadable[seen.key] = seen.problem
                 continue
@@ -198,17 +199,20 @@ def wanted_number(config: Config, request: LookRequest, model: LoadedModel) -> i
 
 
 def open_gallery(
-    config: Config, request: LookRequest, model: LoadedModel, source: Source, say: Any
+    config: Config, request: LookRequest, model: LoadedModel, source: Source, say: Any, told: set[str]
 ) -> Gallery | None:  # fmt: skip
-    """The images among which neighbours are looked for; None where none are."""
+    """The images among which neighbours are looked for; None where none are.  told: as see() takes it."""
     if not request.neighbours:
         return None
     if request.gallery is None:
-        return computed_gallery(config, model, source, request.max_gallery, say)
+        return computed_gallery(config, model, source, request.max_gallery, say, told)
     if is_saved_gallery(Path(request.gallery)):
-        return saved_gallery(config, model, Path(request.gallery))
+        return saved_gallery(config, model, Path(request.gallery), told)
     other = open_images(config, ModelRequest(request.gallery, request.model.out), say, "gallery")
-    return computed_gallery(config, model, other, request.max_gallery, say)
+    found = computed_gallery(config, model, other, request.max_gallery, say, told)
+    if other.digest == source.digest:
+        return found
+    return found._replace(unreadable={f"{key} (gallery)": why for key, why in found.unreadable.items()})
 
 
 def facts_of(config: Config, weights: str, shown: int, source: Source, gallery: Gallery | None) -> list[str]:

@@ -35,10 +35,13 @@ class Seen(NamedTuple):
     """Of this image alone."""
 
 
-def see(config: Config, source: Source, transform: Any, numbers: Sequence[int]) -> Iterator[Seen]:
-    """Images by their numbers, each a batch of its own, read in this process; random numbers are the image's own."""
+def see(config: Config, source: Source, transform: Any, numbers: Sequence[int], told: set[str]) -> Iterator[Seen]:
+    """Images by their numbers, each a batch of its own, read in this process; random numbers are the image's own.
+
+    told: of which images and files it was told already that something is wrong with them.
+    """
     data = replace(config.data, num_workers=0)
-    loader = ListedLoader(source, data, transform, 1, [(number, number + 1) for number in numbers])
+    loader = ListedLoader(source, data, transform, 1, [(number, number + 1) for number in numbers], told)
     for batch in loader:
         yield Seen(batch.first, batch.keys[0], batch.problems[0], batch.rows)
     loader.close()
@@ -62,13 +65,13 @@ def evenly(count: int, most: int) -> np.ndarray:
 
 
 def computed_gallery(
-    config: Config, model: LoadedModel, source: Source, most: int, progress: Callable[[str], None]
+    config: Config, model: LoadedModel, source: Source, most: int, progress: Callable[[str], None], told: set[str]
 ) -> Gallery:  # fmt: skip
-    """At most so many images of a source, evenly taken, seen one at a time."""
+    """At most so many images of a source, evenly taken, seen one at a time.  told: as see() takes it."""
     vectors, numbers = Vectors.build("pooled", config), evenly(source.num_samples, most)
     features = np.full((len(numbers), model.task.encoder.num_features), np.nan, np.float32)
     unreadable = {}
-    for place, seen in enumerate(see(config, source, vectors, numbers.tolist())):
+    for place, seen in enumerate(see(config, source, vectors, numbers.tolist(), told)):
         if seen.problem is not None:
             unreadable[seen.key] = seen.problem
         else:
@@ -83,8 +86,8 @@ def is_saved_gallery(path: Path) -> bool:
     return (path / FACTS).is_file()
 
 
-def saved_gallery(config: Config, model: LoadedModel, path: Path) -> Gallery:
-    """What the embed command wrote into a directory.
+def saved_gallery(config: Config, model: LoadedModel, path: Path, told: set[str]) -> Gallery:
+    """What the embed command wrote into a directory.  told: as see() takes it.
 
     Raises ConfigError where it has no pooled features, where its images cannot be opened any more, and where the
     features are not this model's: one image is seen again.
@@ -107,7 +110,7 @@ def saved_gallery(config: Config, model: LoadedModel, path: Path) -> Gallery:
     readable = numbers[np.isfinite(features).all(axis=1)]
     if len(readable):
         vectors = Vectors.build("pooled", config)
-        (seen,) = see(config, source, vectors, [int(readable[0])])
+        (seen,) = see(config, source, vectors, [int(readable[0])], told)
         then = np.array(features[readable[0]], np.float32)
         now = np.zeros_like(then) if seen.problem else model.vectors(seen.batch, vectors)["pooled"][0].numpy()
         if then @ now < _SAME * np.linalg.norm(then) * np.linalg.norm(now) or not now.any():

@@ -121,8 +121,8 @@ def _watching(
     for place in places:
         block = block_at(encoder, place)
 
-        def hook(module: Any, given: tuple[Tensor, WindowGrid], place: BlockPlace = place) -> None:
-            watch(place, module, *given)
+        def hook(module: Any, given: tuple[Any, ...], place: BlockPlace = place) -> None:
+            watch(place, module, *given[:2])  # the third says how it is computed
 
         handles.append(block.attn.register_forward_pre_hook(hook))
     try:

@@ -6,6 +6,7 @@ Legend: B batch, ... the map's axes (T) H W, C channels, nW windows per map, N t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from swinv2_train.models.cosine import (
     window_attention,
     window_bias,
 )
+from swinv2_train.models.fused_layers import ApartLinear
 from swinv2_train.models.kernels.dispatch import fused_available, fused_window_attention, unknown
 from swinv2_train.models.precision import Float32Linear, at_least_float32
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
@@ -75,7 +77,7 @@ class WindowAttention(nn.Module):
         self.qkv = QkvLinear(dim)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = ApartLinear(dim, dim)
 
     def position_table(self, window: Axes, device: torch.device) -> Tensor:
         """The position bias of every offset within a window: (num_offsets(window), h), at least float32."""
@@ -89,30 +91,39 @@ class WindowAttention(nn.Module):
 
     def projected(self, x: Tensor) -> Tensor:
         """Queries, keys and values of tokens: (..., C) -> (..., 3C), channel order (3, h, d)."""
-        bias = None
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return self.qkv(x, bias)
+        return self.qkv(x, self.bias())
+
+    def bias(self) -> Tensor | None:
+        """What is added to queries, keys and values: (3C,), or None."""
+        if self.q_bias is None or self.v_bias is None:
+            return None
+        return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
 
     def scale(self) -> Tensor:
         """By what cosines are multiplied: (h, 1, 1) in at least float32."""
         return at_least_float32(self.logit_scale).clamp(max=LOGIT_SCALE_MAX).exp()
 
-    def forward(self, x: Tensor, grid: WindowGrid) -> Tensor:
+    def forward(self, x: Tensor, grid: WindowGrid, passes: bool = False) -> Any:
         """x: (B, ..., C), a map as it is, neither padded nor shifted; grid: the windows to lay over it.
 
-        Returns (B, ..., C).
+        Returns (B, ..., C).  passes: cpu_passes serves; the biases are left to who reads the products next, the kernel
+        and the norm, and what returns is (the result without proj's bias, that bias or None).
         """
-        qkv, scale = self.projected(x), self.scale()
+        bias, scale = self.bias(), self.scale()
         table = self.position_table(grid.window, x.device)
+        qkv = self.qkv(x, None if passes else bias)
         if self.fused and self._fused_serves(qkv, grid):
-            out = fused_window_attention(qkv, scale, table, grid, self.num_heads)
-        elif self.chunks is None:
-            out = window_attention(qkv, scale, table, grid, self.num_heads)
+            out = fused_window_attention(qkv, scale, table, grid, self.num_heads, bias if passes else None)
         else:
-            at_a_time = self.chunks.windows_at_a_time(grid, self.num_heads, qkv.dtype)
-            out = sequential_window_attention(qkv, scale, table, grid, self.num_heads, at_a_time)
-        return self.proj(out)
+            qkv = qkv + bias if passes and bias is not None else qkv
+            out = self._unfused(qkv, scale, table, grid)
+        return self.proj(out, apart=True) if passes else self.proj(out)
+
+    def _unfused(self, qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid) -> Tensor:
+        if self.chunks is None:
+            return window_attention(qkv, scale, table, grid, self.num_heads)
+        at_a_time = self.chunks.windows_at_a_time(grid, self.num_heads, qkv.dtype)
+        return sequential_window_attention(qkv, scale, table, grid, self.num_heads, at_a_time)
 
     def _fused_serves(self, qkv: Tensor, grid: WindowGrid) -> bool:
         if qkv.is_meta:

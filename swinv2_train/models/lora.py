@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinv2_train.models.fused_layers import copied
 from swinv2_train.models.swin_v2 import SwinBlock, SwinTransformerV2
 
 A, B = "lora_A", "lora_B"
@@ -33,10 +35,12 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """bias: in place of the layer's own, as models.attention.QkvLinear takes it."""
-        out = F.linear(input, self.weight, self.bias if bias is None else bias)
-        return out + self.scale * F.linear(F.linear(input, self.lora_A), self.lora_B)
+    def forward(self, input: Tensor, bias: Tensor | None = None, apart: bool = False) -> Any:
+        """bias: in place of the layer's own, as models.attention.QkvLinear takes it.  apart: as ApartLinear has it."""
+        own = None if apart else self.bias
+        out = F.linear(input, self.weight, own if bias is None else bias)
+        out = out + self.scale * F.linear(F.linear(input, self.lora_A), self.lora_B)
+        return (out, copied(self.bias)) if apart else out
 
 
 def is_adapter(name: str) -> bool:

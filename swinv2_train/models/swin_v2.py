@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.attention import WindowAttention
+from swinv2_train.models.fused_layers import ApartLinear, GeluLinear, ResidualLayerNorm
 from swinv2_train.models.input_sizes import Size, as_pair, check_patches, map_sizes, trained_window
+from swinv2_train.models.kernels import cpu_passes
 from swinv2_train.models.kernels.dispatch import fused_problem
 from swinv2_train.models.patch_conv import PatchConv2d, PatchConv3d
 from swinv2_train.models.precision import Float32LayerNorm, at_least_float32
@@ -37,14 +39,26 @@ def drop_path_factors(x: Tensor, rate: float, training: bool) -> Tensor | None:
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them: (..., C) -> (..., C)."""
 
+    fc1: nn.Linear
+    fc2: nn.Linear
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = GeluLinear(dim, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = ApartLinear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x: Tensor, passes: bool = False) -> Any:
+        """passes: by cpu_passes, which has to serve; returns (the result without fc2's bias, that bias or None)."""
+        if not passes:
+            return self.fc2(self.act(self.fc1(x)))
+        if not cpu_passes.whole(self.fc1.out_features):
+            hidden = self.act(self.fc1(x))
+        elif isinstance(self.fc1, GeluLinear):
+            hidden = self.fc1(x, gelu=True)
+        else:  # adapters stand between the product and its bias
+            hidden = cpu_passes.bias_gelu(*self.fc1(x, apart=True))
+        return self.fc2(hidden, apart=True)
 
 
 class SwinBlock(nn.Module):
@@ -52,7 +66,8 @@ class SwinBlock(nn.Module):
 
     window_size, shifted, clamp_to_shorter_side: what :func:`window_grid` makes of them for the map at hand.
     extra_norm adds a LayerNorm on the main branch behind the block (section 3.6, huge and giant).
-    fused, chunks: how attention is computed, as :class:`WindowAttention` has it.
+    fused, chunks: how attention is computed, as :class:`WindowAttention` has it.  Where kernels attend on a CPU, what
+    lies between the products goes by kernels too (kernels/cpu_passes.py).
     """
 
     def __init__(
@@ -76,9 +91,9 @@ class SwinBlock(nn.Module):
         self.clamp_to_shorter_side = clamp_to_shorter_side
         self.drop_path_rate = drop_path_rate
         self.attn = WindowAttention(dim, num_heads, pretrained_window_size, qkv_bias, fused, chunks)
-        self.norm1 = Float32LayerNorm(dim)
+        self.norm1 = ResidualLayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.norm2 = Float32LayerNorm(dim)
+        self.norm2 = ResidualLayerNorm(dim)
         self.norm3 = Float32LayerNorm(dim) if extra_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,10 +103,14 @@ class SwinBlock(nn.Module):
     def branches(self, x: Tensor, attn_factors: Tensor | None, mlp_factors: Tensor | None) -> Tensor:
         """The block without its random numbers and its rate, so that blocks of one shape can share a compiled graph."""
         grid = window_grid(tuple(x.shape[1:-1]), self.window_size, self.shifted, self.clamp_to_shorter_side)
-        branch = self.norm1(self.attn(x, grid))
-        x = x + (branch if attn_factors is None else branch * attn_factors)
-        branch = self.norm2(self.mlp(x))
-        x = x + (branch if mlp_factors is None else branch * mlp_factors)
+        if self.attn.fused and cpu_passes.serves(x, self.norm1.weight):
+            branch, bias = self.attn(x, grid, True)
+            x = self.norm1(branch, x, attn_factors, True, bias)
+            branch, bias = self.mlp(x, True)
+            x = self.norm2(branch, x, mlp_factors, True, bias)
+        else:
+            x = self.norm1(self.attn(x, grid), x, attn_factors)
+            x = self.norm2(self.mlp(x), x, mlp_factors)
         return x if self.norm3 is None else self.norm3(x)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

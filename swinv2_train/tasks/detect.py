@@ -269,7 +269,7 @@ class DetectTask:
             lengths = [encode_mask(each) for each in pasted(masks[0][there], boxes, size)]
         return Found(
             boxes.cpu().numpy(), outputs["scores"][0][there].cpu().numpy(), outputs["classes"][0][there].cpu().numpy(),
-            lengths,
+            lengths, bool(outputs["finite"][0]),
         )  # fmt: skip
 
 

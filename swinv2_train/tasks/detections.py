@@ -35,3 +35,5 @@ class Found(NamedTuple):
     """(D,) int64."""
     masks: list[Rle] | None
     """COCO's compressed run lengths, {"size": [H, W], "counts": bytes}, each; None without task.masks."""
+    finite: bool = True
+    """Whether all scores of the model were numbers: where they are none it finds nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -124,6 +125,24 @@ def test_the_page_of_a_classifier(files, tmp_path):
         looked(*files, f"out={tmp_path / 'a'}")
 
 
+def test_what_cannot_be_read_is_told_once(files, tmp_path, capfd):
+    """Among the images that are shown, and among those of its own gallery or of another one."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / BROKEN).write_bytes(b"no image either")
+    Image.fromarray(IMAGES[0]).save(other / "0.png")
+    for more, count in (((), 1), ((f"gallery={files[2].partition('=')[2]}",), 1), ((f"gallery={other}",), 2)):
+        out = f"out={tmp_path / str(len(list(tmp_path.iterdir())))}"
+        config, request = look.parse([*files, out, "max_images=20", *more])
+
+        def telling(world: Any, config: Any = config, request: Any = request) -> Any:
+            logging.getLogger("swinv2_train").addHandler(logging.StreamHandler())
+            return look.look(config, request)
+
+        assert run_distributed(telling, 1, init=False)[0]["unreadable"] == count
+        assert capfd.readouterr().err.count("unreadable image: ") == count
+
+
 def test_few_of_many_images_a_class_and_a_gallery_that_embed_wrote(files, tmp_path):
     config, request = embed.parse([*files, f"out={tmp_path / 'f'}", "dtype=fp16", "queries=0"])
     run_distributed(lambda world: embed.embed(config, request), 1, init=False)
@@ -231,5 +250,5 @@ def test_a_gallery_of_somebody_starts_and_fetches_nothing(images, tmp_path, monk
     np.save(tmp_path / "pooled.npy", np.zeros((1, 16), np.float32))
     config = composed([*CLASSIFY, *MODEL, "run_dir=x", "data.shards=x"])
     with pytest.raises(ConfigError, match="which is not on this machine; name the images themselves"):
-        saved_gallery(config, None, tmp_path)
+        saved_gallery(config, None, tmp_path, set())
     assert not (tmp_path / "ran").exists()

@@ -41,7 +41,8 @@ class ListedBatch(NamedTuple):
 class ListedLoader:
     """The images of ranges of numbers, [first, end) each, in batches of one size that end with a range.
 
-    transform: needs no targets.
+    transform: needs no targets.  told: what is not told again, of images and files; what is told is added.  None = all
+    is told.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ListedLoader:
         transform: Transform,
         batch_size: int,
         ranges: Sequence[tuple[int, int]],
+        told: set[str] | None = None,
     ) -> None:
         self.source, self.batch_size = source, batch_size
         self.config = replace(config, on_bad_sample="replace")
@@ -58,7 +60,7 @@ class ListedLoader:
             (first, min(first + batch_size, end)) for low, end in ranges for first in range(low, end, batch_size)
         ]
         self._fetch = _Lister(source, self.config, transform, seed=0, max_open=4, rows=batch_size, held=2)
-        self._workers = Workers(self)
+        self._workers = Workers(self, told)
 
     def __len__(self) -> int:
         """Batches."""

@@ -122,9 +122,10 @@ def with_workers(data: DataConfig, cores: int) -> DataConfig:
 class Workers:
     """Runs a Fetch over requests, here or in worker processes, and ends those processes in every case."""
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, told: set[str] | None = None) -> None:
+        """told: what others that share it have said of files and samples, and is not said again."""
         self._running: dict[str, Any] = {}
-        self._said: set[str] = set()
+        self._told, self._said = told, set[str]() if told is None else told
         # Workers ignore SIGTERM, so they must be told to end before multiprocessing's own exit handler joins them.
         # The registry keeps `_running` alive: nothing in it may lead back to `owner`, or that would never be freed.
         weakref.finalize(owner, _stop, self._running)
@@ -161,7 +162,11 @@ class Workers:
                     self._said.add(note)
                     getLogger(NOTES).warning("%s", shown(note, MESSAGE_CHARACTERS))
             for problem in result["problems"]:
-                _log.warning("%s: %s", fetch.told_of_damage, shown(_WORDS.format(**problem), MESSAGE_CHARACTERS))
+                text = shown(_WORDS.format(**problem), MESSAGE_CHARACTERS)
+                if self._told is None or text not in self._told:
+                    _log.warning("%s: %s", fetch.told_of_damage, text)
+                if self._told is not None:
+                    self._told.add(text)
             yield result
 
     def _started(self) -> Iterator[Any]:

@@ -98,9 +98,10 @@ class RCNN(nn.Module):
 
         Training: boxes to masks as in Objects; semantic, with that branch, as semantic_loss's labels;
         {"losses": (B, n) float32}.
-        Evaluation: {"boxes": (B, D, 4), "scores": (B, D), "classes": (B, D)}, with masks "masks" (B, D, 28, 28), of
-        probabilities within each box.  With suppress=False the last stage's boxes (B, P, K or 1, 4) and scores
-        (B, P, K) as they are.  With boxes (B, D, 4) and classes (B, D): {"masks": ...} of these alone.
+        Evaluation: {"boxes": (B, D, 4), "scores": (B, D), "classes": (B, D), "finite": (B,)} as Detections has them,
+        with masks "masks" (B, D, 28, 28), of probabilities within each box.  With suppress=False the last stage's boxes
+        (B, P, K or 1, 4) and scores (B, P, K) as they are.  With boxes (B, D, 4) and classes (B, D): {"masks": ...} of
+        these alone.
         With features: {"features": (B, num_features)}, the encoder's pooled_features.
         """
         if features:
@@ -127,6 +128,8 @@ class RCNN(nn.Module):
             return {"losses": torch.cat(losses, dim=1)}
         found = proposals(outputs, extent, self.rpn.eval_number, self.rpn.eval_number)
         candidates, scores = head.scored(pyramid, found)
+        numbers = torch.cat(outputs.logits, dim=1).isfinite().all(dim=1)  # where none are, no box is proposed
+        scores = torch.where(numbers.view(-1, 1, 1), scores, torch.nan)
         if not suppress:
             return {"boxes": candidates, "scores": scores}
         best = self.suppression(candidates, scores)

@@ -38,6 +38,8 @@ class Detections(NamedTuple):
     """(B, D) float32."""
     classes: Tensor
     """(B, D) int64."""
+    finite: Tensor
+    """(B,) bool: whether all scores of the image are numbers; one that is none is no detection."""
 
 
 class Suppression(NamedTuple):
@@ -81,4 +83,5 @@ class Suppression(NamedTuple):
             lowered = lowered.scatter(1, row.unsqueeze(1), 0.0)
             left[rows, :, kind] = lowered
         chosen, values, kinds = (torch.stack(each, dim=1) for each in zip(*found, strict=True))
-        return Detections(torch.where((kinds >= 0).unsqueeze(-1), chosen, 0.0), values, kinds)
+        finite = scores.isfinite().flatten(1).all(dim=1)
+        return Detections(torch.where((kinds >= 0).unsqueeze(-1), chosen, 0.0), values, kinds, finite)

@@ -105,6 +105,7 @@ template <typename T>
 struct Map {
   Sizes size;
   const T* qkv;            // (B, H*W, 3C)
+  const float* plus;       // (3C): of qkv, added as it is read; null where there is nothing to add
   const float* table;      // (heads, offsets)
   const int64_t* tokens;   // (windows, N): row of the map, -1 for padding
   const int8_t* regions;   // (windows, N): tokens of different numbers are kept apart
@@ -122,6 +123,7 @@ struct Window {
   long first = 0;          // row of the image's first token in the batch
   bool apart = false;      // more than one region
   Floats bias;  // (N, P): of the head, -inf for what rounding up added
+  Floats plus;  // (4, D): what is added to the head's queries, keys and values, and nothing
   Floats region;  // (P)
   Floats ends[2];  // (P) each, as seen from one of a clip's two ends: the other is as good as padding.
                                // Empty where they do not meet
@@ -129,7 +131,7 @@ struct Window {
 
   explicit Window(const Map<T>& map)
       : map(map), s(map.size), n(s.frames * s.rows * s.cols), p((n + ROUND - 1) / ROUND * ROUND),
-        d((s.dim + ROUND - 1) / ROUND * ROUND), channels(s.heads * s.dim), bias(n * p), region(p) {}
+        d((s.dim + ROUND - 1) / ROUND * ROUND), channels(s.heads * s.dim), bias(n * p), plus(4 * d), region(p) {}
 
   long offsets() const { return (2 * s.frames - 1) * (2 * s.rows - 1) * (2 * s.cols - 1); }
 
@@ -142,6 +144,11 @@ struct Window {
 
   void take_head(long which, const float* table) {
     head = which;
+    if (map.plus)
+      for (long part = 0; part < 3; part++) {
+        const float* from = map.plus + part * channels + head * s.dim;
+        std::copy(from, from + s.dim, &plus[part * d]);
+      }
     for (long i = 0; i < n; i++) {
       float* row = &bias[i * p];
       for (long f = 0, j = 0; f < s.frames; f++)
@@ -178,24 +185,27 @@ struct Window {
     if (!ends[0].empty()) seen = region[i] < 0 ? region.data() : ends[region[i] >= END_OF_CLIP].data();
   }
 
-  // The window's rows of a map of `width` channels, beginning at channel `from`, into (P, D), zero where there is none.
-  void read(const T* x, long width, long from, float* y) const {
+  // The window's rows of a map of `width` channels, beginning at channel `from`, into (P, D), zero where there is none;
+  // part: the row of `plus` that is added.
+  void read(const T* x, long width, long from, float* y, long part) const {
     const long whole = s.dim / LANES * LANES;
+    const float* add = &plus[part * d];
     for (long i = 0; i < n; i++, y += d) {
       if (tokens[i] < 0) {
         std::fill(y, y + d, 0.0f);
         continue;
       }
       const T* row = x + (first + tokens[i]) * width + from + head * s.dim;
-      for (long c = 0; c < whole; c += LANES) store(y + c, widen(row + c));
+      for (long c = 0; c < whole; c += LANES) store(y + c, widen(row + c) + load(add + c));
       if (whole < s.dim) {
         T rest[LANES] = {};
         std::copy(row + whole, row + s.dim, rest);
-        store(y + whole, widen(rest));
+        store(y + whole, widen(rest) + load(add + whole));
       }
     }
   }
 
+  // The inverse of read().
   void write(const float* x, T* y, long width, long from) const {
     const long whole = s.dim / LANES * LANES;
     for (long i = 0; i < n; i++, x += d) {
@@ -208,6 +218,13 @@ struct Window {
         std::copy(rest, rest + s.dim - whole, row + whole);
       }
     }
+  }
+
+  // Add the window's rows x (P, D) to sums (D).
+  void add_rows(const float* x, float* sums) const {
+    for (long i = 0; i < n; i++, x += d)
+      if (tokens[i] >= 0)
+        for (long c = 0; c < d; c += LANES) store(sums + c, load(sums + c) + load(x + c));
   }
 
   // Ask for what read() of window `index` will read of its token i, or, to WRITE, what write() of this one writes: a map
@@ -269,9 +286,9 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
   w.take_head(head, map.table + head * w.offsets());
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
     w.take(index);
-    w.read(map.qkv, 3 * w.channels, 0, q.data());
-    w.read(map.qkv, 3 * w.channels, w.channels, k.data());
-    w.read(map.qkv, 3 * w.channels, 2 * w.channels, v.data());
+    w.read(map.qkv, 3 * w.channels, 0, q.data(), 0);
+    w.read(map.qkv, 3 * w.channels, w.channels, k.data(), 1);
+    w.read(map.qkv, 3 * w.channels, 2 * w.channels, v.data(), 2);
     w.inverse_lengths(q.data(), of_query.data());
     w.inverse_lengths(k.data(), of_key.data());
     transpose(k.data(), p, d, kt.data());
@@ -308,20 +325,20 @@ void forward_chunk(const Map<T>& map, const float* scale, T* out, float* lse, lo
 
 template <typename T>
 void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const float* lse, T* grad_qkv,
-                    float* grad_scale, float* grad_table, long chunk, long head) {
+                    float* grad_scale, float* grad_table, float* grad_plus, long chunk, long head) {
   Window<T> w(map);
   const Sizes& s = map.size;
   const long total = s.batch * s.windows, n = w.n, p = w.p, d = w.d;
   Floats q(p * d), k(p * d), v(p * d), across(p * d), go(p * d), gv(p * d), gq(p * d), gk(p * d);
-  Floats weights(p * p), gradient(p * p), sums(n * p), of_query(p), of_key(p);
+  Floats weights(p * p), gradient(p * p), sums(n * p), of_query(p), of_key(p), plus_sums(3 * d);
   w.take_head(head, map.table + head * w.offsets());
   float scale_sum = 0;
   for (long index = chunk * total / s.chunks; index < (chunk + 1) * total / s.chunks; index++) {
     w.take(index);
-    w.read(map.qkv, 3 * w.channels, 0, q.data());
-    w.read(map.qkv, 3 * w.channels, w.channels, k.data());
-    w.read(map.qkv, 3 * w.channels, 2 * w.channels, v.data());
-    w.read(grad, w.channels, 0, go.data());
+    w.read(map.qkv, 3 * w.channels, 0, q.data(), 0);
+    w.read(map.qkv, 3 * w.channels, w.channels, k.data(), 1);
+    w.read(map.qkv, 3 * w.channels, 2 * w.channels, v.data(), 2);
+    w.read(grad, w.channels, 0, go.data(), 3);
     w.inverse_lengths(q.data(), of_query.data());
     w.inverse_lengths(k.data(), of_key.data());
     transpose(k.data(), p, d, across.data());
@@ -359,10 +376,15 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
     multiply<true>(gradient.data(), p, q.data(), d, gk.data(), d, p, d, p);
     scale_sum += w.through_unit(q.data(), of_query.data(), scale[head], gq.data());
     w.through_unit(k.data(), of_key.data(), scale[head], gk.data());
+    for (long part = 0; grad_plus && part < 3; part++)
+      w.add_rows((part == 0 ? gq : part == 1 ? gk : gv).data(), &plus_sums[part * d]);
     w.write(gq.data(), grad_qkv, 3 * w.channels, 0);
     w.write(gk.data(), grad_qkv, 3 * w.channels, w.channels);
   }
   grad_scale[chunk * s.heads + head] = scale_sum;
+  for (long part = 0; grad_plus && part < 3; part++)
+    std::copy(&plus_sums[part * d], &plus_sums[part * d] + s.dim,
+              grad_plus + (chunk * 3 + part) * w.channels + head * s.dim);
   float* table = grad_table + (chunk * s.heads + head) * w.offsets();
   for (long i = 0; i < n; i++)
     for (long f = 0, j = i * p; f < s.frames; f++)
@@ -374,8 +396,8 @@ void backward_chunk(const Map<T>& map, const float* scale, const T* grad, const 
 
 template <typename T>
 void forward(const Sizes& s, const void* qkv, const float* scale, const float* table, const int64_t* tokens,
-             const int8_t* regions, void* out, float* lse, int threads) {
-  const Map<T> map{s, static_cast<const T*>(qkv), table, tokens, regions};
+             const int8_t* regions, void* out, float* lse, const float* plus, int threads) {
+  const Map<T> map{s, static_cast<const T*>(qkv), plus, table, tokens, regions};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (long item = 0; item < s.chunks * s.heads; item++)
     forward_chunk(map, scale, static_cast<T*>(out), lse, item / s.heads, item % s.heads);
@@ -384,28 +406,31 @@ void forward(const Sizes& s, const void* qkv, const float* scale, const float* t
 template <typename T>
 void backward(const Sizes& s, const void* qkv, const float* scale, const float* table, const int64_t* tokens,
               const int8_t* regions, const void* grad, const float* lse, void* grad_qkv,
-              float* grad_scale, float* grad_table, int threads) {
-  const Map<T> map{s, static_cast<const T*>(qkv), table, tokens, regions};
+              float* grad_scale, float* grad_table, const float* plus, float* grad_plus, int threads) {
+  const Map<T> map{s, static_cast<const T*>(qkv), plus, table, tokens, regions};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (long item = 0; item < s.chunks * s.heads; item++)
     backward_chunk(map, scale, static_cast<const T*>(grad), lse, static_cast<T*>(grad_qkv), grad_scale,
-                    grad_table, item / s.heads, item % s.heads);
+                    grad_table, grad_plus, item / s.heads, item % s.heads);
 }
 
 }  // namespace
 
 // All arrays are contiguous.  bfloat16: the type of qkv, out and their gradients; everything else is float32.
+// plus (3C): added to every row of qkv before anything else; null = nothing.
 extern "C" void window_attention_forward(int bfloat16, const Sizes* s, const void* qkv, const float* scale,
                                          const float* table, const int64_t* tokens, const int8_t* regions, void* out,
-                                         float* lse, int threads) {
-  (bfloat16 ? forward<BFloat16> : forward<float>)(*s, qkv, scale, table, tokens, regions, out, lse, threads);
+                                         float* lse, const float* plus, int threads) {
+  (bfloat16 ? forward<BFloat16> : forward<float>)(*s, qkv, scale, table, tokens, regions, out, lse, plus, threads);
 }
 
-// grad_scale (chunks, heads) and grad_table (chunks, heads, offsets), zeroed by the caller, are one chunk's share each.
+// grad_scale (chunks, heads), grad_table (chunks, heads, offsets), zeroed by the caller, and grad_plus (chunks, 3C) are
+// one chunk's share each; grad_plus may be null.
 extern "C" void window_attention_backward(int bfloat16, const Sizes* s, const void* qkv, const float* scale,
                                           const float* table, const int64_t* tokens, const int8_t* regions,
                                           const void* grad, const float* lse, void* grad_qkv,
-                                          float* grad_scale, float* grad_table, int threads) {
+                                          float* grad_scale, float* grad_table, const float* plus, float* grad_plus,
+                                          int threads) {
   (bfloat16 ? backward<BFloat16> : backward<float>)(*s, qkv, scale, table, tokens, regions, grad, lse, grad_qkv,
-                                                    grad_scale, grad_table, threads);
+                                                    grad_scale, grad_table, plus, grad_plus, threads);
 }

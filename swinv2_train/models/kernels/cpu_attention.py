@@ -1,4 +1,5 @@
-"""Windowed cosine attention on a CPU: cpu_attention.cpp, compiled on first use by the machine's C++ compiler.
+"""Windowed cosine attention on a CPU: cpu_attention.cpp, compiled on first use by the machine's C++ compiler, together
+with the passes of cpu_passes.py.
 
 Legend: B batch, H W tokens per side (T H W of a clip), C channels, nW windows per map, N tokens per window, h heads,
 d head dim.
@@ -33,8 +34,7 @@ CHUNK = 4  # windows of a chunk, at least: they share a head's bias.  Neither de
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 COMPILE_SEC = 300.0
 """The most that the compiler may take: 10 s on an idle machine, minutes on a busy one."""
-SOURCE = Path(__file__).with_suffix(".cpp")
-SOURCES = [SOURCE, SOURCE.with_name("cpu_vectors.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_attention.cpp", "cpu_passes.cpp", "cpu_vectors.h")]
 
 
 class _Sizes(ctypes.Structure):
@@ -89,7 +89,7 @@ def _compile(compiler: list[str], built: Path) -> None:
     """Run the compiler, in a process group of its own: a Ctrl-C is the caller's to answer, and what ends the wait (a
     signal's handler that raises, the time limit) ends all that the compiler has started.
     """
-    command = [*compiler, *FLAGS, "-o", str(built), str(SOURCE)]
+    command = [*compiler, *FLAGS, "-o", str(built), *(str(path) for path in SOURCES if path.suffix == ".cpp")]
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
@@ -190,11 +190,14 @@ def _processor() -> list[str]:
 class _Call:
     """The arguments that forward and backward share, and the tensors they point into."""
 
-    def __init__(self, qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, heads: int) -> None:
+    def __init__(
+        self, qkv: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, grid: WindowGrid, heads: int
+    ) -> None:
         tokens, regions = window_tokens(grid, qkv.device), window_regions(grid, qkv.device)
         windows = tokens.shape[0]
         self.chunks = max(1, min(math.ceil(ITEMS / heads), qkv.shape[0] * windows // CHUNK))
         self.table = table.t().contiguous()  # (h, offsets)
+        self.bias = bias
         frames, rows, cols = (1, *grid.window)[-3:]
         dim = qkv.shape[-1] // (3 * heads)
         sizes = _Sizes(qkv.shape[0], math.prod(grid.size), windows, frames, rows, cols, heads, dim, self.chunks)
@@ -202,27 +205,34 @@ class _Call:
         self.arguments = (int(qkv.dtype == torch.bfloat16), ctypes.byref(sizes), *map(address, self.tensors))
 
 
-def address(x: Tensor) -> ctypes.c_void_p:
+def address(x: Tensor | None) -> ctypes.c_void_p | None:
     """Where its numbers begin, as the library takes it."""
-    return ctypes.c_void_p(x.data_ptr())
+    return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
-def forward(qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor, grid: WindowGrid, heads: int) -> None:
+def forward(
+    qkv: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    grid: WindowGrid, heads: int,
+) -> None:  # fmt: skip
     """Write the attention of qkv (B, H, W, 3C) into out (B, H, W, C), and the logarithms of the softmax's denominators
-    into lse (B*nW, h, N).  All contiguous; otherwise as dispatch.fused_window_attention."""
-    call, threads = _Call(qkv, scale, table, grid, heads), torch.get_num_threads()
-    library().window_attention_forward(*call.arguments, address(out), address(lse), threads)
+    into lse (B*nW, h, N).  bias: (3C,) float32, what is added to qkv before, or None.  All contiguous; otherwise as
+    dispatch.fused_window_attention."""
+    call, threads = _Call(qkv, scale, table, bias, grid, heads), torch.get_num_threads()
+    library().window_attention_forward(*call.arguments, address(out), address(lse), address(call.bias), threads)
 
 
 def backward(
-    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, lse: Tensor, grad_qkv: Tensor,
+    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, lse: Tensor, grad_qkv: Tensor,
     grid: WindowGrid, heads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write the gradient of qkv into grad_qkv; returns those of scale (h,) and table (offsets, h)."""
-    call = _Call(qkv, scale, table, grid, heads)
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Write the gradient of qkv into grad_qkv; returns those of scale (h,), table (offsets, h) and bias (3C,)."""
+    call = _Call(qkv, scale, table, bias, grid, heads)
     scale_parts = lse.new_empty(call.chunks, heads)
     table_parts = lse.new_zeros(call.chunks, *call.table.shape)
+    bias_parts = None if bias is None else lse.new_empty(call.chunks, qkv.shape[-1])
     library().window_attention_backward(
-        *call.arguments, *map(address, (grad, lse, grad_qkv, scale_parts, table_parts)), torch.get_num_threads()
-    )
-    return scale_parts.sum(0), table_parts.sum(0).t().contiguous()
+        *call.arguments, *map(address, (grad, lse, grad_qkv, scale_parts, table_parts, bias, bias_parts)),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    grad_bias = None if bias_parts is None else bias_parts.sum(0)
+    return scale_parts.sum(0), table_parts.sum(0).t().contiguous(), grad_bias

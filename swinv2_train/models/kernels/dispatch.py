@@ -22,6 +22,7 @@ import swinv2_train.models.kernels.cpu_attention as cpu
 from swinv2_train.models.cosine import window_attention
 from swinv2_train.models.kernels import failures, trial
 from swinv2_train.models.kernels.failures import Case, case_of
+from swinv2_train.models.kernels.traced import traced
 from swinv2_train.models.precision import without_autocast
 from swinv2_train.models.windows import MASKED_LOGIT, WindowGrid, num_offsets
 
@@ -94,7 +95,7 @@ def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
     Where a compiler traces this, what was tried before counts: a run tries what it will use at its start.
     """
     dim = qkv.shape[-1] // (3 * num_heads)
-    if _traced(qkv):
+    if traced(qkv):
         return fused_problem(qkv.device) is None and unknown(qkv.device, qkv.dtype, grid, num_heads, dim) is None
     known, case = _asked(qkv.device, qkv.dtype, grid, num_heads, dim)
     if not known or fused_problem(qkv.device) is not None or failures.failed(case):
@@ -107,7 +108,9 @@ def fused_available(qkv: Tensor, grid: WindowGrid, num_heads: int) -> bool:
     return True
 
 
-def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int) -> Tensor:
+def fused_window_attention(
+    qkv: Tensor, scale: Tensor, table: Tensor, grid: WindowGrid, num_heads: int, bias: Tensor | None = None
+) -> Tensor:
     """Cosine attention inside the windows of a map, N x N scores never in memory (arXiv:2111.09883 section 3.2).
 
     softmax(cos(q, k) scale + bias + mask) v, as :mod:`swinv2_train.models.attention` computes it on cut windows.
@@ -115,31 +118,25 @@ def fused_window_attention(qkv: Tensor, scale: Tensor, table: Tensor, grid: Wind
     float16.
     scale: (h, 1, 1) float32, exp(logit_scale).  table: ((2rows-1)(2cols-1), h) float32, the bias of every offset,
     between 0 and 16 as 16 sigmoid makes it: beside bfloat16 it is read in float16 on CUDA.
+    bias: (3C,) in qkv's dtype, added to qkv before; in float32 on a CPU by the kernel as it reads.
     Returns (B, H, W, C) in qkv's dtype.  Beside its arguments and the result it keeps the softmax's denominators for
     the backward pass, (B*nW, h, N) float32.  All gradients are the same bit for bit in every run: no sum is atomic.
     """
-    arguments = (qkv, scale, table, grid.size, grid.window, grid.shift, num_heads)
-    if _traced(qkv):
-        out: Tensor = _forward(*arguments)[0]
+    if bias is not None and (traced(qkv) or not adds_bias(qkv)):
+        qkv, bias = qkv + bias, None
+    sizes = (grid.size, grid.window, grid.shift, num_heads)
+    if traced(qkv):  # otherwise without torch.library, which takes the host several times as long
+        out: Tensor = _forward(qkv, scale, table, *sizes)[0]  # (benchmarks/launch_overhead_cpu_202611.md)
     elif torch.is_grad_enabled():
-        out = _WindowAttention.apply(*arguments)
+        out = _WindowAttention.apply(qkv, scale, table, bias, *sizes)
     else:
-        out = _forward_surviving(*arguments)[0]
+        out = _forward_surviving(qkv, scale, table, *sizes, bias=bias)[0]
     return out
 
 
-def _traced(qkv: Tensor) -> bool:
-    """Whether a compiler, the planner or another mode of torch is to see this as one operation.
-
-    Otherwise it is a plain autograd.Function of the same kernels, because torch.library's dispatch in Python takes the
-    host several times as long (benchmarks/launch_overhead_cpu_202611.md).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or qkv.is_meta
-        or type(qkv) is not Tensor  # a fake one, say
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+def adds_bias(x: Tensor) -> bool:
+    """Whether the kernel of this device and dtype adds qkv's bias itself."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 class Tiles(NamedTuple):
@@ -327,13 +324,16 @@ def _attend(
     window: Sequence[int],
     shift: Sequence[int],
     heads: int,
+    *,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
     _check(qkv, scale, table, grid, heads)
+    assert bias is None or (adds_bias(qkv) and bias.shape == qkv.shape[-1:] and bias.is_contiguous()), bias
     qkv, scale = qkv.contiguous(), scale.contiguous()
     out, lse = _forward_fake(qkv, scale, table, size, window, shift, heads)
     if _compiled(qkv):
-        cpu.forward(qkv, scale, table, out, lse, grid, heads)
+        cpu.forward(qkv, scale, table, bias, out, lse, grid, heads)
         return out, lse
     launch = _Launch(qkv, grid, heads)
     tiles, tokens = launch.tiles, launch.tokens
@@ -358,14 +358,14 @@ def _backward_fake(
 
 def _attend_backward(
     grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor,
-    size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    size: Sequence[int], window: Sequence[int], shift: Sequence[int], heads: int, *, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
     grad, qkv, scale = grad.contiguous(), qkv.contiguous(), scale.contiguous()
     grad_qkv, grad_scale, grad_table = _backward_fake(grad, qkv, scale, table, out, lse, size, window, shift, heads)
     if _compiled(qkv):
-        scale_grad, grad_table = cpu.backward(grad, qkv, scale, table, lse, grad_qkv, grid, heads)
-        return grad_qkv, scale_grad.view_as(scale), grad_table
+        scale_grad, grad_table, grad_bias = cpu.backward(grad, qkv, scale, table, bias, lse, grad_qkv, grid, heads)
+        return grad_qkv, scale_grad.view_as(scale), grad_table, grad_bias
     _, kernels, table_kernels = _kernels()
     launch = _Launch(qkv, grid, heads)
     tiles, tokens, stride = launch.tiles, launch.tokens, launch.stride
@@ -412,7 +412,7 @@ def _attend_backward(
                 BLOCK=64, BLOCK_SPLITS=32, num_warps=4,
             )  # fmt: skip
     torch.sum(scale_summands.view(-1, heads), 0, out=grad_scale.view(-1))
-    return grad_qkv, grad_scale, grad_table
+    return grad_qkv, grad_scale, grad_table, None
 
 
 def _case(qkv: Tensor, sizes: tuple[Any, ...]) -> Case:
@@ -421,27 +421,32 @@ def _case(qkv: Tensor, sizes: tuple[Any, ...]) -> Case:
     return case_of(qkv.dtype, grid, qkv.shape[-1] // (3 * heads))
 
 
-def _forward_surviving(qkv: Tensor, scale: Tensor, table: Tensor, *sizes: Any) -> tuple[Tensor, Tensor]:
+def _forward_surviving(
+    qkv: Tensor, scale: Tensor, table: Tensor, *sizes: Any, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """_attend; where it fails and that is got over, the reference's result without denominators (failures.py)."""
     try:
-        return _attend(qkv, scale, table, *sizes)
+        return _attend(qkv, scale, table, *sizes, bias=bias)
     except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
         failures.got_over(_case(qkv, sizes), error, qkv.device)
     size, window, shift, heads = sizes
     with without_autocast(qkv.device):
+        qkv = qkv if bias is None else qkv + bias
         out = window_attention(qkv, scale, table, WindowGrid(tuple(size), tuple(window), tuple(shift)), heads)
     return out.contiguous(), _forward_fake(qkv, scale, table, *sizes)[1].fill_(math.nan)
 
 
 def _backward_surviving(
-    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor, *sizes: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, qkv: Tensor, scale: Tensor, table: Tensor, out: Tensor, lse: Tensor, *sizes: Any,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """_attend_backward; where it fails and that is got over, gradients that no step is taken with (failures.py)."""
     try:
-        return _attend_backward(grad, qkv, scale, table, out, lse, *sizes)
+        return _attend_backward(grad, qkv, scale, table, out, lse, *sizes, bias=bias)
     except Exception as error:  # noqa: BLE001  whatever a compiler or driver raises
         failures.got_over(_case(qkv, sizes), error, qkv.device)
-    return tuple(each.fill_(math.nan) for each in _backward_fake(grad, qkv, scale, table, out, lse, *sizes))  # type: ignore[return-value]
+    gradients = _backward_fake(grad, qkv, scale, table, out, lse, *sizes)
+    return *(each.fill_(math.nan) for each in gradients), None if bias is None else torch.full_like(bias, math.nan)  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -454,20 +459,25 @@ class _WindowAttention(torch.autograd.Function):
     """The kernels without torch.library around them; the bits are the same."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward_surviving(*inputs)
-        qkv, scale, table, *ctx.sizes = inputs
-        ctx.save_for_backward(qkv, scale, table, *output)
+    def forward(ctx: Any, qkv: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
+        output = _forward_surviving(qkv, scale, table, *sizes, bias=bias)
+        ctx.save_for_backward(qkv, scale, table, *output, bias)
+        ctx.sizes = sizes
         return output[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward_surviving(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
+        *saved, bias = ctx.saved_tensors
+        return (*_backward_surviving(grad, *saved, *ctx.sizes, bias=bias), None, None, None, None)
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None)
+
+
+def _three_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_surviving(*arguments)[:3]
 
 
 _forward = torch.library.custom_op(
@@ -479,7 +489,7 @@ _forward = torch.library.custom_op(
 )
 _backward = torch.library.custom_op(
     "swinv2_train::window_attention_backward",
-    _backward_surviving,
+    _three_gradients,
     mutates_args=(),
     schema="(Tensor grad, Tensor qkv, Tensor scale, Tensor table, Tensor out, Tensor lse, "
     "int[] size, int[] window, int[] shift, int heads) -> (Tensor, Tensor, Tensor)",

@@ -57,9 +57,10 @@ def test_a_map_has_the_images_size_and_the_classes_it_is_scored_by(mode, runs):
     assert model.features(pairs[0][0]).shape == (64,)
 
 
-def test_scores_that_are_no_numbers_name_nothing(runs):
-    """The first class would always be the highest."""
-    model = swinv2_train.load(runs["segment"], device="cpu")
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_scores_that_are_no_numbers_name_nothing(runs, task):
+    """The first class would always be the highest, and a detector would find nothing in any image."""
+    model = swinv2_train.load(runs[task], device="cpu")
     with torch.no_grad():
         next(model.module.parameters()).fill_(torch.nan)
     with pytest.raises(ConfigError, match="are not finite numbers"):

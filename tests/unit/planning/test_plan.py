@@ -345,6 +345,8 @@ def test_the_length_is_unknown_without_images(capsys: pytest.CaptureFixture[str]
 
 ASKED = [*SMALL[:7], "engine=zero3", "hardware=rtx4090", "hardware.reserved_gib=0", "plan.num_gpus=4",
          "train.global_batch_size=64", "train.micro_batch_size=1"]  # fmt: skip
+SHALLOW = ["model.depths=[1,1]", "model.num_heads=[2,4]", "model.pretrained_window_sizes=[0,0]"]
+"""A search traces every policy and stage, each as deep as the model."""
 
 
 @pytest.mark.slow
@@ -377,9 +379,8 @@ def test_nothing_that_fits_is_faster_than_what_is_recommended(
 ) -> None:
     """By the planner's own numbers for every setting; estimates from single images once hid the large micro-batches."""
     monkeypatch.setattr("swinv2_train.planning.search.POLICIES", ("none", "blocks"))
-    shallow = ["model.depths=[1,1]", "model.num_heads=[2,4]", "model.pretrained_window_sizes=[0,0]"]
     config = composed(
-        *ASKED, *shallow, *overrides, f"plan.num_gpus={gpus}", f"train.global_batch_size={6 * gpus}",
+        *ASKED, *SHALLOW, *overrides, f"plan.num_gpus={gpus}", f"train.global_batch_size={6 * gpus}",
         "train.micro_batch_size=6", "hardware.op_overhead_us=1",
     )  # fmt: skip
     hardware = fill_from_machine(config.hardware, gpus)
@@ -430,18 +431,22 @@ def test_a_run_is_planned_by_its_directory(capsys: pytest.CaptureFixture[str], t
 
 
 @pytest.mark.slow
-def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    config = composed(*ASKED)
+def test_less_memory_recommends_a_thriftier_setting_or_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = ("none", "attention", "blocks")
+    monkeypatch.setattr("swinv2_train.planning.search.POLICIES", policies)
+    config = composed(*ASKED, *SHALLOW)
     hardware = fill_from_machine(config.hardware, 4)
     search = Search(config, hardware, 4)
-    peaks = {policy: search.exact(Setting(3, policy, (), 16)).memory.peak for policy in ("none", "attention", "blocks")}
+    peaks = {policy: search.exact(Setting(3, policy, (), 16)).memory.peak for policy in policies}
     assert peaks["blocks"] < peaks["attention"] < peaks["none"]
-    text = planned(capsys, *ASKED, f"hardware.memory_gib={0.9 * peaks['none'] / GIB}", "--recommend")
+    text = planned(capsys, *ASKED, *SHALLOW, f"hardware.memory_gib={0.9 * peaks['none'] / GIB}", "--recommend")
     assert "fits on 4 x RTX 4090" in text
     assert "train.micro_batch_size=16" not in text or "model.recompute=" in text
-    text = planned(capsys, *ASKED, "hardware.memory_gib=0.01", "--recommend")
+    text = planned(capsys, *ASKED, *SHALLOW, "hardware.memory_gib=0.001", "--recommend")
     assert text.startswith("nothing fits on 4 x RTX 4090") and "GiB more than" in text and "largest part is" in text
-    text = planned(capsys, *ASKED, "hardware.memory_gib=0.01")
+    text = planned(capsys, *ASKED, *SHALLOW, "hardware.memory_gib=0.001")
     assert "does not fit on 4 x RTX 4090" in text and "--recommend" in text
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from swinv2_train.config import ConfigError
 from swinv2_train.export import parse, run
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.serving import graphs
+from swinv2_train.serving import graphs, write
 from swinv2_train.serving.graphs import data_beside
 from swinv2_train.serving.int8 import quantize
 from swinv2_train.tasks import build_task
@@ -58,6 +58,32 @@ def model(tmp_path_factory):
     save_weights(found, folder / "weights.pth", "microsoft", classes=NAMES)
     found.folder = folder
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_and_loaded_once():
+    """A model's program serves every file that is written of it here, and what was loaded of a file to be checked is
+    what a test loads of it: of any size the one takes most of a minute, the other a third of it.  What is traced
+    depends neither on the format nor on what becomes of its numbers."""
+    trace, load, programs, loaded = write.traced, torch.export.load, {}, {}
+
+    def traced(served, images, any_size):
+        weights = sum(parameter.detach().double().sum().item() for parameter in served.parameters())
+        key = (weights, served.normalise is None, any_size, images.shape, images.dtype)
+        if key not in programs:
+            programs[key] = trace(served, images, any_size)
+        return programs[key]
+
+    def loaded_program(path):
+        content = Path(path).read_bytes()
+        if content not in loaded:
+            loaded[content] = load(path)
+        return loaded[content]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "traced", traced)
+        patch.setattr(torch.export, "load", loaded_program)
+        yield
 
 
 def export(model, out, *arguments):

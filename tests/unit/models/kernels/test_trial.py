@@ -167,7 +167,7 @@ def test_a_failing_forward_pass_gives_the_references_result_and_serves_no_more(m
 def test_no_step_can_be_taken_with_the_gradients_of_a_failure(which, through, monkeypatch):
     """Half a gradient would be the worst: none is finite, also where a compiler sees one operation."""
     if through == "operation":
-        monkeypatch.setattr(dispatch, "_traced", lambda qkv: True)
+        monkeypatch.setattr(dispatch, "traced", lambda qkv: True)
     arguments = inputs()
     break_library(monkeypatch, which, window=GRID.window)
     with failures.surviving(lambda *what: None):
