@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ _NEXT_LINE = "\n  "
 """A line break in a message; the blanks tell a name that holds one from a line of ours."""
 _SAVED = "values_of_a_saved_run"
 """What Hydra calls them while overrides are put on top."""
+_SPEAKER_SEC = 20.0
+"""How long a silent rank waits for who says why all ranks end: when the first one leaves, torchrun ends the others."""
 _VERSION = "--version"
 
 
@@ -133,6 +136,8 @@ def guarded(command: Callable[[], int], interrupted: int = 128 + signal.SIGINT) 
         if speaker is not None or not isinstance(error, ConfigError):  # else all ranks have the same
             print(f"error: {speaker or ''}{text}", file=sys.stderr)
         tell_torchrun(f"error: {text}", code)
+        if speaker is None and isinstance(error, ConfigError) and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(_SPEAKER_SEC)
         return code
     except KeyboardInterrupt as stop:
         if _speaker() == "":

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from swinv2_train.config.checks import check_config
@@ -136,7 +136,8 @@ def _check_nulls(composed: DictConfig, task: type[TaskConfig]) -> None:
     for name in wanted:
         section, _, field = name.rpartition(".")
         holder = OmegaConf.select(composed, section) if section else composed
-        if isinstance(holder, DictConfig) and field in holder and holder._get_node(field)._is_none():
+        node = holder._get_node(field) if isinstance(holder, DictConfig) and field in holder else None
+        if isinstance(node, Node) and node._is_none():
             raise ConfigError(f"{name} (null) needs a value; set it on the command line: {name}=VALUE")
 
 

@@ -52,9 +52,22 @@ def ended(tmp_path) -> Callable[[str], tuple[int, str]]:
     return end
 
 
+WRONG_INPUT = """
+from swinv2_train.config import ConfigError
+from swinv2_train.config.command_line import guarded
+
+def command():
+    time.sleep(0 if rank else 2)  # who speaks is behind
+    raise ConfigError("lr is wrong")
+
+sys.exit(guarded(command))
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "expected", "said"),
     [
+        (WRONG_INPUT, 2, "error: lr is wrong\n"),
         ("", 0, ""),
         ("if rank: time.sleep(20)\nprint('error: lr is wrong'); sys.exit(2)", 2, "error: lr is wrong\n"),
         ("sys.exit(3)", 3, ""),
