@@ -22,7 +22,7 @@ from swinv2_train.models.kernels.traced import traced
 CHANNELS = 16  # of which channels are a multiple: whole vectors, whatever the processor's width
 CHUNK = 64  # rows of a chunk, at least
 CHUNKS = 64  # at most.  Neither depends on the machine, as sums do on them
-BLOCK_BYTES = 2**22  # of a product, which is still in the cache when its GELU comes
+BLOCK_BYTES = 2**24  # of a product: smaller ones cost the products of wide layers more than the cache saves the GELU
 
 
 class _Rows(ctypes.Structure):
