@@ -49,9 +49,9 @@ int main() {
   std::vector<float> lse(s.batch * s.windows * s.heads * length), grad_scale(s.chunks * s.heads),
       grad_table(s.chunks * table.size() / sizeof(float));
   const int bfloat16 = qkv.size() == 2 * size_t(s.batch * s.map * 3 * s.heads * s.dim);
-  window_attention_forward(bfloat16, &s, qkv.data(), scales, biases, places, parts, out.data(), lse.data(), 2);
+  window_attention_forward(bfloat16, &s, qkv.data(), scales, biases, places, parts, out.data(), lse.data(), nullptr, 2);
   window_attention_backward(bfloat16, &s, qkv.data(), scales, biases, places, parts, grad.data(), lse.data(),
-                            grad_qkv.data(), grad_scale.data(), grad_table.data(), 2);
+                            grad_qkv.data(), grad_scale.data(), grad_table.data(), nullptr, nullptr, 2);
   fwrite(out.data(), 1, out.size(), stdout);
   fwrite(grad_qkv.data(), 1, grad_qkv.size(), stdout);
   fwrite(grad_scale.data(), sizeof(float), grad_scale.size(), stdout);
@@ -66,7 +66,7 @@ def program(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("arm")
     (folder / "main.cpp").write_text(PROGRAM)
     flags = [flag for flag in cpu_attention.FLAGS if flag not in ("-march=native", "-shared", "-fPIC")]
-    command = [COMPILER, *flags, "-static", f"-I{cpu_attention.SOURCE.parent}", "-o", "main", "main.cpp"]
+    command = [COMPILER, *flags, "-static", f"-I{cpu_attention.SOURCES[0].parent}", "-o", "main", "main.cpp"]
     subprocess.run(command, cwd=folder, check=True, timeout=cpu_attention.COMPILE_SEC)
     return folder / "main"
 
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_on_arm_are_those_of_the_reference(program, dtype,
     """Within what test_cpu_attention.py allows this machine's kernel."""
     grid = window_grid(size, window, shifted)
     qkv, scale, table, grad = inputs(grid, heads, dim, dtype=dtype)
-    call = cpu_attention._Call(qkv, scale, table, grid, heads)
+    call = cpu_attention._Call(qkv, scale, table, None, grid, heads)
     arrays = [bytes(call.arguments[1]._obj), *map(raw, (*call.tensors, grad))]
     sent = b"".join(struct.pack("<q", len(each)) + each for each in arrays)
     told = subprocess.run([EMULATOR, program], input=sent, stdout=subprocess.PIPE, check=True, timeout=300).stdout
