@@ -163,7 +163,10 @@ def test_no_rank_ever_holds_the_model_whole(tmp_path):
     def run(world):
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
-        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back, fragments do not count
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back, fragments do not count
+        libc.mallopt(-4, 65536)  # M_MMAP_MAX, which a run in the process before may have set to 0
+        libc.malloc_trim(0)
         config = toy_config(precision="bf16", layer_decay=1.0, reduce_bucket_size=1_000_000)
         build(world, config, 0)  # what is made once is made now
 

@@ -135,8 +135,8 @@ def fused_window_attention(
 
 
 def adds_bias(x: Tensor) -> bool:
-    """Whether the kernel of this device and dtype adds qkv's bias itself."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    """Whether the kernel that computes this adds qkv's bias itself."""
+    return _compiled(x) and x.dtype == torch.float32
 
 
 class Tiles(NamedTuple):

@@ -23,16 +23,18 @@ from tests.support.live_bytes import allocated_peak
 
 BASE = ["model=demo", "model.img_size=32", "model.embed_dim=192", "task=classify", "task.num_classes=10",
         "train.micro_batch_size=2", "train.global_batch_size=4", "hardware=cpu"]  # fmt: skip
+# A plan is of torch's operations, as they are on cards; a CPU's passes, which fp32 has, take 6 MiB less here.
+FLOAT32 = ["engine.precision=fp32", "model.attention=reference"]
 ENGINES = {
     "zero0": ["engine=zero0"],
     "zero1": ["engine=zero1"],
-    "zero1 fp32": ["engine=zero1", "engine.precision=fp32"],
+    "zero1 fp32": ["engine=zero1", *FLOAT32],
     "zero2": ["engine=zero2"],
     "zero1 fp32 sums": ["engine=zero1", "engine.communication_data_type=fp32"],
     "zero2 fp32 sums": ["engine=zero2", "engine.communication_data_type=fp32"],
     "zero3 fp32 sums": ["engine=zero3", "engine.communication_data_type=fp32"],
     "zero3": ["engine=zero3"],
-    "zero3 fp32": ["engine=zero3", "engine.precision=fp32"],
+    "zero3 fp32": ["engine=zero3", *FLOAT32],
     "zero3 blocks": ["engine=zero3", "model.recompute=blocks"],
     "zero3 bf16 states": ["engine=zero3", "engine.optimizer_states=bf16", "optim.betas=[0.9,0.99]"],
 }
