@@ -34,7 +34,7 @@ COLOURS = ("#2563c9", "#1b7f79", "#8e44ad", "#d9730d", "#f0a35e", "#67c893", "#e
 KINDS = {  # of operations, by what their names begin with; what is not here is "other"
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear"),
     "fused attention": ("swinv2_train::", "GeneratedBackwardFor_swinv2_train", "triton", "_WindowAttention"),
-    "passes between products": ("_AddNorm", "_LinearGelu"),
+    "passes between products": ("_AddNorm",),
     "softmax": ("aten::_softmax", "aten::_softmax_backward"),
     "GELU": ("aten::gelu",),
     "layer norm": ("aten::native_layer_norm",),

@@ -16,6 +16,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+_set_num_threads, _HERE = torch.set_num_threads, os.getpid()
+
+
+def _of_forks_alone(threads: int) -> None:
+    """A fork takes its parent's pool of OpenMP threads for its own: it waits for them for ever, or crashes."""
+    assert threads == 1 or os.getpid() != _HERE, "tests that need threads run in a fork (support.processes.printed_by)"
+    _set_num_threads(threads)
+
+
+torch.set_num_threads = _of_forks_alone
 
 LONGEST = (
     "distributed/test_detect.py", "distributed/test_giant.py", "distributed/test_preemption.py",

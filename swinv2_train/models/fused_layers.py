@@ -41,13 +41,6 @@ class ResidualLayerNorm(Float32LayerNorm):
         return residual + (normed if factors is None else normed * factors)
 
 
-class GeluLinear(nn.Linear):
-    """A linear layer with the GELU behind it, where it is asked for; cpu_passes has to serve then."""
-
-    def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
-        return cpu_passes.linear_gelu(input, self.weight, self.bias) if gelu else super().forward(input)
-
-
 class ApartLinear(nn.Linear):
     """A linear layer that can leave its bias to whoever comes next."""
 

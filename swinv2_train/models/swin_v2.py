@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.attention import WindowAttention
-from swinv2_train.models.fused_layers import ApartLinear, GeluLinear, ResidualLayerNorm
+from swinv2_train.models.fused_layers import ApartLinear, ResidualLayerNorm
 from swinv2_train.models.input_sizes import Size, as_pair, check_patches, map_sizes, trained_window
 from swinv2_train.models.kernels import cpu_passes
 from swinv2_train.models.kernels.dispatch import fused_problem
@@ -39,26 +39,18 @@ def drop_path_factors(x: Tensor, rate: float, training: bool) -> Tensor | None:
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them: (..., C) -> (..., C)."""
 
-    fc1: nn.Linear
     fc2: nn.Linear
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = GeluLinear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
         self.fc2 = ApartLinear(hidden, dim)
 
     def forward(self, x: Tensor, passes: bool = False) -> Any:
-        """passes: by cpu_passes, which has to serve; returns (the result without fc2's bias, that bias or None)."""
-        if not passes:
-            return self.fc2(self.act(self.fc1(x)))
-        if not cpu_passes.whole(self.fc1.out_features):
-            hidden = self.act(self.fc1(x))
-        elif isinstance(self.fc1, GeluLinear):
-            hidden = self.fc1(x, gelu=True)
-        else:  # adapters stand between the product and its bias
-            hidden = cpu_passes.bias_gelu(*self.fc1(x, apart=True))
-        return self.fc2(hidden, apart=True)
+        """passes: (the result without fc2's bias, that bias or None), as cpu_passes takes them."""
+        hidden = self.act(self.fc1(x))
+        return self.fc2(hidden, apart=True) if passes else self.fc2(hidden)
 
 
 class SwinBlock(nn.Module):
@@ -67,7 +59,7 @@ class SwinBlock(nn.Module):
     window_size, shifted, clamp_to_shorter_side: what :func:`window_grid` makes of them for the map at hand.
     extra_norm adds a LayerNorm on the main branch behind the block (section 3.6, huge and giant).
     fused, chunks: how attention is computed, as :class:`WindowAttention` has it.  Where kernels attend on a CPU, what
-    lies between the products goes by kernels too (kernels/cpu_passes.py).
+    stands behind a branch goes by a kernel too (kernels/cpu_passes.py).
     """
 
     def __init__(

@@ -135,6 +135,28 @@ def finished(process: subprocess.Popen[str], input: str | None = None, timeout: 
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def printed_by(body: Callable[[], Any], stderr: int = subprocess.PIPE) -> str:
+    """What body prints in a process of its own, with stderr=STDOUT errors too; an error of it fails the test."""
+    warm_up()
+    done = finished(forked(body, stdout=subprocess.PIPE, stderr=stderr))
+    assert done.returncode == 0, done.stdout + (done.stderr or "")
+    return str(done.stdout)
+
+
+def same_with_threads(compute: Callable[[], list[torch.Tensor]]) -> None:
+    """compute gives the same bits with one, two and three threads."""
+
+    def body() -> None:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(compute())
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+    printed_by(body)
+
+
 def let_go_of_files() -> None:
     """Close all that a fork inherited but its standard streams, and leave the numbers taken.
 
@@ -151,7 +173,7 @@ def _look_new(environment: dict[str, str]) -> None:
     """Make a fork look like a new interpreter to itself and to its parent."""
     gc.freeze()  # never finalise here what belongs to the parent
     gc.enable()  # Popen has switched it off for the fork
-    faulthandler.disable()  # pytest's, into a file that is closed now
+    faulthandler.enable(2)  # pytest's went into a file that is closed now
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

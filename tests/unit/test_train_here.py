@@ -29,7 +29,7 @@ from swinv2_train.engine.local import LocalEngine
 from swinv2_train.monitoring.run_log import read_metrics
 from swinv2_train.training.trained import TrainedRun
 from tests.support.harness import run_distributed, warm_up
-from tests.support.processes import finished, forked, forked_code
+from tests.support.processes import finished, forked_code, printed_by
 from tests.support.small_run import SMALL, run_alone
 
 LINES = ("log.progress=lines", "train.max_steps=3")
@@ -45,14 +45,6 @@ def words(shards, tmp_path) -> Callable[..., list[str]]:
         return [f"run_dir={tmp_path / name}", *given.values()]
 
     return of
-
-
-def in_a_fork(body: Callable[[], Any]) -> str:
-    """What body printed, in a process of its own; an error of it fails the test."""
-    warm_up()
-    done = finished(forked(body, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -122,7 +114,7 @@ def test_a_run_here_equals_the_commands_whatever_the_process_has_done_before(wor
         torch.use_deterministic_algorithms(False)
         print(len(s2.load(first.run_dir).predict(np.zeros((16, 16, 3), np.uint8)).classes))
 
-    assert in_a_fork(body).split()[-1] == "4"
+    assert printed_by(body).split()[-1] == "4"
     assert same_run(tmp_path / "here", tmp_path / "command")
     assert same_run(tmp_path / "here_zero", tmp_path / "command_zero")
 
@@ -148,7 +140,7 @@ def test_ctrl_c_saves_and_is_a_keyboard_interrupt_then(words, tmp_path):
         s2.train(*words("stopped"))
         s2.train(*words("whole"))
 
-    said = in_a_fork(body)
+    said = printed_by(body)
     assert "saved step_00000002" in said or "saved step_00000001" in said, said
     assert "stopped by SIGINT after step" in said
     assert same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -166,7 +158,7 @@ def test_a_time_limit_returns_an_unfinished_run_and_the_best_checkpoint_is_named
         assert run.best_checkpoint == tmp_path / "run" / "checkpoints" / f"step_{best['step']:08d}"
         s2.load(run.best_checkpoint)
 
-    in_a_fork(body)
+    printed_by(body)
 
 
 def test_wrong_input_is_a_config_error_and_leaves_nothing(words, tmp_path):
@@ -187,7 +179,7 @@ def test_wrong_input_is_a_config_error_and_leaves_nothing(words, tmp_path):
         with pytest.raises(ConfigError, match="destroy_process_group"):
             s2.train(*words("run"))
 
-    in_a_fork(body)
+    printed_by(body)
     assert not (tmp_path / "run").exists()
 
 
@@ -208,7 +200,7 @@ def test_a_run_that_fails_raises_what_it_failed_of_and_lets_go_of_its_workers(wo
         LocalEngine.step = step
         assert s2.train(*words("run", "data.num_workers=1")).complete
 
-    assert "rank 0 failed: ZeroDivisionError: division by zero (traceback in" in in_a_fork(body)
+    assert "rank 0 failed: ZeroDivisionError: division by zero (traceback in" in printed_by(body, subprocess.STDOUT)
 
 
 @pytest.mark.slow
@@ -232,7 +224,7 @@ def test_another_thread_trains_and_a_second_one_has_to_wait(words):
         thread.join()
         assert found[0].complete
 
-    in_a_fork(body)
+    printed_by(body)
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-// What lies between a block's matrix products on a CPU, each in one pass over its rows, forward and backward:
+// What stands behind a branch of a block on a CPU, in one pass over its rows, forward and backward:
 //
 //   out = residual + factor norm(branch + plus)    the bias of the branch's last layer, LayerNorm, the factor of a
 //                                                  sample's stochastic depth, the residual
-//   y = gelu(product + bias)                       with the exact (erf) GELU
 //
 // Everything is float32, and channels are a multiple of ROUND.
 //
@@ -79,52 +78,6 @@ void norm_gradient_chunk(const Rows& s, const float* grad, const float* branch, 
   }
 }
 
-// The normal distribution below x, and its density there.  With t = 1 / (1 + 0.266 |x|), the tail beyond |x| is
-// e^(-x^2/2) t Q(t); Q was fitted at Chebyshev's points to 2e-8 of the tail for |x| up to 13, where e^(-x^2/2) ends.
-inline void normal(Vector x, Vector& below, Vector& density) {
-  const Vector size = x < Vector{} ? -x : x;
-  const Vector t = 1.0f / (size * 0.266f + 1.0f);
-  const Vector e = exponential(x * x * -0.5f);
-  Vector q = fill(0.03095846997f);
-  q = q * t - 0.1430754529f;
-  q = q * t + 0.2128828768f;
-  q = q * t - 0.1120816122f;
-  q = q * t + 0.1354402016f;
-  q = q * t + 0.06117707742f;
-  q = q * t + 0.1029058735f;
-  q = q * t + 0.1056519921f;
-  q = q * t + 0.1061405812f;
-  const Vector tail = q * t * e;
-  below = x > Vector{} ? 1.0f - tail : tail;
-  density = e * 0.3989422804f;
-}
-
-// product becomes the GELU's slope, which is what the backward pass needs of it.
-void gelu_chunk(const Rows& s, float* product, const float* bias, float* y, long chunk) {
-  const long c = s.channels;
-  for (long row = s.first(chunk); row < s.first(chunk + 1); row++)
-    for (long j = 0; j < c; j += LANES) {
-      const Vector x = load(product + row * c + j) + load(bias + j);
-      Vector below, density;
-      normal(x, below, density);
-      store(y + row * c + j, x * below);
-      store(product + row * c + j, below + x * density);
-    }
-}
-
-// grad_bias: (C), of this chunk.
-void gelu_gradient_chunk(const Rows& s, const float* grad, const float* slope, float* grad_product, float* grad_bias,
-                         long chunk) {
-  const long c = s.channels;
-  std::fill(grad_bias, grad_bias + c, 0.0f);
-  for (long row = s.first(chunk); row < s.first(chunk + 1); row++)
-    for (long j = 0; j < c; j += LANES) {
-      const Vector g = load(grad + row * c + j) * load(slope + row * c + j);
-      store(grad_product + row * c + j, g);
-      store(grad_bias + j, load(grad_bias + j) + g);
-    }
-}
-
 }  // namespace
 
 // All arrays are contiguous.  factors may be null: all are 1.
@@ -147,17 +100,4 @@ extern "C" void add_norm_backward(const Rows* s, const float* grad, const float*
     norm_gradient_chunk(*s, grad, branch, plus, factors, weight, means, inverses, grad_branch, grad_weight + at,
                         grad_bias + at, grad_plus + at, chunk);
   }
-}
-
-extern "C" void bias_gelu_forward(const Rows* s, float* product, const float* bias, float* y, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long chunk = 0; chunk < s->chunks; chunk++) gelu_chunk(*s, product, bias, y, chunk);
-}
-
-// grad_bias: (chunks, C), one chunk's share each.
-extern "C" void bias_gelu_backward(const Rows* s, const float* grad, const float* slope, float* grad_product,
-                                   float* grad_bias, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long chunk = 0; chunk < s->chunks; chunk++)
-    gelu_gradient_chunk(*s, grad, slope, grad_product, grad_bias + chunk * s->channels, chunk);
 }

@@ -10,7 +10,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +32,7 @@ from swinv2_train.data.sources.pipe import open_stream
 from swinv2_train.data.transforms.decode import DecodeError, decode_image
 from tests.support.images import encoded, image_bytes
 from tests.support.loaders import CONFIG, PixelsAndDraw, Transform, train_loader
-from tests.support.processes import finished, forked
+from tests.support.processes import printed_by
 from tests.support.shard_files import samples
 
 SIDE = 2000
@@ -43,23 +42,17 @@ LARGE = Image.fromarray(
 REPLACE = replace(CONFIG, on_bad_sample="replace", max_bad_fraction=1.0)
 
 
-def said_by(body: Callable[[], None]) -> str:
-    """What a process of its own prints on stdout while it calls body."""
-    done = finished(forked(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    assert done.returncode == 0, done.stderr
-    return str(done.stdout)
-
-
 def short_of_memory() -> list[bytearray]:
-    """From now on this process can have no 4 MiB more in one piece; what it holds for that is returned."""
+    """From now on this process can have 3 MiB more, and no 8 in one piece; what it holds for that is returned."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20),) * 2)
-    held, size = [], 64 << 20
+    spare, held, size = bytearray(3 << 20), list[bytearray](), 64 << 20
     while size >= 4 << 20:
         try:
             held.append(bytearray(size))  # also what was freed and not given back
         except MemoryError:
             size //= 2
+    del spare
     return held
 
 
@@ -73,7 +66,7 @@ def outcome(read: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
 def test_a_process_short_of_memory_calls_no_healthy_image_damaged(kind):
-    """12 MB of pixels where 4 are left; each decoder says so in its own way, some as if it were damage."""
+    """12 MB of pixels where no 8 are left; each decoder says so in its own way, some as if it were damage."""
     picture = LARGE.quantize(16, dither=Image.Dither.NONE) if kind == "GIF" else LARGE
     data = encoded(picture, kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {}))
     decode_image(image_bytes(0, kind), "x")  # what is imported late is there
@@ -83,7 +76,7 @@ def test_a_process_short_of_memory_calls_no_healthy_image_damaged(kind):
         print(outcome(lambda: decode_image(data, "x")))
         held.clear()
 
-    said = said_by(body)
+    said = printed_by(body)
     assert said.startswith("MachineError: ") and "no memory is left; give the run more memory" in said
 
 
@@ -103,7 +96,7 @@ def test_the_policy_for_damaged_samples_does_not_take_a_lack_of_memory(tmp_path)
         print(outcome(lambda: next(iter(loader))))
         held.clear()
 
-    said = said_by(body)
+    said = printed_by(body)
     assert said.startswith(f"MachineError: {tmp_path}/t-000000.tar: sample 'k") and "no memory is left" in said
 
 
@@ -130,7 +123,7 @@ def test_open_files_that_run_out_are_no_damage(tmp_path, workers):
         print(outcome(lambda: next(iter(loader))), flush=True)
         os._exit(0)  # there are no files left to end in an orderly way
 
-    said = said_by(body)
+    said = printed_by(body)
     assert said.startswith(f"MachineError: {tmp_path}/") and "Too many open files; raise the limit (ulimit -n)" in said
 
 
@@ -142,7 +135,7 @@ def test_a_folder_that_cannot_be_listed_for_want_of_files_is_not_to_be_mended(tm
         print(outcome(lambda: open_folder(str(tmp_path))), flush=True)
         os._exit(0)
 
-    assert said_by(body).startswith(f"MachineError: {tmp_path}/ cannot be listed: Too many open files")
+    assert printed_by(body).startswith(f"MachineError: {tmp_path}/ cannot be listed: Too many open files")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take a permission from itself and give it back")
@@ -157,7 +150,7 @@ def test_a_permission_that_is_missing_is_no_damage(tmp_path):
         os.seteuid(65534)
         print(outcome(lambda: next(iter(loader))))
 
-    said = said_by(body)
+    said = printed_by(body)
     assert "MachineError: " in said and "Permission denied; give this user the permission to read it" in said
 
 
@@ -171,7 +164,7 @@ def test_a_pipe_that_cannot_be_started_is_the_machines_fault(tmp_path):
         print(outcome(lambda: next(iter(loader))), flush=True)
         os._exit(0)
 
-    assert said_by(body).startswith("MachineError: a batch cannot be made: Too many open files")
+    assert printed_by(body).startswith("MachineError: a batch cannot be made: Too many open files")
 
 
 def test_a_file_is_tried_again_where_the_machine_could_not_just_now(tmp_path):
@@ -186,7 +179,7 @@ def test_a_file_is_tried_again_where_the_machine_could_not_just_now(tmp_path):
         threading.Timer(0.3, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))).start()
         print(again(path.read_bytes))
 
-    assert said_by(body) == "b'content'\n"
+    assert printed_by(body) == "b'content'\n"
 
 
 def test_what_is_gone_is_not_waited_for(tmp_path):
@@ -227,7 +220,7 @@ def test_a_full_disk_ends_packing_with_one_message_and_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # EFBIG where a full disk gives ENOSPC
         print(make_shards.run([str(source), str(out / "t")]))
 
-    assert said_by(body).endswith("1\n") and not out.exists()
+    assert printed_by(body).endswith("1\n") and not out.exists()
 
 
 def test_a_command_ends_with_one_line_and_exit_code_1(capsys):

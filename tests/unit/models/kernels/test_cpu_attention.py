@@ -14,6 +14,7 @@ from swinv2_train.models import SwinTransformerV2
 from swinv2_train.models.cosine import window_attention
 from swinv2_train.models.kernels import cpu_attention, dispatch
 from swinv2_train.models.windows import window_grid
+from tests.support.processes import same_with_threads
 
 CPU = cpu_attention._processor()
 pytestmark = pytest.mark.skipif(cpu_attention.problem() is not None, reason=str(cpu_attention.problem()))
@@ -136,16 +137,7 @@ def test_an_input_that_is_not_a_number_stays_in_its_window():
 def test_results_do_not_depend_on_the_number_of_threads():
     grid = window_grid((24, 24), (8, 8), True)
     tensors = inputs(grid, 3, 32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(run(dispatch.fused_window_attention, *tensors, grid, 3))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_with_threads(lambda: run(dispatch.fused_window_attention, *tensors, grid, 3))
 
 
 def test_inputs_that_are_not_contiguous_and_checkpointing():
