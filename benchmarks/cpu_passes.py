@@ -1,19 +1,22 @@
 """The passes between a block's products on a CPU, beside torch's operations; and a model beside its products alone.
 
-    python -m benchmarks.cpu_passes [--threads 2] [--rounds 9] [--parts]
+    python -m benchmarks.cpu_passes [--threads 2] [--rounds 16] [--parts]
 
-In float32, all in turns in one process, medians of CPU seconds of all threads (a shared machine's clock says little).
-"torch's operations": the same model with the attention kernel and without the passes.  --parts: each pass at the sizes
-of SwinV2-T's stages too, on one thread.  Prints Markdown tables.
+In float32, all in turns in one process, in alternating order; CPU seconds of all threads (a shared machine's clock says
+little).  Shares are of the same turn, with their quartiles.  "torch's operations": the same model with the attention
+kernel and without the passes.  --parts: each pass at the sizes of SwinV2-T's stages too, on one thread.  Prints
+Markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from operator import truediv
+from statistics import median, quantiles
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +34,20 @@ STAGES = ((32768, 96), (8192, 192), (2048, 384), (512, 768))
 """Tokens of 8 images and channels."""
 
 
-@contextmanager
-def without_passes() -> Iterator[None]:
-    serves, cpu_passes.serves = cpu_passes.serves, lambda *_: False
-    try:
-        yield
-    finally:
-        cpu_passes.serves = serves
+def without_passes() -> AbstractContextManager[object]:
+    return patch.object(cpu_passes, "serves", lambda *_: False)
 
 
-def medians(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """(CPU seconds, seconds by the clock) of each, in turns after one that does not count."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+def timed(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each, in turns after one that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
-        for name, work in works.items():
-            cpu, clock = time.process_time(), time.perf_counter()
+        for name, work in list(works.items())[:: -1 if turn % 2 else 1]:
+            start = time.process_time()
             work()
             if turn:
-                found[name].append((time.process_time() - cpu, time.perf_counter() - clock))
-    return {name: tuple(map(statistics.median, zip(*each, strict=True))) for name, each in found.items()}  # type: ignore[misc]
+                found[name].append(time.process_time() - start)
+    return found
 
 
 def whole(case: Case, rounds: int) -> None:
@@ -73,12 +71,18 @@ def whole(case: Case, rounds: int) -> None:
         products.forward()
         products.backward()
 
-    found = medians({"matrix products alone": limit, "torch's operations": plain, "passes": step}, rounds)
-    bound = found["matrix products alone"]
-    for name, (cpu, clock) in found.items():
+    def torchs_gelu() -> None:
+        with patch.object(cpu_passes, "gelu", F.gelu):
+            step()
+
+    works = {"matrix products alone": limit, "torch's operations": plain, "passes": step}
+    found = timed(works | {"passes, but torch's GELU": torchs_gelu}, rounds)
+    for name, seconds in found.items():
+        low, middle, high = quantiles(map(truediv, found["matrix products alone"], seconds))
+        _, beside, _ = quantiles(map(truediv, found["torch's operations"], seconds))
         print(
-            f"| {case.name}, {case.batch_size} images | {name} | {cpu:.3f} | {clock:.3f} | {bound[0] / cpu:.3f} "
-            f"| {bound[1] / clock:.3f} |",
+            f"| {case.name}, {case.batch_size} images | {name} | {median(seconds):.3f} | {middle:.3f} "
+            f"({low:.3f} to {high:.3f}) | {beside:.3f} |",
             flush=True,
         )
 
@@ -97,27 +101,28 @@ def parts(rounds: int) -> None:
             return norm(x, residual, factors, fused)  # noqa: B023  called at once
 
         def hidden(fused: bool) -> Tensor:
-            return mlp.fc1(x, True) if fused else F.gelu(mlp.fc1(x))  # noqa: B023
+            return (cpu_passes.gelu if fused else F.gelu)(mlp.fc1(x))  # noqa: B023
 
         for what, layer, grad_of in (("norm, factor, residual", normed, grad), ("fc1 and GELU", hidden, wide)):
 
             def work(fused: bool) -> None:
                 layer(fused).backward(grad_of)  # noqa: B023
 
-            found = medians({"torch": lambda: work(False), "passes": lambda: work(True)}, rounds)  # noqa: B023
-            before, now = (1000 * cpu for cpu, _ in found.values())
+            found = timed({"torch": lambda: work(False), "passes": lambda: work(True)}, rounds)  # noqa: B023
+            before, now = (1000 * median(seconds) for seconds in found.values())
             print(f"| {tokens} x {channels} | {what} | {before:.1f} | {now:.1f} | {before / now:.2f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--parts", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tune_allocator()
-    print("|  | forward and backward | CPU s | s | products alone / CPU | by the clock |\n|---|---|---|---|---|---|")
+    print("| case | forward and backward | CPU s | speed beside the products alone | beside torch's operations |")
+    print("|---|---|---|---|---|")
     for case in CASES:
         whole(case, options.rounds)
     if options.parts:

@@ -4,9 +4,9 @@
     python benchmarks/step_profile.py --precisions fp32 --before    # on a processor without bf16 units
 
 SwinV2-T at 256 px, window 8, on a CPU, by torch.profiler's own time of each operation on the main thread; the rest is
-what passes between operations.  Prints a Markdown table, milliseconds of the median of the steps.
---case base/192/12: another model.  --before: also the matrix products alone, and ours with torch's operations in the
-place of the passes between products.
+what passes between operations.  Prints a Markdown table, milliseconds of the median of the steps.  Columns of one
+allocator and precision are measured in turns.  --case base/192/12: another model.  --before: also the matrix products
+alone, and ours with torch's operations in the place of the passes between products.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLOURS = ("#2563c9", "#1b7f79", "#8e44ad", "#d9730d", "#f0a35e", "#67c893", "#e
 KINDS = {  # of operations, by what their names begin with; what is not here is "other"
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear"),
     "fused attention": ("swinv2_train::", "GeneratedBackwardFor_swinv2_train", "triton", "_WindowAttention"),
-    "passes between products": ("_AddNorm",),
+    "passes between products": ("_AddNorm", "_Gelu"),
     "softmax": ("aten::_softmax", "aten::_softmax_backward"),
     "GELU": ("aten::gelu",),
     "layer norm": ("aten::native_layer_norm",),
@@ -62,26 +62,25 @@ def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def milliseconds(step: Callable[[], None], steps: int) -> dict[str, float]:
-    """Milliseconds of a step, by kind; the kinds add up to the time by the clock."""
-    for _ in range(3):
-        step()
-    walls = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        walls.append(time.perf_counter() - start)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        for _ in range(steps):
+def milliseconds(works: dict[str, Callable[[], None]], steps: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step of each, in turns, by kind; the kinds add up to the time by the clock."""
+    walls: dict[str, list[float]] = {name: [] for name in works}
+    kinds = {name: dict.fromkeys([*KINDS, "other"], 0.0) for name in works}
+    for turn in range(-3, steps):
+        for name, step in works.items():
+            start = time.perf_counter()
             step()
-    kinds = dict.fromkeys([*KINDS, "other"], 0.0)
-    for event in found.key_averages():
-        kinds[kind_of(event.key.removeprefix("autograd::engine::evaluate_function: "))] += (
-            event.self_cpu_time_total / 1000 / steps
-        )
-    wall = statistics.median(walls) * 1000
-    total = sum(kinds.values())
-    return {kind: value * wall / total for kind, value in kinds.items()}
+            if turn >= 0:
+                walls[name].append(1000 * (time.perf_counter() - start))
+    for _ in range(steps):
+        for name, step in works.items():
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                step()
+            for event in found.key_averages():
+                kind = kind_of(event.key.removeprefix("autograd::engine::evaluate_function: "))
+                kinds[name][kind] += event.self_cpu_time_total
+    scales = {name: statistics.median(walls[name]) / sum(kinds[name].values()) for name in works}
+    return {name: {kind: value * scales[name] for kind, value in kinds[name].items()} for name in works}
 
 
 def main() -> None:
@@ -106,18 +105,23 @@ def main() -> None:
             torch.manual_seed(0)
             images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, dtype=dtype)
             model = case.model(fused_attention=tuned).to(dtype)
-            if not tuned:
-                columns[f"official, {precision}"] = milliseconds(
-                    step_of(OfficialArithmetic(model), images), options.steps
-                )
-                continue
-            if options.before:
+            ours = step_of(model, images)
+            works = {f"ours, {precision}": ours} if tuned else {
+                f"official, {precision}": step_of(OfficialArithmetic(model), images)
+            }  # fmt: skip
+            if tuned and options.before:
                 products = MatrixProducts(model, case.batch_size, dtype, torch.device("cpu"))
-                alone = milliseconds(lambda: (products.forward(), products.backward()), options.steps)  # noqa: B023
-                columns[f"products alone, {precision}"] = alone
-                with without_passes():
-                    columns[f"ours before, {precision}"] = milliseconds(step_of(model, images), options.steps)
-            columns[f"ours, {precision}"] = milliseconds(step_of(model, images), options.steps)
+
+                def alone() -> None:
+                    products.forward()  # noqa: B023  called at once
+                    products.backward()  # noqa: B023
+
+                def before() -> None:
+                    with without_passes():
+                        ours()  # noqa: B023
+
+                works = {f"products alone, {precision}": alone, f"ours before, {precision}": before, **works}
+            columns |= milliseconds(works, options.steps)
     names = sorted(columns, key=lambda name: name.endswith("bf16"))
     print(f"| ms | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for kind in [*KINDS, "other"]:

@@ -48,9 +48,10 @@ class Mlp(nn.Module):
         self.fc2 = ApartLinear(hidden, dim)
 
     def forward(self, x: Tensor, passes: bool = False) -> Any:
-        """passes: (the result without fc2's bias, that bias or None), as cpu_passes takes them."""
-        hidden = self.act(self.fc1(x))
-        return self.fc2(hidden, apart=True) if passes else self.fc2(hidden)
+        """passes: by cpu_passes, which has to serve; returns (the result without fc2's bias, that bias or None)."""
+        if passes:
+            return self.fc2(cpu_passes.gelu(self.fc1(x)), apart=True)
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
@@ -59,7 +60,7 @@ class SwinBlock(nn.Module):
     window_size, shifted, clamp_to_shorter_side: what :func:`window_grid` makes of them for the map at hand.
     extra_norm adds a LayerNorm on the main branch behind the block (section 3.6, huge and giant).
     fused, chunks: how attention is computed, as :class:`WindowAttention` has it.  Where kernels attend on a CPU, what
-    stands behind a branch goes by a kernel too (kernels/cpu_passes.py).
+    lies between the products goes by kernels too (kernels/cpu_passes.py).
     """
 
     def __init__(

@@ -98,7 +98,7 @@ def test_no_policy_changes_a_bit_of_what_a_cpus_passes_compute(stage):
         return plain, found, calls
 
     plain, (expected, *others), calls = run_distributed(run, 2, timeout_sec=300)[0]
-    assert "add_norm_backward" in calls
+    assert {"add_norm_backward", "gelu"} <= set(calls)
     for (loss, norm), (plain_loss, plain_norm) in zip(expected[0], plain[0], strict=True):
         assert loss == pytest.approx(plain_loss, rel=1e-6) and norm == pytest.approx(plain_norm, rel=1e-5)
     for history, weights in others:

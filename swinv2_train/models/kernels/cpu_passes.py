@@ -1,4 +1,4 @@
-"""What stands behind a branch of a block on a CPU, in one pass, forward and backward: cpu_passes.cpp.
+"""What lies between a block's matrix products on a CPU, each in one pass: cpu_passes.cpp.
 
 In float32 alone; where something else is asked for, or there is no compiler, torch's own operations serve.
 
@@ -11,6 +11,7 @@ import ctypes
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -57,6 +58,17 @@ def add_norm(
     return out
 
 
+def gelu(x: Tensor) -> Tensor:
+    """The GELU of (..., C) float32 in a block where :func:`serves` says so; torch's where C is not whole vectors.
+
+    For the backward pass it keeps its slope, where torch's keeps x and computes the slope then.
+    """
+    if x.shape[-1] % CHANNELS:
+        return F.gelu(x)
+    out: Tensor = _Gelu.apply(x, torch.is_grad_enabled())
+    return out
+
+
 def _rows(x: Tensor, eps: float = 0.0) -> _Rows:
     rows = x.numel() // x.shape[-1]
     return _Rows(rows, x.shape[-1], rows // len(x), max(1, min(CHUNKS, rows // CHUNK)), eps)
@@ -91,3 +103,19 @@ class _AddNorm(torch.autograd.Function):
         _call("add_norm_backward", rows, grad, branch, plus, factors, weight, means, inverses, grad_branch, *parts)
         grad_weight, grad_bias, grad_plus = (part.sum(0) for part in parts)
         return grad_branch, grad_plus, grad, None, grad_weight, grad_bias, None
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: bool) -> Tensor:
+        x = x.contiguous()
+        y, slope = torch.empty_like(x), torch.empty_like(x) if keep else None
+        _call("gelu", _rows(x), x, y, slope)
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None

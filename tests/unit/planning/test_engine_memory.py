@@ -75,8 +75,8 @@ def test_a_step_takes_what_the_formulas_say(engine: str) -> None:
     plan, _ = plan_memory(config, fill_from_machine(config.hardware, 2, rates=False), 2)
     predicted = (plan.peak - plan.resident - plan.phases[plan.peak_phase].get(LOADER, 0)) / 2**20
     measured = max(run_distributed(step_peak, 2, ENGINES[engine]))
-    # Measured worst 0.1 % (zero0, zero1), 9 % (zero2), 13 % too much (zero1 fp32).  Under ZeRO-3 the same step takes 16.8 to 19.0 MiB from run to
-    # run, as gathers come early or late: 17 %.
+    # Measured worst 0.1 % (zero0, zero1), 9 % (zero2), 13 % too much (zero1 fp32).  Under ZeRO-3 the same step takes
+    # 16.8 to 19.0 MiB from run to run, as gathers come early or late: 17 %.
     assert predicted == pytest.approx(measured, rel=0.25 if "zero3" in engine else 0.15), plan.phases
 
 

@@ -1,4 +1,4 @@
-"""The pass behind a block's branch against the same in float64: outputs, all gradients, any sizes, any threads."""
+"""The passes between a block's products against the same in float64: outputs, all gradients, any sizes, any threads."""
 
 from __future__ import annotations
 
@@ -94,9 +94,44 @@ def test_a_branch_far_from_zero_keeps_its_digits():
     assert found <= 2 * plain
 
 
+def gelu_and_slope(gelu, x):
+    """(n,) each: at every number alone."""
+    x = x.clone().view(-1, 16).requires_grad_()
+    y = gelu(x)
+    (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y.detach().flatten(), slope.flatten()
+
+
+def test_the_gelu_at_all_sizes_of_numbers_is_as_near_as_torchs():
+    x = torch.cat((torch.linspace(-16, 16, 160_000), torch.logspace(-38, 4, 4_000), -torch.logspace(-38, 4, 4_000)))
+    size = x.double().abs().clamp(min=1.0)
+    for found, torch_found, expected in zip(
+        gelu_and_slope(cpu_passes.gelu, x), gelu_and_slope(F.gelu, x), gelu_and_slope(F.gelu, x.double()), strict=True
+    ):
+        ours, torchs = (((each.double() - expected).abs() / size).max().item() for each in (found, torch_found))
+        assert ours <= max(torchs, 1.2e-7), (ours, torchs)
+
+
+def test_the_gelus_ends_are_torchs():
+    """Infinite and not a number, whatever torch makes of them, and both zeros."""
+    x = torch.tensor([math.inf, math.nan, -1e30, 1e30, -40.0, 40.0, 0.0, -0.0, *(0.5 for _ in range(8))])
+    for found, expected in zip(gelu_and_slope(cpu_passes.gelu, x), gelu_and_slope(F.gelu, x), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True), (found, expected)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 24), (1, 5)])
+def test_the_gelu_of_any_shape_and_gradient(shape):
+    """Odd channels are torch's; without gradients it is the same."""
+    x, grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.randn(shape)
+    found = run(cpu_passes.gelu, [x], grad)
+    assert max(errors(found, run(F.gelu, [x.double()], grad.double()))) <= 4e-7
+    with torch.no_grad():
+        assert torch.equal(cpu_passes.gelu(x), found[0])
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     tensors, grad = norm_tensors((2, 40, 40, 64), True)
-    same_with_threads(lambda: run(one_pass, tensors, grad))
+    same_with_threads(lambda: run(one_pass, tensors, grad) + run(cpu_passes.gelu, [tensors[0]], grad))
 
 
 def test_strided_inputs_recomputation_and_a_second_backward_pass():
@@ -145,10 +180,10 @@ def test_what_the_passes_do_not_serve(monkeypatch):
 
 def test_second_derivatives_are_refused():
     x, weight = torch.randn(2, 3, 32, requires_grad=True), torch.ones(32)
-    out = cpu_passes.add_norm(x, None, x, None, weight, weight, EPS)
-    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    for out in (cpu_passes.add_norm(x, None, x, None, weight, weight, EPS), cpu_passes.gelu(x)):
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -205,8 +240,9 @@ def test_a_model_with_stochastic_depth_and_adapters_computes_by_them(adapted, mo
 
     found = step()
     assert called.count("add_norm_forward") == called.count("add_norm_backward") == 8
+    assert called.count("gelu") == 4
     monkeypatch.setattr(cpu_passes, "serves", lambda *_: False)
     expected = step()
-    assert len(called) == 16
+    assert len(called) == 20
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
