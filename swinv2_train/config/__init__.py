@@ -47,7 +47,6 @@ __all__ = [
     "ClassifyConfig",
     "Config",
     "ConfigError",
-    "MachineError",
     "DataConfig",
     "DetectConfig",
     "EXIT_DONE",

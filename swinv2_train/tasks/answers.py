@@ -221,7 +221,7 @@ class DetectedObjects(NamedTuple):
     @classmethod
     def of(cls, found: Found, size: tuple[int, int], image_id: int | None, ask: Ask) -> DetectedObjects:
         """ConfigError where scores or boxes are no numbers."""
-        if not (found.finite and np.isfinite(found.scores).all() and np.isfinite(found.boxes).all()):
+        if not found.in_numbers:
             raise ConfigError(_NOT_FINITE)
         return cls(found, tuple(map(ask.name, found.classes.tolist())), size, image_id)
 

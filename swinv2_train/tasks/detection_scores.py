@@ -58,9 +58,13 @@ def detection_records(
 
 
 def _record(image_id: int, size: tuple[int, int], truth: Truth, found: Found, masks: bool) -> bytes:
+    finite = found.in_numbers
+    if not finite:
+        found = Found(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64), None, False)
     content: dict[str, Any] = {
         "image_id": int(image_id),
         "size": list(size),
+        "finite": finite,
         "truth": {
             "boxes": truth["boxes"].tolist(), "classes": truth["classes"].tolist(), "crowd": truth["crowd"].tolist(),
             "area": truth["area"].tolist(), "masks": [_plain(each) for each in truth["masks"]] if masks else [],
@@ -81,7 +85,7 @@ def _plain(rle: Rle | None) -> Rle | None:
 
 
 Image = dict[str, Any]
-"""image_id, size, truth and found of an image, as a record holds them."""
+"""image_id, size, truth and found of an image, as a record holds them, and whether the model said numbers (finite)."""
 
 
 def read_records(records: Sequence[bytes]) -> list[Image]:
@@ -95,7 +99,7 @@ def read_records(records: Sequence[bytes]) -> list[Image]:
 
 @dataclass(frozen=True, eq=False)
 class AveragePrecision:
-    """Of boxes or of masks, in percent; nan where there is nothing to find."""
+    """Of boxes or of masks, in percent; nan where there is nothing to find, or an image of which no number was said."""
 
     scores: Mapping[str, float]
     """ap, ap50, ap75, ap_small, ap_medium, ap_large, ar1, ar10, ar100, ar_small, ar_medium, ar_large."""
@@ -131,6 +135,8 @@ def average_precision(images: Sequence[Image], num_classes: int, kind: str) -> A
     precision = np.array(evaluation.eval["precision"], np.float64)  # (overlaps, recalls, classes, areas, most)
     recall = np.array(evaluation.eval["recall"], np.float64)  # (overlaps, classes, areas, most)
     precision[precision < 0], recall[recall < 0] = np.nan, np.nan
+    if not all(image["finite"] for image in images):
+        precision[:], recall[:] = np.nan, np.nan
     scores = {"ap": _mean(precision[..., 0, -1])}
     scores |= {f"ap{name}": _mean(precision[place, ..., 0, -1]) for name, place in (("50", 0), ("75", 5))}
     scores |= {f"ap{name}": _mean(precision[..., area, -1]) for area, name in enumerate(_AREAS) if area}

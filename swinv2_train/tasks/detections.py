@@ -37,3 +37,8 @@ class Found(NamedTuple):
     """COCO's compressed run lengths, {"size": [H, W], "counts": bytes}, each; None without task.masks."""
     finite: bool = True
     """Whether all scores of the model were numbers: where they are none it finds nothing."""
+
+    @property
+    def in_numbers(self) -> bool:
+        """Whether all that the model said of the image is a number."""
+        return bool(self.finite and np.isfinite(self.scores).all() and np.isfinite(self.boxes).all())

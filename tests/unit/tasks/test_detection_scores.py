@@ -146,6 +146,20 @@ def test_nothing_found_is_0_and_nothing_to_find_is_nan() -> None:
             assert value == expected if expected is not None else np.isnan(value)
 
 
+@pytest.mark.parametrize("lost", ["scores", "finite", "boxes"])
+def test_an_image_of_which_the_model_says_no_numbers_leaves_no_score(lost: str) -> None:
+    """A model whose weights are nan finds nothing: that is no AP of 0, and no reason to end a run."""
+    images = [image_of(number) for number in (3, 4)]
+    truths, found = ([each[place] for each in images] for place in (0, 1))
+    value = False if lost == "finite" else np.full_like(getattr(found[1], lost), np.inf)
+    found[1] = found[1]._replace(**{lost: value})
+    given = detection_records([3, 4], [SIZE, SIZE], truths, found, CLASSES, True)
+    assert all(np.isnan(value) for value in given.finish(given.values).values())
+    tables = detection_tables(given.values)
+    assert set(tables["class_box_ap"]) == {None} and tables["box_precision_at_recall"] == []
+    assert sum(tables["class_objects"]) == sum(int((~each["crowd"]).sum()) for each in truths)
+
+
 def test_an_object_without_a_mask_counts_neither_way_where_masks_are_compared() -> None:
     truth, found = image_of(3)
     whole = Found(truth["boxes"], np.ones(len(truth["boxes"]), np.float32), truth["classes"], truth["masks"])  # type: ignore[arg-type]
