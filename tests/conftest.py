@@ -26,6 +26,10 @@ def _of_forks_alone(threads: int) -> None:
 
 
 torch.set_num_threads = _of_forks_alone
+if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    from tests.support.bf16_products import by_float32
+
+    by_float32()
 
 LONGEST = (
     "distributed/test_detect.py", "distributed/test_giant.py", "distributed/test_preemption.py",
