@@ -24,6 +24,7 @@ import platform
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -51,6 +52,11 @@ CASES = {  # images per step on a CPU and on a GPU
 }
 PROCESS_GIB = {"cpu": 0.3, "cuda": 0.6}  # of every worker before it has weights
 PACKAGES = ("torch", *PEERS, "triton", "swinv2_train")
+
+
+def lines(paragraph: str) -> str:
+    """As long as the project's documents have them."""
+    return textwrap.fill(paragraph, 158, break_long_words=False, break_on_hyphens=False)
 
 
 def say(line: str) -> None:
@@ -217,10 +223,14 @@ def write(out: Path, tables: Sequence[Table], about: dict[str, Any]) -> None:
     parts = [
         f"# Training speed beside other implementations of SwinV2 ({about['date']})",
         f"    {about['command']}",
-        f"{', '.join(spoken)}. {about['rounds']} rounds of {about['steps']} steps; {about['seconds']:.0f} s in all.",
-        'Seconds are medians; "x" is how many times the other\'s speed. Outputs agree with the official arithmetic in '
-        f"float32 within {BOUNDS['fp32']:g} in fp32 and {BOUNDS['bf16']:g} in bf16 (norms of logits and of the images' "
-        "gradient). What each row is: `python scripts/benchmark.py --help`.",
+        lines(
+            f"{', '.join(spoken)}. {about['rounds']} rounds of {about['steps']} steps; {about['seconds']:.0f} s in all."
+        ),
+        lines(
+            'Seconds are medians; "x" is how many times the other\'s speed. Outputs agree with the official arithmetic '
+            f"in float32 within {BOUNDS['fp32']:g} in fp32 and {BOUNDS['bf16']:g} in bf16 (norms of logits and of the "
+            "images' gradient). What each row is: `python scripts/benchmark.py --help`."
+        ),
         "## Ours beside the others",
         summary(tables),
         "## Everyone",
