@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from swinv2_train.models import SwinTransformerV2
+from swinv2_train.models.kernels import cpu_products
 
 Product = Callable[[], object]
 
 
 class MatrixProducts:
     """The products of one training step, into buffers that are there before: linear layers, q k^T and weights v.
+
+    Each by the fastest that we know on this processor (models/kernels/cpu_products.py), whose result is a new tensor.
 
     model: tells the sizes alone, and may be on the meta device.  Products of equal shapes share their buffers.  Left
     out is the position bias's MLP, a thousandth of the rest.
@@ -56,6 +59,12 @@ class MatrixProducts:
         x, grad_x = (self._buffer(role, rows, inputs) for role in ("x", "grad_x"))
         weight, grad_weight = (self._buffer(role, outputs, inputs) for role in ("weight", "grad_weight"))
         y, grad_y = (self._buffer(role, rows, outputs) for role in ("y", "grad_y"))
+        if cpu_products.serves(x, weight):
+            self._forward.append(lambda: cpu_products.product(x, weight))
+            self._backward.append(lambda: cpu_products.weight_gradient(grad_y, x))
+            if needs_input_grad:
+                self._backward.append(lambda: cpu_products.product(grad_y, weight.t()))
+            return
         self._forward.append(lambda: torch.mm(x, weight.t(), out=y))
         self._backward.append(lambda: torch.mm(grad_y.t(), x, out=grad_weight))
         if needs_input_grad:

@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.cosine import (
@@ -17,6 +16,7 @@ from swinv2_train.models.cosine import (
     window_bias,
 )
 from swinv2_train.models.fused_layers import ApartLinear
+from swinv2_train.models.kernels.cpu_products import linear
 from swinv2_train.models.kernels.dispatch import fused_available, fused_window_attention, unknown
 from swinv2_train.models.precision import Float32Linear, at_least_float32
 from swinv2_train.models.sequential import Chunks, sequential_window_attention
@@ -34,7 +34,7 @@ class QkvLinear(nn.Linear):
         super().__init__(dim, dim * 3, bias=False)
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(input, self.weight, bias)
+        return linear(input, self.weight, bias)
 
 
 class WindowAttention(nn.Module):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models.fused_layers import copied
+from swinv2_train.models.kernels.cpu_products import linear
 from swinv2_train.models.swin_v2 import SwinBlock, SwinTransformerV2
 
 A, B = "lora_A", "lora_B"
@@ -38,8 +38,8 @@ class LoraLinear(nn.Linear):
     def forward(self, input: Tensor, bias: Tensor | None = None, apart: bool = False) -> Any:
         """bias: in place of the layer's own, as models.attention.QkvLinear takes it.  apart: as ApartLinear has it."""
         own = None if apart else self.bias
-        out = F.linear(input, self.weight, own if bias is None else bias)
-        out = out + self.scale * F.linear(F.linear(input, self.lora_A), self.lora_B)
+        out = linear(input, self.weight, own if bias is None else bias)
+        out = out + self.scale * linear(linear(input, self.lora_A), self.lora_B)
         return (out, copied(self.bias)) if apart else out
 
 

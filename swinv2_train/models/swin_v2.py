@@ -39,11 +39,12 @@ def drop_path_factors(x: Tensor, rate: float, training: bool) -> Tensor | None:
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them: (..., C) -> (..., C)."""
 
+    fc1: nn.Linear
     fc2: nn.Linear
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = ApartLinear(dim, hidden)
         self.act = nn.GELU()
         self.fc2 = ApartLinear(hidden, dim)
 
@@ -141,7 +142,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = ApartLinear(4 * dim, 2 * dim, bias=False)
         self.norm = Float32LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from swinv2_train.engine.activation_checkpointing import apply_recompute
 from swinv2_train.engine.compile import compile_blocks
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 from swinv2_train.models import SimMIM, swin_v2
-from swinv2_train.models.kernels import cpu_attention, cpu_passes
+from swinv2_train.models.kernels import cpu_attention, cpu_passes, cpu_products
 from swinv2_train.models.swin_v2 import SwinBlock
 from swinv2_train.training.param_groups import build_param_groups
 from tests.support.harness import run_distributed
@@ -83,24 +83,28 @@ def test_no_policy_changes_a_bit_under_the_other_stages_and_precisions(stage, pr
 
 
 @pytest.mark.skipif(cpu_attention.problem() is not None, reason="there are no compiled kernels")
-@pytest.mark.parametrize("stage", [0, 3])
-def test_no_policy_changes_a_bit_of_what_a_cpus_passes_compute(stage):
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (3, "fp32"), (3, "bf16")])
+def test_no_policy_changes_a_bit_of_what_a_cpus_passes_and_products_compute(stage, precision):
     """Nor does gathering: each layer's pass is inside its own forward.  Beside torch's operations losses agree to 1e-6
-    and norms to 1e-5, which are rounding (measured: 0 and 1e-6)."""
+    and norms to 1e-5, which are rounding (measured: 0 and 1e-6), in bf16 to 1e-3 and 1e-2."""
 
     def run(world):
-        calls, call = [], cpu_passes._call
+        calls, call, apply = [], cpu_passes._call, cpu_products._Linear.apply
         cpu_passes._call = lambda name, *rest: (calls.append(name), call(name, *rest))
-        plain = steps(world, stage, "fp32", "none")
+        cpu_products._Linear.apply = lambda *given: (calls.append("linear"), apply(*given))[1]
+        cpu_products.mkl_is_slow, cpu_products.LEAST = lambda: False, 1
+        plain = steps(world, stage, precision, "none")
         assert not calls
+        cpu_products.mkl_is_slow = lambda: True
         policies = ("none", "blocks@cpu", "blocks@fairscale", "attention", "attention@partitioned")
-        found = [steps(world, stage, "fp32", policy, fused=True) for policy in policies]
+        found = [steps(world, stage, precision, policy, fused=True) for policy in policies]
         return plain, found, calls
 
     plain, (expected, *others), calls = run_distributed(run, 2, timeout_sec=300)[0]
-    assert {"add_norm_backward", "gelu"} <= set(calls)
+    assert {"add_norm_backward", "gelu", *(["linear"] if precision == "fp32" else [])} <= set(calls)
+    of_loss, of_norm = (1e-6, 1e-5) if precision == "fp32" else (1e-3, 1e-2)
     for (loss, norm), (plain_loss, plain_norm) in zip(expected[0], plain[0], strict=True):
-        assert loss == pytest.approx(plain_loss, rel=1e-6) and norm == pytest.approx(plain_norm, rel=1e-5)
+        assert loss == pytest.approx(plain_loss, rel=of_loss) and norm == pytest.approx(plain_norm, rel=of_norm)
     for history, weights in others:
         assert history == expected[0]
         assert all(torch.equal(weights[name], value) for name, value in expected[1].items())

@@ -73,25 +73,6 @@ void transpose(const float* x, long rows, long cols, float* y) {
       for (long k = 0; k < ROUND; k++) y[j * rows + i + k] = x[(i + k) * cols + j];
 }
 
-struct BFloat16 {
-  uint16_t bits;
-};
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
-
-// A vector of a map, and one into it: to the nearest, ties to even.
-inline Vector widen(const float* x) { return load(x); }
-inline Vector widen(const BFloat16* x) {
-  const Halves bits = *reinterpret_cast<const Halves*>(x);
-  return (Vector)(__builtin_convertvector(bits, Integers) << 16);
-}
-inline void narrow(Vector x, float* y) { store(y, x); }
-inline void narrow(Vector x, BFloat16* y) {
-  const Integers bits = (Integers)x;
-  const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Integers number = x == x ? rounded : Integers{} + 0x7fc0;
-  *reinterpret_cast<Halves*>(y) = __builtin_convertvector(number, Halves);
-}
-
 struct Sizes {
   long batch, map;         // images, and tokens of each
   long windows;            // of an image

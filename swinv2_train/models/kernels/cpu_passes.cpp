@@ -2,15 +2,17 @@
 //
 //   out = residual + factor norm(branch + plus)    the bias of the branch's last layer, LayerNorm, the factor of a
 //                                                  sample's stochastic depth, the residual; forward and backward
-//   y = gelu(x)                                    the exact (erf) GELU, and its slope at x
+//   y = gelu(x)                                    the exact (erf) GELU, forward and backward
 //
-// Everything is float32, and channels are a multiple of ROUND.
+// Maps (branch, residual, x, y and their gradients) are float32 or bfloat16; everything else is float32, and so is all
+// that is computed.  Channels are a multiple of ROUND.
 //
 // Every result is the same bit for bit whatever the number of threads: rows are cut into chunks by the sizes alone, a
 // chunk adds up its rows in order, and the caller adds up the chunks.
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cpu_vectors.h"
 
@@ -24,24 +26,25 @@ struct Rows {
   long first(long chunk) const { return chunk * rows / chunks; }
 };
 
-void norm_chunk(const Rows& s, const float* branch, const float* plus, const float* residual, const float* factors,
-                const float* weight, const float* bias, float* out, float* means, float* inverses, long chunk) {
+template <typename T>
+void norm_chunk(const Rows& s, const T* branch, const float* plus, const T* residual, const float* factors,
+                const float* weight, const float* bias, T* out, float* means, float* inverses, long chunk) {
   const long c = s.channels;
   for (long row = s.first(chunk); row < s.first(chunk + 1); row++) {
-    const float *x = branch + row * c, *add = residual + row * c;
-    float* y = out + row * c;
+    const T *x = branch + row * c, *add = residual + row * c;
+    T* y = out + row * c;
     Vector total{}, squares{};
-    for (long j = 0; j < c; j += LANES) total += load(x + j) + load(plus + j);
+    for (long j = 0; j < c; j += LANES) total += widen(x + j) + load(plus + j);
     const float mean = sum(total) / c;
     for (long j = 0; j < c; j += LANES) {
-      const Vector apart = load(x + j) + load(plus + j) - mean;
+      const Vector apart = widen(x + j) + load(plus + j) - mean;
       squares += apart * apart;
     }
     const float inverse = 1.0f / std::sqrt(sum(squares) / c + s.eps);
     const float factor = factors ? factors[row / s.of_sample] : 1.0f;
     for (long j = 0; j < c; j += LANES) {
-      const Vector normed = (load(x + j) + load(plus + j) - mean) * inverse * load(weight + j) + load(bias + j);
-      store(y + j, load(add + j) + normed * factor);
+      const Vector normed = (widen(x + j) + load(plus + j) - mean) * inverse * load(weight + j) + load(bias + j);
+      narrow(widen(add + j) + normed * factor, y + j);
     }
     means[row] = mean;
     inverses[row] = inverse;
@@ -49,20 +52,21 @@ void norm_chunk(const Rows& s, const float* branch, const float* plus, const flo
 }
 
 // grad_weight, grad_bias and grad_plus: (C) each, of this chunk.
-void norm_gradient_chunk(const Rows& s, const float* grad, const float* branch, const float* plus, const float* factors,
-                         const float* weight, const float* means, const float* inverses, float* grad_branch,
+template <typename T>
+void norm_gradient_chunk(const Rows& s, const T* grad, const T* branch, const float* plus, const float* factors,
+                         const float* weight, const float* means, const float* inverses, T* grad_branch,
                          float* grad_weight, float* grad_bias, float* grad_plus, long chunk) {
   const long c = s.channels;
   std::fill(grad_weight, grad_weight + c, 0.0f);
   std::fill(grad_bias, grad_bias + c, 0.0f);
   std::fill(grad_plus, grad_plus + c, 0.0f);
   for (long row = s.first(chunk); row < s.first(chunk + 1); row++) {
-    const float *x = branch + row * c, *g = grad + row * c;
-    float* to = grad_branch + row * c;
+    const T *x = branch + row * c, *g = grad + row * c;
+    T* to = grad_branch + row * c;
     const float mean = means[row], inverse = inverses[row], factor = factors ? factors[row / s.of_sample] : 1.0f;
     Vector total{}, along{};
     for (long j = 0; j < c; j += LANES) {
-      const Vector normed = (load(x + j) + load(plus + j) - mean) * inverse, each = load(g + j) * factor;
+      const Vector normed = (widen(x + j) + load(plus + j) - mean) * inverse, each = widen(g + j) * factor;
       const Vector weighted = each * load(weight + j);
       total += weighted;
       along += weighted * normed;
@@ -71,9 +75,9 @@ void norm_gradient_chunk(const Rows& s, const float* grad, const float* branch, 
     }
     const float shift = sum(total) / c, share = sum(along) / c;
     for (long j = 0; j < c; j += LANES) {
-      const Vector normed = (load(x + j) + load(plus + j) - mean) * inverse;
-      const Vector made = (load(g + j) * factor * load(weight + j) - shift - normed * share) * inverse;
-      store(to + j, made);
+      const Vector normed = (widen(x + j) + load(plus + j) - mean) * inverse;
+      const Vector made = (widen(g + j) * factor * load(weight + j) - shift - normed * share) * inverse;
+      narrow(made, to + j);
       store(grad_plus + j, load(grad_plus + j) + made);
     }
   }
@@ -99,41 +103,59 @@ inline void normal(Vector x, Vector& below, Vector& density) {
   density = e * 0.3989422804f;
 }
 
-void gelu_chunk(const Rows& s, const float* x, float* y, float* slope, long chunk) {
+// to = grad gelu'(x), or gelu(x) where there is no grad.
+template <typename T>
+void gelu_chunk(const Rows& s, const T* x, const T* grad, T* to, long chunk) {
   for (long j = s.first(chunk) * s.channels; j < s.first(chunk + 1) * s.channels; j += LANES) {
-    const Vector at = load(x + j);
+    const Vector at = widen(x + j);
     Vector below, density;
     normal(at, below, density);
-    store(y + j, at * below);
-    if (slope) store(slope + j, below + at * density);
+    narrow(grad ? widen(grad + j) * (below + at * density) : at * below, to + j);
   }
 }
 
 }  // namespace
 
-// All arrays are contiguous.  factors may be null: all are 1.  slope may be null: it is not asked for.
-extern "C" void add_norm_forward(const Rows* s, const float* branch, const float* plus, const float* residual,
-                                 const float* factors, const float* weight, const float* bias, float* out, float* means,
-                                 float* inverses, int threads) {
+// All arrays are contiguous.  bfloat16: the maps' type.
+
+// factors may be null: all are 1.
+extern "C" void add_norm_forward(int bfloat16, const Rows* s, const void* branch, const float* plus,
+                                 const void* residual, const float* factors, const float* weight, const float* bias,
+                                 void* out, float* means, float* inverses, int threads) {
+  const auto all = [=](auto* out) {
+    typedef std::remove_pointer_t<decltype(out)> T;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long chunk = 0; chunk < s->chunks; chunk++)
-    norm_chunk(*s, branch, plus, residual, factors, weight, bias, out, means, inverses, chunk);
+    for (long chunk = 0; chunk < s->chunks; chunk++)
+      norm_chunk(*s, static_cast<const T*>(branch), plus, static_cast<const T*>(residual), factors, weight, bias, out,
+                 means, inverses, chunk);
+  };
+  bfloat16 ? all(static_cast<BFloat16*>(out)) : all(static_cast<float*>(out));
 }
 
 // grad_weight, grad_bias, grad_plus: (chunks, C), one chunk's share each.  The residual's gradient is grad.
-extern "C" void add_norm_backward(const Rows* s, const float* grad, const float* branch, const float* plus,
+extern "C" void add_norm_backward(int bfloat16, const Rows* s, const void* grad, const void* branch, const float* plus,
                                   const float* factors, const float* weight, const float* means, const float* inverses,
-                                  float* grad_branch, float* grad_weight, float* grad_bias, float* grad_plus,
+                                  void* grad_branch, float* grad_weight, float* grad_bias, float* grad_plus,
                                   int threads) {
+  const auto all = [=](auto* grad_branch) {
+    typedef std::remove_pointer_t<decltype(grad_branch)> T;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long chunk = 0; chunk < s->chunks; chunk++) {
-    const long at = chunk * s->channels;
-    norm_gradient_chunk(*s, grad, branch, plus, factors, weight, means, inverses, grad_branch, grad_weight + at,
-                        grad_bias + at, grad_plus + at, chunk);
-  }
+    for (long chunk = 0; chunk < s->chunks; chunk++) {
+      const long at = chunk * s->channels;
+      norm_gradient_chunk(*s, static_cast<const T*>(grad), static_cast<const T*>(branch), plus, factors, weight, means,
+                          inverses, grad_branch, grad_weight + at, grad_bias + at, grad_plus + at, chunk);
+    }
+  };
+  bfloat16 ? all(static_cast<BFloat16*>(grad_branch)) : all(static_cast<float*>(grad_branch));
 }
 
-extern "C" void gelu(const Rows* s, const float* x, float* y, float* slope, int threads) {
+// to: gelu(x), or, where grad is not null, the gradient of x.
+extern "C" void gelu(int bfloat16, const Rows* s, const void* x, const void* grad, void* to, int threads) {
+  const auto all = [=](auto* to) {
+    typedef std::remove_pointer_t<decltype(to)> T;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (long chunk = 0; chunk < s->chunks; chunk++) gelu_chunk(*s, x, y, slope, chunk);
+    for (long chunk = 0; chunk < s->chunks; chunk++)
+      gelu_chunk(*s, static_cast<const T*>(x), static_cast<const T*>(grad), to, chunk);
+  };
+  bfloat16 ? all(static_cast<BFloat16*>(to)) : all(static_cast<float*>(to));
 }

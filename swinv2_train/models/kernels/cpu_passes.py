@@ -1,6 +1,7 @@
 """What lies between a block's matrix products on a CPU, each in one pass: cpu_passes.cpp.
 
-In float32 alone; where something else is asked for, or there is no compiler, torch's own operations serve.
+In float32 and bfloat16, of which the first is computed; where something else is asked for, or there is no compiler,
+torch's own operations serve.
 
 Legend: B batch, ... the axes of a map, C channels.
 """
@@ -36,7 +37,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return (
         not traced(x)
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
+        and x.dtype in cpu_attention.DTYPES
         and x.shape[-1] % CHANNELS == 0
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
@@ -48,24 +50,23 @@ def add_norm(
     branch: Tensor, plus: Tensor | None, residual: Tensor, factors: Tensor | None, weight: Tensor, bias: Tensor,
     eps: float,
 ) -> Tensor:  # fmt: skip
-    """residual + factors * LayerNorm(branch + plus): (B, ..., C) float32, where :func:`serves` says so.
+    """residual + factors * LayerNorm(branch + plus): (B, ..., C), where :func:`serves` says so; bfloat16 is rounded
+    once, at the end.
 
     branch, residual: (B, ..., C).  plus: (C,), None = nothing.  factors: (B, 1, ...), of whom no gradient is known,
     None = all are 1.  weight, bias: (C,).
     """
     plus = torch.zeros_like(bias) if plus is None else plus
-    out: Tensor = _AddNorm.apply(branch, plus, residual, factors, weight, bias, eps)
+    factors = None if factors is None else factors.float()
+    out: Tensor = _AddNorm.apply(branch, plus.float(), residual, factors, weight.float(), bias.float(), eps)
     return out
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The GELU of (..., C) float32 in a block where :func:`serves` says so; torch's where C is not whole vectors.
-
-    For the backward pass it keeps its slope, where torch's keeps x and computes the slope then.
-    """
+    """The GELU of (..., C) in a block where :func:`serves` says so; torch's where C is not whole vectors."""
     if x.shape[-1] % CHANNELS:
         return F.gelu(x)
-    out: Tensor = _Gelu.apply(x, torch.is_grad_enabled())
+    out: Tensor = _Gelu.apply(x)
     return out
 
 
@@ -75,8 +76,10 @@ def _rows(x: Tensor, eps: float = 0.0) -> _Rows:
 
 
 def _call(name: str, rows: _Rows, *tensors: Tensor | None) -> None:
-    addresses = [None if x is None else address(x) for x in tensors]
-    getattr(cpu_attention.library(), name)(ctypes.byref(rows), *addresses, torch.get_num_threads())
+    """The first tensor is a map, and says the maps' type."""
+    half = tensors[0] is not None and tensors[0].dtype == torch.bfloat16
+    function = getattr(cpu_attention.library(), name)
+    function(int(half), ctypes.byref(rows), *map(address, tensors), torch.get_num_threads())
 
 
 class _AddNorm(torch.autograd.Function):
@@ -88,7 +91,7 @@ class _AddNorm(torch.autograd.Function):
         branch, residual = branch.contiguous(), residual.contiguous()
         factors = None if factors is None else factors.contiguous()
         rows = _rows(branch, eps)
-        out, means, inverses = torch.empty_like(branch), branch.new_empty(rows.rows), branch.new_empty(rows.rows)
+        out, (means, inverses) = torch.empty_like(branch), weight.new_empty(2, rows.rows)
         _call("add_norm_forward", rows, branch, plus, residual, factors, weight, bias, out, means, inverses)
         ctx.save_for_backward(branch, plus, factors, weight, means, inverses)
         return out
@@ -99,7 +102,7 @@ class _AddNorm(torch.autograd.Function):
         branch, plus, factors, weight, means, inverses = ctx.saved_tensors
         grad = grad.contiguous()
         rows = _rows(branch)
-        grad_branch, parts = torch.empty_like(branch), branch.new_empty(3, rows.chunks, rows.channels)
+        grad_branch, parts = torch.empty_like(branch), weight.new_empty(3, rows.chunks, rows.channels)
         _call("add_norm_backward", rows, grad, branch, plus, factors, weight, means, inverses, grad_branch, *parts)
         grad_weight, grad_bias, grad_plus = (part.sum(0) for part in parts)
         return grad_branch, grad_plus, grad, None, grad_weight, grad_bias, None
@@ -107,15 +110,17 @@ class _AddNorm(torch.autograd.Function):
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
-        y, slope = torch.empty_like(x), torch.empty_like(x) if keep else None
-        _call("gelu", _rows(x), x, y, slope)
-        ctx.save_for_backward(slope)
+        y = torch.empty_like(x)
+        _call("gelu", _rows(x), x, None, y)
+        ctx.save_for_backward(x)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slope,) = ctx.saved_tensors
-        return grad * slope, None
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        _call("gelu", _rows(x), x, grad.contiguous(), grad_x)
+        return grad_x

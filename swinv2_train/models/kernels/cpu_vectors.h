@@ -31,6 +31,25 @@ inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x);
 inline void store(float* x, Vector v) { *reinterpret_cast<Vector*>(x) = v; }
 inline Vector fill(float x) { return x - Vector{}; }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
+
+// A vector of a map, and one into it: to the nearest, ties to even.
+inline Vector widen(const float* x) { return load(x); }
+inline Vector widen(const BFloat16* x) {
+  const Halves bits = *reinterpret_cast<const Halves*>(x);
+  return (Vector)(__builtin_convertvector(bits, Integers) << 16);
+}
+inline void narrow(Vector x, float* y) { store(y, x); }
+inline void narrow(Vector x, BFloat16* y) {
+  const Integers bits = (Integers)x;
+  const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Integers number = x == x ? rounded : Integers{} + 0x7fc0;
+  *reinterpret_cast<Halves*>(y) = __builtin_convertvector(number, Halves);
+}
+
 #ifdef __AVX512F__
 inline float sum(Vector v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float largest(Vector v) { return _mm512_reduce_max_ps((__m512)v); }

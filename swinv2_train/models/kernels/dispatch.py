@@ -118,12 +118,13 @@ def fused_window_attention(
     float16.
     scale: (h, 1, 1) float32, exp(logit_scale).  table: ((2rows-1)(2cols-1), h) float32, the bias of every offset,
     between 0 and 16 as 16 sigmoid makes it: beside bfloat16 it is read in float16 on CUDA.
-    bias: (3C,) in qkv's dtype, added to qkv before; in float32 on a CPU by the kernel as it reads.
+    bias: (3C,) in qkv's dtype, added to qkv before; on a CPU by the kernel as it reads, in float32.
     Returns (B, H, W, C) in qkv's dtype.  Beside its arguments and the result it keeps the softmax's denominators for
     the backward pass, (B*nW, h, N) float32.  All gradients are the same bit for bit in every run: no sum is atomic.
     """
-    if bias is not None and (traced(qkv) or not adds_bias(qkv)):
+    if bias is not None and (traced(qkv) or not _compiled(qkv)):
         qkv, bias = qkv + bias, None
+    bias = None if bias is None else bias.float()
     sizes = (grid.size, grid.window, grid.shift, num_heads)
     if traced(qkv):  # otherwise without torch.library, which takes the host several times as long
         out: Tensor = _forward(qkv, scale, table, *sizes)[0]  # (benchmarks/launch_overhead_cpu_202611.md)
@@ -132,11 +133,6 @@ def fused_window_attention(
     else:
         out = _forward_surviving(qkv, scale, table, *sizes, bias=bias)[0]
     return out
-
-
-def adds_bias(x: Tensor) -> bool:
-    """Whether the kernel that computes this adds qkv's bias itself."""
-    return _compiled(x) and x.dtype == torch.float32
 
 
 class Tiles(NamedTuple):
@@ -329,7 +325,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     grid = WindowGrid(tuple(size), tuple(window), tuple(shift))
     _check(qkv, scale, table, grid, heads)
-    assert bias is None or (adds_bias(qkv) and bias.shape == qkv.shape[-1:] and bias.is_contiguous()), bias
+    assert bias is None or (_compiled(qkv) and bias.shape == qkv.shape[-1:] and bias.is_contiguous()), bias
     qkv, scale = qkv.contiguous(), scale.contiguous()
     out, lse = _forward_fake(qkv, scale, table, size, window, shift, heads)
     if _compiled(qkv):
@@ -431,7 +427,7 @@ def _forward_surviving(
         failures.got_over(_case(qkv, sizes), error, qkv.device)
     size, window, shift, heads = sizes
     with without_autocast(qkv.device):
-        qkv = qkv if bias is None else qkv + bias
+        qkv = qkv if bias is None else (qkv + bias).to(qkv.dtype)
         out = window_attention(qkv, scale, table, WindowGrid(tuple(size), tuple(window), tuple(shift)), heads)
     return out.contiguous(), _forward_fake(qkv, scale, table, *sizes)[1].fill_(math.nan)
 

@@ -22,6 +22,8 @@ from tests.support.processes import same_with_threads
 
 pytestmark = pytest.mark.skipif(cpu_attention.problem() is not None, reason=str(cpu_attention.problem()))
 EPS = 1e-5
+HALF = 2**-8
+"""The rounding of a bfloat16, once: half a unit of the last of 8 digits."""
 
 
 def plain_norm(branch, plus, residual, factors, weight, bias):
@@ -86,6 +88,20 @@ def test_norm_and_residual_are_those_of_float64(shape, dropped):
     assert max(errors(run(one_pass, tensors, grad), expected)) <= 4e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_bfloat16_every_number_is_rounded_once(shape):
+    """Of the numbers in float64 that come of the same bfloat16; torch's own operations round four times."""
+    tensors, grad = norm_tensors(shape, True)
+    tensors, grad = [None if x is None else x.bfloat16() for x in tensors], grad.bfloat16()
+    found, expected = run(one_pass, tensors, grad), run(plain_norm, double(tensors), grad.double())
+    assert all(x.dtype == torch.bfloat16 for x in found)
+    assert max(errors(found, expected)) <= HALF
+    x, wide = tensors[0], grad
+    found, expected = run(cpu_passes.gelu, [x], wide), run(F.gelu, [x.double()], wide.double())
+    for ours, right in zip(found, expected, strict=True):
+        assert ((ours.double() - right).abs() <= HALF * right.abs() + 1e-6).all()
+
+
 def test_a_branch_far_from_zero_keeps_its_digits():
     """Two passes over a row: E[x^2] - E[x]^2 would have nothing left of the variance."""
     tensors, grad = norm_tensors((2, 4, 4, 64), False, offset=1000.0)
@@ -112,10 +128,14 @@ def test_the_gelu_at_all_sizes_of_numbers_is_as_near_as_torchs():
         assert ours <= max(torchs, 1.2e-7), (ours, torchs)
 
 
-def test_the_gelus_ends_are_torchs():
-    """Infinite and not a number, whatever torch makes of them, and both zeros."""
+def test_the_gelus_ends_are_the_formulas():
+    """Infinite and not a number, and both zeros.  Torch's own of infinity depends on the processor's vectors."""
     x = torch.tensor([math.inf, math.nan, -1e30, 1e30, -40.0, 40.0, 0.0, -0.0, *(0.5 for _ in range(8))])
-    for found, expected in zip(gelu_and_slope(cpu_passes.gelu, x), gelu_and_slope(F.gelu, x), strict=True):
+
+    def formula(x):
+        return x * (0.5 * (1 + torch.erf(x / math.sqrt(2))))
+
+    for found, expected in zip(gelu_and_slope(cpu_passes.gelu, x), gelu_and_slope(formula, x), strict=True):
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True), (found, expected)
 
 
@@ -162,9 +182,11 @@ def test_what_the_passes_do_not_serve(monkeypatch):
     """Other types, odd channels, autocast, no compiler; and whoever is to see each operation sees torch's own."""
     x, weight = torch.zeros(2, 32), torch.zeros(32)
     assert cpu_passes.serves(x, weight)
+    assert cpu_passes.serves(x.bfloat16(), weight.bfloat16())
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert not cpu_passes.serves(x.to(dtype), weight)
         assert not cpu_passes.serves(x, weight.to(dtype))
+    assert not cpu_passes.serves(x.half(), weight.half())
     assert not cpu_passes.serves(torch.zeros(2, 40), weight) and not cpu_passes.serves(x[:0], weight)
     assert not cpu_passes.serves(x.to("meta"), weight)
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,12 +235,15 @@ def test_the_attention_kernel_adds_the_bias_of_queries_keys_and_values(size, win
     with torch.no_grad():
         assert torch.equal(apart(*tensors), found[0])
     half = [x.bfloat16() if x is qkv or x is bias else x for x in tensors]
-    assert torch.equal(apart(*half), apart(half[0] + half[3], scale, table, None))
+    expected = run(before, double(half), grad.bfloat16().double())
+    found = run(apart, half, grad.bfloat16())
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
+    assert max(errors(found, expected)) <= HALF
 
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_model_with_stochastic_depth_and_adapters_computes_by_them(adapted, monkeypatch):
-    """With the random numbers and, to 2e-5 of the largest gradient, the numbers of before."""
+    """With the random numbers and, to 1e-4 of the largest gradient, the numbers of before."""
     settings = {"img_size": 32, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
     settings |= {"num_classes": 3, "pretrained_window_sizes": (0, 0), "drop_path_rate": 0.5, "fused_attention": True}
     torch.manual_seed(0)
@@ -240,9 +265,9 @@ def test_a_model_with_stochastic_depth_and_adapters_computes_by_them(adapted, mo
 
     found = step()
     assert called.count("add_norm_forward") == called.count("add_norm_backward") == 8
-    assert called.count("gelu") == 4
+    assert called.count("gelu") == 8  # forward and backward
     monkeypatch.setattr(cpu_passes, "serves", lambda *_: False)
     expected = step()
-    assert len(called) == 20
+    assert len(called) == 24
     for ours, theirs in zip(found, expected, strict=True):
-        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
