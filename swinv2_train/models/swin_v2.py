@@ -51,7 +51,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, passes: bool = False) -> Any:
         """passes: by cpu_passes, which has to serve; returns (the result without fc2's bias, that bias or None)."""
         if passes:
-            return self.fc2(cpu_passes.gelu(self.fc1(x)), apart=True)
+            return self.fc2(cpu_passes.gelu(*self.fc1(x, apart=True)), apart=True)
         return self.fc2(self.act(self.fc1(x)))
 
 

@@ -56,17 +56,19 @@ def add_norm(
     branch, residual: (B, ..., C).  plus: (C,), None = nothing.  factors: (B, 1, ...), of whom no gradient is known,
     None = all are 1.  weight, bias: (C,).
     """
-    plus = torch.zeros_like(bias) if plus is None else plus
+    plus, weight, bias = (x.to(branch.dtype) for x in (torch.zeros_like(bias) if plus is None else plus, weight, bias))
     factors = None if factors is None else factors.float()
-    out: Tensor = _AddNorm.apply(branch, plus.float(), residual, factors, weight.float(), bias.float(), eps)
+    out: Tensor = _AddNorm.apply(branch, plus, residual, factors, weight, bias, eps)
     return out
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The GELU of (..., C) in a block where :func:`serves` says so; torch's where C is not whole vectors."""
-    if x.shape[-1] % CHANNELS:
-        return F.gelu(x)
-    out: Tensor = _Gelu.apply(x)
+def gelu(x: Tensor, plus: Tensor | None = None) -> Tensor:
+    """gelu(x + plus) of x (..., C) in a block where :func:`serves` says so; torch's where C is not whole vectors.
+
+    plus: (C,), the bias of the layer that x comes from; None = nothing.
+    """
+    plus = x.new_zeros(x.shape[-1]) if plus is None else plus.to(x.dtype)
+    out: Tensor = _Gelu.apply(x, plus) if x.shape[-1] % CHANNELS == 0 else F.gelu(x + plus)
     return out
 
 
@@ -91,7 +93,7 @@ class _AddNorm(torch.autograd.Function):
         branch, residual = branch.contiguous(), residual.contiguous()
         factors = None if factors is None else factors.contiguous()
         rows = _rows(branch, eps)
-        out, (means, inverses) = torch.empty_like(branch), weight.new_empty(2, rows.rows)
+        out, (means, inverses) = torch.empty_like(branch), branch.new_empty(2, rows.rows, dtype=torch.float32)
         _call("add_norm_forward", rows, branch, plus, residual, factors, weight, bias, out, means, inverses)
         ctx.save_for_backward(branch, plus, factors, weight, means, inverses)
         return out
@@ -102,25 +104,27 @@ class _AddNorm(torch.autograd.Function):
         branch, plus, factors, weight, means, inverses = ctx.saved_tensors
         grad = grad.contiguous()
         rows = _rows(branch)
-        grad_branch, parts = torch.empty_like(branch), weight.new_empty(3, rows.chunks, rows.channels)
+        grad_branch = torch.empty_like(branch)
+        parts = means.new_empty(3, rows.chunks, rows.channels)
         _call("add_norm_backward", rows, grad, branch, plus, factors, weight, means, inverses, grad_branch, *parts)
-        grad_weight, grad_bias, grad_plus = (part.sum(0) for part in parts)
+        grad_weight, grad_bias, grad_plus = parts.sum(1).to(weight.dtype)
         return grad_branch, grad_plus, grad, None, grad_weight, grad_bias, None
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, plus: Tensor) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        _call("gelu", _rows(x), x, None, y)
-        ctx.save_for_backward(x)
+        _call("gelu_forward", _rows(x), x, plus, y)
+        ctx.save_for_backward(x, plus)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        _call("gelu", _rows(x), x, grad.contiguous(), grad_x)
-        return grad_x
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, plus = ctx.saved_tensors
+        rows, grad_x = _rows(x), torch.empty_like(x)
+        parts = x.new_empty(rows.chunks, rows.channels, dtype=torch.float32)
+        _call("gelu_backward", rows, grad.contiguous(), x, plus, grad_x, parts)
+        return grad_x, parts.sum(0).to(plus.dtype)

@@ -29,7 +29,17 @@ def run(function, tensors, grad):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
-    [((2, 8, 8, 96), 288), ((3, 17, 5, 7), 3), ((4, 3, 6, 5, 40), 24), ((19, 64), 1), ((34, 1), 9)],
+    [
+        ((2, 8, 8, 96), 288),
+        ((3, 17, 5, 7), 3),
+        ((4, 3, 6, 5, 40), 24),
+        ((19, 64), 1),
+        ((34, 1), 9),
+        ((1, 8), 8),
+        ((2, 24, 24, 32), 96),
+        ((2, 24, 24, 96), 32),
+        ((1, 1031, 16), 8),
+    ],
 )
 def test_output_and_gradients_are_those_of_float64(shape, outputs, bias, vectors, monkeypatch):
     """Within 2e-6 of the largest entry; both ways of a weight's gradient, to the wider side and to the narrower."""
@@ -68,19 +78,16 @@ def test_second_derivatives():
 
 
 def test_what_goes_by_torchs_own_products(monkeypatch):
-    """Other types, rows that no batch divides, autocast, small products, other processors, whoever looks on."""
+    """Other types, autocast, small products, other processors, whoever looks on."""
     x, weight = torch.zeros(34, 32), torch.zeros(8, 32)
     assert cpu_products.serves(x, weight)
     assert not cpu_products.serves(x.double(), weight.double()) and not cpu_products.serves(x.bfloat16(), weight)
-    assert not cpu_products.serves(x[:11], weight)
     assert not cpu_products.serves(x.to("meta"), weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert not cpu_products.serves(x, weight)
     with torch.utils._python_dispatch.TorchDispatchMode():
         assert not cpu_products.serves(x, weight)
-    for rows in (0, 1, 11, 67):
-        given = torch.randn(rows, 32)
-        assert torch.equal(cpu_products.linear(given, weight + 1), F.linear(given, weight + 1))
+    assert cpu_products.linear(x[:0], weight).shape == (0, 8)
     monkeypatch.setattr(cpu_products, "LEAST", 34 * 32 * 8 + 1)
     assert not cpu_products.serves(x, weight)
     monkeypatch.setattr(cpu_products, "LEAST", 1)
