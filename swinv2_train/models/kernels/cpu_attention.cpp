@@ -67,10 +67,35 @@ void multiply(const float* a, long lda, const float* b, long ldb, float* c, long
   for (; n < cols; n += LANES) tiles<TRANSPOSED, 1>(a, lda, b + n, ldb, c + n, ldc, rows, depth);
 }
 
+// One of the steps that transpose LANES vectors: rows whose numbers differ by S alone exchange what lies S apart.
+template <int S>
+inline void exchange(Vector (&rows)[LANES]) {
+  Integers lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  const Integers upper = (lane & S) != 0, first = upper ? lane - S + LANES : lane, second = upper ? lane + LANES : lane + S;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++)
+    if (!(i & S)) {
+      const Vector a = rows[i], b = rows[i + S];
+      rows[i] = __builtin_shuffle(a, b, first);
+      rows[i + S] = __builtin_shuffle(a, b, second);
+    }
+}
+
+// (rows, cols) as (cols, rows), both multiples of ROUND.
 void transpose(const float* x, long rows, long cols, float* y) {
-  for (long i = 0; i < rows; i += ROUND)
-    for (long j = 0; j < cols; j++)
-      for (long k = 0; k < ROUND; k++) y[j * rows + i + k] = x[(i + k) * cols + j];
+  for (long i = 0; i < rows; i += LANES)
+    for (long j = 0; j < cols; j += LANES) {
+      Vector block[LANES];
+#pragma GCC unroll 16
+      for (int k = 0; k < LANES; k++) block[k] = load(x + (i + k) * cols + j);
+      exchange<1>(block);
+      exchange<2>(block);
+      exchange<4>(block);
+      if constexpr (LANES == 16) exchange<8>(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < LANES; k++) store(y + (j + k) * rows + i, block[k]);
+    }
 }
 
 struct Sizes {
