@@ -59,16 +59,18 @@ class MatrixProducts:
         x, grad_x = (self._buffer(role, rows, inputs) for role in ("x", "grad_x"))
         weight, grad_weight = (self._buffer(role, outputs, inputs) for role in ("weight", "grad_weight"))
         y, grad_y = (self._buffer(role, rows, outputs) for role in ("y", "grad_y"))
-        if cpu_products.serves(x, weight):
-            self._forward.append(lambda: cpu_products.product(x, weight))
-            self._backward.append(lambda: cpu_products.weight_gradient(grad_y, x))
-            if needs_input_grad:
-                self._backward.append(lambda: cpu_products.product(grad_y, weight.t()))
-            return
-        self._forward.append(lambda: torch.mm(x, weight.t(), out=y))
-        self._backward.append(lambda: torch.mm(grad_y.t(), x, out=grad_weight))
+
+        def product(a: Tensor, b: Tensor, out: Tensor) -> object:
+            return cpu_products.product(a, b) if cpu_products.serves(a, b) else torch.mm(a, b.t(), out=out)
+
+        def weight_gradient() -> object:
+            serves = cpu_products.serves(x, weight)
+            return cpu_products.weight_gradient(grad_y, x) if serves else torch.mm(grad_y.t(), x, out=grad_weight)
+
+        self._forward.append(lambda: product(x, weight, y))
+        self._backward.append(weight_gradient)
         if needs_input_grad:
-            self._backward.append(lambda: torch.mm(grad_y, weight, out=grad_x))
+            self._backward.append(lambda: product(grad_y, weight.t(), grad_x))
 
     def _add_attention(self, count: int, tokens: int, head_dim: int) -> None:
         """count: B*nW*h."""

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 FEW_INPUTS = 8
 """Below, the gradient of a weight that lies row by row takes MKL six times as long as that of its transpose."""
 

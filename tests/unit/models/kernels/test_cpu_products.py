@@ -120,3 +120,12 @@ def test_every_layer_of_a_model_asks_and_the_numbers_are_those_of_torch(monkeypa
     assert len(served) == 9
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_torch_jit_holds_torchs_operations_alone():
+    model, images = small_model().eval(), torch.randn(6, 3, 48, 48)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images)
+        assert "PythonOp" not in str(traced.inlined_graph) and "mkldnn::" not in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(images), model(images))
