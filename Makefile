@@ -4,8 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # with bytecode: pytest's rewritten assertions are kept for every worker and part, which takes each 5 s of CPU otherwise
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
-# one worker more than there are cores: many tests wait for servers, signals and processes
-WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
+# three workers more than there are cores: many tests wait for servers, signals and processes, a third of the time
+WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 3 )))
 QUICK := -m "not slow" -n $(WORKERS) --dist worksteal
 # in one call, because to collect the tests takes every worker seconds; by files, whose tests share what they build
 TOGETHER := -m "not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder

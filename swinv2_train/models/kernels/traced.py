@@ -10,7 +10,7 @@ def traced(x: Tensor) -> bool:
     """Whether a compiler, the planner or another mode of torch is to see what becomes of x, operation by operation."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch._C._get_tracing_state() is not None  # of torch.jit
         or x.is_meta
         or type(x) is not Tensor  # a fake one, say
         or torch._C._len_torch_dispatch_stack() > 0
