@@ -199,6 +199,7 @@ def test_a_task_is_known_by_its_type_in_its_own_files_alone() -> None:
             assert not words & tasks, f"{name(path)}:{getattr(node, 'lineno', '?')} knows {words & tasks}"
 
 
+@pytest.mark.slow
 def test_importing_every_module_does_nothing_visible() -> None:
     """No print, no change of the environment, no thread, no accelerator, and none of the slow packages."""
     modules = [module_of(path) for path in FILES]

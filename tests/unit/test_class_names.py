@@ -70,6 +70,7 @@ def run_config(tmp_path: Path, shards: str, *overrides: str) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_on_folders_is_right_about_every_later_source(model, tmp_path, capfd):
     """Start from weights of the same classes in another order, evaluate on a folder that lacks one, export."""
     shuffled = tuple(NAMES[number] for number in np.random.default_rng(3).permutation(COUNT))

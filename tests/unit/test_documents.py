@@ -79,6 +79,7 @@ def test_the_readmes_python_runs_as_pasted(tmp_path, monkeypatch, capsys):
     assert "weights loaded (microsoft" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_python_of_python_md_runs_as_pasted(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     save_weights(swin_v2("tiny", num_classes=10), tmp_path / "swinv2_tiny_patch4_window8_256.pth", "microsoft")

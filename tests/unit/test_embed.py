@@ -55,6 +55,7 @@ def maps_of(images: np.ndarray) -> list[list[torch.Tensor]]:
     return [model.forward_features(((image - MEAN) / STD)[None]) for image in pixels]
 
 
+@pytest.mark.slow
 def test_pooled_features_their_keys_and_a_picture_of_neighbours(files, tmp_path):
     line = embedded(*files, f"out={tmp_path / 'a'}", "queries=3", ranks=2)
     found = np.load(tmp_path / "a" / "pooled.npy")
@@ -91,6 +92,7 @@ def test_stages_and_tiles_in_half_precision(files, tmp_path):
         np.testing.assert_allclose(found[:2, tile], torch.stack(expected).numpy(), rtol=0.05, atol=0.05)  # grey levels
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_was(files, tmp_path, monkeypatch):
     words = (*files, f"out={tmp_path / 'a'}", "train.micro_batch_size=2")
     add, left = Journal.add, 3

@@ -232,6 +232,7 @@ def test_labels_by_key_serve_shards_without_any(base, files, tmp_path, capfd):
 # Crops
 
 
+@pytest.mark.slow
 def test_crops_are_compared_in_one_go_and_the_best_is_named(base, files, tmp_path, capfd):
     """Each as data.eval_crop_pct alone gives it; the line's own scores stay those of the configured crop."""
     large = write_images(tmp_path, "large", make_images(9, seed=5, size=24), [0, 1, 2, 3, 0, 1, 2, 3, 0])

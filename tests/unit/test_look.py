@@ -125,6 +125,7 @@ def test_the_page_of_a_classifier(files, tmp_path):
         looked(*files, f"out={tmp_path / 'a'}")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_told_once(files, tmp_path, capfd):
     """Among the images that are shown, and among those of its own gallery or of another one."""
     other = tmp_path / "other"
@@ -188,6 +189,7 @@ def test_reconstructions_of_fourteen_bands(tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(shown, pages[1].shown("what is hidden"), strict=True))
 
 
+@pytest.mark.slow
 def test_segmenters_are_asked_of_classes_and_detectors_of_attention_alone(tmp_path):
     (tmp_path / "images").mkdir()
     Image.fromarray(make_images(1, 3, 70)[0]).save(tmp_path / "images" / "a.png")

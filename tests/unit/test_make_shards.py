@@ -205,6 +205,7 @@ def test_missing_and_compressed_sources_and_existing_shards_exit_2(tmp_path, cap
     assert make_shards.run([str(source), str(tmp_path / "t"), "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_reindex_and_verify_work_as_a_command(tmp_path):
     """As the error texts tell the user to run it."""
     make_shards.run([str(folder(tmp_path / "src", {"1.jpg": image(0)})), str(tmp_path / "t")])

@@ -105,6 +105,7 @@ def test_every_image_has_a_row_and_they_say_what_evaluate_counts(classifier, tmp
     assert not (tmp_path / "a.jsonl.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_the_three_kinds_of_tables_hold_the_same_on_any_number_of_ranks(classifier, tmp_path):
     for ending, ranks, source in (("jsonl", 1, "images"), ("csv", 2, "images"), ("parquet", 3, "images")):
         predicted(*of(classifier, tmp_path / f"a.{ending}", "top_k=2", f"images={classifier[source]}"), ranks=ranks)
@@ -173,6 +174,7 @@ def test_a_saved_data_set_and_shards_of_an_address_have_the_rows_of_the_shards(c
             assert found["probabilities"] == pytest.approx(one["probabilities"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_nothing_comes_twice_or_is_lost(classifier, tmp_path, monkeypatch):
     """Killed twice, in the midst of a line, then on other numbers of ranks."""
     words = of(classifier, tmp_path / "a.jsonl", "train.micro_batch_size=2")

@@ -113,6 +113,7 @@ def test_ranks_that_are_elsewhere_than_rank_0_have_a_line(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_on_a_finished_run_and_on_what_is_none(settings, tmp_path):
     """The figures are those of the run; the exit code and one line say what is wrong with the input."""
     assert run_alone(settings("train.max_steps=3")) == EXIT_DONE

@@ -40,6 +40,7 @@ from tests.support.small_run import run_alone, weights_of
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_seed_decides_the_initial_weights(settings, tmp_path):
     """A step of rate 0 leaves them as drawn: the same for the same seed, others for another."""
     still = ("train.max_steps=1", "optim.lr=0", "optim.schedule.warmup_lr=0", "optim.schedule.min_lr=0")
@@ -52,6 +53,7 @@ def test_seed_decides_the_initial_weights(settings, tmp_path):
     assert not torch.equal(found[0]["head.weight"], found[2]["head.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_within_a_step_goes_on_bit_for_bit(settings, tmp_path, capfd):
     """The step's first micro-batch has drawn which paths to drop; it draws them again."""
     few = ("train.max_steps=4", "model.drop_path_rate=0.5", "train.micro_batch_size=2")
@@ -100,6 +102,7 @@ def test_a_stop_says_what_it_ends(doing, micro_batches, said):
     assert lines == [said, said.replace("SIGTERM", "SIGTERM again")]
 
 
+@pytest.mark.slow
 def test_resumed_run_writes_each_step_once_and_is_the_same_run(settings, tmp_path):
     """Steps after the newest checkpoint run again; metrics.jsonl drops their old lines.  A finished run says so."""
     config = settings("train.max_steps=5", "train.checkpoint_every_steps=2", "train.keep_checkpoints=3")
@@ -128,6 +131,7 @@ def rewind(run_dir: Path, step: int) -> None:
             (path / "COMPLETE").unlink()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_resumes(settings, tmp_path, capfd):
     """Its files lack what was added since: sizes of batches, names of classes, keys, what a start says of itself."""
     assert run_alone(settings("train.max_steps=2")) == EXIT_DONE
@@ -187,6 +191,7 @@ def test_a_run_whose_batch_changes_has_its_epochs_and_its_rates_by_images(batch,
     assert "all 10 steps are done" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_length_in_steps_stays_one_when_the_batch_changes(settings, tmp_path, capfd):
     """train.max_steps is a number of optimizer steps: the run ends there, with the same rates, and says the images."""
     more = ("train.max_steps=6", "train.epochs=null", "optim.schedule.warmup_epochs=1")
@@ -282,6 +287,7 @@ def test_refused_start_leaves_no_configuration_behind(settings, tmp_path):
         assert not (tmp_path / "run").exists(), overrides
 
 
+@pytest.mark.slow
 def test_init_from_counts_at_the_start_and_not_at_a_resume(settings, tmp_path):
     """A resumed fine-tuning goes on with its own weights; its source may be gone by then."""
     source = settings("train.max_steps=1", f"run_dir={tmp_path / 'source'}", task="simmim")
@@ -323,6 +329,7 @@ def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
             assert torch.equal(trained["head.weight"], model.head.weight[[5, 0, 3, 1]])
 
 
+@pytest.mark.slow
 def test_a_position_bias_of_other_windows_is_warned_about_with_the_remedy(settings, tmp_path):
     """Fine-tuning at another window without pretrained_window_sizes would change what the bias means, unseen."""
     source = settings("train.max_steps=1", f"run_dir={tmp_path / 'source'}", task="simmim")

@@ -335,6 +335,7 @@ def check_evaluation(capfd: Any, run_dir: str, last: dict[str, Any]) -> None:
     assert probed and {name: line[name] for name in probed} == probed
 
 
+@pytest.mark.slow
 def test_a_classifier_is_probed_before_its_head(shards, tmp_path, capfd):
     """Colours are found by an encoder that has learned nothing; the best checkpoint is known by the probe's score."""
     config = compose(

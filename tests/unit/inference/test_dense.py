@@ -35,6 +35,7 @@ def runs(tmp_path_factory) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["whole", "slide over scales and flip"])
 def test_a_map_has_the_images_size_and_the_classes_it_is_scored_by(mode, runs):
     model = swinv2_train.load(runs["segment"], *MODES[mode], "task.reduce_zero_label=true", device="cpu")

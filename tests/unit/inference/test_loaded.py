@@ -185,6 +185,7 @@ def test_overrides_are_a_command_lines(overrides, message, tmp_path):
         swinv2_train.load(tmp_path, *overrides)
 
 
+@pytest.mark.slow
 def test_values_of_bands_are_looked_at_as_files_are(tmp_path):
     """Arrays go through the decoder of files: bands are chosen, and what was not measured is known."""
     model = swin_v2("tiny", num_classes=2, img_size=32, window_size=4, in_chans=2).eval()
@@ -218,6 +219,7 @@ def test_simmim_has_features_and_no_classes(settings):
         loaded.predict(picture)
 
 
+@pytest.mark.slow
 def test_an_encoder_alone_has_features_and_no_classes(tmp_path):
     model = swin_v2("tiny", num_classes=0, img_size=64, window_size=8).eval()
     save_weights(model, tmp_path / "swinv2_tiny_window8_64.pth", "timm")

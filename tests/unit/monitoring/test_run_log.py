@@ -291,6 +291,7 @@ log.close()
     assert len(read_metrics(tmp_path)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_wandb_service_that_dies_is_said_once_and_the_run_goes_on(tmp_path: Path) -> None:
     body = """
@@ -319,6 +320,7 @@ log.console.say("end")
     assert len(warnings) == 2 and warnings[0].startswith("warning: wandb stopped (") and warnings[1] == "end", warnings
 
 
+@pytest.mark.slow
 def test_metrics_do_not_wait_for_wandb(tmp_path: Path) -> None:
     """Its start takes a second or more, which the first steps must not pay."""
     body = """

@@ -149,6 +149,7 @@ def port() -> Iterator[int]:
 NOBODYS = 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nodes_that_do_not_meet_are_an_outage_of_their_run(rank, tmp_path):
     """The first node waits for the others, the others for the first; what torch's C++ has logged is out of reach."""
@@ -167,6 +168,7 @@ def test_nodes_that_do_not_meet_are_an_outage_of_their_run(rank, tmp_path):
     assert f"error: {status['reason']}" == last and '"outage": true' in (run_dir / STATUS).read_text()
 
 
+@pytest.mark.slow
 def test_what_is_no_outage_or_no_run_is_not_written_down(port, tmp_path):
     """A port that another program has; another command; a run that is not there, or whose command is wrong."""
     run = ("-m", TRAIN, "experiment=cifar10_simmim", f"run_dir={tmp_path}", "data.shards=t.tar")
@@ -178,6 +180,7 @@ def test_what_is_no_outage_or_no_run_is_not_written_down(port, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_torchruns_own_report_ends_with_our_message(tmp_path):
     """Where it is started without launch/torchrun.sh it cannot be cut, but it can tell why, of each rank."""
     code = f"""

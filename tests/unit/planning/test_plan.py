@@ -286,6 +286,7 @@ def test_every_hardware_file_composes_and_plans(path: Path) -> None:
     assert memory.fits and 0 < speed.step_sec < 60, (memory.peak, speed)
 
 
+@pytest.mark.slow
 def test_the_rough_bound_is_above_the_plan() -> None:
     """Or the check at the start would keep silent about a run that does not fit."""
     for overrides in (
@@ -409,6 +410,7 @@ def test_a_recommendation_says_only_what_differs(
         assert part in text, part
 
 
+@pytest.mark.slow
 def test_a_run_is_planned_by_its_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Its own model, batch and ranks, not the defaults that the command line would compose without them."""
     run = tmp_path / "run"

@@ -82,6 +82,7 @@ def test_without_a_place_to_remember_it_is_measured_each_time(monkeypatch: pytes
     assert cpu_speed().fp32_gflops > 0
 
 
+@pytest.mark.slow
 def test_a_start_in_slow_bf16_says_so_and_so_does_the_report(
     settings: Any, tmp_path: Path, cache: Path, capfd: Any
 ) -> None:

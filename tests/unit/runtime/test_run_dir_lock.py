@@ -41,6 +41,7 @@ def other_host(run_dir: Path, alive: bool) -> Iterator[None]:
             thread.join()
 
 
+@pytest.mark.slow
 def test_a_living_run_of_another_host_is_not_joined(tmp_path: Path) -> None:
     """flock of many network file systems excludes processes of one host alone; two runs would remove each other's."""
     with other_host(tmp_path, alive=True), RunDirLock(tmp_path, wait_sec=0.3) as lock:

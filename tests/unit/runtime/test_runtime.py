@@ -197,6 +197,7 @@ def test_a_damaged_environment_file_is_kept_aside_and_does_not_stop_the_run(tmp_
     assert (tmp_path / "environment.json.damaged").read_text() == '[{"torn'
 
 
+@pytest.mark.slow
 def test_versions_are_looked_up_without_importing_the_packages() -> None:
     """Importing deepspeed or wandb for its version would cost seconds of every start."""
     code = """

@@ -69,6 +69,7 @@ def lengths(runs: Path, minutes: float, overrides: list[str]) -> tuple[int, demo
     return demo.length_for(runs, commands, [compose_overrides(each) for each in commands], 60 * minutes, overrides)
 
 
+@pytest.mark.slow
 def test_the_choice_is_said_and_kept_by_a_demo_that_goes_on(timing, tmp_path, capsys):
     """Half a second a step: 2 and 4 epochs are 586 s of steps and 20 s of evaluations, 2 and 5 are 684 s and 26 s."""
     assert lengths(tmp_path, 11, []) == (EXIT_DONE, LENGTHS[2])

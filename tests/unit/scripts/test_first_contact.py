@@ -77,6 +77,7 @@ def test_the_items_of_a_part_have_nine_minutes_among_them(part):
     assert sum(map(int, seconds)) <= 530 and len(set(names)) == len(names) >= 9
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_ends_in_time_with_all_that_it_started(tmp_path):
     """One that does not listen to SIGTERM, whose child is in a session of its own and does not either."""
     pid = tmp_path / "pid"

@@ -95,6 +95,7 @@ def scripts(monkeypatch):
     monkeypatch.setattr(proof, "_start", start)
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_the_one_it_starts_from_and_what_is_complete_is_not_run_again(tmp_path, scripts):
     first = stand_in(tmp_path / "first", 0.5)
     after = stand_in(tmp_path / "after", 0.0, needs=first.name)
@@ -107,6 +108,7 @@ def test_a_run_waits_for_the_one_it_starts_from_and_what_is_complete_is_not_run_
     assert time.process_time() - started < 0.4
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_proof_and_is_named(tmp_path, scripts, capsys):
     """What needs it is never started; what runs beside it may end."""
     failing = stand_in(tmp_path / "failing", 0.0, code=1)

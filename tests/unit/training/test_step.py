@@ -247,6 +247,7 @@ def test_the_engines_adamw_is_the_published_one(scale):
     assert torch.equal(again, parameter)
 
 
+@pytest.mark.slow
 def test_attention_of_our_own_and_recomputation_do_not_import_the_compiler():
     """The first call of a custom operation would, for seconds, to mark it as not to be compiled, and torch's checkpoint
     to read a setting.

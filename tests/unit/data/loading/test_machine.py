@@ -105,6 +105,7 @@ def test_the_policy_for_damaged_samples_does_not_take_a_lack_of_memory(tmp_path)
     assert "give the run more memory" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_open_files_that_run_out_are_no_damage(tmp_path, workers):
     """A folder's images were replaced one after the other: "cannot be read: Too many open files"."""

@@ -219,6 +219,7 @@ def wait_until(what: Any, seconds: float = 240) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stop_is_heard_while_a_pipe_is_waited_for(tmp_path, workers):
     """A command that waits for its store for ever; the run ends with a checkpoint, and the command with it."""
@@ -236,6 +237,7 @@ def test_a_stop_is_heard_while_a_pipe_is_waited_for(tmp_path, workers):
     wait_until(lambda: gone(f"98765{workers}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("answers", [False, True])
 def test_a_run_on_files_hears_its_workers_errors_and_a_stop(tmp_path, monkeypatch, kind, answers):

@@ -330,6 +330,7 @@ def test_a_process_that_waits_for_a_fetch_takes_over_when_the_other_one_is_kille
     first.wait()
 
 
+@pytest.mark.slow
 def test_a_process_exits_while_it_fetches(tmp_path, server):
     """A rank that is done, or stops, must not wait for a transfer that stalls."""
     server.faults["t-000000.tar"] = server.faults["t-000001.tar"] = ["always stall"]
@@ -352,6 +353,7 @@ def stream(loader: TrainLoader, count: int) -> list[tuple[list[str], list[float]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_order_over_http_is_the_local_one_and_each_shard_comes_once_per_epoch(tmp_path, server, workers):
     """With every kind of fault on the way, and room for the windows twice and what is fetched ahead, no more."""
@@ -404,6 +406,7 @@ def test_shards_come_before_they_are_needed(tmp_path, server):
     loader.close()
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_had_ends_the_run_once_its_turn_comes(tmp_path, server):
     """And not only after the reader has tried for the whole time limit again, as the thread ahead of it did."""
     manifest = remote(server, tmp_path / "cache", patience=RetryPolicy(0.5, 1.0))
