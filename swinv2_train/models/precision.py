@@ -33,7 +33,7 @@ class Float32Linear(nn.Linear):
         bias = None if self.bias is None else at_least_float32(self.bias)
         weight = at_least_float32(self.weight)
         with without_autocast(input.device):
-            if bias is not None and self.in_features < FEW_INPUTS and input.device.type == "cpu":
+            if bias is not None and input.ndim == 2 and self.in_features < FEW_INPUTS and input.device.type == "cpu":
                 return torch.addmm(bias, at_least_float32(input), weight.t().contiguous())
             return F.linear(at_least_float32(input), weight, bias)
 
