@@ -98,6 +98,7 @@ def alike() -> np.ndarray:
     return unit @ unit.T
 
 
+@pytest.mark.slow
 def test_the_page_of_a_classifier(files, tmp_path):
     line = looked(*files, f"out={tmp_path / 'a'}", "neighbours=3", "cam_stage=[1,2]", "max_images=20")
     path = tmp_path / "a" / "look.html"
@@ -144,6 +145,7 @@ def test_what_cannot_be_read_is_told_once(files, tmp_path, capfd):
         assert capfd.readouterr().err.count("unreadable image: ") == count
 
 
+@pytest.mark.slow
 def test_few_of_many_images_a_class_and_a_gallery_that_embed_wrote(files, tmp_path):
     config, request = embed.parse([*files, f"out={tmp_path / 'f'}", "dtype=fp16", "queries=0"])
     run_distributed(lambda world: embed.embed(config, request), 1, init=False)
@@ -167,6 +169,7 @@ def test_few_of_many_images_a_class_and_a_gallery_that_embed_wrote(files, tmp_pa
         looked(*other, f"out={tmp_path / 'b'}")
 
 
+@pytest.mark.slow
 def test_reconstructions_of_fourteen_bands(tmp_path):
     """Values are stretched for the eye; the mask is the image's own at every start."""
     words = (

@@ -208,6 +208,7 @@ def test_a_killed_command_goes_on_and_nothing_comes_twice_or_is_lost(classifier,
         predicted(*words)
 
 
+@pytest.mark.slow
 def test_a_map_of_every_image_counts_what_evaluate_counts(tmp_path):
     pairs = scenes(5, seed=4)
     run = write_run(tmp_path / "run", *SEGMENT, "task.reduce_zero_label=true")
@@ -254,6 +255,7 @@ def near(model: Any, number: int) -> Objects:
     return Objects(objects.size, number, kept, numbers, np.zeros(len(kept), bool), area, tuple(masks))
 
 
+@pytest.mark.slow
 def test_objects_in_cocos_form_have_the_average_precision_that_evaluate_says(tmp_path):
     run = write_run(tmp_path / "run", *DETECT, "task.score_threshold=0.0")
     task = random_detector(build_task(composed([*DETECT, "run_dir=x", "data.shards=x"]), torch.device("cpu")))

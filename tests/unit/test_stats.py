@@ -213,6 +213,7 @@ def test_numbers_add_up_in_any_order_and_places_are_those_of_the_values():
 # What is written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bands.yaml", "my bands.yml"])
 def test_the_file_is_a_group_for_every_command(name, tmp_path, monkeypatch):
     """From any directory, under the options of an experiment; the command line comes after it."""

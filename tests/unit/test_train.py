@@ -305,6 +305,7 @@ def test_init_from_counts_at_the_start_and_not_at_a_resume(settings, tmp_path):
     assert newest_checkpoint(tmp_path / "run").name == "step_00000002"
 
 
+@pytest.mark.slow
 def test_any_tasks_run_may_start_from_other_peoples_weights(settings, tmp_path):
     """A supervised file of timm's into pre-training and fine-tuning; the head follows task.init_head."""
     from tests.support.weights_samples import classifier
@@ -486,6 +487,7 @@ def test_what_the_first_rank_finds_or_raises_reaches_every_rank(error, kinds):
 # The evaluate command
 
 
+@pytest.mark.slow
 def test_evaluate_command_scores_the_named_checkpoint_in_evaluation_mode(settings, tmp_path, capfd):
     """checkpoint= chooses one, else it is the newest; stochastic depth is off, so the scores repeat."""
     config = settings("train.max_steps=2", "train.checkpoint_every_steps=1", "optim.lr=0.5", "model.drop_path_rate=0.9")

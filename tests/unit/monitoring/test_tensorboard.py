@@ -95,6 +95,7 @@ def test_without_the_package_a_run_is_refused_with_the_remedy(monkeypatch):
     preflight(config, training=False)  # weights are read without it
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume(settings, tmp_path):
     for steps in (1, 2):
         run_alone(settings(f"train.max_steps={steps}", "log.tensorboard=true", "train.log_every_steps=1"))

@@ -64,6 +64,7 @@ sys.exit(guarded(command))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "expected", "said"),
     [

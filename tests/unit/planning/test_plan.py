@@ -261,6 +261,7 @@ def test_fused_attention_is_counted_as_it_runs() -> None:
     assert without.backward.total < 0.8 * plain.backward.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["reference", "fused"])
 def test_many_images_are_foretold_from_two_and_four(attention: str) -> None:
     """The search draws straight lines: operations take exactly as long, and no peak is higher than it is."""

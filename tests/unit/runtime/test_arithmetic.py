@@ -70,6 +70,7 @@ def test_a_workspace_that_varies_is_refused(monkeypatch):
         check_workspace()
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_arithmetic_down_and_ends_with_the_key_where_it_cannot_hold(tmp_path, capfd):
     """Exit code 2, and no weight has moved."""
     shards = noise_shards(tmp_path / "shards")

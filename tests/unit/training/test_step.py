@@ -90,6 +90,7 @@ def six_steps(engine: str, task: str, run_dir: Any, shards: tuple[str, str], *mo
     ])  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "task", "optimizer"),
     [("local", "finetune", 1), ("zero1", "simmim", 2), ("zero2", "finetune", 1), ("zero3", "simmim", 1)],
@@ -145,6 +146,7 @@ def test_what_is_wrong_with_the_next_steps_data_comes_with_that_step():
     assert prefetcher_of([{}], StopRequest(after_sec=0), []).take().state == STOP
 
 
+@pytest.mark.slow
 def test_a_run_collects_at_its_steps_alone_and_leaves_the_collector_as_it_was(shards, tmp_path):
     """50 steps: the collector runs at every 20th and at no other time, and what is alive does not grow."""
     settings = (*SMALL, "train.max_steps=50", "train.checkpoint_every_steps=100", "train.picture_every_steps=100")
