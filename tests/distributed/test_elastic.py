@@ -100,11 +100,12 @@ def test_no_bit_changes_on_the_way_through_engines_stages_precisions_and_world_s
         assert all(torch.equal(value, expected[name]) for name, value in state.items()), case
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (("deepspeed", 3, "fp32", "none", 2, {}), ("deepspeed", 1, "fp32", "cpu", 3, {})),
+        pytest.param(
+            ("deepspeed", 3, "fp32", "none", 2, {}), ("deepspeed", 1, "fp32", "cpu", 3, {}), marks=pytest.mark.smoke
+        ),
         (("deepspeed", 2, "fp32", "none", 3, {}), ("deepspeed", 3, "fp32", "none", 2, {"persistence": 100_000})),
         (("deepspeed", 1, "fp32", "none", 2, {}), ("local", 0, "fp32", "none", 1, {})),
         (("local", 0, "fp32", "none", 1, {}), ("deepspeed", 0, "fp32", "none", 2, {})),
