@@ -149,9 +149,8 @@ class PatchMerging(nn.Module):
         if x.shape[-3] % 2 or x.shape[-2] % 2:
             x = F.pad(x, (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
         *frames, height, width, dim = x.shape
-        x = x.view(-1, height // 2, 2, width // 2, 2, dim)
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(*frames, height // 2, width // 2, 4 * dim)  # (0,0) (1,0) (0,1) (1,1)
-        return self.norm(self.reduction(x))
+        x = x.view(*frames, height // 2, 2, width // 2, 2, dim).transpose(-4, -3)
+        return self.norm(self.reduction(x.transpose(-3, -2).flatten(-3)))  # (0,0) (1,0) (0,1) (1,1)
 
 
 class Stage(nn.Module):

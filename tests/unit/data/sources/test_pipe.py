@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -376,3 +378,29 @@ def test_lengths_are_given_in_steps(overrides, message):
     assert config.data.shards == "pipe:cat {00..11}.tar" and config.train.epochs is not None
     with pytest.raises(ConfigError, match=message):
         composed([*given, *overrides])
+
+
+def test_a_stop_while_the_command_is_started_ends_it(monkeypatch):
+    """Its handler runs in the main thread, which waits for the start."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        time.sleep(0.2)
+        return started[0]
+
+    popen, started = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", start)
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(Stop):
+            next(read_command("sleep 1000"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert started[0].returncode == -signal.SIGKILL
