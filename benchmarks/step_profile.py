@@ -107,7 +107,7 @@ def main() -> None:
             model = case.model(fused_attention=tuned).to(dtype)
             ours = step_of(model, images)
             works = {f"ours, {precision}": ours} if tuned else {
-                f"official, {precision}": step_of(OfficialArithmetic(model), images)
+                f"official, {precision}": step_of(OfficialArithmetic(model).to(dtype), images)
             }  # fmt: skip
             if tuned and options.before:
                 products = MatrixProducts(model, case.batch_size, dtype, torch.device("cpu"))
