@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO
 
@@ -112,19 +113,41 @@ def _pass_on(words: IO[bytes]) -> None:
             sys.stderr.flush()
 
 
+def _started(command: str) -> subprocess.Popen[bytes]:
+    """The command's shell, begun in a thread: handlers run in the main thread, where the exception of a stop could lose
+    a start half done, and nobody would end the command."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(
+            subprocess.Popen(
+                ["/bin/sh", "-c", _IGNORE_SIGNALS + command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=1 << 18,
+                start_new_session=True,
+            )
+        )
+
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(start).result()
+        except BaseException:
+            thread.shutdown()
+            for process in started:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            raise
+    return started[0]
+
+
 class _CommandOutput:
     """What a command prints, walked by the index's own reader of tars."""
 
     def __init__(self, command: str) -> None:
         self.name = without_secrets(f"pipe:{command}")
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _IGNORE_SIGNALS + command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=1 << 18,
-            start_new_session=True,
-        )
+        self._process = _started(command)
         self._words = threading.Thread(target=_pass_on, args=(self._process.stderr,), daemon=True)
         self._words.start()
         self._window, self._start, self._arrived = bytearray(), 0, 0

@@ -13,8 +13,9 @@ fp32).  The formulas are read from DeepSpeed 0.19.8 and torch's AdamW, and were 
 
 Live under ZeRO-3 are the block in use and the next one, and from the forward to the backward pass every weight of which
 autograd saved a view: a linear layer saves the transposed weight, which keeps what was gathered although DeepSpeed
-releases it, unless the layer's block is computed again.  What is being gathered is there twice, as a flat buffer and
-as the weights that are copied out of it.
+releases it, unless the layer's block is computed again.  (A CPU's own products, models/kernels/cpu_products.py, save
+the weight itself and keep nothing: there a run takes less than the plan says.)  What is being gathered is there twice,
+as a flat buffer and as the weights that are copied out of it.
 
 optim.ema_decay adds 4N bytes for ZeRO-0 and 4N/W for the others, beside the masters, and no temporaries.
 AdamW is fused and takes no temporaries.  The copies of an exchange are of at most 500 million
