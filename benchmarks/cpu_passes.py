@@ -1,11 +1,11 @@
-"""The passes between a block's products on a CPU, beside torch's operations; and a model beside its products alone.
+"""What a CPU's passes and products gain in a model, beside its matrix products alone; and each pass for itself.
 
     python -m benchmarks.cpu_passes [--threads 2] [--rounds 16] [--parts]
 
-In float32, all in turns in one process, in alternating order; CPU seconds of all threads (a shared machine's clock says
-little).  Shares are of the same turn, with their quartiles.  "torch's operations": the same model with the attention
-kernel and without the passes.  --parts: each pass at the sizes of SwinV2-T's stages too, on one thread.  Prints
-Markdown tables.
+In fp32, and in bf16 where the processor has units; all in turns in one process, in alternating order; CPU seconds
+of all threads (a shared machine's clock says little).  Shares are of the same turn, with their quartiles.  "torch's":
+MKL where models/kernels/cpu_products.py has oneDNN, and torch's operations in the place of the passes, both with the
+attention kernel.  --parts: each pass at the sizes of SwinV2-T's stages too, on one thread.  Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from torch import Tensor
 from scripts.contestants import Case
 from scripts.matrix_products import MatrixProducts
 from swinv2_train.models.fused_layers import ResidualLayerNorm
-from swinv2_train.models.kernels import cpu_passes
+from swinv2_train.models.kernels import cpu_passes, cpu_products
 from swinv2_train.models.swin_v2 import Mlp
 from swinv2_train.runtime import tune_allocator
+from swinv2_train.runtime.cpu_speed import cpu_speed, slow_bf16
 
 CASES = (Case("tiny", 256, 8, 8), Case("base", 192, 12, 4))
+LIMIT = "the products alone"
 STAGES = ((32768, 96), (8192, 192), (2048, 384), (512, 768))
 """Tokens of 8 images and channels."""
 
@@ -50,39 +52,51 @@ def timed(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, l
     return found
 
 
-def whole(case: Case, rounds: int) -> None:
+def with_mkl() -> AbstractContextManager[object]:
+    return patch.object(cpu_products, "mkl_is_slow", lambda: False)
+
+
+def whole(case: Case, dtype: torch.dtype, rounds: int) -> None:
     torch.manual_seed(0)
     model = case.model(fused_attention=True).train()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # blocks start as the identity, whose branches have gradients of 0
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    images = torch.randn(case.batch_size, 3, case.img_size, case.img_size)
-    products = MatrixProducts(model, case.batch_size, torch.float32, torch.device("cpu"))
+    model.to(dtype)
+    images = torch.randn(case.batch_size, 3, case.img_size, case.img_size, dtype=dtype)
+    products = MatrixProducts(model, case.batch_size, dtype, torch.device("cpu"))
 
     def step() -> None:
         model.zero_grad()
-        model(images).square().mean().backward()
+        model(images).float().square().mean().backward()
 
-    def plain() -> None:
+    def operations() -> None:
         with without_passes():
             step()
+
+    def before() -> None:
+        with with_mkl():
+            operations()
 
     def limit() -> None:
         products.forward()
         products.backward()
 
-    def torchs_gelu() -> None:
-        with patch.object(cpu_passes, "gelu", F.gelu):
-            step()
+    def torchs_limit() -> None:
+        with with_mkl():
+            limit()
 
-    works = {"matrix products alone": limit, "torch's operations": plain, "passes": step}
-    found = timed(works | {"passes, but torch's GELU": torchs_gelu}, rounds)
+    works = {LIMIT: limit, "torch's products alone": torchs_limit, "torch's products and operations": before}
+    works |= {"the products, torch's operations": operations, "the products and passes": step}
+    if dtype == torch.bfloat16 or not cpu_products.mkl_is_slow():
+        del works["torch's products alone"], works["torch's products and operations"]  # the same as the others
+    found = timed(works, rounds)
     for name, seconds in found.items():
-        low, middle, high = quantiles(map(truediv, found["matrix products alone"], seconds))
-        _, beside, _ = quantiles(map(truediv, found["torch's operations"], seconds))
+        low, middle, high = quantiles(map(truediv, found[LIMIT], seconds))
+        kind = "bf16" if dtype == torch.bfloat16 else "fp32"
         print(
-            f"| {case.name}, {case.batch_size} images | {name} | {median(seconds):.3f} | {middle:.3f} "
-            f"({low:.3f} to {high:.3f}) | {beside:.3f} |",
+            f"| {case.name}, {case.batch_size} images, {kind} | {name} | {median(seconds):.3f} | {middle:.3f} "
+            f"({low:.3f} to {high:.3f}) |",
             flush=True,
         )
 
@@ -101,7 +115,7 @@ def parts(rounds: int) -> None:
             return norm(x, residual, factors, fused)  # noqa: B023  called at once
 
         def hidden(fused: bool) -> Tensor:
-            return (cpu_passes.gelu if fused else F.gelu)(mlp.fc1(x))  # noqa: B023
+            return cpu_passes.gelu(*mlp.fc1(x, apart=True)) if fused else F.gelu(mlp.fc1(x))  # noqa: B023
 
         for what, layer, grad_of in (("norm, factor, residual", normed, grad), ("fc1 and GELU", hidden, wide)):
 
@@ -121,10 +135,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tune_allocator()
-    print("| case | forward and backward | CPU s | speed beside the products alone | beside torch's operations |")
-    print("|---|---|---|---|---|")
+    print("| case | forward and backward | CPU s | speed beside the products alone |\n|---|---|---|---|")
     for case in CASES:
-        whole(case, options.rounds)
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if slow_bf16(cpu_speed()) else 2]:
+            whole(case, dtype, options.rounds)
     if options.parts:
         parts(options.rounds)
 

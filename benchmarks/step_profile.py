@@ -32,7 +32,10 @@ from swinv2_train.runtime import tune_allocator
 
 COLOURS = ("#2563c9", "#1b7f79", "#8e44ad", "#d9730d", "#f0a35e", "#67c893", "#e57368", "#c2a2d6", "#999999")
 KINDS = {  # of operations, by what their names begin with; what is not here is "other"
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear"),
+    "matrix products": (
+        "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear", "aten::convolution_backward",
+        "aten::mkldnn_convolution",
+    ),
     "fused attention": ("swinv2_train::", "GeneratedBackwardFor_swinv2_train", "triton", "_WindowAttention"),
     "passes between products": ("_AddNorm", "_Gelu"),
     "softmax": ("aten::_softmax", "aten::_softmax_backward"),
@@ -107,7 +110,7 @@ def main() -> None:
             model = case.model(fused_attention=tuned).to(dtype)
             ours = step_of(model, images)
             works = {f"ours, {precision}": ours} if tuned else {
-                f"official, {precision}": step_of(OfficialArithmetic(model), images)
+                f"official, {precision}": step_of(OfficialArithmetic(model).to(dtype), images)
             }  # fmt: skip
             if tuned and options.before:
                 products = MatrixProducts(model, case.batch_size, dtype, torch.device("cpu"))
