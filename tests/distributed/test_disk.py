@@ -89,7 +89,7 @@ def test_a_directory_that_vanishes_stops_the_run_on_all_ranks(shards, tmp_path):
     run_dir = tmp_path / "run"
     process = start(*command(run_dir, *ENDLESS), *shards)
     wait_for_step(run_dir, 5, process)
-    shutil.rmtree(run_dir)
+    shutil.rmtree(run_dir.rename(tmp_path / "removed"))  # at once: what is made meanwhile would keep it
     code, output = finish(process)
     assert code == 1 and not run_dir.exists(), output
     for rank in range(2):
