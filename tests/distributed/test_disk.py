@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def mount(tmp_path) -> Iterator[Callable[..., None]]:
 
     def call(*arguments: str | Path) -> None:
         done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True)
+        while "busy" in done.stderr:  # a file of the run is open for writing at this moment
+            time.sleep(0.01)
+            done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True)
         if done.returncode != 0:
             pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")
         if "remount" not in str(arguments):
