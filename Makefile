@@ -5,10 +5,10 @@ STAMP := .venv/.installed
 # with bytecode: pytest's rewritten assertions are kept for every worker and part, which takes each 5 s of CPU otherwise
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-# three workers more than there are cores: many slow tests wait for servers, signals and processes.  The quick ones
-# compute, and every worker takes seconds to collect them.
-WORKERS ?= $(shell echo $$(( $(CORES) + 3 )))
-QUICK := -m "not slow" -n $(shell echo $$(( $(CORES) + 1 ))) --dist worksteal
+# one worker more than there are cores: many tests wait for servers, signals and processes.  Three more, WORKERS=5 on two
+# cores, make the whole suite a quarter shorter where nothing else runs, and the quick part, which computes, no shorter.
+WORKERS ?= $(shell echo $$(( $(CORES) + 1 )))
+QUICK := -m "not slow" -n $(WORKERS) --dist worksteal
 # in one call, because to collect the tests takes every worker seconds; by files, whose tests share what they build
 TOGETHER := -m "not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # by their files: to import all the others takes seconds of one process
