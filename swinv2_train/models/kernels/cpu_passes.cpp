@@ -144,8 +144,8 @@ void whole_norm(const Rows& s, const void* branch, const void* plus, const void*
 
 template <typename T>
 void whole_norm_gradient(const Rows& s, const void* grad, const void* branch, const void* plus, const float* factors,
-                   const void* weight, const float* means, const float* inverses, void* grad_branch, float* grad_weight,
-                   float* grad_bias, float* grad_plus, int threads) {
+                         const void* weight, const float* means, const float* inverses, void* grad_branch,
+                         float* grad_weight, float* grad_bias, float* grad_plus, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (long chunk = 0; chunk < s.chunks; chunk++) {
     const long at = chunk * s.channels;
@@ -163,8 +163,8 @@ void whole_gelu(const Rows& s, const void* x, const void* plus, void* y, int thr
 }
 
 template <typename T>
-void whole_gelu_gradient(const Rows& s, const void* grad, const void* x, const void* plus, void* grad_x, float* grad_plus,
-                   int threads) {
+void whole_gelu_gradient(const Rows& s, const void* grad, const void* x, const void* plus, void* grad_x,
+                         float* grad_plus, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (long chunk = 0; chunk < s.chunks; chunk++)
     gelu_gradient_chunk(s, static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(plus),
@@ -179,8 +179,8 @@ void whole_gelu_gradient(const Rows& s, const void* grad, const void* x, const v
 extern "C" void add_norm_forward(int bfloat16, const Rows* s, const void* branch, const void* plus,
                                  const void* residual, const float* factors, const void* weight, const void* bias,
                                  void* out, float* means, float* inverses, int threads) {
-  (bfloat16 ? whole_norm<BFloat16> : whole_norm<float>)(*s, branch, plus, residual, factors, weight, bias, out, means, inverses,
-                                            threads);
+  (bfloat16 ? whole_norm<BFloat16> : whole_norm<float>)(*s, branch, plus, residual, factors, weight, bias, out, means,
+                                                        inverses, threads);
 }
 
 // grad_weight, grad_bias, grad_plus: (chunks, C), one chunk's share each.  The residual's gradient is grad.
@@ -188,8 +188,8 @@ extern "C" void add_norm_backward(int bfloat16, const Rows* s, const void* grad,
                                   const float* factors, const void* weight, const float* means, const float* inverses,
                                   void* grad_branch, float* grad_weight, float* grad_bias, float* grad_plus,
                                   int threads) {
-  (bfloat16 ? whole_norm_gradient<BFloat16> : whole_norm_gradient<float>)(*s, grad, branch, plus, factors, weight, means, inverses,
-                                                              grad_branch, grad_weight, grad_bias, grad_plus, threads);
+  (bfloat16 ? whole_norm_gradient<BFloat16> : whole_norm_gradient<float>)(
+      *s, grad, branch, plus, factors, weight, means, inverses, grad_branch, grad_weight, grad_bias, grad_plus, threads);
 }
 
 extern "C" void gelu_forward(int bfloat16, const Rows* s, const void* x, const void* plus, void* y, int threads) {

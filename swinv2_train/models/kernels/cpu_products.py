@@ -1,9 +1,8 @@
 """Linear layers in float32 on a CPU whose vectors torch's own products do not use whole.
 
-Torch multiplies float32 by MKL, which gives processors that are not Intel's a kernel of half their width: with AVX-512
-0.45 times, with AVX2 0.85 times the speed of oneDNN on the same cores (benchmarks/cpu_products_202611.md).  That has
-two doors in torch: the linear layer that torch's own compiler calls, and a convolution of 1 x 1 over a map whose
-channels lie last.
+Torch multiplies float32 by MKL, which gives AMD's processors a kernel for vectors of 8: half the speed of oneDNN where
+they have AVX-512, and nine tenths of it held to AVX2 (benchmarks/cpu_products_202611.md).  OneDNN has two doors in
+torch: the linear layer that torch's own compiler calls, and a convolution of 1 x 1 over a map whose channels lie last.
 
 Legend: R rows, I channels in, O channels out.
 """
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from swinv2_train.models.kernels.traced import traced
 
-LEAST = 2**22  # multiplications from which on the overhead of a call is small
+LEAST = 2**22  # multiplications, a tenth of a millisecond: below, a call costs more than it gains (not measured finely)
 FEW_ROWS = 1024  # a weight's gradient sums over rows; up to so many the linear layer's kernel does that well
 BATCHES = range(17, 65)  # from 17 images on torch gives a convolution to oneDNN whatever the number of threads
 
@@ -47,11 +46,11 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether torch multiplies by MKL on a processor of another maker, and has oneDNN too."""
+    """Whether torch multiplies by MKL on an AMD processor, and has oneDNN too."""
     cpu = Path("/proc/cpuinfo")
-    other = cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
     onednn = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return other and torch._C.has_mkl and onednn
+    return amd and torch._C.has_mkl and onednn
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
