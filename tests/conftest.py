@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests.support.started import STARTED, end_since  # noqa: E402
 
 torch.set_num_threads(1)
 # Autograd looks for devices once, at the first backward pass, and forks of a process where it found some cannot compute
@@ -74,7 +78,15 @@ def pytest_collection_finish() -> None:
     """What the imports have left stays: Python's collector need not look at it again, in any test."""
     gc.collect()
     gc.freeze()
+    gc.get_freeze_count = _counted_once(gc.get_freeze_count)
+    gc.set_threshold(20_000, 10, 10)
     gc.enable()
+
+
+def _counted_once(count: Callable[[], int]) -> Callable[[], int]:
+    """To count is a walk through a million objects, and every run asks."""
+    found = count()
+    return functools.wraps(count)(lambda: found)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -89,6 +101,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(autouse=True)
 def _same_random_state() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left() -> Iterator[None]:
+    first = len(STARTED)
+    yield
+    end_since(first)
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ def init_distributed(timeout_sec: int) -> World:
     atexit.register(_remove_empty_log_folders)
     if device.type == "cpu":
         atexit.register(_let_gloo_finish)
+        _in_batch(world_size > 1)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=_store(rank, world_size, timeout),
@@ -102,10 +103,27 @@ def _limit_later_groups(timeout: datetime.timedelta) -> None:
     dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
+def _in_batch(on: bool) -> None:
+    """Let this thread, and those it starts from now on, wait for a core until who has it ends his turn, or no more.
+
+    This is Linux's SCHED_BATCH, for ranks on a CPU.  Under the usual policy gloo's thread for what comes in takes the
+    core from the one that sends, which holds the lock that both need, and asks for that in a loop until its own turn is
+    over: with two ranks on two cores that is most of a small collective (benchmarks/small_collectives_cpu_202611.md).
+    Any other policy is its user's.
+    """
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    before, after = (os.SCHED_OTHER, os.SCHED_BATCH) if on else (os.SCHED_BATCH, os.SCHED_OTHER)
+    if os.sched_getscheduler(0) == before:
+        with contextlib.suppress(OSError):  # a container may forbid it
+            os.sched_setscheduler(0, after, os.sched_param(0))
+
+
 def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
     if _active():
         dist.destroy_process_group()
+        _in_batch(False)
 
 
 def _announced_ranks() -> dict[str, int]:

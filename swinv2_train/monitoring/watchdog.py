@@ -159,7 +159,7 @@ class Heartbeat:
             "moves": activity.progress_count, "place": self._place, "updated_at": time.time(),
         }  # fmt: skip
         try:
-            rank_file(self.run_dir, self.rank).write_text(json.dumps(mine) + "\n")
+            replace_text(rank_file(self.run_dir, self.rank), json.dumps(mine) + "\n")
             if self.rank == 0:
                 self._write_status({**mine, "outage": outage})
         except OSError as error:

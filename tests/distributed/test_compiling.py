@@ -81,8 +81,13 @@ def test_a_stop_of_another_rank_ends_the_compiler_of_the_first(tmp_path):
     assert gone(group)
 
 
-def test_a_stop_that_comes_while_the_compiler_starts_ends_it(tmp_path):
-    """Whoever was about to name the process was interrupted, and a compiler went on for nobody."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_stop_that_comes_while_the_compiler_starts_ends_it(busy, tmp_path):
+    """Whoever was about to name the process was interrupted, and a compiler went on for nobody.
+
+    busy: a machine on which a thread is far before the one that has started it goes on.
+    """
+    start = threading.Thread.start
 
     class StoppedAtItsStart(subprocess.Popen):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -93,9 +98,15 @@ def test_a_stop_that_comes_while_the_compiler_starts_ends_it(tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.1)
 
+    def starts_late(thread: threading.Thread) -> None:
+        start(thread)
+        time.sleep(0.5)
+
     def ask(world: World) -> str:
         begin_anew(tmp_path)
         subprocess.Popen = StoppedAtItsStart  # type: ignore[misc]
+        if busy:
+            threading.Thread.start = starts_late  # type: ignore[method-assign]
         with StopRequest() as stop:
             try:
                 compile_kernel(world, lambda _: None, stop)

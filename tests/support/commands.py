@@ -16,6 +16,7 @@ from typing import Any
 from swinv2_train.config.arguments import last_of_each
 from swinv2_train.monitoring.run_log import read_metrics
 from tests.support.processes import forked_command, forked_torchrun
+from tests.support.started import STARTED
 
 SMALL = (
     "model.embed_dim=16", "model.depths=[1,2]", "model.num_heads=[1,2]", "train.global_batch_size=16",
@@ -49,7 +50,9 @@ def start(
         return forks(module, *overrides, **OWN_SESSION)
     words = ["-m", "torch.distributed.run", *agent] if ranks > 1 else []
     python = sys.executable if interpreter is True else interpreter
-    return subprocess.Popen([python, *words, "-m", module, *overrides], text=True, **OWN_SESSION)
+    process = subprocess.Popen([python, *words, "-m", module, *overrides], text=True, **OWN_SESSION)
+    STARTED.append(process)
+    return process
 
 
 def start_ranks(*overrides: str, ranks: int = 2) -> list[subprocess.Popen[str]]:

@@ -26,6 +26,7 @@ from swinv2_train.config import Config, command_line
 from swinv2_train.config.arguments import prepared
 from tests.support.configs import compose_files, composed
 from tests.support.harness import warm_up
+from tests.support.started import STARTED
 
 _PR_SET_PDEATHSIG = 1
 
@@ -53,7 +54,9 @@ def forked(body: Callable[[], Any], environment: dict[str, str] | None = None, *
                 sys.stderr.flush()
             os._exit(code)  # what is registered to run at exit belongs to the parent
 
-    return subprocess.Popen([sys.executable], preexec_fn=child, text=True, **options)
+    process = subprocess.Popen([sys.executable], preexec_fn=child, text=True, **options)
+    STARTED.append(process)
+    return process
 
 
 def forked_command(module: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:

@@ -96,6 +96,7 @@ def _compile(compiler: list[str], built: Path) -> None:
         started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0))
 
     with ThreadPoolExecutor(1) as thread:  # handlers run in the main thread, where one could lose a start half done
+        thread.submit(int).result()  # the thread lives, and is known, before there is anything to lose
         try:
             thread.submit(start).result()
             (process,) = started

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from swinv2_train.distributed import init_distributed, shutdown_distributed
+from swinv2_train.distributed import World, init_distributed, shutdown_distributed
 from swinv2_train.distributed.process_group import _announced_ranks, share_of_cores
 from swinv2_train.engine.deepspeed.startup import import_deepspeed
 
@@ -95,3 +95,24 @@ def test_a_rank_has_the_cores_that_no_other_rank_may_use_and_its_share_of_the_re
     """srun gives every task cores of its own, of which no other rank has a share."""
     places = [(host, list(cores)) for host, cores in places]
     assert [share_of_cores(place, places, quota) for place in places] == expected
+
+
+@pytest.mark.parametrize("own", [os.SCHED_OTHER, os.SCHED_IDLE])
+def test_ranks_of_a_cpu_wait_for_their_turn_and_a_process_alone_is_left_as_it_was(own, run_distributed):
+    """gloo's threads take the core from one another otherwise, and spin for a lock that the other holds."""
+
+    def command(world: World) -> tuple[set[int], set[int], int]:
+        os.sched_setscheduler(0, own, os.sched_param(0))
+        others = {*os.listdir("/proc/self/task")} - {str(os.getpid())}
+        init_distributed(60)
+        dist.new_group([0, 1])
+        during = {os.sched_getscheduler(int(thread)) for thread in {*os.listdir("/proc/self/task")} - others}
+        shutdown_distributed()
+        after = os.sched_getscheduler(0)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        init_distributed(60)
+        return during, {os.sched_getscheduler(0)}, after
+
+    ranks = os.SCHED_BATCH if own == os.SCHED_OTHER else own
+    assert run_distributed(command, 2, init=False) == [({ranks}, {own}, own)] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 
 from swinv2_train.config import ConfigError
 from swinv2_train.monitoring.activity import RankActivity
-from swinv2_train.monitoring.signs import STATUS, diagnose_hang, read_ranks, silent_ranks
-from swinv2_train.monitoring.watchdog import timeout_warning
+from swinv2_train.monitoring.console import open_console
+from swinv2_train.monitoring.signs import STATUS, diagnose_hang, rank_file, read_ranks, silent_ranks
+from swinv2_train.monitoring.watchdog import Heartbeat, timeout_warning
 from tests.support.configs import composed, make_config
 from tests.support.processes import forked_code
 
@@ -220,6 +222,17 @@ def test_a_torn_sign_of_life_is_left_out(tmp_path):
     (tmp_path / "health" / "rank_00000.json").write_text(json.dumps(sign(0)))
     (tmp_path / "health" / "rank_00001.json").write_text('{"rank": 1, "ho')
     assert list(read_ranks(tmp_path)) == [0]
+
+
+def test_a_sign_of_life_is_whole_at_every_moment(tmp_path):
+    """A rank that is stopped while it writes (SIGSTOP, a host that freezes) is the one whose sign is asked for."""
+    (tmp_path / "health").mkdir()
+    heartbeat = Heartbeat(RankActivity(), tmp_path, 1, 2, make_config().runtime, open_console(tmp_path, 1))
+    heartbeat._write("running", None)
+    writer = threading.Thread(target=lambda: [heartbeat._write("running", None) for _ in range(300)])
+    writer.start()
+    while writer.is_alive():
+        assert json.loads(rank_file(tmp_path, 1).read_text())["rank"] == 1
 
 
 @pytest.mark.parametrize(
