@@ -11,6 +11,7 @@ attention kernel.  --parts: each pass at the sizes of SwinV2-T's stages too, on 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from scripts.contestants import Case
 from scripts.matrix_products import MatrixProducts
+from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.fused_layers import ResidualLayerNorm
 from swinv2_train.models.kernels import cpu_passes, cpu_products
 from swinv2_train.models.swin_v2 import Mlp
@@ -34,6 +36,8 @@ CASES = (Case("tiny", 256, 8, 8), Case("base", 192, 12, 4))
 LIMIT = "the products alone"
 STAGES = ((32768, 96), (8192, 192), (2048, 384), (512, 768))
 """Tokens of 8 images and channels."""
+TABLES = (((8, 8), 3), ((12, 12), 4), ((12, 12), 32), ((8, 8, 8), 4))
+"""Windows, of images and of a clip, and heads."""
 
 
 def without_passes() -> AbstractContextManager[object]:
@@ -102,9 +106,9 @@ def whole(case: Case, dtype: torch.dtype, rounds: int) -> None:
 
 
 def parts(rounds: int) -> None:
-    """Forward and backward pass of what stands between attention and the block's end, at every stage's size."""
+    """Forward and backward pass of the position table and of what stands between attention and the block's end."""
     torch.set_num_threads(1)
-    print("\n| tokens x channels | what | torch's operations, ms | in passes, ms | x |\n|---|---|---|---|---|")
+    print("\n| size | what | torch's operations, ms | in passes, ms | x |\n|---|---|---|---|---|")
     for tokens, channels in STAGES:
         norm, mlp = ResidualLayerNorm(channels), Mlp(channels, 4 * channels)
         x, residual, grad = (torch.randn(8, tokens // 8, channels, requires_grad=g) for g in (True, True, False))
@@ -118,13 +122,23 @@ def parts(rounds: int) -> None:
             return cpu_passes.gelu(*mlp.fc1(x, apart=True)) if fused else F.gelu(mlp.fc1(x))  # noqa: B023
 
         for what, layer, grad_of in (("norm, factor, residual", normed, grad), ("fc1 and GELU", hidden, wide)):
+            part(f"{tokens} tokens x {channels} channels", what, layer, grad_of, rounds)
+    for window, heads in TABLES:
+        attention = WindowAttention(heads, heads, window)
+        table = functools.partial(attention.position_table, window, torch.device("cpu"))
+        size = f"window {' x '.join(map(str, window))}, {heads} heads"
+        part(size, "position table", table, torch.randn_like(table()), rounds)
 
-            def work(fused: bool) -> None:
-                layer(fused).backward(grad_of)  # noqa: B023
 
-            found = timed({"torch": lambda: work(False), "passes": lambda: work(True)}, rounds)  # noqa: B023
-            before, now = (1000 * median(seconds) for seconds in found.values())
-            print(f"| {tokens} x {channels} | {what} | {before:.1f} | {now:.1f} | {before / now:.2f} |", flush=True)
+def part(size: str, what: str, layer: Callable[[bool], Tensor], grad: Tensor, rounds: int) -> None:
+    """layer(fused): its output."""
+
+    def work(fused: bool) -> None:
+        layer(fused).backward(grad)
+
+    found = timed({"torch": lambda: work(False), "passes": lambda: work(True)}, rounds)
+    before, now = (1000 * median(seconds) for seconds in found.values())
+    print(f"| {size} | {what} | {before:.2f} | {now:.2f} | {before / now:.2f} |", flush=True)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinv2_train.models import SwinTransformerV2
-from swinv2_train.models.attention import BIAS_RANGE, WindowAttention
+from swinv2_train.models.attention import WindowAttention
 from swinv2_train.models.cosine import attention_weights, join_heads, split_heads, window_bias
 from swinv2_train.models.precision import Float32LayerNorm
 from swinv2_train.models.swin_v2 import SwinBlock, drop_path_factors
@@ -95,14 +95,14 @@ class LinearBiasAttention(OtherAttention):
     its length when the window grows from 8 to 16.
     """
 
-    def position_table(self, window: tuple[int, int], device: torch.device) -> Tensor:
+    def position_table(self, window: tuple[int, int], device: torch.device, passes: bool = False) -> Tensor:
         dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         axes = [
             torch.arange(1 - size, size, dtype=dtype, device=device) / max(trained - 1, 1)
             for size, trained in zip(window, self.pretrained_window_size, strict=True)
         ]
         coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 2)
-        return BIAS_RANGE * torch.sigmoid(self.cpb_mlp(coordinates))
+        return self.cpb_mlp(coordinates, passes)
 
 
 class TableBiasAttention(OtherAttention):
@@ -118,7 +118,7 @@ class TableBiasAttention(OtherAttention):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         del self.cpb_mlp
 
-    def position_table(self, window: tuple[int, int], device: torch.device) -> Tensor:
+    def position_table(self, window: tuple[int, int], device: torch.device, passes: bool = False) -> Tensor:
         return resized_table(self.relative_position_bias_table, self.pretrained_window_size, window)
 
 

@@ -16,6 +16,7 @@ from swinv2_train.models.cosine import (
     window_bias,
 )
 from swinv2_train.models.fused_layers import ApartLinear
+from swinv2_train.models.kernels import cpu_passes
 from swinv2_train.models.kernels.cpu_products import linear
 from swinv2_train.models.kernels.dispatch import fused_available, fused_window_attention, unknown
 from swinv2_train.models.precision import Float32Linear, at_least_float32
@@ -35,6 +36,22 @@ class QkvLinear(nn.Linear):
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(input, self.weight, bias)
+
+
+class PositionMlp(nn.Sequential):
+    """The position bias of every offset, 16 sigmoid(MLP): log-spaced offsets (n, A) -> (n, h), at least float32."""
+
+    def __init__(self, axes: int, num_heads: int) -> None:
+        first, second = Float32Linear(axes, BIAS_HIDDEN), Float32Linear(BIAS_HIDDEN, num_heads, bias=False)
+        super().__init__(first, nn.ReLU(inplace=True), second)
+
+    def forward(self, input: Tensor, passes: bool = False) -> Tensor:
+        """passes: in one pass, by cpu_passes, which has to serve."""
+        if passes:
+            first_weight, bias, second_weight = self.parameters()
+            return cpu_passes.position_table(input, first_weight, bias, second_weight, BIAS_RANGE)
+        first, relu, second = self
+        return BIAS_RANGE * torch.sigmoid(second(relu(first(input))))
 
 
 class WindowAttention(nn.Module):
@@ -69,21 +86,20 @@ class WindowAttention(nn.Module):
         self.fused = fused
         self.chunks = chunks
         self.logit_scale = nn.Parameter(torch.log(10 * torch.ones(num_heads, 1, 1)))
-        self.cpb_mlp = nn.Sequential(
-            Float32Linear(len(pretrained_window_size), BIAS_HIDDEN),
-            nn.ReLU(inplace=True),
-            Float32Linear(BIAS_HIDDEN, num_heads, bias=False),
-        )
+        self.cpb_mlp = PositionMlp(len(pretrained_window_size), num_heads)
         self.qkv = QkvLinear(dim)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = ApartLinear(dim, dim)
 
-    def position_table(self, window: Axes, device: torch.device) -> Tensor:
-        """The position bias of every offset within a window: (num_offsets(window), h), at least float32."""
+    def position_table(self, window: Axes, device: torch.device, passes: bool = False) -> Tensor:
+        """The position bias of every offset within a window: (num_offsets(window), h), at least float32.
+
+        passes: as PositionMlp's.
+        """
         dtype = torch.promote_types(self.logit_scale.dtype, torch.float32)
         coordinates = log_spaced_coordinates(window, self.pretrained_window_size, dtype, device)
-        return BIAS_RANGE * torch.sigmoid(self.cpb_mlp(coordinates))
+        return self.cpb_mlp(coordinates, passes)
 
     def position_bias(self, window: Axes, device: torch.device) -> Tensor:
         """The additive position bias of a window: (h, N, N) in at least float32, within 0..16."""
@@ -110,7 +126,7 @@ class WindowAttention(nn.Module):
         and the norm, and what returns is (the result without proj's bias, that bias or None).
         """
         bias, scale = self.bias(), self.scale()
-        table = self.position_table(grid.window, x.device)
+        table = self.position_table(grid.window, x.device, passes)
         qkv = self.qkv(x, None if passes else bias)
         if self.fused and self._fused_serves(qkv, grid):
             out = fused_window_attention(qkv, scale, table, grid, self.num_heads, bias if passes else None)

@@ -34,7 +34,10 @@ CHUNK = 4  # windows of a chunk, at least: they share a head's bias.  Neither de
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
 COMPILE_SEC = 300.0
 """The most that the compiler may take: 10 s on an idle machine, minutes on a busy one."""
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_attention.cpp", "cpu_passes.cpp", "cpu_vectors.h")]
+SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("cpu_attention.cpp", "cpu_passes.cpp", "cpu_position.cpp", "cpu_vectors.h")
+]
 
 
 class _Sizes(ctypes.Structure):

@@ -155,9 +155,63 @@ def test_the_gelu_of_any_shape_and_gradient(shape):
     assert torch.equal(cpu_passes.gelu(x), cpu_passes.gelu(x, torch.zeros_like(plus)))
 
 
+def plain_table(first, bias, second, coordinates):
+    return 16 * torch.sigmoid((coordinates @ first.t() + bias).relu() @ second.t())
+
+
+def table_pass(first, bias, second, coordinates):
+    return cpu_passes.position_table(coordinates, first, bias, second, 16.0)
+
+
+def table_tensors(window, heads, hidden=512):
+    """The MLP's layers, the gradient of the table, and the offsets' coordinates, of which the second is zero."""
+    generator = torch.Generator().manual_seed(0)
+    offsets = math.prod(2 * length - 1 for length in window)
+    sizes = ((hidden, len(window)), (hidden,), (heads, hidden), (offsets, heads), (offsets, len(window)))
+    *layers, grad, coordinates = (torch.randn(size, generator=generator) for size in sizes)
+    layers[2] *= hidden**-0.5
+    coordinates[1:2] = 0
+    return layers, grad, 4 * coordinates
+
+
+TABLES = [((8, 8), 3), ((12, 12), 32), ((2, 3), 5), ((1, 1), 1), ((4, 8, 8), 4)]
+
+
+@pytest.mark.parametrize(("window", "heads"), TABLES)
+def test_the_position_table_is_that_of_float64(window, heads):
+    """Within 4e-6 of the largest entry (measured worst 7e-7, torch's own 1e-6); of the bfloat16 layers, which are
+    rounded no further, the same table, and gradients rounded once."""
+    layers, grad, coordinates = table_tensors(window, heads)
+    expected = run(plain_table, double(layers), grad.double(), coordinates.double())
+    found = run(table_pass, layers, grad, coordinates)
+    assert max(errors(found, expected)) <= 4e-6
+    with torch.no_grad():
+        assert torch.equal(table_pass(*layers, coordinates), found[0])
+    half = [x.bfloat16() for x in layers]
+    table, *gradients = run(table_pass, half, grad, coordinates)
+    right, *rights = run(plain_table, double(half), grad.double(), coordinates.double())
+    assert table.dtype == torch.float32 and all(x.dtype == torch.bfloat16 for x in gradients)
+    assert max(errors([table], [right])) <= 4e-6 and max(errors(gradients, rights)) <= HALF
+
+
+def test_a_position_table_at_its_ends():
+    """Biases of 0 and 16, and not a number where a layer holds none."""
+    layers, _, coordinates = table_tensors((2, 2), 2, hidden=16)
+    layers = [layers[0] * 1e3, layers[1], layers[2] * 1e3]
+    assert torch.allclose(table_pass(*layers, coordinates), plain_table(*layers, coordinates), rtol=1e-5, atol=1e-30)
+    layers[1][3] = math.nan
+    assert table_pass(*layers, coordinates).isnan().all()
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     tensors, grad = norm_tensors((2, 40, 40, 64), True)
-    same_with_threads(lambda: run(one_pass, tensors, grad) + run(cpu_passes.gelu, [tensors[0], tensors[1]], grad))
+    layers, of_table, coordinates = table_tensors((12, 12), 7)
+
+    def all_of_them():
+        found = run(one_pass, tensors, grad) + run(cpu_passes.gelu, [tensors[0], tensors[1]], grad)
+        return found + run(table_pass, layers, of_table, coordinates)
+
+    same_with_threads(all_of_them)
 
 
 def test_strided_inputs_recomputation_and_a_second_backward_pass():
@@ -208,7 +262,8 @@ def test_what_the_passes_do_not_serve(monkeypatch):
 
 def test_second_derivatives_are_refused():
     x, weight = torch.randn(2, 3, 32, requires_grad=True), torch.ones(32)
-    for out in (cpu_passes.add_norm(x, None, x, None, weight, weight, EPS), cpu_passes.gelu(x)):
+    table = cpu_passes.position_table(torch.ones(4, 2), x[0, 0, :, None].expand(-1, 2), weight, weight[None], 16.0)
+    for out in (cpu_passes.add_norm(x, None, x, None, weight, weight, EPS), cpu_passes.gelu(x), table):
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             first.sum().backward()
@@ -272,8 +327,10 @@ def test_a_model_with_stochastic_depth_and_adapters_computes_by_them(adapted, mo
     found = step()
     assert called.count("add_norm_forward") == called.count("add_norm_backward") == 8
     assert called.count("gelu_forward") == called.count("gelu_backward") == 4
+    assert called.count("position_table_forward") == 4
+    assert called.count("position_table_backward") == (0 if adapted else 4)  # adapters alone are trained
     monkeypatch.setattr(cpu_passes, "serves", lambda *_: False)
     expected = step()
-    assert len(called) == 24
+    assert len(called) == (28 if adapted else 32)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
