@@ -36,19 +36,25 @@ struct BFloat16 {
 };
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2)));
 
-// A vector of a map, and one into it: to the nearest, ties to even.
+// A vector of a map, and one into it: to the nearest, ties to even (the instruction takes subnormals for zero).
 inline Vector widen(const float* x) { return load(x); }
 inline Vector widen(const BFloat16* x) {
   const Halves bits = *reinterpret_cast<const Halves*>(x);
   return (Vector)(__builtin_convertvector(bits, Integers) << 16);
 }
 inline void narrow(Vector x, float* y) { store(y, x); }
+#ifdef __AVX512BF16__
+inline void narrow(Vector x, BFloat16* y) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+#else
 inline void narrow(Vector x, BFloat16* y) {
   const Integers bits = (Integers)x;
   const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Integers number = x == x ? rounded : Integers{} + 0x7fc0;
   *reinterpret_cast<Halves*>(y) = __builtin_convertvector(number, Halves);
 }
+#endif
 
 #ifdef __AVX512F__
 inline float sum(Vector v) { return _mm512_reduce_add_ps((__m512)v); }
