@@ -7,12 +7,12 @@ STAMP := .venv/.installed
 # are a third of the time, take a tenth less
 PYTEST := env -u PYTHONDONTWRITEBYTECODE GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m pytest
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-# one worker more than there are cores: many tests wait for servers, signals and processes.  Three more, WORKERS=5 on two
-# cores, make the whole suite a quarter shorter where nothing else runs, and the quick part, which computes, no shorter.
-WORKERS ?= $(shell echo $$(( $(CORES) + 1 )))
-QUICK := -m "not slow" -n $(WORKERS) --dist worksteal
+# More workers than cores, because many tests wait for servers, signals and processes: of the quick part, which computes, one
+# more, of all three.  WORKERS=N instead.
+more = $(shell echo $$(( $(CORES) + $(1) )))
+QUICK := -m "not slow" -n $(or $(WORKERS),$(call more,1)) --dist worksteal
 # in one call, because to collect the tests takes every worker seconds; by files, whose tests share what they build
-TOGETHER := -m "not serial" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TOGETHER := -m "not serial" -n $(or $(WORKERS),$(call more,3)) --dist loadfile --no-loadscope-reorder
 # by their files: to import all the others takes seconds of one process
 SERIAL := -m serial $$(grep -rlw mark.serial tests --include='test_*.py')
 DEMO_ARGS ?=
