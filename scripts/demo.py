@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code
     if length is not None:
         commands[0].append(f"train.epochs={length.pretrain:g}")
-        commands[1].append(f"train.epochs={length.finetune:g}")
+        commands[1] = last_of_each([*length.overrides, *commands[1], f"train.epochs={length.finetune:g}"])
     for (title, run_dir, _, _), command in zip(phases, commands, strict=True):
         print(f"\n{title} ({run_dir})", flush=True)
         exit_code = run_ranks(["-m", "swinv2_train.train", *command])

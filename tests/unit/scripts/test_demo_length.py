@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts import demo, demo_length
-from scripts.demo_length import LENGTHS, Timed, Work, choose, seconds
+from scripts.demo_length import LENGTHS, Length, Timed, Work, choose, seconds
 from swinv2_train.config.command_line import compose_overrides
 from swinv2_train.config.exit_codes import EXIT_DONE, EXIT_STOPPED
 
@@ -16,10 +16,10 @@ WORK = Work(epoch_steps=195.0, eval_batches=39.0, eval_every_steps=391)
 
 
 def test_the_seconds_are_those_of_all_that_runs():
-    """By hand: 2 epochs and 4; evaluations after 391 steps, at the end, and by the command."""
+    """By hand: 1 epoch and 4; evaluations after 391 steps, at the end, and by the command."""
     pretrain, finetune = Timed(0.5, 20.0), Timed(0.6, 30.0)
-    wanted = 390 * 0.5 + 780 * 0.6 + 3 * 39 * 0.6 / 3 + 20 + 30 + 30
-    assert seconds(LENGTHS[2], pretrain, finetune, WORK) == pytest.approx(wanted)
+    wanted = 195 * 0.5 + 780 * 0.6 + 3 * 39 * 0.6 / 3 + 20 + 30 + 30
+    assert seconds(LENGTHS[1], pretrain, finetune, WORK) == pytest.approx(wanted)
 
 
 def test_the_best_length_that_fits_is_chosen():
@@ -71,17 +71,29 @@ def lengths(runs: Path, minutes: float, overrides: list[str]) -> tuple[int, demo
 
 @pytest.mark.slow
 def test_the_choice_is_said_and_kept_by_a_demo_that_goes_on(timing, tmp_path, capsys):
-    """Half a second a step: 2 and 4 epochs are 586 s of steps and 20 s of evaluations, 2 and 5 are 684 s and 26 s."""
-    assert lengths(tmp_path, 11, []) == (EXIT_DONE, LENGTHS[2])
+    """Half a second a step: 1 and 4 epochs are 488 s of steps and 20 s of evaluations, 3 and 6 are 878 s and 26 s."""
+    assert lengths(tmp_path, 9, []) == (EXIT_DONE, LENGTHS[1])
     said = capsys.readouterr().out
-    assert "a step takes 0.50 s and 0.50 s: epochs of pre-training 2, of fine-tuning 4 (not tried yet)" in said
+    assert "a step takes 0.50 s and 0.50 s: epochs of pre-training 1, of fine-tuning 4 (top-1 63.2 %" in said
     assert len(timing) == 2 and not (tmp_path / "timed").exists()
-    assert lengths(tmp_path, 60, []) == (EXIT_DONE, LENGTHS[2])  # and not what fits an hour
-    assert len(timing) == 2 and "as it was begun: epochs of pre-training 2" in capsys.readouterr().out
+    assert lengths(tmp_path, 60, []) == (EXIT_DONE, LENGTHS[1])  # and not what fits an hour
+    assert len(timing) == 2 and "as it was begun: epochs of pre-training 1" in capsys.readouterr().out
     assert lengths(tmp_path / "other", 60, [])[1] is LENGTHS[0]
     assert "top-1 66.8 % when it was tried" in capsys.readouterr().out
     assert lengths(tmp_path / "third", 1, [])[1] is LENGTHS[-1]
     assert "which is the shortest there is" in capsys.readouterr().out
+
+
+def test_a_choice_of_an_earlier_version_is_kept(tmp_path):
+    """It wrote epochs alone, and had no overrides."""
+    (tmp_path / "length.json").write_text('{"pretrain": 2, "finetune": 4}\n')
+    kept = demo_length.kept(tmp_path)
+    assert kept == Length(2, 4, None, ()) and "(not tried)" in kept.text()
+
+
+def test_the_overrides_of_every_length_are_a_fine_tuning(tmp_path):
+    for length in LENGTHS:
+        compose_overrides(["experiment=cifar10_finetune", f"run_dir={tmp_path}", *length.overrides])
 
 
 @pytest.mark.parametrize("override", ["train.epochs=1", "train.max_steps=40"])

@@ -71,8 +71,10 @@ def test_a_demo_that_goes_on_trains_as_long_as_it_was_begun(phases, tmp_path, mo
     chosen = demo_length.LENGTHS[3]
     demo_length.keep(tmp_path, chosen)
     monkeypatch.setattr(demo, "length_for", LENGTH_FOR)
-    assert demo.main(["--runs", str(tmp_path), "--minutes", "1000"]) == 0
+    assert demo.main(["--runs", str(tmp_path), "--minutes", "1000", "optim.lr=1.0e-3"]) == 0
     _, pretrain, finetune, _ = phases.calls
+    assert chosen.overrides[0] in finetune and not {*chosen.overrides} & {*pretrain}
+    assert "optim.lr=1.0e-3" in finetune and chosen.overrides[1] not in finetune  # the user's
     assert (pretrain[-1], finetune[-1]) == (f"train.epochs={chosen.pretrain:g}", f"train.epochs={chosen.finetune:g}")
     assert phases.names() == ["fetch", "cifar10_simmim", "cifar10_finetune", "evaluate"]  # and no step was timed
 
