@@ -8,6 +8,7 @@ line, from an experiment file or from behind ``+``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import typing
@@ -44,11 +45,10 @@ def load_config(composed: DictConfig, needed: Mapping[str, str] = MappingProxyTy
     if task_name not in TASKS:
         options = " or ".join(f"task={name}" for name in TASKS)
         raise ConfigError(f"task.name ({task_name}) is none of {', '.join(TASKS)}; choose {options}")
-    schema = OmegaConf.structured(Config)
-    schema.task = OmegaConf.structured(TASKS[task_name])
     _check_keys(composed, TASKS[task_name])
+    sections = {str(name) for name, value in composed.items_ex(resolve=False) if OmegaConf.is_dict(value)}
     try:
-        merged = typing.cast(DictConfig, OmegaConf.merge(schema, composed))
+        merged = typing.cast(DictConfig, OmegaConf.merge(_schema(task_name, frozenset(sections)), composed))
         if merged.data.mix and OmegaConf.is_missing(merged.data, "shards"):
             merged.data.shards = ""
         missing = dict.fromkeys(sorted(OmegaConf.missing_keys(merged)), "VALUE")
@@ -61,6 +61,17 @@ def load_config(composed: DictConfig, needed: Mapping[str, str] = MappingProxyTy
         raise ConfigError(_merge_error(error)) from error
     check_config(config)
     return config
+
+
+@functools.cache
+def _schema(task: str, sections: frozenset[str]) -> DictConfig:
+    """The dataclasses as OmegaConf merges a tree with these sections into them.  To make them is half of a merge."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    schema.task = OmegaConf.structured(TASKS[task])
+    for name, cls in typing.get_type_hints(Config).items():
+        if name in sections - {"task"} and dataclasses.is_dataclass(cls):
+            schema[name] = OmegaConf.structured(cls)
+    return schema
 
 
 def no_value(keys: Mapping[str, str]) -> str:
