@@ -56,7 +56,7 @@ def rank(number: int, ranks: int, batch: bool, queue: torch.multiprocessing.Simp
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29517"))
     torch.set_num_threads(1)
     if not batch:
-        process_group._in_batch = lambda on: None
+        process_group._schedule_batch = lambda on: None
     init_distributed(300)
     numbers, matrix = torch.ones(1000), torch.ones(300, 300)
     row = []

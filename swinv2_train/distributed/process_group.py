@@ -27,6 +27,8 @@ _KINDS: dict[str, type[ConfigError]] = {"away": OutageError, "wrong": ConfigErro
 _ANSWER = datetime.timedelta(seconds=10)
 _stores: dict[tuple[str, int], TCPStore] = {}
 """By address and port."""
+_in_batch = False
+"""Whether this process' threads are scheduled as :func:`_schedule_batch` has it, and not as its user has."""
 _groups = itertools.count()
 """The groups that this process has joined; every rank of a run has joined as many."""
 
@@ -70,7 +72,7 @@ def init_distributed(timeout_sec: int) -> World:
     atexit.register(_remove_empty_log_folders)
     if device.type == "cpu":
         atexit.register(_let_gloo_finish)
-        _in_batch(world_size > 1)
+        _schedule_batch(world_size > 1)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=_store(rank, world_size, timeout),
@@ -103,27 +105,27 @@ def _limit_later_groups(timeout: datetime.timedelta) -> None:
     dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
-def _in_batch(on: bool) -> None:
+def _schedule_batch(on: bool) -> None:
     """Let this thread, and those it starts from now on, wait for a core until who has it ends his turn, or no more.
 
     This is Linux's SCHED_BATCH, for ranks on a CPU.  Under the usual policy gloo's thread for what comes in takes the
     core from the one that sends, which holds the lock that both need, and asks for that in a loop until its own turn is
     over: with two ranks on two cores that is most of a small collective (benchmarks/small_collectives_cpu_202611.md).
-    Any other policy is its user's.
+    Any other policy is its user's, and stays.
     """
-    if not hasattr(os, "SCHED_BATCH"):
+    global _in_batch
+    if on == _in_batch or (on and not (hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER)):
         return
-    before, after = (os.SCHED_OTHER, os.SCHED_BATCH) if on else (os.SCHED_BATCH, os.SCHED_OTHER)
-    if os.sched_getscheduler(0) == before:
-        with contextlib.suppress(OSError):  # a container may forbid it
-            os.sched_setscheduler(0, after, os.sched_param(0))
+    with contextlib.suppress(OSError):  # a container may forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH if on else os.SCHED_OTHER, os.sched_param(0))
+        _in_batch = on
 
 
 def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
     if _active():
         dist.destroy_process_group()
-        _in_batch(False)
+        _schedule_batch(False)
 
 
 def _announced_ranks() -> dict[str, int]:

@@ -97,7 +97,7 @@ def test_a_rank_has_the_cores_that_no_other_rank_may_use_and_its_share_of_the_re
     assert [share_of_cores(place, places, quota) for place in places] == expected
 
 
-@pytest.mark.parametrize("own", [os.SCHED_OTHER, os.SCHED_IDLE])
+@pytest.mark.parametrize("own", [os.SCHED_OTHER, os.SCHED_IDLE, os.SCHED_BATCH])
 def test_ranks_of_a_cpu_wait_for_their_turn_and_a_process_alone_is_left_as_it_was(own, run_distributed):
     """gloo's threads take the core from one another otherwise, and spin for a lock that the other holds."""
 

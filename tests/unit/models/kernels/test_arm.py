@@ -1,4 +1,7 @@
-"""The window attention in C++ as ARM's compiler makes it (NEON), in an emulator: the numbers of the reference."""
+"""The window attention in C++ as ARM's compiler makes it (NEON), in an emulator: the numbers of the reference.
+
+The passes are compiled with it, and not run.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,8 @@ def program(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("arm")
     (folder / "main.cpp").write_text(PROGRAM)
     flags = [flag for flag in cpu_attention.FLAGS if flag not in ("-march=native", "-shared", "-fPIC")]
-    command = [COMPILER, *flags, "-static", f"-I{cpu_attention.SOURCES[0].parent}", "-o", "main", "main.cpp"]
+    passes = [path for path in cpu_attention.SOURCES[1:] if path.suffix == ".cpp"]
+    command = [COMPILER, *flags, "-static", f"-I{cpu_attention.SOURCES[0].parent}", "-o", "main", "main.cpp", *passes]
     subprocess.run(command, cwd=folder, check=True, timeout=cpu_attention.COMPILE_SEC)
     return folder / "main"
 
