@@ -107,6 +107,7 @@ def test_ranks_of_a_cpu_wait_for_their_turn_and_a_process_alone_is_left_as_it_wa
         init_distributed(60)
         dist.new_group([0, 1])
         during = {os.sched_getscheduler(int(thread)) for thread in {*os.listdir("/proc/self/task")} - others}
+        dist.barrier()  # or one leaves while the other still connects
         shutdown_distributed()
         after = os.sched_getscheduler(0)
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
